@@ -1,0 +1,1 @@
+"""Graph in, graph out: match attention, cost it, decide, rewrite. Knows FX, no kernels."""

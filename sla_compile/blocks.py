@@ -1,0 +1,59 @@
+"""Block arithmetic that every room shares: how many blocks, how many critical, how many negligible.
+
+The functions take Python ints, torch SymInts and sympy integers alike: they only use ``+ - * //`` and never
+branch on a value, so a symbolic token count stays symbolic and gains no guard.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+__all__ = ["exact_fraction", "num_blocks", "num_critical", "num_negligible"]
+
+
+def exact_fraction(share: float) -> Fraction:
+    """The decimal the user wrote, exactly: 0.29 is 29/100, not the nearest binary float below it."""
+    return Fraction(repr(float(share)))
+
+
+def num_blocks(tokens: Any, block: int) -> Any:
+    """Blocks of ``block`` tokens that cover ``tokens`` tokens; the last one may be short."""
+    return (tokens + block - 1) // block
+
+
+def num_critical(topk: float, key_blocks: Any) -> Any:
+    """Critical blocks in a row of ``key_blocks``: ``max(1, floor(topk * key_blocks))``, topk taken exactly.
+
+    The floor alone is 0 below ``1 / topk`` blocks, which would leave a row with no key at all.
+    """
+    share = exact_fraction(topk)
+    return _max(1, key_blocks * share.numerator // share.denominator)
+
+
+def num_negligible(bottomk: float, critical: Any, key_blocks: Any) -> Any:
+    """Negligible blocks in a row: ``floor(bottomk * key_blocks)``, at most what the critical ones leave."""
+    share = exact_fraction(bottomk)
+    return _min(key_blocks - critical, key_blocks * share.numerator // share.denominator)
+
+
+def _max(a: Any, b: Any) -> Any:
+    if isinstance(b, int):
+        return max(a, b)
+    return _symbolic("max", a, b)
+
+
+def _min(a: Any, b: Any) -> Any:
+    if isinstance(a, int) and isinstance(b, int):
+        return min(a, b)
+    return _symbolic("min", a, b)
+
+
+def _symbolic(name: str, a: Any, b: Any) -> Any:
+    import sympy
+
+    if isinstance(a, sympy.Basic) or isinstance(b, sympy.Basic):
+        return {"max": sympy.Max, "min": sympy.Min}[name](a, b)
+    import torch  # SymInt: torch's symbolic max and min record no guard
+
+    return {"max": torch.sym_max, "min": torch.sym_min}[name](a, b)
