@@ -1,0 +1,395 @@
+"""``SLAConfig``: every setting of sla-compile, frozen, hashable and checked when it is made.
+
+Importing this module imports neither Inductor nor Triton: Inductor's own options are looked up on first use.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import hashlib
+import json
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from sla_compile.blocks import exact_fraction
+
+__all__ = ["DEFAULT_MIN_TOKENS", "MODES", "SITE_FIELDS", "VERSION", "FrozenMapping", "SLAConfig"]
+
+VERSION = 1
+"""Version of the JSON form."""
+
+# Set from the measured crossover: below it dense attention is faster than SLA.
+DEFAULT_MIN_TOKENS = 1024
+
+SITE_FIELDS = ("topk", "bottomk", "feature_map", "linear", "gate", "min_tokens", "block_q", "block_k")
+"""The fields that an override may set for one site."""
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+"""What ``torch.compile(mode=...)`` accepts with this backend."""
+
+
+class FrozenMapping(Mapping[str, Any]):
+    """A hashable, ordered mapping of JSON values that nobody can change: values are copied in and out.
+
+    Two of them are equal only in the same order; with any other mapping the order does not count.
+    """
+
+    __slots__ = ("_items", "_text")
+
+    def __init__(self, items: Mapping[str, Any]) -> None:
+        """Raises ValueError (from json) on NaN or infinity, TypeError on what JSON cannot hold."""
+        self._text = json.dumps(dict(items), allow_nan=False)
+        self._items = copy.deepcopy(dict(items))
+
+    def __getitem__(self, key: str) -> Any:
+        return copy.deepcopy(self._items[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, FrozenMapping):
+            return self._text == other._text
+        return isinstance(other, Mapping) and self._items == dict(other)
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+@dataclass(frozen=True)
+class Accepts:
+    """What a field accepts: in words, and as a test. ``normal`` gives a value its stored form."""
+
+    text: str
+    test: Callable[[Any], bool]
+    normal: Callable[[Any], Any] = lambda value: value
+    names: tuple[str, ...] = ()
+
+    def check(self, name: str, value: Any) -> Any:
+        """The stored form of ``value``; ValueError with ``name``, the value and ``text`` if it is refused."""
+        if not self.test(value):
+            raise _refusal(name, value, self.text, _nearest(value, self.names))
+        return self.normal(value)
+
+
+def _share(text: str, test: Callable[[float], bool]) -> Accepts:
+    # Adding 0.0 turns an int into a float and -0.0 into 0.0; bool and numpy scalars are other types.
+    return Accepts(text, lambda value: type(value) in (int, float) and test(value), lambda value: value + 0.0)
+
+
+def _choice(*names: str) -> Accepts:
+    text = "one of " + ", ".join(map(repr, names))
+    return Accepts(text, lambda value: type(value) is str and value in names, names=names)
+
+
+def _patterns(text: str, least: int) -> Accepts:
+    def test(value: Any) -> bool:
+        return type(value) in (tuple, list) and len(value) >= least and all(type(p) is str for p in value)
+
+    return Accepts(text, test, tuple)
+
+
+_MAPPING = Accepts(
+    "a mapping of Inductor option names to values that JSON can hold",
+    lambda value: isinstance(value, Mapping),
+)
+_OVERRIDES = Accepts(
+    "a mapping of glob patterns to mappings of " + ", ".join(SITE_FIELDS),
+    lambda value: isinstance(value, Mapping),
+)
+_BLOCK = Accepts(
+    "a power of two from 16 to 256", lambda value: type(value) is int and value in (16, 32, 64, 128, 256)
+)
+
+
+def _setting(default: Any, accepts: Accepts) -> Any:
+    return field(default=default, metadata={"accepts": accepts})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLAConfig:
+    """How attention is classified, computed, selected and compiled.
+
+    Precedence: for a site, ``overrides`` whose pattern matches its path win over the top-level fields, and
+    among them a later one wins over an earlier one. Every refused name or value is a ValueError.
+    """
+
+    topk: float = _setting(0.05, _share("a number above 0 and up to 1", lambda value: 0 < value <= 1))
+    """Share of a row's key blocks that is critical (exact attention), at least one block. Range (0, 1]."""
+
+    bottomk: float = _setting(0.10, _share("a number from 0 to 1", lambda value: 0 <= value <= 1))
+    """Share of a row's key blocks that is negligible (skipped). Range [0, 1], topk + bottomk at most 1."""
+
+    block_q: int = _setting(64, _BLOCK)
+    """Query tokens in a block. Range: 16, 32, 64, 128 or 256."""
+
+    block_k: int = _setting(64, _BLOCK)
+    """Key tokens in a block. Range: 16, 32, 64, 128 or 256."""
+
+    feature_map: str = _setting("softmax", _choice("softmax", "elu", "relu"))
+    """Feature map of the linear branch. Range: "softmax" (over the head dimension), "elu" (+ 1), "relu"."""
+
+    linear: str = _setting("marginal", _choice("marginal", "all", "none"))
+    """Key blocks of the linear branch. Range: "marginal" (paper), "all" (the authors' release), "none"."""
+
+    gate: str = _setting("shared", _choice("shared", "per_head"))
+    """Gate of a site. Range: "shared" by its heads, (D, D) and (D), or "per_head", (H, D, D) and (H, D)."""
+
+    min_tokens: int = _setting(
+        DEFAULT_MIN_TOKENS,
+        Accepts("an integer of at least 0", lambda value: type(value) is int and value >= 0),
+    )
+    """Attention over fewer tokens stays dense. Range: any integer of at least 0."""
+
+    inner: str = _setting("inductor", _choice("inductor", "aot_eager", "eager"))
+    """What compiles the rewritten graph. Range: "inductor", "aot_eager", "eager"."""
+
+    inductor: Mapping[str, Any] = _setting(FrozenMapping({}), _MAPPING)
+    """Options for Inductor, sorted by name. Range: names and types of ``torch._inductor.list_options()``."""
+
+    include: tuple[str, ...] = _setting(("*",), _patterns("a list or tuple of at least one glob pattern", 1))
+    """Glob patterns over module paths ("blocks.*.attn1"), one of which must match. Range: one or more."""
+
+    exclude: tuple[str, ...] = _setting((), _patterns("a list or tuple of glob patterns", 0))
+    """Glob patterns over module paths that stay dense, whatever ``include`` says. Range: any number."""
+
+    overrides: Mapping[str, Mapping[str, Any]] = _setting(FrozenMapping({}), _OVERRIDES)
+    """Glob pattern over module paths -> fields of those sites. Range: ``SITE_FIELDS``, each in its range."""
+
+    def __new__(cls, *args: Any, **fields: Any) -> SLAConfig:
+        """Refuse an unknown field by a ValueError that names the nearest known one."""
+        _refuse_unknown("SLAConfig", fields, _field_names())
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = f.metadata["accepts"].check(f"SLAConfig.{f.name}", getattr(self, f.name))
+            object.__setattr__(self, f.name, value)
+        _check_shares("SLAConfig", self.topk, self.bottomk)
+        object.__setattr__(self, "inductor", _frozen_inductor(self.inductor))
+        if self.inductor and self.inner != "inductor":
+            raise ValueError(
+                f"SLAConfig.inductor: got {dict(self.inductor)!r} with inner={self.inner!r}; "
+                f"accepted: Inductor options (torch.compile's mode gives some too) only with inner='inductor'"
+            )
+        object.__setattr__(self, "overrides", _frozen_overrides(self.overrides, self.topk, self.bottomk))
+
+    def rejects(self, path: str) -> str | None:
+        """Why the site at module path ``path`` is not selected, naming the pattern; None where it is."""
+        for pattern in self.exclude:
+            if fnmatchcase(path, pattern):
+                return f"excluded by exclude pattern {pattern!r}"
+        if not any(fnmatchcase(path, pattern) for pattern in self.include):
+            return "matched by no include pattern: " + ", ".join(map(repr, self.include))
+        return None
+
+    def selects(self, path: str) -> bool:
+        """Whether the site at module path ``path`` is selected."""
+        return self.rejects(path) is None
+
+    def for_site(self, path: str) -> SLAConfig:
+        """The settings of the site at module path ``path``: overrides applied, and then empty.
+
+        Raises ValueError where overrides that match together ask for topk + bottomk above 1.
+        """
+        matching = [pattern for pattern in self.overrides if fnmatchcase(path, pattern)]
+        changes: dict[str, Any] = {}
+        for pattern in matching:
+            changes.update(self.overrides[pattern])
+        topk, bottomk = changes.get("topk", self.topk), changes.get("bottomk", self.bottomk)
+        _check_shares(f"SLAConfig.overrides {matching} at {path!r}", topk, bottomk)
+        return dataclasses.replace(self, overrides={}, **changes)
+
+    def kernel_options(self) -> dict[str, Any]:
+        """The keyword arguments of ``sparse_linear_attention``."""
+        names = ("topk", "bottomk", "block_q", "block_k", "feature_map", "linear")
+        return {name: getattr(self, name) for name in names}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field and the version, in plain JSON types."""
+        result: dict[str, Any] = {"version": VERSION}
+        for name in _field_names():
+            value = getattr(self, name)
+            result[name] = dict(value) if isinstance(value, Mapping) else value
+        return dict(json.loads(json.dumps(result)))
+
+    def to_json(self) -> str:
+        """``to_dict`` as JSON text."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SLAConfig:
+        """The reverse of ``to_dict``; a missing field has its default, an unknown one is a ValueError."""
+        if not isinstance(data, Mapping):
+            raise _refusal("SLAConfig", data, "a mapping of fields")
+        fields = dict(data)
+        version = fields.pop("version", None)
+        if type(version) is not int or version != VERSION:
+            raise _refusal("SLAConfig version", version, str(VERSION))
+        _refuse_unknown("SLAConfig", fields, _field_names())
+        return cls(**fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> SLAConfig:
+        """The reverse of ``to_json``."""
+        try:
+            data = json.loads(text)
+        except (TypeError, ValueError) as error:
+            raise _refusal("SLAConfig JSON", text, f"JSON text ({error})") from error
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_options(
+        cls, options: Mapping[str, Any] | SLAConfig | None = None, *, mode: str | None = None
+    ) -> SLAConfig:
+        """The configuration in ``torch.compile``'s ``options`` and ``mode``.
+
+        A key that is a field sets it; a key that is an Inductor option goes to ``inductor``, ahead of what
+        ``mode`` says. "-" is read as "_" in both, as torch does.
+        """
+        if mode is not None and (type(mode) is not str or mode not in MODES):
+            accepted = "one of " + ", ".join(map(repr, MODES))
+            raise _refusal("mode", mode, accepted, _nearest(mode, MODES))
+        config = options if isinstance(options, SLAConfig) else _from_mapping(options)
+        if mode is None or mode == "default":  # torch.compile never hands "default" on
+            return config
+        if config.inner != "inductor":
+            raise _refusal("mode", mode, f"only with inner='inductor', not with inner={config.inner!r}")
+        from torch._inductor import list_mode_options
+
+        return dataclasses.replace(config, inductor={**list_mode_options(mode), **config.inductor})
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the JSON form, for cache keys: the same in every process for equal settings."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def _field_names() -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(SLAConfig))
+
+
+def _refusal(name: str, value: Any, accepted: str, nearest: str = "") -> ValueError:
+    kind = type(value).__qualname__
+    return ValueError(f"{name}: got {reprlib.repr(value)} ({kind}); accepted: {accepted}{nearest}")
+
+
+def _nearest(value: Any, *known: tuple[str, ...], always: bool = False) -> str:
+    """``; nearest known: ...`` for a string; earlier groups of names win when one there is close."""
+    if not isinstance(value, str):
+        return ""
+    for names, cutoff in [(group, 0.6) for group in known] + [(sum(known, ()), 0.0)] * always:
+        if close := difflib.get_close_matches(value.lower(), names, 1, cutoff):
+            return f"; nearest known: {close[0]!r}"
+    return ""
+
+
+def _refuse_unknown(owner: str, fields: Mapping[Any, Any], known: tuple[str, ...]) -> None:
+    for name, value in fields.items():
+        if name not in known:
+            nearest = _nearest(name, known, always=True)
+            raise _refusal(f"unknown field {name!r} of {owner}", value, ", ".join(known), nearest)
+
+
+def _check_shares(owner: str, topk: float, bottomk: float) -> None:
+    # Exact, as written: in binary floats some pairs of shares that add up to 1 come out above it.
+    if exact_fraction(topk) + exact_fraction(bottomk) > 1:
+        raise ValueError(f"{owner}: got topk={topk!r}, bottomk={bottomk!r}; accepted: topk + bottomk up to 1")
+
+
+def _frozen_overrides(overrides: Mapping[str, Any], topk: float, bottomk: float) -> FrozenMapping:
+    """Each override checked over the top-level fields alone; ``for_site`` checks those that meet."""
+    accepts = {f.name: f.metadata["accepts"] for f in dataclasses.fields(SLAConfig)}
+    frozen = {}
+    for pattern, changes in overrides.items():
+        owner = f"SLAConfig.overrides[{pattern!r}]"
+        if type(pattern) is not str or not isinstance(changes, Mapping):
+            raise _refusal(owner, changes, _OVERRIDES.text)
+        _refuse_unknown(owner, changes, SITE_FIELDS)
+        checked = {n: accepts[n].check(f"{owner}.{n}", changes[n]) for n in SITE_FIELDS if n in changes}
+        _check_shares(owner, checked.get("topk", topk), checked.get("bottomk", bottomk))
+        frozen[pattern] = checked
+    return FrozenMapping(frozen)
+
+
+def _inductor_name(key: Any) -> str | None:
+    """The Inductor option that ``key`` names, or None."""
+    from torch._inductor import list_options
+
+    name = key.replace("-", "_") if isinstance(key, str) else None
+    return name if name in list_options() else None
+
+
+def _frozen_inductor(options: Mapping[str, Any]) -> FrozenMapping:
+    """Names and types checked as ``torch.compile`` does for its own backend, sorted by name."""
+    if not options:
+        return FrozenMapping({})
+    from torch._inductor import config, list_options
+
+    checked: dict[str, Any] = {}
+    for key, value in options.items():
+        name = _inductor_name(key)
+        owner = f"Inductor option {key!r}"
+        if name is None:
+            nearest = _nearest(key, tuple(list_options()), always=True)
+            raise _refusal(f"unknown {owner}", value, "torch._inductor.list_options()", nearest)
+        if name in checked:
+            raise _refusal(owner, value, f"{name!r} once")
+        if type(value) is list and type(getattr(config, name)) is tuple:
+            value = tuple(value)  # JSON has no tuples
+        _check_inductor_value(owner, value, config.get_type(name))  # type: ignore[attr-defined]
+        checked[name] = value
+    return FrozenMapping(dict(sorted(checked.items())))
+
+
+def _check_inductor_value(owner: str, value: Any, accepted: Any) -> None:
+    try:
+        fits = isinstance(value, accepted)
+    except TypeError:  # a generic such as list[str] takes no isinstance; torch leaves it unchecked too
+        fits = True
+    if not fits:
+        raise _refusal(owner, value, getattr(accepted, "__name__", str(accepted)))
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise _refusal(owner, value, "a value that JSON can hold, so that it can be saved") from error
+
+
+def _from_mapping(options: Mapping[str, Any] | None) -> SLAConfig:
+    if options is None:
+        return SLAConfig()
+    if not isinstance(options, Mapping):
+        raise _refusal("options", options, "a mapping or an SLAConfig")
+    names = _field_names()
+    fields: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
+    for key, value in options.items():
+        name = key.replace("-", "_") if isinstance(key, str) else key
+        if name in names or name == "version":
+            if name in fields:
+                raise _refusal(f"option {key!r}", value, f"{name!r} once")
+            fields[name] = value
+        elif _inductor_name(key) is not None:
+            extra[key] = value
+        else:
+            from torch._inductor import list_options
+
+            accepted = f"SLAConfig's fields ({', '.join(names)}) and torch._inductor.list_options()"
+            nearest = _nearest(key, names, tuple(list_options()), always=True)
+            raise _refusal(f"unknown option {key!r}", value, accepted, nearest)
+    if extra:
+        given = _MAPPING.check("SLAConfig.inductor", fields.get("inductor", {}))
+        if twice := sorted(set(extra) & set(given)):
+            raise _refusal(f"option {twice[0]!r}", extra[twice[0]], "it once, not under 'inductor' too")
+        fields["inductor"] = {**given, **extra}
+    return SLAConfig.from_dict({"version": VERSION, **fields})
