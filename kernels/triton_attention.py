@@ -1,0 +1,366 @@
+"""Sparse-Linear Attention on the GPU: the two launchers, each a straight line of kernels with no host sync.
+
+forward:  means and block states -> block scores -> classes and lists -> sums of states -> attention and gate.
+backward: states and their sums again -> dQ, D^s, dH, dZ -> sums of dH and dZ -> dK, dV -> dW, db.
+States are computed again in the backward: keeping them would cost more memory than q, k and v together.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from .triton_backward import (
+    attention_backward_key_kernel,
+    attention_backward_query_kernel,
+    gate_gradient_kernel,
+)
+from .triton_classify import block_scores, classify_rows, critical_lists
+from .triton_forward import attention_forward, gate_strides
+from .triton_states import block_means, key_states, marginal_matrix, state_dtype, sum_of_states
+from .triton_tiles import check_supported, launch_for, padded_dim
+
+__all__ = ["backward", "forward"]
+
+_GATE_TILES_PER_SPLIT = 16
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    scale: float,
+    critical: int,
+    negligible: int,
+    block_q: int,
+    block_k: int,
+    feature_map: str,
+    linear: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """O = O^s + O^l weight^T + bias of q, k, v (B, H, N, D), float32, float16 or bfloat16, any strides.
+
+    weight (D, D) or (H, D, D) and bias (D) or (H, D) in any floating dtype, or None; ``critical`` and ``negligible``
+    count key blocks in a row. Returns out and linear_out (B, H, N, D), in memory (B, N, H, D), linear_out of shape
+    (0,) without a linear branch; lse (B, H, N) float32; block_map (B, H, Tm, Tn) int8.
+
+    Raises TypeError for a dtype and ValueError for a head dimension, block size, feature map or linear form that the
+    kernels do not have.
+    """
+    check_supported(q, block_q, block_k, feature_map, linear)
+    with torch.cuda.device_of(q):
+        has_linear = weight is not None and linear != "none"
+        pooled_q = block_means(q, block_q)
+        states = normalizers = None
+        if has_linear:
+            states, normalizers, pooled_k = key_states(k, v, block_k, feature_map, pool=True)
+        else:
+            pooled_k = block_means(k, block_k)
+        block_map, lists = classify_rows(block_scores(pooled_q, pooled_k, scale), critical, negligible)
+        if states is not None and normalizers is not None:
+            states, normalizers = _sum_over_keys(states, normalizers, block_map, linear)
+        out, linear_out, lse = attention_forward(
+            q,
+            k,
+            v,
+            weight,
+            bias,
+            lists,
+            states,
+            normalizers,
+            scale=scale,
+            block_q=block_q,
+            block_k=block_k,
+            feature_map_name=feature_map,
+        )
+        return out, linear_out, lse, block_map
+
+
+def backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    linear_out: torch.Tensor,
+    lse: torch.Tensor,
+    block_map: torch.Tensor,
+    *,
+    scale: float,
+    block_q: int,
+    block_k: int,
+    feature_map: str,
+    linear: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `forward` at grad_out (B, H, N, D), any strides, from its inputs and outputs.
+
+    Returns dq, dk, dv (B, H, N, D), in memory (B, N, H, D), and dweight and dbias in the shape and dtype of weight
+    and bias, of shape (0,) where those are None. The same bits every time. Raises as `forward` does.
+    """
+    check_supported(q, block_q, block_k, feature_map, linear)
+    with torch.cuda.device_of(q):
+        has_linear = weight is not None and linear != "none"
+        states = normalizers = None
+        if has_linear:
+            states, normalizers, _ = key_states(k, v, block_k, feature_map, pool=False)
+            states, normalizers = _sum_over_keys(states, normalizers, block_map, linear)
+        dq, delta, grad_states, grad_normalizers = _query_side(
+            grad_out,
+            q,
+            k,
+            v,
+            weight if has_linear else None,
+            bias,
+            out,
+            linear_out,
+            lse,
+            states,
+            normalizers,
+            block_map,
+            scale=scale,
+            block_q=block_q,
+            block_k=block_k,
+            feature_map=feature_map,
+        )
+        del states, normalizers
+        if grad_states is not None and grad_normalizers is not None:
+            grad_states, grad_normalizers = _sum_over_queries(grad_states, grad_normalizers, block_map, linear)
+        dk, dv = _key_side(
+            grad_out,
+            q,
+            k,
+            v,
+            lse,
+            delta,
+            grad_states,
+            grad_normalizers,
+            block_map,
+            scale=scale,
+            block_q=block_q,
+            block_k=block_k,
+            feature_map=feature_map,
+        )
+        dweight, dbias = _gate_side(grad_out, linear_out, weight, bias, has_linear)
+        return dq, dk, dv, dweight, dbias
+
+
+def _sum_over_keys(
+    states: torch.Tensor, normalizers: torch.Tensor, block_map: torch.Tensor, linear: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """H (B, H, Tm, D, D) and Z (B, H, Tm, D) from h and z; with linear="all" one row, (B, H, 1, ...), for all."""
+    if linear == "all":
+        return sum_of_states(None, states), sum_of_states(None, normalizers)
+    matrix = marginal_matrix(block_map, states.dtype)
+    single = matrix if matrix.dtype == torch.float32 else marginal_matrix(block_map, torch.float32)
+    return sum_of_states(matrix, states), sum_of_states(single, normalizers)
+
+
+def _sum_over_queries(
+    grad_states: torch.Tensor, grad_normalizers: torch.Tensor, block_map: torch.Tensor, linear: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dh (B, H, Tn, D, D) and dz (B, H, Tn, D) from each query tile's dH and dZ; one row with linear="all"."""
+    if linear == "all":
+        return sum_of_states(None, grad_states), sum_of_states(None, grad_normalizers)
+    tiles_per_block = grad_states.shape[2] // block_map.shape[2]
+    matrix = marginal_matrix(block_map, grad_states.dtype, tiles_per_block)
+    single = matrix
+    if matrix.dtype != torch.float32:
+        single = marginal_matrix(block_map, torch.float32, tiles_per_block)
+    return (
+        sum_of_states(matrix, grad_states, transpose=True),
+        sum_of_states(single, grad_normalizers, transpose=True),
+    )
+
+
+def _query_side(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    linear_out: torch.Tensor,
+    lse: torch.Tensor,
+    states: torch.Tensor | None,
+    normalizers: torch.Tensor | None,
+    block_map: torch.Tensor,
+    *,
+    scale: float,
+    block_q: int,
+    block_k: int,
+    feature_map: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """dq, D^s (B, H, N) float32, and of each query tile dH (B, H, tiles, D, D) and dZ (B, H, tiles, D)."""
+    batch, heads, tokens, head_dim = q.shape
+    launch = launch_for("backward_query", head_dim, q.dtype, block_q, block_k)
+    tiles = block_map.shape[2] * (block_q // launch.tile_q)
+    lists, counts = critical_lists(block_map, by_column=False)
+    dq = q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+    delta = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
+    grad_states = grad_normalizers = None
+    if states is not None:
+        grad_states = states.new_empty(batch, heads, tiles, head_dim, head_dim)
+        grad_normalizers = delta.new_empty(batch, heads, tiles, head_dim)
+    saved_linear = linear_out if states is not None else out
+    # an absent tensor's place is taken by one that is there; the kernel does not touch it
+    attention_backward_query_kernel[(tiles * batch * heads,)](
+        grad_out,
+        q,
+        k,
+        v,
+        out,
+        saved_linear,
+        lse,
+        weight if weight is not None else q,
+        bias if bias is not None else q,
+        states if states is not None else q,
+        normalizers if normalizers is not None else delta,
+        lists,
+        counts,
+        dq,
+        delta,
+        grad_states if grad_states is not None else q,
+        grad_normalizers if grad_normalizers is not None else delta,
+        *grad_out.stride(),
+        *q.stride(),
+        *k.stride(),
+        *v.stride(),
+        *out.stride(),
+        *saved_linear.stride(),
+        *gate_strides(weight, 2),
+        *gate_strides(bias, 1),
+        *dq.stride(),
+        scale,
+        tokens,
+        tiles,
+        heads,
+        lists.shape[3],
+        states.shape[2] if states is not None else 1,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim(head_dim),
+        BLOCK_Q=block_q,
+        BLOCK_K=block_k,
+        TILE_Q=launch.tile_q,
+        TILE_K=launch.tile_k,
+        CHUNK=launch.chunk,
+        FEATURE_MAP=feature_map,
+        HAS_LINEAR=states is not None,
+        HAS_BIAS=bias is not None,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+    return dq, delta, grad_states, grad_normalizers
+
+
+def _key_side(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    grad_states: torch.Tensor | None,
+    grad_normalizers: torch.Tensor | None,
+    block_map: torch.Tensor,
+    *,
+    scale: float,
+    block_q: int,
+    block_k: int,
+    feature_map: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dk and dv (B, H, N, D) from D^s and, with a linear branch, dh and dz."""
+    batch, heads, tokens, head_dim = q.shape
+    launch = launch_for("backward_key", head_dim, q.dtype, block_q, block_k)
+    tiles = triton.cdiv(tokens, launch.tile_k)
+    lists, counts = critical_lists(block_map, by_column=True)
+    dk, dv = (q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2) for _ in range(2))
+    attention_backward_key_kernel[(tiles * batch * heads,)](
+        grad_out,
+        q,
+        k,
+        v,
+        lse,
+        delta,
+        grad_states if grad_states is not None else q,
+        grad_normalizers if grad_normalizers is not None else delta,
+        lists,
+        counts,
+        dk,
+        dv,
+        *grad_out.stride(),
+        *q.stride(),
+        *k.stride(),
+        *v.stride(),
+        *dk.stride(),
+        *dv.stride(),
+        scale,
+        tokens,
+        tiles,
+        heads,
+        lists.shape[3],
+        grad_states.shape[2] if grad_states is not None else 1,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim(head_dim),
+        BLOCK_Q=block_q,
+        BLOCK_K=block_k,
+        TILE_Q=launch.tile_q,
+        TILE_K=launch.tile_k,
+        CHUNK=launch.chunk,
+        FEATURE_MAP=feature_map,
+        HAS_LINEAR=grad_states is not None,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+    return dk, dv
+
+
+def _gate_side(
+    grad_out: torch.Tensor,
+    linear_out: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    has_linear: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dW = dO^T O^l and db = sum of dO, by float32 sums over stretches of tokens, then over the stretches."""
+    batch, heads, tokens, head_dim = grad_out.shape
+    none = grad_out.new_empty(0)
+    if not has_linear and bias is None:
+        return (torch.zeros_like(weight) if weight is not None else none), none
+    launch = launch_for("gate", head_dim, grad_out.dtype, 64, 64)
+    splits = triton.cdiv(tokens, launch.tile_q * _GATE_TILES_PER_SPLIT)
+    bias_parts = torch.empty((batch, heads, splits, head_dim), dtype=torch.float32, device=grad_out.device)
+    weight_parts = bias_parts.new_empty((*bias_parts.shape, head_dim) if has_linear else (0,))
+    chunks = triton.cdiv(padded_dim(head_dim), launch.chunk) if has_linear else 1
+    saved_linear = linear_out if has_linear else grad_out
+    gate_gradient_kernel[(splits * batch * heads, chunks)](
+        grad_out,
+        saved_linear,
+        weight_parts,
+        bias_parts,
+        *grad_out.stride(),
+        *saved_linear.stride(),
+        tokens,
+        splits,
+        heads,
+        _GATE_TILES_PER_SPLIT,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim(head_dim),
+        TILE=launch.tile_q,
+        CHUNK=launch.chunk,
+        HAS_LINEAR=has_linear,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+    dweight, dbias = none, none
+    if weight is not None:
+        over = (0, 2) if weight.dim() == 3 else (0, 1, 2)
+        dweight = weight_parts.sum(over).to(weight.dtype) if has_linear else torch.zeros_like(weight)
+    if bias is not None:
+        over = (0, 2) if bias.dim() == 2 else (0, 1, 2)
+        dbias = bias_parts.sum(over).to(bias.dtype)
+    return dweight, dbias

@@ -1,0 +1,384 @@
+"""The backward kernels: one over tiles of queries, one over tiles of keys, one for the gate.
+
+With P = exp(S - lse) on critical blocks and D^s = rowsum(dO * O^s):
+    dS = P * (dO V^T - D^s) * scale;  dQ += dS K;  dK += dS^T Q;  dV += P^T dO.
+With dO^l = dO W, den = phi(Q) Z, D^l = rowsum(dO^l * O^l), all gradients 0 where den is 0:
+    dphi(Q) = (dO^l H^T - D^l Z^T) / den;  dH = (phi(Q)/den)^T dO^l;  dZ = -(phi(Q)/den)^T D^l;
+    dphi(K_j) = V_j dh_j^T + 1 dz_j^T;  dV_j += phi(K_j) dh_j;  dW = dO^T O^l;  db = sum of dO.
+D^s needs no O^s: D^s = rowsum(dO * O) - D^l - dO b. Each program owns its outputs and sums in a fixed order: no atomics,
+the same bits every time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_primitives import (
+    feature_map,
+    feature_map_backward,
+    head_pointer,
+    load_tile,
+    locate_program,
+    reciprocal_or_zero,
+    store_tile,
+)
+
+__all__ = ["attention_backward_key_kernel", "attention_backward_query_kernel", "gate_gradient_kernel"]
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_tiles", "num_heads", "num_columns", "state_rows"])
+def attention_backward_query_kernel(
+    grad_out,
+    q,
+    k,
+    v,
+    out,
+    linear_out,
+    lse,
+    weight,
+    bias,
+    states,
+    normalizers,
+    lists,
+    counts,
+    grad_q,
+    delta,
+    grad_states,
+    grad_normalizers,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_gd,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    stride_od,
+    stride_lb,
+    stride_lh,
+    stride_ln,
+    stride_ld,
+    stride_wh,
+    stride_wr,
+    stride_wc,
+    stride_bh,
+    stride_bd,
+    stride_dqb,
+    stride_dqh,
+    stride_dqn,
+    stride_dqd,
+    scale,
+    num_tokens,
+    num_tiles,
+    num_heads,
+    num_columns,
+    state_rows,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    HAS_LINEAR: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """dQ of one tile of queries, its D^s, and its share of dH and dZ: one (D, D) state a tile."""
+    PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
+    PARTS: tl.constexpr = BLOCK_K // TILE_K
+    tile, batch, head = locate_program(num_tiles, num_heads)
+    batch_head = batch.to(tl.int64) * num_heads + head
+    first_query = tile * TILE_Q
+    block_row = first_query // BLOCK_Q
+    num_rows = tl.cdiv(num_tokens, BLOCK_Q)
+    origin = tl.zeros([], tl.int32)
+
+    rows = tl.arange(0, TILE_Q)
+    keys = tl.arange(0, TILE_K)
+    dims = tl.arange(0, PADDED_DIM)
+    row_mask = first_query + rows < num_tokens
+    grad_base = head_pointer(grad_out, batch, head, stride_gb, stride_gh)
+    out_base = head_pointer(out, batch, head, stride_ob, stride_oh)
+    q_base = head_pointer(q, batch, head, stride_qb, stride_qh)
+    grad = load_tile(grad_base, first_query, rows, dims, stride_gn, stride_gd, num_tokens, HEAD_DIM, PADDED)
+    output = load_tile(out_base, first_query, rows, dims, stride_on, stride_od, num_tokens, HEAD_DIM, PADDED)
+    query = load_tile(q_base, first_query, rows, dims, stride_qn, stride_qd, num_tokens, HEAD_DIM, PADDED)
+
+    row_delta = tl.sum(grad.to(tl.float32) * output.to(tl.float32), 1)
+    if HAS_BIAS:
+        bias_base = bias + head.to(tl.int64) * stride_bh
+        shift = tl.load(bias_base + dims * stride_bd, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)
+        row_delta -= tl.sum(grad.to(tl.float32) * shift[None, :], 1)
+
+    if HAS_LINEAR:
+        state_index = batch_head * state_rows + tl.minimum(block_row, state_rows - 1)
+        state_base = states + state_index * HEAD_DIM * HEAD_DIM
+        slot = tl.program_id(0).to(tl.int64)
+        grad_state_base = grad_states + slot * HEAD_DIM * HEAD_DIM
+        weight_base = weight + head.to(tl.int64) * stride_wh
+        linear_base = head_pointer(linear_out, batch, head, stride_lb, stride_lh)
+        state_type = states.dtype.element_ty
+
+        phi = feature_map(query, dims, HEAD_DIM, PADDED, FEATURE_MAP)
+        normalizer = tl.load(normalizers + state_index * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
+        inverse = reciprocal_or_zero(tl.sum(phi * normalizer[None, :], 1))
+        share = phi * inverse[:, None]
+        share_operand = tl.trans(share.to(state_type))
+        linear_delta = tl.zeros([TILE_Q], tl.float32)
+        grad_phi = tl.zeros([TILE_Q, PADDED_DIM], tl.float32)
+        for first in range(0, PADDED_DIM, CHUNK):
+            columns = first + tl.arange(0, CHUNK)
+            gate = load_tile(weight_base, origin, dims, columns, stride_wr, stride_wc, HEAD_DIM, HEAD_DIM, PADDED)
+            # [TILE_Q, PADDED_DIM] x [PADDED_DIM, CHUNK]
+            grad_linear = tl.dot(grad, gate.to(grad.dtype), input_precision="ieee")
+            linear = load_tile(
+                linear_base, first_query, rows, columns, stride_ln, stride_ld, num_tokens, HEAD_DIM, PADDED
+            )
+            linear_delta += tl.sum(grad_linear * linear.to(tl.float32), 1)
+            grad_linear = grad_linear.to(state_type)
+            state = load_tile(state_base, origin, dims, columns, HEAD_DIM, 1, HEAD_DIM, HEAD_DIM, PADDED)
+            # [TILE_Q, CHUNK] x [CHUNK, PADDED_DIM]
+            grad_phi = tl.dot(grad_linear, tl.trans(state), grad_phi, input_precision="ieee")
+            # [PADDED_DIM, TILE_Q] x [TILE_Q, CHUNK]
+            grad_state = tl.dot(share_operand, grad_linear, input_precision="ieee")
+            store_tile(grad_state_base, grad_state, origin, dims, columns, HEAD_DIM, 1, HEAD_DIM, HEAD_DIM, PADDED)
+        grad_normalizer = -tl.sum(share * linear_delta[:, None], 0)
+        tl.store(grad_normalizers + slot * HEAD_DIM + dims, grad_normalizer, mask=dims < HEAD_DIM)
+        grad_phi = (grad_phi - linear_delta[:, None] * normalizer[None, :]) * inverse[:, None]
+        accumulator = feature_map_backward(query, phi, grad_phi, FEATURE_MAP)
+        row_delta -= linear_delta
+    else:
+        accumulator = tl.zeros([TILE_Q, PADDED_DIM], tl.float32)
+    tl.store(delta + batch_head * num_tokens + first_query + rows, row_delta, mask=row_mask)
+
+    scale_log2 = scale * 1.4426950408889634
+    row_lse = tl.load(lse + batch_head * num_tokens + first_query + rows, mask=row_mask, other=0.0)
+    row_lse = row_lse * 1.4426950408889634
+    scaled_delta = row_delta * scale
+    k_base = head_pointer(k, batch, head, stride_kb, stride_kh)
+    v_base = head_pointer(v, batch, head, stride_vb, stride_vh)
+    row_list = lists + (batch_head * num_rows + block_row) * num_columns
+    num_critical = tl.load(counts + batch_head * num_rows + block_row)
+    for step in range(num_critical * PARTS):
+        start = tl.load(row_list + step // PARTS) * BLOCK_K + (step % PARTS) * TILE_K
+        key = load_tile(k_base, start, keys, dims, stride_kn, stride_kd, num_tokens, HEAD_DIM, PADDED)
+        # [TILE_Q, PADDED_DIM] x [PADDED_DIM, TILE_K]
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        probability = tl.exp2(scores * scale_log2 - row_lse[:, None])
+        probability = tl.where((start + keys < num_tokens)[None, :], probability, 0.0)
+        value = load_tile(v_base, start, keys, dims, stride_vn, stride_vd, num_tokens, HEAD_DIM, PADDED)
+        grad_probability = tl.dot(grad, tl.trans(value), input_precision="ieee")
+        grad_scores = probability * (grad_probability * scale - scaled_delta[:, None])
+        # [TILE_Q, TILE_K] x [TILE_K, PADDED_DIM]
+        accumulator = tl.dot(grad_scores.to(key.dtype), key, accumulator, input_precision="ieee")
+    grad_q_base = head_pointer(grad_q, batch, head, stride_dqb, stride_dqh)
+    store_tile(
+        grad_q_base, accumulator, first_query, rows, dims, stride_dqn, stride_dqd, num_tokens, HEAD_DIM, PADDED
+    )
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_tiles", "num_heads", "num_rows", "state_rows"])
+def attention_backward_key_kernel(
+    grad_out,
+    q,
+    k,
+    v,
+    lse,
+    delta,
+    grad_states,
+    grad_normalizers,
+    lists,
+    counts,
+    grad_k,
+    grad_v,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_gd,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    stride_dkb,
+    stride_dkh,
+    stride_dkn,
+    stride_dkd,
+    stride_dvb,
+    stride_dvh,
+    stride_dvn,
+    stride_dvd,
+    scale,
+    num_tokens,
+    num_tiles,
+    num_heads,
+    num_rows,
+    state_rows,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    HAS_LINEAR: tl.constexpr,
+):
+    """dK and dV of one tile of keys: the linear part from dh_j and dz_j, then the rows that call it critical."""
+    PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
+    PARTS: tl.constexpr = BLOCK_Q // TILE_Q
+    tile, batch, head = locate_program(num_tiles, num_heads)
+    batch_head = batch.to(tl.int64) * num_heads + head
+    first_key = tile * TILE_K
+    block_column = first_key // BLOCK_K
+    num_columns = tl.cdiv(num_tokens, BLOCK_K)
+
+    keys = tl.arange(0, TILE_K)
+    rows = tl.arange(0, TILE_Q)
+    dims = tl.arange(0, PADDED_DIM)
+    k_base = head_pointer(k, batch, head, stride_kb, stride_kh)
+    v_base = head_pointer(v, batch, head, stride_vb, stride_vh)
+    key = load_tile(k_base, first_key, keys, dims, stride_kn, stride_kd, num_tokens, HEAD_DIM, PADDED)
+    value = load_tile(v_base, first_key, keys, dims, stride_vn, stride_vd, num_tokens, HEAD_DIM, PADDED)
+
+    value_accumulator = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
+    if HAS_LINEAR:
+        state_index = batch_head * state_rows + tl.minimum(block_column, state_rows - 1)
+        state_base = grad_states + state_index * HEAD_DIM * HEAD_DIM
+        state_type = grad_states.dtype.element_ty
+        origin = tl.zeros([], tl.int32)
+        phi = feature_map(key, dims, HEAD_DIM, PADDED, FEATURE_MAP)
+        phi_operand = phi.to(state_type)
+        grad_phi = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
+        if CHUNK == PADDED_DIM:
+            grad_state = load_tile(state_base, origin, dims, dims, HEAD_DIM, 1, HEAD_DIM, HEAD_DIM, PADDED)
+            # [TILE_K, PADDED_DIM] x [PADDED_DIM, PADDED_DIM]
+            value_accumulator = tl.dot(phi_operand, grad_state, value_accumulator, input_precision="ieee")
+            grad_phi = tl.dot(value.to(state_type), tl.trans(grad_state), grad_phi, input_precision="ieee")
+        else:
+            # a whole state does not fit: sum over slices of the contracted dimension, picked out by a 0/1 product
+            for first in range(0, PADDED_DIM, CHUNK):
+                columns = first + tl.arange(0, CHUNK)
+                across = load_tile(state_base, origin, dims, columns, HEAD_DIM, 1, HEAD_DIM, HEAD_DIM, PADDED)
+                value_slice = load_tile(
+                    v_base, first_key, keys, columns, stride_vn, stride_vd, num_tokens, HEAD_DIM, PADDED
+                )
+                # [TILE_K, CHUNK] x [CHUNK, PADDED_DIM]
+                grad_phi = tl.dot(
+                    value_slice.to(state_type), tl.trans(across), grad_phi, input_precision="ieee"
+                )
+                select = (dims[:, None] == columns[None, :]).to(state_type)
+                phi_slice = tl.dot(phi_operand, select, input_precision="ieee").to(state_type)
+                down = load_tile(
+                    state_base + first * HEAD_DIM, origin, tl.arange(0, CHUNK), dims, HEAD_DIM, 1,
+                    HEAD_DIM - first, HEAD_DIM, PADDED,
+                )  # fmt: skip
+                value_accumulator = tl.dot(phi_slice, down, value_accumulator, input_precision="ieee")
+        normalizer_base = grad_normalizers + state_index * HEAD_DIM
+        grad_phi += tl.load(normalizer_base + dims, mask=dims < HEAD_DIM, other=0.0)[None, :]
+        key_accumulator = feature_map_backward(key, phi, grad_phi, FEATURE_MAP)
+    else:
+        key_accumulator = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
+
+    scale_log2 = scale * 1.4426950408889634
+    q_base = head_pointer(q, batch, head, stride_qb, stride_qh)
+    grad_base = head_pointer(grad_out, batch, head, stride_gb, stride_gh)
+    vector_base = batch_head * num_tokens
+    column_list = lists + (batch_head * num_columns + block_column) * num_rows
+    num_critical = tl.load(counts + batch_head * num_columns + block_column)
+    for step in range(num_critical * PARTS):
+        start = tl.load(column_list + step // PARTS) * BLOCK_Q + (step % PARTS) * TILE_Q
+        row_mask = start + rows < num_tokens
+        query = load_tile(q_base, start, rows, dims, stride_qn, stride_qd, num_tokens, HEAD_DIM, PADDED)
+        row_lse = tl.load(lse + vector_base + start + rows, mask=row_mask, other=0.0) * 1.4426950408889634
+        # [TILE_K, PADDED_DIM] x [PADDED_DIM, TILE_Q]; keys past the end make rows that are never stored
+        scores = tl.dot(key, tl.trans(query), input_precision="ieee")
+        probability = tl.exp2(scores * scale_log2 - row_lse[None, :])
+        grad = load_tile(grad_base, start, rows, dims, stride_gn, stride_gd, num_tokens, HEAD_DIM, PADDED)
+        # [TILE_K, TILE_Q] x [TILE_Q, PADDED_DIM]
+        value_accumulator = tl.dot(probability.to(grad.dtype), grad, value_accumulator, input_precision="ieee")
+        grad_probability = tl.dot(value, tl.trans(grad), input_precision="ieee")
+        scaled_delta = tl.load(delta + vector_base + start + rows, mask=row_mask, other=0.0) * scale
+        grad_scores = probability * (grad_probability * scale - scaled_delta[None, :])
+        key_accumulator = tl.dot(grad_scores.to(query.dtype), query, key_accumulator, input_precision="ieee")
+    grad_k_base = head_pointer(grad_k, batch, head, stride_dkb, stride_dkh)
+    grad_v_base = head_pointer(grad_v, batch, head, stride_dvb, stride_dvh)
+    store_tile(
+        grad_k_base, key_accumulator, first_key, keys, dims, stride_dkn, stride_dkd, num_tokens, HEAD_DIM, PADDED
+    )
+    store_tile(
+        grad_v_base, value_accumulator, first_key, keys, dims, stride_dvn, stride_dvd, num_tokens, HEAD_DIM, PADDED
+    )
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_splits", "num_heads", "tiles_per_split"])
+def gate_gradient_kernel(
+    grad_out,
+    linear_out,
+    grad_weight,
+    grad_bias,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_gd,
+    stride_lb,
+    stride_lh,
+    stride_ln,
+    stride_ld,
+    num_tokens,
+    num_splits,
+    num_heads,
+    tiles_per_split,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_LINEAR: tl.constexpr,
+):
+    """dO^T O^l and the sum of dO over one stretch of tokens of one head, in float32."""
+    PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
+    split, batch, head = locate_program(num_splits, num_heads)
+    slot = tl.program_id(0).to(tl.int64)
+    rows = tl.arange(0, TILE)
+    dims = tl.arange(0, PADDED_DIM)
+    columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    grad_base = head_pointer(grad_out, batch, head, stride_gb, stride_gh)
+    linear_base = head_pointer(linear_out, batch, head, stride_lb, stride_lh)
+    weight_sum = tl.zeros([PADDED_DIM, CHUNK], tl.float32)
+    bias_sum = tl.zeros([PADDED_DIM], tl.float32)
+    for step in range(tiles_per_split):
+        start = (split * tiles_per_split + step) * TILE
+        grad = load_tile(grad_base, start, rows, dims, stride_gn, stride_gd, num_tokens, HEAD_DIM, PADDED)
+        bias_sum += tl.sum(grad.to(tl.float32), 0)
+        if HAS_LINEAR:
+            linear = load_tile(
+                linear_base, start, rows, columns, stride_ln, stride_ld, num_tokens, HEAD_DIM, PADDED
+            )
+            # [PADDED_DIM, TILE] x [TILE, CHUNK]
+            weight_sum = tl.dot(tl.trans(grad), linear, weight_sum, input_precision="ieee")
+    if HAS_LINEAR:
+        base = grad_weight + slot * HEAD_DIM * HEAD_DIM
+        origin = tl.zeros([], tl.int32)
+        store_tile(base, weight_sum, origin, dims, columns, HEAD_DIM, 1, HEAD_DIM, HEAD_DIM, PADDED)
+    if tl.program_id(1) == 0:
+        tl.store(grad_bias + slot * HEAD_DIM + dims, bias_sum, mask=dims < HEAD_DIM)

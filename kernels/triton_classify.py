@@ -1,0 +1,177 @@
+"""Classification on the GPU: block scores, the three classes, and the lists of critical blocks.
+
+The scores S = pool(Q) pool(K)^T * scale (B, H, Tm, Tn) come from float32 means by float32 products; each row is then
+split by threshold search over order-preserving integer keys: the ``critical`` largest are +1, what the largest
+``Tn - negligible`` leave is -1, the rest 0, ties going to the lower key-block index first. No sort, no host sync.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["block_scores", "classify_rows", "critical_lists"]
+
+_SCORE_TILE = 64
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+def score_kernel(
+    pooled_q,
+    pooled_k,
+    scores,
+    scale,
+    num_queries,
+    num_keys,
+    HEAD_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    batch_head = tl.program_id(0).to(tl.int64)
+    queries = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    keys = tl.program_id(2) * TILE + tl.arange(0, TILE)
+    query_base = pooled_q + batch_head * num_queries * HEAD_DIM
+    key_base = pooled_k + batch_head * num_keys * HEAD_DIM
+    total = tl.zeros([TILE, TILE], tl.float32)
+    for first in range(0, HEAD_DIM, STEP):
+        dims = first + tl.arange(0, STEP)
+        query_mask = (queries < num_queries)[:, None] & (dims < HEAD_DIM)[None, :]
+        key_mask = (keys < num_keys)[:, None] & (dims < HEAD_DIM)[None, :]
+        query = tl.load(query_base + queries[:, None] * HEAD_DIM + dims[None, :], mask=query_mask, other=0.0)
+        key = tl.load(key_base + keys[:, None] * HEAD_DIM + dims[None, :], mask=key_mask, other=0.0)
+        total = tl.dot(query, tl.trans(key), total, input_precision="ieee")
+    base = scores + batch_head * num_queries * num_keys
+    address = base + queries[:, None].to(tl.int64) * num_keys + keys[None, :]
+    tl.store(address, total * scale, mask=(queries < num_queries)[:, None] & (keys < num_keys)[None, :])
+
+
+@triton.jit
+def take_largest(key, valid, count):
+    """Mask of the ``count`` largest of ``key`` [lanes] (int32) among ``valid``; of equal keys the first ones."""
+    low = tl.full([], -(2**31), tl.int64)
+    high = tl.full([], 2**31 - 1, tl.int64)
+    # the count-th largest key is the largest threshold that at least `count` keys reach
+    for _ in range(32):
+        middle = (low + high + 1) >> 1
+        reached = tl.sum(((key >= middle.to(tl.int32)) & valid).to(tl.int32), 0)
+        enough = reached >= count
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    threshold = low.to(tl.int32)
+    above = (key > threshold) & valid
+    tied = (key == threshold) & valid
+    ties_wanted = count - tl.sum(above.to(tl.int32), 0)
+    tie_rank = tl.cumsum(tied.to(tl.int32), 0)
+    return above | (tied & (tie_rank <= ties_wanted))
+
+
+@triton.jit
+def store_list(list_base, member, lanes):
+    """Write the indices of the members, ascending; return how many."""
+    indicator = member.to(tl.int32)
+    position = tl.cumsum(indicator, 0) - 1
+    tl.store(list_base + position, lanes, mask=member)
+    return tl.sum(indicator, 0)
+
+
+@triton.jit(do_not_specialize=["num_keys", "critical", "negligible"])
+def classify_kernel(scores, block_map, lists, num_keys, critical, negligible, LANES: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, LANES)
+    valid = lanes < num_keys
+    score = tl.load(scores + row * num_keys + lanes, mask=valid, other=0.0)
+    # -0 equals +0 as a score but not as bits
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    is_critical = take_largest(key, valid, critical)
+    label = tl.where(is_critical, 1, 0)
+    if negligible > 0:
+        is_kept = take_largest(key, valid, num_keys - negligible)
+        label = tl.where(is_kept, label, -1)
+    tl.store(block_map + row * num_keys + lanes, label.to(tl.int8), mask=valid)
+    store_list(lists + row * critical, is_critical, lanes)
+
+
+@triton.jit(do_not_specialize=["num_lines", "num_items", "stride_matrix", "stride_line", "stride_item"])
+def critical_list_kernel(
+    block_map,
+    lists,
+    counts,
+    num_lines,
+    num_items,
+    stride_matrix,
+    stride_line,
+    stride_item,
+    LANES: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    matrix = program // num_lines
+    line = program % num_lines
+    lanes = tl.arange(0, LANES)
+    address = block_map + matrix * stride_matrix + line * stride_line + lanes.to(tl.int64) * stride_item
+    member = tl.load(address, mask=lanes < num_items, other=0) == 1
+    tl.store(counts + program, store_list(lists + program * num_items, member, lanes))
+
+
+def _lanes_and_warps(items: int) -> tuple[int, int]:
+    lanes = max(32, triton.next_power_of_2(items))
+    return lanes, max(1, min(8, lanes // 1024))
+
+
+def block_scores(pooled_q: torch.Tensor, pooled_k: torch.Tensor, scale: float) -> torch.Tensor:
+    """pool(Q) pool(K)^T * scale from contiguous float32 (B, H, Tm, D) and (B, H, Tn, D); float32 (B, H, Tm, Tn).
+
+    Not ``torch.matmul``: under TF32, allowed by the user for the model's own products, rankings would change.
+    """
+    batch, heads, num_queries, head_dim = pooled_q.shape
+    num_keys = pooled_k.shape[2]
+    scores = pooled_q.new_empty(batch, heads, num_queries, num_keys)
+    grid = (batch * heads, triton.cdiv(num_queries, _SCORE_TILE), triton.cdiv(num_keys, _SCORE_TILE))
+    score_kernel[grid](
+        pooled_q, pooled_k, scores, scale, num_queries, num_keys, HEAD_DIM=head_dim, TILE=_SCORE_TILE, STEP=32
+    )
+    return scores
+
+
+def classify_rows(scores: torch.Tensor, critical: int, negligible: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split each row of ``scores`` (B, H, Tm, Tn).
+
+    Returns the block map, int8 (B, H, Tm, Tn), and the critical key blocks of each row in ascending order, int32
+    (B, H, Tm, critical).
+    """
+    batch, heads, num_queries, num_keys = scores.shape
+    block_map = torch.empty(scores.shape, dtype=torch.int8, device=scores.device)
+    lists = torch.empty((batch, heads, num_queries, critical), dtype=torch.int32, device=scores.device)
+    lanes, warps = _lanes_and_warps(num_keys)
+    classify_kernel[(batch * heads * num_queries,)](
+        scores, block_map, lists, num_keys, critical, negligible, LANES=lanes, num_warps=warps
+    )
+    return block_map, lists
+
+
+def critical_lists(block_map: torch.Tensor, *, by_column: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The critical blocks of each row (or column) of a contiguous int8 block map (B, H, Tm, Tn).
+
+    Returns lists, int32 (B, H, lines, items), of which the first ``counts`` (B, H, lines) entries of each line are
+    written, in ascending order. The width is the worst case, because the true one is known only on the device.
+    """
+    batch, heads, num_queries, num_keys = block_map.shape
+    lines, items = (num_keys, num_queries) if by_column else (num_queries, num_keys)
+    strides = (1, num_keys) if by_column else (num_keys, 1)
+    lists = torch.empty((batch, heads, lines, items), dtype=torch.int32, device=block_map.device)
+    counts = torch.empty((batch, heads, lines), dtype=torch.int32, device=block_map.device)
+    lanes, warps = _lanes_and_warps(items)
+    critical_list_kernel[(batch * heads * lines,)](
+        block_map,
+        lists,
+        counts,
+        lines,
+        items,
+        num_queries * num_keys,
+        strides[0],
+        strides[1],
+        LANES=lanes,
+        num_warps=warps,
+    )
+    return lists, counts

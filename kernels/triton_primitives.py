@@ -1,0 +1,123 @@
+"""Steps that the Triton kernels share: where a tile lies, how it is loaded, the feature map and its backward.
+
+Tiles: a *block* is the unit of the classification (``block_q`` or ``block_k`` tokens); a *tile* is what one program
+holds in registers, a block or a power-of-two part of one. A head dimension that is no power of two is padded with
+zeros in registers; the feature maps send the padding to zero, so it never reaches a sum.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "feature_map",
+    "feature_map_backward",
+    "head_pointer",
+    "load_tile",
+    "locate_program",
+    "reciprocal_or_zero",
+    "store_tile",
+]
+
+
+@triton.jit
+def locate_program(num_tiles, num_heads):
+    """Tile, batch and head of this program; neighbours share a head, and with it the cache."""
+    program = tl.program_id(0)
+    batch_head = program // num_tiles
+    return program % num_tiles, batch_head // num_heads, batch_head % num_heads
+
+
+@triton.jit
+def head_pointer(pointer, batch, head, stride_batch, stride_head):
+    return pointer + batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
+
+
+@triton.jit
+def tile_pointer(pointer, start, rows, columns, stride_row, stride_column):
+    # only the start can be far away: 64 bits there, 32 inside the tile
+    first = pointer + start.to(tl.int64) * stride_row
+    return first + (rows[:, None] * stride_row + columns[None, :] * stride_column)
+
+
+@triton.jit
+def tile_mask(start, rows, columns, num_rows, NUM_COLUMNS: tl.constexpr, PADDED: tl.constexpr):
+    mask = (start + rows < num_rows)[:, None]
+    if PADDED:
+        mask = mask & (columns < NUM_COLUMNS)[None, :]
+    return mask
+
+
+@triton.jit
+def load_tile(
+    pointer,
+    start,
+    rows,
+    columns,
+    stride_row,
+    stride_column,
+    num_rows,
+    NUM_COLUMNS: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """[rows, columns] from row ``start`` of a (num_rows, NUM_COLUMNS) matrix; zero outside of it."""
+    mask = tile_mask(start, rows, columns, num_rows, NUM_COLUMNS, PADDED)
+    return tl.load(tile_pointer(pointer, start, rows, columns, stride_row, stride_column), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    pointer,
+    value,
+    start,
+    rows,
+    columns,
+    stride_row,
+    stride_column,
+    num_rows,
+    NUM_COLUMNS: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    mask = tile_mask(start, rows, columns, num_rows, NUM_COLUMNS, PADDED)
+    address = tile_pointer(pointer, start, rows, columns, stride_row, stride_column)
+    tl.store(address, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def reciprocal_or_zero(denominator):
+    # below this a float32 reciprocal times a sum over keys can overflow; exactly 0 is a row without marginal keys
+    usable = denominator > 1e-30
+    return tl.where(usable, 1.0 / tl.where(usable, denominator, 1.0), 0.0)
+
+
+@triton.jit
+def feature_map(x, columns, NUM_COLUMNS: tl.constexpr, PADDED: tl.constexpr, FEATURE_MAP: tl.constexpr):
+    """phi of each row of x [rows, columns] in float32; 0 in padded columns."""
+    x = x.to(tl.float32)
+    inside = (columns < NUM_COLUMNS)[None, :]
+    if FEATURE_MAP == "softmax":
+        if PADDED:
+            x = tl.where(inside, x, float("-inf"))
+        phi = tl.exp(x - tl.max(x, 1)[:, None])
+        phi = phi / tl.sum(phi, 1)[:, None]
+    elif FEATURE_MAP == "elu":
+        phi = tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
+        if PADDED:
+            phi = tl.where(inside, phi, 0.0)
+    else:
+        tl.static_assert(FEATURE_MAP == "relu", "feature map")
+        phi = tl.maximum(x, 0.0)
+    return phi
+
+
+@triton.jit
+def feature_map_backward(x, phi, grad_phi, FEATURE_MAP: tl.constexpr):
+    """Gradient of x [rows, columns] in float32 from that of phi = feature_map(x)."""
+    if FEATURE_MAP == "softmax":
+        grad = phi * (grad_phi - tl.sum(phi * grad_phi, 1)[:, None])
+    elif FEATURE_MAP == "elu":
+        grad = grad_phi * tl.where(x.to(tl.float32) > 0, 1.0, phi)
+    else:
+        grad = tl.where(x.to(tl.float32) > 0, grad_phi, 0.0)
+    return grad

@@ -1,0 +1,218 @@
+"""Block means and block states on the GPU, and their sums over marginal blocks.
+
+For key block j over its tokens: pooled_j = mean K_j; h_j = phi(K_j)^T V_j [D, D]; z_j = phi(K_j)^T 1 [D]. For query
+row i: H_i = sum over marginal j of h_j and Z_i likewise, one batched matrix product with the 0/1 matrix (M == 0).
+Its backward is the product with the transpose. States are bfloat16 for both 16-bit input types, because sums over
+tens of thousands of keys leave float16's range, and float32 for float32; z and Z are float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .triton_primitives import feature_map, head_pointer, load_tile, locate_program, store_tile
+from .triton_tiles import launch_for, padded_dim
+
+__all__ = ["block_means", "key_states", "marginal_matrix", "state_dtype", "sum_of_states"]
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "num_heads"])
+def mean_kernel(
+    x,
+    pooled,
+    stride_batch,
+    stride_head,
+    stride_token,
+    stride_dim,
+    num_tokens,
+    num_blocks,
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block, batch, head = locate_program(num_blocks, num_heads)
+    rows = tl.arange(0, BLOCK)
+    dims = tl.arange(0, PADDED_DIM)
+    start = block * BLOCK
+    base = head_pointer(x, batch, head, stride_batch, stride_head)
+    PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
+    tile = load_tile(base, start, rows, dims, stride_token, stride_dim, num_tokens, HEAD_DIM, PADDED)
+    count = tl.minimum(num_tokens - start, BLOCK).to(tl.float32)
+    mean = tl.div_rn(tl.sum(tile.to(tl.float32), 0), tl.zeros([PADDED_DIM], tl.float32) + count)
+    tl.store(pooled + tl.program_id(0).to(tl.int64) * HEAD_DIM + dims, mean, mask=dims < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "num_heads"])
+def key_state_kernel(
+    k,
+    v,
+    pooled,
+    states,
+    normalizers,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    num_tokens,
+    num_blocks,
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    STORE_POOLED: tl.constexpr,
+):
+    block, batch, head = locate_program(num_blocks, num_heads)
+    first_column = tl.program_id(1) * CHUNK
+    slot = tl.program_id(0).to(tl.int64)
+    state_type = states.dtype.element_ty
+    PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
+    rows = tl.arange(0, TILE_K)
+    dims = tl.arange(0, PADDED_DIM)
+    columns = first_column + tl.arange(0, CHUNK)
+    k_base = head_pointer(k, batch, head, stride_kb, stride_kh)
+    v_base = head_pointer(v, batch, head, stride_vb, stride_vh)
+
+    key_sum = tl.zeros([PADDED_DIM], tl.float32)
+    normalizer = tl.zeros([PADDED_DIM], tl.float32)
+    state = tl.zeros([PADDED_DIM, CHUNK], tl.float32)
+    for part in range(BLOCK_K // TILE_K):
+        start = block * BLOCK_K + part * TILE_K
+        key = load_tile(k_base, start, rows, dims, stride_kn, stride_kd, num_tokens, HEAD_DIM, PADDED)
+        value = load_tile(v_base, start, rows, columns, stride_vn, stride_vd, num_tokens, HEAD_DIM, PADDED)
+        if STORE_POOLED:
+            key_sum += tl.sum(key.to(tl.float32), 0)
+        phi = feature_map(key, dims, HEAD_DIM, PADDED, FEATURE_MAP)
+        phi = tl.where((start + rows < num_tokens)[:, None], phi, 0.0).to(state_type)
+        normalizer += tl.sum(phi.to(tl.float32), 0)
+        # [PADDED_DIM, TILE_K] x [TILE_K, CHUNK]
+        state = tl.dot(tl.trans(phi), value.to(state_type), state, input_precision="ieee")
+
+    store_tile(
+        states + slot * HEAD_DIM * HEAD_DIM, state, tl.zeros([], tl.int32), dims, columns, HEAD_DIM, 1, HEAD_DIM,
+        HEAD_DIM, PADDED,
+    )  # fmt: skip
+    if tl.program_id(1) == 0:
+        tl.store(normalizers + slot * HEAD_DIM + dims, normalizer, mask=dims < HEAD_DIM)
+        if STORE_POOLED:
+            count = tl.minimum(num_tokens - block * BLOCK_K, BLOCK_K).to(tl.float32)
+            mean = tl.div_rn(key_sum, tl.zeros([PADDED_DIM], tl.float32) + count)
+            tl.store(pooled + slot * HEAD_DIM + dims, mean, mask=dims < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "width", "repeat"])
+def marginal_kernel(block_map, matrix, num_rows, num_columns, width, repeat, LANES: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    row = program // repeat
+    lanes = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    inside = lanes < num_columns
+    label = tl.load(block_map + row * num_columns + lanes, mask=inside, other=1)
+    value = tl.where(label == 0, 1.0, 0.0)
+    tl.store(matrix + program * width + lanes, value.to(matrix.dtype.element_ty), mask=lanes < width)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of the block states for inputs of ``dtype``."""
+    return torch.float32 if dtype == torch.float32 else torch.bfloat16
+
+
+def block_means(x: torch.Tensor, block: int) -> torch.Tensor:
+    """Mean over each block of tokens, over its true length: (B, H, N, D), any strides -> float32 (B, H, T, D)."""
+    batch, heads, tokens, head_dim = x.shape
+    blocks = triton.cdiv(tokens, block)
+    pooled = torch.empty((batch, heads, blocks, head_dim), dtype=torch.float32, device=x.device)
+    mean_kernel[(blocks * batch * heads,)](
+        x,
+        pooled,
+        *x.stride(),
+        tokens,
+        blocks,
+        heads,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim(head_dim),
+        BLOCK=block,
+    )
+    return pooled
+
+
+def key_states(
+    k: torch.Tensor, v: torch.Tensor, block_k: int, feature_map_name: str, *, pool: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One pass over K and V (B, H, N, D), any strides.
+
+    Returns h (B, H, Tn, D, D) in ``state_dtype``, z (B, H, Tn, D) float32, and the means of K (B, H, Tn, D) float32,
+    of shape (0,) without ``pool``.
+    """
+    batch, heads, tokens, head_dim = k.shape
+    blocks = triton.cdiv(tokens, block_k)
+    states = torch.empty((batch, heads, blocks, head_dim, head_dim), dtype=state_dtype(k.dtype), device=k.device)
+    normalizers = torch.empty((batch, heads, blocks, head_dim), dtype=torch.float32, device=k.device)
+    pooled = torch.empty(normalizers.shape if pool else (0,), dtype=torch.float32, device=k.device)
+    launch = launch_for("states", head_dim, k.dtype, block_k, block_k)
+    grid = (blocks * batch * heads, triton.cdiv(padded_dim(head_dim), launch.chunk))
+    key_state_kernel[grid](
+        k,
+        v,
+        pooled,
+        states,
+        normalizers,
+        *k.stride(),
+        *v.stride(),
+        tokens,
+        blocks,
+        heads,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim(head_dim),
+        BLOCK_K=block_k,
+        TILE_K=launch.tile_k,
+        CHUNK=launch.chunk,
+        FEATURE_MAP=feature_map_name,
+        STORE_POOLED=pool,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+    return states, normalizers, pooled
+
+
+def marginal_matrix(block_map: torch.Tensor, dtype: torch.dtype, repeat: int = 1) -> torch.Tensor:
+    """(M == 0) as 0/1 in ``dtype``, each row ``repeat`` times: (B, H, Tm, Tn) -> (B*H, Tm*repeat, Tn).
+
+    Rows are padded in memory to 16 bytes: cuBLAS leaves its fast kernels at an odd row pitch.
+    """
+    batch, heads, rows, columns = block_map.shape
+    width = triton.cdiv(columns, 8) * 8
+    matrix = torch.empty((batch * heads, rows * repeat, width), dtype=dtype, device=block_map.device)
+    lanes = min(1024, max(32, triton.next_power_of_2(width)))
+    grid = (batch * heads * rows * repeat, triton.cdiv(width, lanes))
+    marginal_kernel[grid](block_map, matrix, rows, columns, width, repeat, LANES=lanes, num_warps=1)
+    return matrix[:, :, :columns]
+
+
+def sum_of_states(matrix: torch.Tensor | None, states: torch.Tensor, *, transpose: bool = False) -> torch.Tensor:
+    """Sum ``states`` (B, H, T, *state) over blocks, weighted by a 0/1 ``matrix`` (B*H, rows, T).
+
+    Returns (B, H, rows, *state); with ``transpose`` the matrix is (B*H, T, rows). Without a matrix every block counts
+    in the one row that is returned, (B, H, 1, *state).
+    """
+    if matrix is None:
+        return states.sum(dim=2, keepdim=True, dtype=states.dtype)
+    batch, heads, blocks = states.shape[:3]
+    state_shape = states.shape[3:]
+    matrix = matrix.transpose(1, 2) if transpose else matrix
+    sums = states.new_empty((batch, heads, matrix.shape[1], *state_shape))
+    # out= keeps an enclosing autocast from changing the type of the product
+    torch.bmm(
+        matrix,
+        states.view(batch * heads, blocks, state_shape.numel()),
+        out=sums.view(batch * heads, matrix.shape[1], state_shape.numel()),
+    )
+    return sums

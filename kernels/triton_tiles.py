@@ -1,0 +1,90 @@
+"""Tile sizes, warps and pipeline stages of the attention kernels: one small table, no tuning at a user's first call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+__all__ = ["Launch", "check_supported", "launch_for", "padded_dim"]
+
+KERNELS = ("states", "forward", "backward_query", "backward_key", "gate")
+FEATURE_MAPS = ("softmax", "elu", "relu")
+LINEAR_FORMS = ("marginal", "all", "none")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one kernel is launched: largest tile of queries and of keys, columns a step, warps, stages."""
+
+    tile_q: int
+    tile_k: int
+    chunk: int
+    warps: int
+    stages: int
+
+
+def padded_dim(head_dim: int) -> int:
+    """Head dimension in registers: the next power of two, at least the 16 that a matrix unit needs."""
+    return int(max(16, triton.next_power_of_2(head_dim)))
+
+
+# (kernel, head dimension in registers up to) -> launch, for 16-bit inputs
+_HALF: dict[tuple[str, int], Launch] = {
+    ("states", 64): Launch(64, 64, 64, 4, 2),
+    ("states", 128): Launch(64, 64, 128, 8, 2),
+    ("states", 256): Launch(64, 64, 64, 8, 2),
+    ("forward", 64): Launch(64, 64, 64, 4, 3),
+    ("forward", 128): Launch(64, 64, 64, 4, 3),
+    ("forward", 256): Launch(64, 32, 32, 4, 2),
+    ("backward_query", 64): Launch(64, 64, 64, 4, 2),
+    ("backward_query", 128): Launch(64, 64, 64, 4, 2),
+    ("backward_query", 256): Launch(32, 32, 32, 4, 1),
+    ("backward_key", 64): Launch(64, 64, 64, 4, 2),
+    ("backward_key", 128): Launch(64, 64, 128, 4, 2),
+    ("backward_key", 256): Launch(32, 32, 32, 4, 1),
+    ("gate", 64): Launch(64, 64, 64, 4, 2),
+    ("gate", 128): Launch(64, 64, 128, 8, 2),
+    ("gate", 256): Launch(64, 64, 64, 8, 2),
+}
+
+# float32 products run on the plain arithmetic units and twice the bytes fill shared memory: smaller tiles
+_SINGLE: dict[int, Launch] = {
+    64: Launch(32, 32, 32, 4, 1),
+    128: Launch(32, 32, 32, 4, 1),
+    256: Launch(16, 16, 16, 4, 1),
+}
+
+
+def launch_for(kernel: str, head_dim: int, dtype: torch.dtype, block_q: int, block_k: int) -> Launch:
+    """The launch of ``kernel`` (one of ``KERNELS``); tiles never larger than the blocks they divide."""
+    padded = padded_dim(head_dim)
+    row = max(64, padded)
+    launch = _SINGLE[row] if dtype == torch.float32 else _HALF[kernel, row]
+    return Launch(
+        min(launch.tile_q, block_q),
+        min(launch.tile_k, block_k),
+        min(launch.chunk, padded),
+        launch.warps,
+        launch.stages,
+    )
+
+
+def check_supported(
+    q: torch.Tensor, block_q: int, block_k: int, feature_map: str, linear: str
+) -> None:
+    """Raise a TypeError or ValueError, before anything is launched, for what these kernels cannot do."""
+    if q.dtype not in DTYPES:
+        accepted = ", ".join(str(dtype) for dtype in DTYPES)
+        raise TypeError(f"sla on CUDA: dtype of q is {q.dtype}; accepted: {accepted} (float64 runs on the CPU only)")
+    if not 1 <= q.shape[-1] <= 256:
+        raise ValueError(f"sla on CUDA: head dimension is {q.shape[-1]}; accepted: 1 to 256")
+    for name, block in (("block_q", block_q), ("block_k", block_k)):
+        if block not in (16, 32, 64, 128, 256):
+            raise ValueError(f"sla on CUDA: {name} is {block}; accepted: 16, 32, 64, 128, 256")
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"sla on CUDA: feature_map is {feature_map!r}; accepted: {', '.join(FEATURE_MAPS)}")
+    if linear not in LINEAR_FORMS:
+        raise ValueError(f"sla on CUDA: linear is {linear!r}; accepted: {', '.join(LINEAR_FORMS)}")
