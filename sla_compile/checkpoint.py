@@ -95,8 +95,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     file = _read(path)
     found = gates(model)
-    # Gates made or copied in inference mode could never be trained.
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         if found:
             _check_settings(path, file, model_config(model), found)
             _raise_listed(_load_of(path, model), [*file.problems, *_misfits(file, found)])
@@ -273,10 +272,10 @@ def _load_of(path: str | os.PathLike[str], model: nn.Module) -> str:
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by its path, also under a second name; of a compiled module the one inside."""
+    """Every module by the path that ``gates`` would give it; of a compiled module the one inside."""
     return {
         ".".join(part for part in name.split(".") if part != "_orig_mod"): module
-        for name, module in model.named_modules(remove_duplicate=False)
+        for name, module in model.named_modules()
     }
 
 

@@ -199,7 +199,7 @@ def test_owner_without_parameters_takes_those_around_it(tmp_path: Path) -> None:
     def build() -> Any:
         block = Block()
         block.core, block.counts = Core(), nn.Embedding(2, 2, dtype=torch.float64)
-        return nn.ModuleDict({"block": block}).to(torch.bfloat16)
+        return nn.ModuleDict({"head": nn.Linear(2, 2), "block": block.to(torch.bfloat16)})
 
     source = build()
     attach_gate(
@@ -394,6 +394,20 @@ def test_owners_that_do_not_fit_are_listed_together(tmp_path: Path) -> None:
         load(model, path)
     assert [name for name, _ in model.named_modules()] == names
     assert model_config(model) is None
+
+
+def test_one_module_under_two_names_takes_one_gate(saved: Path) -> None:
+    model = Model()
+    model.blocks[1] = model.blocks[0]
+    with refused(
+        "1 problem(s), nothing was changed:", "blocks.1.attn.sla: no module 'blocks.1.attn' in the model"
+    ):
+        load(model, saved)
+    assert not gates(model)
+    tied = prepared()
+    tied.blocks[1] = tied.blocks[0]
+    save(tied, saved)
+    assert list(gates(load(model, saved))) == PATHS[:1]
 
 
 def test_other_settings_are_listed_in_one_error(saved: Path) -> None:

@@ -204,10 +204,11 @@ def test_frozen_and_hashable() -> None:
 
 
 def test_stored_mappings_share_nothing_with_the_caller() -> None:
-    changes = {"topk": 0.5}
-    config = SLAConfig(overrides={"a": changes}, inductor={"rocm.arch": ["gfx90a"]})
+    changes, architectures = {"topk": 0.5}, ["gfx90a"]
+    config = SLAConfig(overrides={"a": changes}, inductor={"rocm.arch": architectures})
     before = config.to_json()
     changes["topk"] = 0.25
+    architectures.append("gfx950")
     config.overrides["a"]["topk"] = 0.25  # type: ignore[index]
     config.inductor["rocm.arch"].append("gfx942")
     assert config.to_json() == before
@@ -500,6 +501,7 @@ def test_fingerprint_changes_with_every_field_and_with_nothing_else() -> None:
     assert len(prints) == len(FULL) + 1
     shuffled = dict(reversed(list(FULL.items())))
     shuffled["inductor"] = dict(reversed(list(FULL["inductor"].items())))
+    shuffled["overrides"] = {p: dict(reversed(list(c.items()))) for p, c in FULL["overrides"].items()}
     assert SLAConfig(**shuffled).fingerprint() == SLAConfig(**FULL).fingerprint()
 
 
