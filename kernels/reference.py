@@ -1,8 +1,8 @@
 """The definition of Sparse-Linear Attention (arXiv 2509.24006), dense and in plain PyTorch.
 
-For tests alone: it costs a full attention map, differentiates by autograd and is right in float64. It shares no
-helper with any kernel. Axes: B batch, H heads, N tokens, D head dimension, Tm = ceil(N / block_q) query blocks,
-Tn = ceil(N / block_k) key blocks. ``block_map`` holds M: +1 critical, 0 marginal, -1 negligible.
+For tests alone: it costs a full attention map, differentiates by autograd and is right in float64. It shares
+no helper with any kernel. Axes: B batch, H heads, N tokens, D head dimension, Tm = ceil(N / block_q) query
+blocks, Tn = ceil(N / block_k) key blocks. ``block_map`` holds M: +1 critical, 0 marginal, -1 negligible.
 """
 
 from __future__ import annotations
@@ -20,15 +20,19 @@ __all__ = ["classify", "sparse_linear_attention"]
 def classify(
     q: Tensor, k: Tensor, *, scale: float, topk: float, bottomk: float, block_q: int, block_k: int
 ) -> Tensor:
-    """M (B, H, Tm, Tn) int8 from q, k (B, H, N, D); no gradient (paper, section 4, equation 3).
+    """M (B, H, Tm, Tn) int8 from q, k (B, H, N, D); no gradient (paper, section 4).
 
     Each row is ranked by descending score, ties by the lower key block first. The first
-    ``max(1, floor(topk * Tn))`` are critical, the last ``floor(bottomk * Tn)`` negligible, the others marginal.
+    ``max(1, floor(topk * Tn))`` are critical, the last ``floor(bottomk * Tn)`` negligible, the rest marginal.
     """
     with torch.no_grad():
         work = torch.float64 if q.dtype == torch.float64 else torch.float32
-        pooled_q = torch.stack([block.mean(dim=2) for block in q.to(work).split(block_q, dim=2)], dim=2)
-        pooled_k = torch.stack([block.mean(dim=2) for block in k.to(work).split(block_k, dim=2)], dim=2)
+        pooled_q = torch.stack(
+            [block.mean(dim=2) for block in torch.split(q.to(work), block_q, dim=2)], dim=2
+        )
+        pooled_k = torch.stack(
+            [block.mean(dim=2) for block in torch.split(k.to(work), block_k, dim=2)], dim=2
+        )
         scores = pooled_q @ pooled_k.mT * scale
         key_blocks = scores.shape[-1]
         critical = max(1, math.floor(Fraction(repr(float(topk))) * key_blocks))
@@ -66,18 +70,18 @@ def sparse_branch(
 def linear_branch(
     q: Tensor, k: Tensor, v: Tensor, summed: Tensor, feature_map: str, bq: int, bk: int
 ) -> Tensor:
-    """O^l (B, H, N, D): linear attention of each query over the key blocks where summed (B, H, Tm, Tn) is true."""
+    """O^l (B, H, N, D): linear attention over the key blocks where summed (B, H, Tm, Tn) is true."""
     phi_q, phi_k = feature(q, feature_map), feature(k, feature_map)
     # h_j = phi(K_j)^T V_j and z_j = phi(K_j)^T 1
-    pairs = zip(phi_k.split(bk, dim=2), v.split(bk, dim=2), strict=True)
+    pairs = zip(torch.split(phi_k, bk, dim=2), torch.split(v, bk, dim=2), strict=True)
     h = torch.stack([phi_k_j.mT @ v_j for phi_k_j, v_j in pairs], dim=2)
-    z = torch.stack([phi_k_j.sum(dim=2) for phi_k_j in phi_k.split(bk, dim=2)], dim=2)
+    z = torch.stack([phi_k_j.sum(dim=2) for phi_k_j in torch.split(phi_k, bk, dim=2)], dim=2)
     # H_i = sum of h_j and Z_i = sum of z_j over the summed blocks of row i
     big_h = torch.einsum("bhij,bhjde->bhide", summed.to(h.dtype), h)
     big_z = torch.einsum("bhij,bhjd->bhid", summed.to(z.dtype), z)
     # O^l_i = phi(Q_i) H_i / (phi(Q_i) Z_i), and 0 where nothing is summed or the denominator is 0
     blocks = []
-    for i, phi_q_i in enumerate(phi_q.split(bq, dim=2)):
+    for i, phi_q_i in enumerate(torch.split(phi_q, bq, dim=2)):
         numerator = phi_q_i @ big_h[:, :, i]
         denominator = phi_q_i @ big_z[:, :, i, :, None]
         zero = denominator == 0
@@ -101,7 +105,7 @@ def sparse_linear_attention(
     linear: str = "marginal",
     block_map: Tensor | None = None,
 ) -> Tensor:
-    """O (B, H, N, D) = O^s + O^l weight^T + bias from q, k, v (B, H, N, D) (paper, section 4, equations 3 to 6).
+    """O (B, H, N, D) = O^s + O^l weight^T + bias from q, k, v (B, H, N, D) (paper, section 4).
 
     weight is (D, D) or (H, D, D), bias (D) or (H, D); without weight there is no linear branch. ``linear`` is
     "marginal" (the paper), "all" (the authors' released code: every key block) or "none". A given
