@@ -328,9 +328,10 @@ def _gate_side(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dW = dO^T O^l and db = sum of dO, by float32 sums over stretches of tokens, then over the stretches."""
     batch, heads, tokens, head_dim = grad_out.shape
-    none = grad_out.new_empty(0)
+    dweight = weight.new_zeros(weight.shape) if weight is not None else grad_out.new_empty(0)
+    dbias = grad_out.new_empty(0)
     if not has_linear and bias is None:
-        return (torch.zeros_like(weight) if weight is not None else none), none
+        return dweight, dbias
     launch = launch_for("gate", head_dim, grad_out.dtype, 64, 64)
     splits = triton.cdiv(tokens, launch.tile_q * _GATE_TILES_PER_SPLIT)
     bias_parts = torch.empty((batch, heads, splits, head_dim), dtype=torch.float32, device=grad_out.device)
@@ -356,11 +357,13 @@ def _gate_side(
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
-    dweight, dbias = none, none
-    if weight is not None:
-        over = (0, 2) if weight.dim() == 3 else (0, 1, 2)
-        dweight = weight_parts.sum(over).to(weight.dtype) if has_linear else torch.zeros_like(weight)
+    if weight is not None and has_linear:
+        dweight = _sum_parts(weight_parts, weight, per_head=weight.dim() == 3)
     if bias is not None:
-        over = (0, 2) if bias.dim() == 2 else (0, 1, 2)
-        dbias = bias_parts.sum(over).to(bias.dtype)
+        dbias = _sum_parts(bias_parts, bias, per_head=bias.dim() == 2)
     return dweight, dbias
+
+
+def _sum_parts(parts: torch.Tensor, like: torch.Tensor, *, per_head: bool) -> torch.Tensor:
+    """Float32 parts (B, H, splits, ...) summed over batch and splits, and heads where these share, as ``like``."""
+    return parts.sum((0, 2) if per_head else (0, 1, 2), dtype=torch.float32).to(like.dtype)

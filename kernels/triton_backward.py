@@ -135,11 +135,10 @@ def attention_backward_query_kernel(
         phi = feature_map(query, dims, HEAD_DIM, PADDED, FEATURE_MAP)
         normalizer = tl.load(normalizers + state_index * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
         inverse = reciprocal_or_zero(tl.sum(phi * normalizer[None, :], 1))
-        share = phi * inverse[:, None]
-        share_operand = tl.trans(share.to(state_type))
+        share = tl.trans((phi * inverse[:, None]).to(state_type))
         linear_delta = tl.zeros([TILE_Q], tl.float32)
         grad_phi = tl.zeros([TILE_Q, PADDED_DIM], tl.float32)
-        for first in range(0, PADDED_DIM, CHUNK):
+        for first in tl.range(0, PADDED_DIM, CHUNK, num_stages=1):
             columns = first + tl.arange(0, CHUNK)
             gate = load_tile(weight_base, origin, dims, columns, stride_wr, stride_wc, HEAD_DIM, HEAD_DIM, PADDED)
             # [TILE_Q, PADDED_DIM] x [PADDED_DIM, CHUNK]
@@ -153,9 +152,12 @@ def attention_backward_query_kernel(
             # [TILE_Q, CHUNK] x [CHUNK, PADDED_DIM]
             grad_phi = tl.dot(grad_linear, tl.trans(state), grad_phi, input_precision="ieee")
             # [PADDED_DIM, TILE_Q] x [TILE_Q, CHUNK]
-            grad_state = tl.dot(share_operand, grad_linear, input_precision="ieee")
+            grad_state = tl.dot(share, grad_linear, input_precision="ieee")
             store_tile(grad_state_base, grad_state, origin, dims, columns, HEAD_DIM, 1, HEAD_DIM, HEAD_DIM, PADDED)
-        grad_normalizer = -tl.sum(share * linear_delta[:, None], 0)
+        # loaded and mapped again: kept in registers they would make the loop above spill
+        query = load_tile(q_base, first_query, rows, dims, stride_qn, stride_qd, num_tokens, HEAD_DIM, PADDED)
+        phi = feature_map(query, dims, HEAD_DIM, PADDED, FEATURE_MAP)
+        grad_normalizer = -tl.sum(phi * (inverse * linear_delta)[:, None], 0)
         tl.store(grad_normalizers + slot * HEAD_DIM + dims, grad_normalizer, mask=dims < HEAD_DIM)
         grad_phi = (grad_phi - linear_delta[:, None] * normalizer[None, :]) * inverse[:, None]
         accumulator = feature_map_backward(query, phi, grad_phi, FEATURE_MAP)
@@ -267,36 +269,28 @@ def attention_backward_key_kernel(
         state_base = grad_states + state_index * HEAD_DIM * HEAD_DIM
         state_type = grad_states.dtype.element_ty
         origin = tl.zeros([], tl.int32)
-        phi = feature_map(key, dims, HEAD_DIM, PADDED, FEATURE_MAP)
-        phi_operand = phi.to(state_type)
         grad_phi = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
-        if CHUNK == PADDED_DIM:
-            grad_state = load_tile(state_base, origin, dims, dims, HEAD_DIM, 1, HEAD_DIM, HEAD_DIM, PADDED)
-            # [TILE_K, PADDED_DIM] x [PADDED_DIM, PADDED_DIM]
-            value_accumulator = tl.dot(phi_operand, grad_state, value_accumulator, input_precision="ieee")
-            grad_phi = tl.dot(value.to(state_type), tl.trans(grad_state), grad_phi, input_precision="ieee")
-        else:
-            # a whole state does not fit: sum over slices of the contracted dimension, picked out by a 0/1 product
-            for first in range(0, PADDED_DIM, CHUNK):
-                columns = first + tl.arange(0, CHUNK)
-                across = load_tile(state_base, origin, dims, columns, HEAD_DIM, 1, HEAD_DIM, HEAD_DIM, PADDED)
-                value_slice = load_tile(
-                    v_base, first_key, keys, columns, stride_vn, stride_vd, num_tokens, HEAD_DIM, PADDED
-                )
-                # [TILE_K, CHUNK] x [CHUNK, PADDED_DIM]
-                grad_phi = tl.dot(
-                    value_slice.to(state_type), tl.trans(across), grad_phi, input_precision="ieee"
-                )
-                select = (dims[:, None] == columns[None, :]).to(state_type)
-                phi_slice = tl.dot(phi_operand, select, input_precision="ieee").to(state_type)
-                down = load_tile(
-                    state_base + first * HEAD_DIM, origin, tl.arange(0, CHUNK), dims, HEAD_DIM, 1,
-                    HEAD_DIM - first, HEAD_DIM, PADDED,
-                )  # fmt: skip
-                value_accumulator = tl.dot(phi_slice, down, value_accumulator, input_precision="ieee")
+        for first in tl.range(0, PADDED_DIM, CHUNK, num_stages=1):
+            columns = first + tl.arange(0, CHUNK)
+            grad_state = load_tile(state_base, origin, dims, columns, HEAD_DIM, 1, HEAD_DIM, HEAD_DIM, PADDED)
+            part = load_tile(v_base, first_key, keys, columns, stride_vn, stride_vd, num_tokens, HEAD_DIM, PADDED)
+            # [TILE_K, CHUNK] x [CHUNK, PADDED_DIM]
+            grad_phi = tl.dot(part.to(state_type), tl.trans(grad_state), grad_phi, input_precision="ieee")
         normalizer_base = grad_normalizers + state_index * HEAD_DIM
         grad_phi += tl.load(normalizer_base + dims, mask=dims < HEAD_DIM, other=0.0)[None, :]
+        phi = feature_map(key, dims, HEAD_DIM, PADDED, FEATURE_MAP)
         key_accumulator = feature_map_backward(key, phi, grad_phi, FEATURE_MAP)
+        phi = phi.to(state_type)
+        for first in tl.range(0, PADDED_DIM, CHUNK, num_stages=1):
+            columns = first + tl.arange(0, CHUNK)
+            # a 0/1 product picks these columns of phi, exactly
+            place = (dims[:, None] == columns[None, :]).to(state_type)
+            part = tl.dot(phi, place, input_precision="ieee").to(state_type)
+            grad_state = load_tile(
+                state_base, origin + first, tl.arange(0, CHUNK), dims, HEAD_DIM, 1, HEAD_DIM, HEAD_DIM, PADDED
+            )
+            # [TILE_K, CHUNK] x [CHUNK, PADDED_DIM]
+            value_accumulator = tl.dot(part, grad_state, value_accumulator, input_precision="ieee")
     else:
         key_accumulator = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
 

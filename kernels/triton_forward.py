@@ -120,11 +120,13 @@ def attention_forward_kernel(
         weight_base = weight + head.to(tl.int64) * stride_wh
         linear_base = head_pointer(linear_out, batch, head, stride_ob, stride_oh)
         origin = tl.zeros([], tl.int32)
+        # loaded again: kept in registers it would slow the loop above
+        query = load_tile(q_base, first_query, rows, dims, stride_qn, stride_qd, num_tokens, HEAD_DIM, PADDED)
         phi = feature_map(query, dims, HEAD_DIM, PADDED, FEATURE_MAP)
         normalizer = tl.load(normalizers + state_index * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
         inverse = reciprocal_or_zero(tl.sum(phi * normalizer[None, :], 1))
         phi = phi.to(states.dtype.element_ty)
-        for first in range(0, PADDED_DIM, CHUNK):
+        for first in tl.range(0, PADDED_DIM, CHUNK, num_stages=1):
             columns = first + tl.arange(0, CHUNK)
             state = load_tile(state_base, origin, dims, columns, HEAD_DIM, 1, HEAD_DIM, HEAD_DIM, PADDED)
             # [TILE_Q, PADDED_DIM] x [PADDED_DIM, CHUNK]

@@ -1,0 +1,201 @@
+"""The Triton kernels on a CUDA device: every dtype and head dimension against the definition in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import relative_error
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton_cases import NAMES, Case, check, inputs, run_kernels, run_reference
+
+from sla_compile.kernels import reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("nan_fresh_buffers"),
+]
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+BUDGETS = {torch.float32: (1e-5, 1e-5), torch.float16: (1e-2, 2e-2), torch.bfloat16: (1e-2, 2e-2)}
+
+
+def dtype_id(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@pytest.fixture(autouse=True)
+def free_memory() -> Iterator[None]:
+    yield
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("head_dim", [16, 40, 64, 72, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_head_dims(dtype: torch.dtype, head_dim: int) -> None:
+    case = Case(tokens=1003, head_dim=head_dim, batch=2, topk=0.2, bottomk=0.2)
+    check(case, inputs(case, dtype, "cuda"), *BUDGETS[dtype])
+
+
+CASES = [
+    Case(tokens=999, feature_map="elu"),
+    Case(tokens=999, feature_map="relu"),
+    Case(tokens=999, linear="all"),
+    Case(tokens=999, linear="none"),
+    Case(tokens=999, weight="none"),
+    Case(tokens=999, weight="none", bias="none"),
+    Case(tokens=999, weight="per_head", bias="per_head", heads=3),
+    Case(tokens=999, gate_dtype=torch.float32),
+    Case(tokens=999, layout="packed"),
+    Case(tokens=999, layout="head_major"),
+    Case(tokens=999, layout="dim_before_token"),
+    Case(tokens=999, topk=0.4, bottomk=0.6),
+    Case(tokens=1),
+    Case(tokens=63),
+    Case(tokens=65, topk=0.05, bottomk=0.1),
+    Case(tokens=640, topk=0.05, bottomk=0.1),
+    *(
+        Case(tokens=1001, head_dim=head_dim, block_q=block_q, block_k=block_k)
+        for head_dim, block_q, block_k in [
+            (128, 128, 128),
+            (128, 128, 64),
+            (128, 32, 64),
+            (128, 16, 16),
+            (64, 64, 32),
+            (64, 256, 128),
+            (64, 64, 256),
+            (256, 128, 32),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_id)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_settings(case: Case, dtype: torch.dtype) -> None:
+    check(case, inputs(case, dtype, "cuda"), *BUDGETS[dtype])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+def test_topk_one_is_as_good_as_dense_attention(dtype: torch.dtype, head_dim: int) -> None:
+    case = Case(tokens=2003, head_dim=head_dim, topk=1.0, bottomk=0.0, bias="none")
+    tensors = inputs(case, dtype, "cuda")
+    actual, block_map = run_kernels(case, tensors)
+    expected = run_reference(case, tensors, block_map)
+    q, k, v = (x.detach().requires_grad_() for x in tensors[:3])
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out = F.scaled_dot_product_attention(q, k, v)
+    dense = dict(zip(NAMES, (out, *torch.autograd.grad(out, (q, k, v), tensors[5])), strict=False))
+    for name, value in dense.items():
+        ours, theirs = relative_error(actual[name], expected[name]), relative_error(value, expected[name])
+        assert ours <= 2 * theirs, f"{name}: error {ours:.3e}, dense SDPA's {theirs:.3e}"
+
+
+def test_many_tokens() -> None:
+    case = Case(tokens=10007, head_dim=128, topk=0.05, bottomk=0.1)
+    check(case, inputs(case, torch.bfloat16, "cuda"), 1e-2, 2e-2)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_bits_are_the_same_every_time(head_dim: int) -> None:
+    case = Case(tokens=3001, head_dim=head_dim, heads=4, topk=0.1)
+    tensors = inputs(case, torch.bfloat16, "cuda")
+    first, first_map = run_kernels(case, tensors)
+    for _ in range(3):
+        again, again_map = run_kernels(case, tensors)
+        assert torch.equal(first_map, again_map)
+        for name, value in first.items():
+            assert torch.equal(value, again[name]), name
+
+
+def test_capture_in_a_cuda_graph() -> None:
+    case = Case(tokens=1003, head_dim=128)
+    tensors = inputs(case, torch.bfloat16, "cuda")
+    run_kernels(case, tensors)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, captured_map = run_kernels(case, tensors)
+    for tensor, fresh in zip(tensors, inputs(case, torch.bfloat16, "cuda", seed=1), strict=True):
+        if tensor is not None and fresh is not None:
+            tensor.copy_(fresh)
+    graph.replay()
+    expected, expected_map = run_kernels(case, tensors)
+    assert torch.equal(captured_map, expected_map)
+    for name, value in expected.items():
+        assert torch.equal(captured[name], value), name
+
+
+def test_classes_match_the_definition() -> None:
+    case = Case(tokens=8011, head_dim=128, topk=0.1, bottomk=0.2)
+    q, k, *rest = inputs(case, torch.bfloat16, "cuda")
+    assert q is not None
+    assert k is not None
+    _, block_map = run_kernels(case, [q, k, *rest])
+    settings = {"scale": case.head_dim**-0.5, "topk": case.topk, "bottomk": case.bottomk, "block_q": 64, "block_k": 64}
+    expected = reference.classify(q.double(), k.double(), **settings)
+    # only pairs of scores closer than float32 rounding may be ranked otherwise
+    assert (block_map != expected).float().mean().item() < 1e-3
+    critical, negligible = case.counts
+    assert ((block_map == 1).sum(-1) == critical).all()
+    assert ((block_map == -1).sum(-1) == negligible).all()
+
+
+def test_equal_keys_go_to_the_lower_index() -> None:
+    case = Case(tokens=2000, head_dim=128, topk=0.1, bottomk=0.1)
+    q, k, *rest = inputs(case, torch.bfloat16, "cuda")
+    assert k is not None
+    _, block_map = run_kernels(case, [q, torch.full_like(k, 0.3), *rest])
+    critical, negligible = case.counts
+    blocks = block_map.shape[-1]
+    row = torch.tensor([1] * critical + [0] * (blocks - critical - negligible) + [-1] * negligible)
+    assert torch.equal(block_map.cpu(), row.to(torch.int8).expand(block_map.shape))
+
+
+@pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("keys", ["logits of 1e6", "equal", "zero", "negative"])
+def test_finite(keys: str, dtype: torch.dtype, feature_map: str) -> None:
+    case = Case(tokens=500, head_dim=64, feature_map=feature_map)
+    q, k, *rest = inputs(case, dtype, "cuda")
+    assert q is not None
+    assert k is not None
+    change = {
+        "logits of 1e6": lambda x: x * 1e3 * 64**0.25,
+        "equal": torch.ones_like,
+        "zero": torch.zeros_like,
+        "negative": lambda x: -x.abs() - 1,
+    }[keys]
+    actual, _ = run_kernels(case, [change(q), change(k), *rest])
+    for name, value in actual.items():
+        assert torch.isfinite(value).all(), name
+
+
+def test_addresses_beyond_32_bits() -> None:
+    case = Case(tokens=300, head_dim=64, heads=1)
+    tensors = inputs(case, torch.bfloat16, "cuda")
+    near, _ = run_kernels(case, tensors)
+    pitch = 2**23
+    far = []
+    for x in tensors[:3]:
+        assert x is not None
+        memory = torch.zeros(case.tokens * pitch, dtype=x.dtype, device="cuda")
+        view = memory.as_strided(x.shape, (case.tokens * pitch, case.tokens * pitch, pitch, 1))
+        view.copy_(x)
+        far.append(view)
+    spread, _ = run_kernels(case, [*far, *tensors[3:]])
+    for name, value in near.items():
+        assert torch.equal(value, spread[name]), name
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_grad_out_of_any_strides(expanded: bool) -> None:
+    case = Case(tokens=300, head_dim=64)
+    *arguments, grad_out = inputs(case, torch.float32, "cuda")
+    assert grad_out is not None
+    grad_out = grad_out[:, :, :, :1].expand_as(grad_out) if expanded else grad_out.contiguous()
+    check(case, [*arguments, grad_out], 1e-5, 1e-5)
