@@ -47,7 +47,7 @@ def sparse_linear_attention(
     """Self-attention (B, H, N, D): exact on critical blocks, linear on marginal, none on negligible.
 
     The output is O^s + O^l weight^T + bias (arXiv 2509.24006, section 4), in q's dtype, a view of
-    (B, N, H, D) memory. Differentiable once in all five tensors. Runs on CPU and CUDA, under autocast in its dtype.
+    (B, N, H, D) memory. Differentiable once in all five tensors. On CPU and CUDA; autocast casts q, k, v.
 
     Args:
         q, k, v: (B, H, N, D) of one shape, dtype and device, any strides; D from 16 to 256; float32, float16
@@ -64,8 +64,8 @@ def sparse_linear_attention(
 
     Raises:
         TypeError: an argument of the wrong type, or a dtype that is not accepted.
-        ValueError: a value or shape that is not accepted. Under ``torch.compile(fullgraph=True)`` both arrive
-            as Dynamo's own error, with the same text inside.
+        ValueError: a value or shape that is not accepted. Under
+            ``torch.compile(fullgraph=True)`` Dynamo raises its own RuntimeError with the same text inside.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v), ("weight", weight), ("bias", bias)):
         if not isinstance(tensor, Tensor) and (tensor is not None or name in "qkv"):
@@ -190,7 +190,8 @@ def _counts(tokens: Any, topk: float, bottomk: float, block_k: int) -> tuple[Any
     "sla::forward",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor? bias, float scale, float topk, "
-    "float bottomk, int block_q, int block_k, str feature_map, str linear) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float bottomk, int block_q, int block_k, str feature_map, str linear) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(
     q: Tensor,
@@ -339,23 +340,35 @@ _forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 _backward.register_autograd(_refuse_double_backward)
 
 
-def _autocast(device_type: str) -> Callable[..., tuple[Tensor, ...]]:
-    """The op under autocast: q, k, v in its dtype (float64 stays, as in torch's own rules), gates unchanged."""
+def _autocast_forward(device_type: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The op under autocast: q, k, v in its dtype (float64 stays, as torch's own rules do), gates not."""
 
     def cast(x: Tensor) -> Tensor:
         eligible = x.is_floating_point() and x.dtype != torch.float64
         return x.to(torch.get_autocast_dtype(device_type)) if eligible else x
 
     def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        cast_inputs = cast(q), cast(k), cast(v)
+        activations = cast(q), cast(k), cast(v)
         with torch.autocast(device_type, enabled=False):
-            result: tuple[Tensor, ...] = torch.ops.sla.forward.default(*cast_inputs, *rest)
+            result: tuple[Tensor, ...] = torch.ops.sla.forward.default(*activations, *rest)
         return result
 
     return forward
 
 
+def _autocast_backward(device_type: str) -> Callable[..., tuple[Tensor, ...]]:
+    """A backward called inside autocast: the kernels choose their own dtypes."""
+
+    def backward(*args: Any) -> tuple[Tensor, ...]:
+        with torch.autocast(device_type, enabled=False):
+            result: tuple[Tensor, ...] = torch.ops.sla.backward.default(*args)
+        return result
+
+    return backward
+
+
 # kept alive: the registrations end with it
 _autocast_rules = torch.library.Library("sla", "FRAGMENT")  # type: ignore[no-untyped-call]
-_autocast_rules.impl("forward", _autocast("cpu"), "AutocastCPU")  # type: ignore[no-untyped-call]
-_autocast_rules.impl("forward", _autocast("cuda"), "AutocastCUDA")  # type: ignore[no-untyped-call]
+for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    _autocast_rules.impl("forward", _autocast_forward(_device), _key)  # type: ignore[no-untyped-call]
+    _autocast_rules.impl("backward", _autocast_backward(_device), _key)  # type: ignore[no-untyped-call]

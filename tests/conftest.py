@@ -1,0 +1,32 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+_FRESH = (
+    (torch, ("empty", "empty_like", "empty_strided")),
+    (torch.Tensor, ("new_empty", "new_empty_strided")),
+)
+
+
+@pytest.fixture
+def nan_fresh_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers made empty from Python start as NaN (integers: as -77), so that an unwritten element shows."""
+
+    def filled(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def fresh(*args: Any, **kwargs: Any) -> torch.Tensor:
+            buffer = make(*args, **kwargs)
+            if buffer.is_floating_point():
+                return buffer.fill_(float("nan"))
+            return buffer if buffer.dtype == torch.bool else buffer.fill_(-77)
+
+        return fresh
+
+    for owner, names in _FRESH:
+        for name in names:
+            monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
