@@ -1,3 +1,63 @@
-"""sla-compile: ``torch.compile(model, backend="sla")`` turns a DiT's self-attention into Sparse-Linear Attention."""
+"""sla-compile: ``torch.compile(model, backend="sla")`` turns a DiT's self-attention into Sparse-Linear Attention.
+
+Everything here is imported on first use: importing the package touches no device and imports no compiler.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sla_compile.checkpoint import load, save
+    from sla_compile.config import SLAConfig
+    from sla_compile.gate import Gate, detach, gate_parameters, gates
+    from sla_compile.ops import sparse_linear_attention
+    from sla_compile.preparation import prepare
+    from sla_compile.reports import Report, explain, report
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Gate",
+    "Report",
+    "SLAConfig",
+    "detach",
+    "explain",
+    "gate_parameters",
+    "gates",
+    "load",
+    "prepare",
+    "report",
+    "save",
+    "sparse_linear_attention",
+]
+
+_HOMES = {
+    "Gate": "gate",
+    "Report": "reports",
+    "SLAConfig": "config",
+    "detach": "gate",
+    "explain": "reports",
+    "gate_parameters": "gate",
+    "gates": "gate",
+    "load": "checkpoint",
+    "prepare": "preparation",
+    "report": "reports",
+    "save": "checkpoint",
+    "sparse_linear_attention": "ops",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # No submodule has the name of a public function, which importing it would hide.
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

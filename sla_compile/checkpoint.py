@@ -23,7 +23,7 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from sla_compile.config import SITE_FIELDS, SLAConfig
-from sla_compile.gates import Gate, attach_gate, detach_gate, gates, model_config
+from sla_compile.gate import Gate, attach_gate, detach_gate, gates, model_config
 
 __all__ = ["load", "save"]
 

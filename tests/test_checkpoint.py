@@ -20,7 +20,7 @@ from torch import nn
 import sla_compile.checkpoint as checkpoint
 from sla_compile.checkpoint import load, save
 from sla_compile.config import SITE_FIELDS, SLAConfig
-from sla_compile.gates import Gate, attach_gate, gates, model_config
+from sla_compile.gate import Gate, attach_gate, gates, model_config
 
 HEADS, HEAD_DIM = 2, 16
 CONFIG = SLAConfig(topk=0.25, min_tokens=0, inner="eager", overrides={"blocks.1.*": {"gate": "per_head"}})

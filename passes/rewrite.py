@@ -1,0 +1,49 @@
+"""Rewrite a graph: attention calls become ``sla::forward``, markers go."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from sla_compile.passes.decide import Rewrite
+from sla_compile.passes.match import AttentionCall, Marker
+
+__all__ = ["erase_markers", "replace_attention"]
+
+
+def replace_attention(
+    call: AttentionCall, decision: Rewrite, marker: Marker, options: Mapping[str, Any]
+) -> fx.Node:
+    """Put ``sla::forward`` where ``call`` stands, with the gate of ``marker``; the node that gives its output.
+
+    ``options`` are topk, bottomk, block_q, block_k, feature_map and linear. The graph is not recompiled.
+    """
+    graph = call.module.graph
+    with graph.inserting_before(call.node):
+        results = graph.call_function(
+            torch.ops.sla.forward.default,
+            (call.query, call.key, call.value, marker.weight, marker.bias, decision.scale),
+            dict(options),
+        )
+        output = graph.call_function(operator.getitem, (results, 0))
+    for node in (results, output):
+        node.meta = {key: value for key, value in call.node.meta.items() if key != "example_value"}
+    if "example_value" in call.node.meta:
+        output.meta["example_value"] = call.node.meta["example_value"]
+    call.node.replace_all_uses_with(output)
+    graph.erase_node(call.node)
+    return output
+
+
+def erase_markers(markers: Iterable[Marker]) -> None:
+    """Take the markers out and recompile the graphs that held them."""
+    touched = {id(marker.module): marker.module for marker in markers}
+    for marker in markers:
+        marker.module.graph.erase_node(marker.node)
+    for module in touched.values():
+        module.graph.lint()
+        module.recompile()

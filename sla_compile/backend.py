@@ -1,0 +1,197 @@
+"""``torch.compile(model, backend="sla")``: find attention, bind gates, rewrite, hand the graph to Inductor."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+import sla_compile.ops  # noqa: F401  the library ops that a rewritten graph calls
+from sla_compile.compat import Frame, compiled_siblings, current_frame
+from sla_compile.config import SLAConfig
+from sla_compile.gate import attach_gate, detach_gate, gate_dtype, mark_from_children, remember_dense
+from sla_compile.passes.decide import Keep, Rewrite
+from sla_compile.passes.rewrite import erase_markers, replace_attention
+from sla_compile.record import remember
+from sla_compile.sites import Settings, Site, find_sites
+
+__all__ = ["UntrainedGatesWarning", "rewrite_graph", "sla"]
+
+CompiledFunction = Callable[..., Any]
+
+
+class UntrainedGatesWarning(UserWarning):
+    """Attention was made sparse whose gates are still zero."""
+
+
+def sla(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | SLAConfig | None = None,
+    name: str | None = None,
+) -> CompiledFunction:
+    """The Dynamo backend, registered under the entry point group ``torch_dynamo_backends`` as ``sla``.
+
+    Args:
+        gm: the torch-level graph of one frame.
+        example_inputs: its inputs.
+        mode: ``torch.compile``'s mode, for Inductor.
+        options: fields of ``SLAConfig`` and options of Inductor, or an ``SLAConfig``.
+        name: ``torch.compile``'s name for this compile (torch 2.15 hands it on); not used.
+
+    Raises:
+        ValueError: an option is refused, or contradicts what a gate was prepared with.
+    """
+    try:
+        settings = Settings.of(options, mode)
+    except ValueError as error:
+        from sla_compile.compat import UserError
+
+        raise UserError(str(error)) from error
+    sites = rewrite_graph(gm, settings, current_frame())
+    remember(sites)
+    _warn_untrained(sites)
+    return _compile_inner(gm, example_inputs, settings.config)
+
+
+def rewrite_graph(gm: fx.GraphModule, settings: Settings, frame: Frame | None) -> list[Site]:
+    """Rewrite ``gm`` in place and return its sites with their final decisions.
+
+    Where a site to be rewritten has no gate yet, gates are injected and Dynamo starts this frame over, so this
+    function does not return then. Outside Dynamo (no frame) nothing owns the attention and all is kept.
+    """
+    if frame is None:
+        return []
+    sites, markers = find_sites(gm, settings, frame)
+    if injected := _inject(sites, frame):
+        frame.drop_superseded()
+        frame.restart(f"sla_compile gave {injected} attention(s) a gate")
+    sites = [_settle(site, frame) for site in sites]
+    for site in sites:
+        if isinstance(site.decision, Rewrite) and site.marker is not None:
+            replace_attention(site.call, site.decision, site.marker, site.config.kernel_options())
+        elif site.owner is not None:
+            remember_dense(site.owner, frame.code)
+    erase_markers(markers)
+    for module in {id(site.call.module): site.call.module for site in sites}.values():
+        module.recompile()
+    return sites
+
+
+# Attention whose gate was injected in this frame, until its marker turns up; a gate whose marker does not is
+# taken back, so that no frame is restarted twice for it and nobody trains a gate that is not used.
+_AWAITED: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
+
+
+def _inject(sites: list[Site], frame: Frame) -> int:
+    """Give every site that needs one its gate, or a marker that this frame can see; how many changed."""
+    root = frame.root_module()
+    changed: list[Site] = []
+    for site in sites:
+        owner = site.owner
+        if not isinstance(site.decision, Rewrite) or site.marker is not None or owner is None:
+            continue
+        if site.ordinal in _AWAITED.get(owner, ()):
+            continue
+        if site.gate is None:
+            _attach(site, owner, site.decision)
+            _AWAITED.setdefault(owner, set()).add(site.ordinal)
+            changed.append(site)
+        if owner is root and mark_from_children(owner) and site not in changed:
+            changed.append(site)
+    if changed and root is not None:
+        _inject_siblings(changed, root, frame)
+    return len(changed)
+
+
+def _attach(site: Site, owner: nn.Module, decision: Rewrite) -> None:
+    shape = decision.shape
+    attach_gate(
+        owner,
+        site.ordinal,
+        head_dim=shape.head_dim,
+        heads=int(shape.heads),
+        config=site.config,
+        model_config=site.model_config,
+        device=shape.device,
+        dtype=gate_dtype(owner, shape.dtype),
+        path=site.gate_path,
+    )
+
+
+def _inject_siblings(sites: list[Site], root: nn.Module, frame: Frame) -> None:
+    """The same gates for every module that shares this code: it would fail the guards and recompile otherwise."""
+    names = {id(module): name for name, module in root.named_modules()}
+    for sibling in compiled_siblings(root, frame.compiler):
+        for site in sites:
+            name = names.get(id(site.owner))
+            if name is None or not isinstance(site.decision, Rewrite):
+                continue
+            try:
+                owner = sibling.get_submodule(name)
+            except AttributeError:  # a sibling of another structure compiles by itself
+                continue
+            _attach(site, owner, site.decision)
+            if owner is sibling:
+                mark_from_children(owner)
+
+
+def _settle(site: Site, frame: Frame) -> Site:
+    """``site`` with the decision that holds now that no gate can be added any more."""
+    owner = site.owner
+    if owner is None or not isinstance(site.decision, Rewrite):
+        return site
+    awaited = site.ordinal in _AWAITED.get(owner, ())
+    if awaited:
+        _AWAITED[owner].discard(site.ordinal)
+    if site.marker is not None:
+        return site
+    if awaited:
+        detach_gate(owner, site.ordinal)
+    broken = frame.resumed and owner is frame.root_module()
+    keep = (
+        Keep("graph break between the owner's start and its attention", site.path, "an owner without breaks")
+        if broken
+        else Keep("the traced graph does not reach its gate", site.path, "a forward that calls its submodules")
+    )
+    return Site(**{**site.__dict__, "decision": keep})
+
+
+def _warn_untrained(sites: list[Site]) -> None:
+    global _warned
+    if _warned:
+        return
+    rewritten = [site for site in sites if isinstance(site.decision, Rewrite)]
+    untrained = [site.path for site in rewritten if site.gate is not None and not site.gate.trained()]
+    if untrained:
+        _warned = True
+        warnings.warn(
+            f"{len(untrained)} attention(s) are now sparse with gates that are still zero (first: "
+            f"{untrained[0] or 'the compiled module'!r}): fine-tune the model or load trained gates",
+            UntrainedGatesWarning,
+            stacklevel=2,
+        )
+
+
+_warned = False
+
+
+def _compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], config: SLAConfig) -> CompiledFunction:
+    inputs = list(example_inputs)
+    if config.inner == "eager":
+        return gm.forward
+    if config.inner == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        compiled: CompiledFunction = compile_fx(gm, inputs, config_patches=dict(config.inductor) or None)
+        return compiled
+    from torch._dynamo import lookup_backend
+
+    other: CompiledFunction = lookup_backend(config.inner)(gm, inputs)
+    return other

@@ -1,0 +1,239 @@
+"""Every use of a private PyTorch API, and every difference between torch 2.11 and 2.15, in one place.
+
+Each entry says what public thing it waits for. ``tests/test_compat.py`` enters each one on the installed torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+__all__ = [
+    "Frame",
+    "UserError",
+    "compiled_siblings",
+    "current_frame",
+    "forget_code",
+    "plain_module_path",
+    "size_hint",
+    "skip_as_root_frame",
+    "throw_away_compile",
+]
+
+
+def _user_error_class() -> type[ValueError]:
+    from torch._dynamo.exc import ShortenTraceback
+
+    # Dynamo wraps a backend's exception as BackendCompilerFailed unless it is one of its own kind; goes when
+    # Dynamo has a public way for a backend to reject its options.
+    class UserError(ValueError, ShortenTraceback):
+        """A mistake of the user's, raised by the backend as the ValueError that it is."""
+
+        def __init__(self, message: str) -> None:
+            ShortenTraceback.__init__(self, message, first_useful_frame=None)
+
+    return UserError
+
+
+def __getattr__(name: str) -> Any:
+    # Made on first use, so that importing the package does not import Dynamo.
+    if name == "UserError":
+        globals()["UserError"] = _user_error_class()
+        return globals()["UserError"]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def skip_as_root_frame(function: Callable[..., Any]) -> None:
+    """Never let Dynamo compile ``function`` as a frame of its own; inlining it into another frame still works.
+
+    Without it, the hook of a module that is itself the root of a compile becomes a tiny graph. Goes when a
+    public decorator can say "inline me, but do not start at me".
+    """
+    from torch._C._dynamo import eval_frame
+
+    action = eval_frame._FrameAction
+    strategy = eval_frame._FrameExecStrategy(action.SKIP, action.DEFAULT)
+    eval_frame.set_code_exec_strategy(function.__code__, strategy)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The Python frame that Dynamo is compiling while a backend runs, as the passes need it."""
+
+    code: types.CodeType
+    locals: dict[str, Any]
+    compiler: Any
+    _translator: Any
+
+    def module(self, identity: int) -> nn.Module | None:
+        """The live module behind an ``id`` in a node's ``nn_module_stack``."""
+        variables = self._translator.output.side_effects.id_to_variable
+        value = getattr(variables.get(identity), "value", None)
+        return value if isinstance(value, nn.Module) and id(value) == identity else None
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the frame continues a function after a graph break."""
+        return self.code.co_name.startswith("torch_dynamo_resume_in_")
+
+    def root_module(self) -> nn.Module | None:
+        """The module whose ``forward`` this frame is (or resumes); None for any other function."""
+        for value in self.locals.values():
+            if isinstance(value, nn.Module) and self._runs(getattr(type(value).forward, "__code__", None)):
+                return value
+        return None
+
+    def _runs(self, forward: types.CodeType | None) -> bool:
+        if forward is None or forward is self.code:
+            return forward is not None
+        if forward.co_filename != self.code.co_filename:
+            return False
+        if not self.resumed:  # Dynamo may hand out a copy of the code
+            return (forward.co_name, forward.co_firstlineno) == (self.code.co_name, self.code.co_firstlineno)
+        lines = [line for _, _, line in forward.co_lines() if line is not None]
+        return (
+            self.code.co_name.startswith(f"torch_dynamo_resume_in_{forward.co_name}_at_")
+            and min(lines) <= self.code.co_firstlineno <= max(lines)
+        )
+
+    def drop_superseded(self) -> None:
+        """Invalidate compiled entries that would serve this frame as its modules are by now.
+
+        A model of a known class that arrives without gates fails their guards only for that; what is compiled
+        for it next would stand beside them in the cache, up to ``recompile_limit``. Goes when a backend can
+        send a frame back to the cache.
+        """
+        _drop_entries(self.code, self.compiler, lambda guards: bool(guards.check(self.locals)))
+
+    def restart(self, reason: str) -> NoReturn:
+        """Make Dynamo analyse this frame again from its start, with the modules as they now are.
+
+        Goes when a backend can ask for that publicly; this exception is the one that passes through the
+        backend call untouched on every supported version.
+        """
+        from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+
+        self._translator.speculation_log.clear()
+        raise TensorifyScalarRestartAnalysis(restart_reason=reason)
+
+
+def current_frame() -> Frame | None:
+    """The frame under compilation; None where the backend is called outside Dynamo."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        translator = InstructionTranslator.current_tx()
+    except AttributeError:  # no translator is set on this thread
+        return None
+    while getattr(translator, "parent", None) is not None:
+        translator = translator.parent
+    # In the words of the annotations, ``code`` and ``locals`` are those of the frame itself, not of an inlined call.
+    return Frame(translator.f_code, dict(translator.f_locals), translator.output.compiler_fn, translator)
+
+
+def _innermost(compiler: Any) -> Any:
+    from torch._dynamo.eval_frame import innermost_backend
+
+    return innermost_backend(compiler)
+
+
+def compiled_siblings(module: nn.Module, compiler: Any) -> list[nn.Module]:
+    """Other live modules of ``type(module)`` that were compiled by themselves with an equal ``compiler``.
+
+    Both ``block.compile(...)`` and ``torch.compile(block, ...)`` count. They share one code cache with
+    ``module``. Goes when Dynamo lists the modules of a compiled code object.
+    """
+    import gc
+
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    def compiled_with(context: Any) -> bool:
+        callback = getattr(context, "callback", None)
+        return callback is not None and bool(_innermost(callback) == _innermost(compiler))
+
+    found: dict[int, nn.Module] = {}
+    for candidate in gc.get_objects():
+        kind = type(candidate)
+        if kind is type(module):
+            compiled = candidate.__dict__.get("_compiled_call_impl")
+            if compiled is not None and compiled_with(_closure(compiled).get("self")):
+                found[id(candidate)] = candidate
+        elif kind is OptimizedModule:
+            inner = candidate.__dict__["_modules"].get("_orig_mod")
+            if type(inner) is type(module) and compiled_with(candidate.__dict__.get("dynamo_ctx")):
+                found[id(inner)] = inner
+    found.pop(id(module), None)
+    return list(found.values())
+
+
+def _closure(function: Any) -> dict[str, Any]:
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    if code is None or cells is None:
+        return {}
+    return {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
+
+
+def forget_code(code: types.CodeType) -> None:
+    """Drop what Dynamo compiled for ``code``: it does not guard on module hooks, so it cannot notice a gate."""
+    from torch._dynamo.eval_frame import reset_code
+
+    reset_code(code)
+
+
+def _drop_entries(code: types.CodeType, compiler: Any, stale: Callable[[Any], bool]) -> None:
+    """Invalidate the entries of ``code`` that ``compiler`` made and ``stale`` says yes to."""
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+    from torch._dynamo.guards import DeletedGuardManagerWrapper
+
+    for entry in _debug_get_cache_entry_list(code):
+        guards: Any = entry.guard_manager
+        if guards.extra_state is None or _innermost(entry.backend) != _innermost(compiler):
+            continue
+        if stale(guards):
+            deleted: Any = DeletedGuardManagerWrapper("superseded by sla_compile")
+            # A dead entry counts towards recompile_limit unless it is of another module's.
+            deleted.id_matched_objs = {"": weakref.ref(_drop_entries)}
+            guards.extra_state.invalidate(guards.cache_entry, deleted)
+
+
+@contextlib.contextmanager
+def throw_away_compile(backend: Any) -> Iterator[set[types.CodeType]]:
+    """Compile under this with ``backend`` and leave no trace; put the code of each frame into what it yields.
+
+    What is compiled shares its code, and so Dynamo's cache and its limit, with the user's own compiles. Goes when
+    torch 2.11 does: ``torch.compile(isolate_recompiles=True)`` is the public form, from 2.13 on.
+    """
+    import torch._dynamo.config as config
+
+    codes: set[types.CodeType] = set()
+    with config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20):
+        try:
+            yield codes
+        finally:
+            for code in codes:
+                _drop_entries(code, backend, lambda guards: True)
+
+
+def size_hint(size: int | torch.SymInt) -> int | None:
+    """The value a symbolic size had while it was traced, without a guard; None where it has none."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return None if hint is None else int(hint)
+
+
+_MODULES_ENTRY = re.compile(r"\.__dict__\['_modules'\]\['([^']+)'\]|\._modules\['([^']+)'\]")
+
+
+def plain_module_path(source: str) -> str:
+    """``L['self'].__dict__['_modules']['blocks'].0.attn1`` as ``blocks.0.attn1``."""
+    path = _MODULES_ENTRY.sub(lambda match: "." + (match.group(1) or match.group(2)), source)
+    return re.sub(r"^[LG]\['[^']+'\]\.?", "", path)

@@ -1,0 +1,300 @@
+"""Gates: the trainable ``weight`` and ``bias`` of each attention site, and the marker that lets Dynamo see them.
+
+A gate is a child module of the module that owns the attention, so it is in ``state_dict()``, ``parameters()``,
+``.to()``, ``deepcopy``, FSDP and EMA with no help. A forward pre-hook of the owner calls the marker op on the
+gate's parameters while Dynamo traces, and does nothing else: Dynamo itself lifts them as graph inputs, from the
+module of *this* call, with its own guards, also inside activation checkpointing. The pass takes the marker's
+arguments and erases it. A prepared model that is not compiled is exactly the dense model.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Iterator
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sla_compile.compat import forget_code, skip_as_root_frame
+from sla_compile.config import SLAConfig
+
+__all__ = ["Gate", "attach_gate", "detach", "detach_gate", "gate_name", "gate_parameters", "gates", "model_config"]
+
+_GATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@torch.library.custom_op("sla::gate", mutates_args=())
+def _gate_marker(weight: Tensor, bias: Tensor, ordinal: int, settings: str, from_child: bool) -> None:
+    """Marks the owner's attention call number ``ordinal`` in a traced graph; does nothing when it runs."""
+
+
+@_gate_marker.register_fake
+def _(weight: Tensor, bias: Tensor, ordinal: int, settings: str, from_child: bool) -> None:
+    return None
+
+
+class Gate(nn.Module):
+    """The gate of one attention site: O = O^s + O^l weight^T + bias (paper, section 5; here W and b).
+
+    Attributes:
+        weight: (D, D) shared by the heads, or (H, D, D) per head. Zero at start.
+        bias: (D) or (H, D). Zero at start, so that an untuned SLA equals its sparse branch.
+        path: module path of the gate when it was made, for example ``"blocks.0.attn1.sla"``.
+        config: the settings of this site.
+        model_config: the settings the whole model was prepared with.
+        ordinal: which attention call of its owner it belongs to, counted from 0.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def __init__(
+        self,
+        *,
+        head_dim: int,
+        heads: int,
+        config: SLAConfig,
+        model_config: SLAConfig | None = None,
+        path: str = "",
+        ordinal: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        lead = (heads,) if config.gate == "per_head" else ()
+        # A parameter made under inference_mode could never be trained.
+        with torch.inference_mode(False):
+            weight = torch.zeros(*lead, head_dim, head_dim, device=device, dtype=dtype)
+            bias = torch.zeros(*lead, head_dim, device=device, dtype=dtype)
+            self.weight = nn.Parameter(weight)
+            self.bias = nn.Parameter(bias)
+        self.heads = heads
+        self.head_dim = head_dim
+        self.ordinal = ordinal
+        self.path = path
+        self.config = config
+        self.model_config = model_config if model_config is not None else config
+        # What the traced graph depends on, and so what Dynamo guards on: nothing in it differs from site to site.
+        self.settings = settings_text(config)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise TypeError(f"gate {self.path!r} is not called: the compiled attention reads its weight and bias")
+
+    def extra_repr(self) -> str:
+        kind = "per head" if self.weight.dim() == 3 else "shared"
+        return f"heads={self.heads}, head_dim={self.head_dim}, {kind}, topk={self.config.topk}"
+
+    def trained(self) -> bool:
+        """Whether any parameter has left zero. Reads the values, so it waits for the device."""
+        if self.weight.is_meta:
+            return False
+        return bool(self.weight.detach().any()) or bool(self.bias.detach().any())
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = [prefix + "weight", prefix + "bias"]
+        if not any(name in state_dict for name in names) and not self.trained():
+            return  # a checkpoint of the dense model: an untrained gate has nothing to miss
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def settings_text(config: SLAConfig) -> str:
+    """The settings that shape a rewritten site, as the canonical JSON that its marker carries."""
+    fields = {**config.kernel_options(), "gate": config.gate, "min_tokens": config.min_tokens}
+    return json.dumps(fields, sort_keys=True)
+
+
+class GateMarker:
+    """Forward pre-hook: marks the gates called ``names`` of ``owner``, or of the hooked module where it is None.
+
+    Dynamo does not trace the hooks of the module whose ``forward`` it starts at. Such an owner is marked from
+    its children instead, which it calls on the way to its attention; ``owner`` is then that parent.
+    """
+
+    def __init__(self, names: tuple[str, ...], owner: nn.Module | None = None) -> None:
+        self.names = names
+        self.owner = owner
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            owner = module if self.owner is None else self.owner
+            for name in self.names:
+                gate = getattr(owner, name)
+                torch.ops.sla.gate(
+                    gate.weight, gate.bias, gate.ordinal, gate.settings, self.owner is not None
+                )
+
+
+skip_as_root_frame(GateMarker.__call__)
+
+
+def gate_name(ordinal: int) -> str:
+    """``sla`` for an owner's first attention call, ``sla_1`` for the second, and so on."""
+    return "sla" if ordinal == 0 else f"sla_{ordinal}"
+
+
+def own_gates(owner: nn.Module) -> dict[str, Gate]:
+    """The gates that are children of ``owner``, by name."""
+    return {name: child for name, child in owner._modules.items() if isinstance(child, Gate)}
+
+
+def attach_gate(
+    owner: nn.Module,
+    ordinal: int,
+    *,
+    head_dim: int,
+    heads: int,
+    config: SLAConfig,
+    model_config: SLAConfig | None = None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    path: str,
+) -> Gate:
+    """The gate of ``owner``'s attention call ``ordinal``, made and hooked if it is not there; idempotent.
+
+    An existing gate keeps its values and takes the new settings. ``path`` is the gate's module path.
+
+    Raises:
+        ValueError: ``owner`` has something else under the gate's name, or a gate of another shape.
+    """
+    name = gate_name(ordinal)
+    existing = getattr(owner, name, None)
+    if existing is None:
+        gate = Gate(
+            head_dim=head_dim,
+            heads=heads,
+            config=config,
+            model_config=model_config,
+            path=path,
+            ordinal=ordinal,
+            device=device,
+            dtype=dtype,
+        )
+        gate.train(owner.training)
+        owner.add_module(name, gate)
+        _mark(owner)
+        for code in _DENSE_CODE.pop(owner, ()):
+            forget_code(code)
+        return gate
+    if not isinstance(existing, Gate):
+        kind = type(existing).__name__
+        raise ValueError(f"{path}: the attention's owner already has a {kind} called {name!r}; rename it")
+    wanted = (heads, head_dim, head_dim) if config.gate == "per_head" else (head_dim, head_dim)
+    if tuple(existing.weight.shape) != wanted:
+        raise ValueError(
+            f"{path}: has a gate of shape {tuple(existing.weight.shape)}, but these settings "
+            f"(gate={config.gate!r}, {heads} heads of {head_dim}) need {wanted}; "
+            f"keep gate={existing.config.gate!r}, or remove the gate by sla_compile.detach(model)"
+        )
+    existing.config, existing.path = config, path
+    existing.model_config = model_config if model_config is not None else config
+    existing.settings = settings_text(config)
+    return existing
+
+
+def gate_dtype(owner: nn.Module, fallback: torch.dtype) -> torch.dtype:
+    """The dtype a gate of ``owner`` gets: that of its first ordinary floating-point parameter."""
+    for parameter in owner.parameters():
+        if parameter.dtype in _GATE_DTYPES:
+            return parameter.dtype
+    return fallback
+
+
+def detach_gate(owner: nn.Module, ordinal: int) -> None:
+    """Remove the gate of ``owner``'s attention call ``ordinal``, and the hooks when no gate is left."""
+    owner._modules.pop(gate_name(ordinal), None)
+    _mark(owner)
+
+
+def mark_from_children(owner: nn.Module) -> bool:
+    """Let ``owner``'s children mark its gates too, for when Dynamo starts at ``owner``; False if they do already."""
+    if owner.__dict__.get(_FROM_CHILDREN):
+        return False
+    owner.__dict__[_FROM_CHILDREN] = True
+    _mark(owner)
+    return True
+
+
+# Attributes of an owner; plain values, so that deepcopy and pickle carry them along.
+_FROM_CHILDREN = "_sla_marked_from_children"
+
+
+def _mark(owner: nn.Module) -> None:
+    """Make the hooks of ``owner``, and of its children where asked, name exactly the gates it has."""
+    names = tuple(own_gates(owner))
+    _set_marker(owner, names, None)
+    if owner.__dict__.get(_FROM_CHILDREN):
+        for child in _called_children(owner):
+            _set_marker(child, names, owner)
+
+
+def _called_children(owner: nn.Module) -> Iterator[nn.Module]:
+    """Direct children, with containers that are never called themselves opened."""
+    for child in owner.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _called_children(child)
+        elif not isinstance(child, Gate):
+            yield child
+
+
+def _set_marker(module: nn.Module, names: tuple[str, ...], owner: nn.Module | None) -> None:
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, GateMarker) and hook.owner is owner:
+            del module._forward_pre_hooks[key]
+    if names:
+        module.register_forward_pre_hook(GateMarker(names, owner))
+
+
+# Code compiled while it held a dense attention of an owner; dropped when that owner gets a gate, since Dynamo
+# does not guard on hooks.
+_DENSE_CODE: weakref.WeakKeyDictionary[nn.Module, set[CodeType]] = weakref.WeakKeyDictionary()
+
+
+def remember_dense(owner: nn.Module, code: CodeType) -> None:
+    """Note that ``code`` was compiled with an attention of ``owner`` left dense."""
+    _DENSE_CODE.setdefault(owner, set()).add(code)
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Remove every gate and hook from ``model``, which is then as it was before it was prepared; returns it."""
+    for owner in list(model.modules()):
+        for gate in own_gates(owner).values():
+            detach_gate(owner, gate.ordinal)
+    return model
+
+
+def gates(model: nn.Module) -> dict[str, Gate]:
+    """Every gate of ``model`` by the path of its module, for example ``"blocks.0.attn1.sla"``.
+
+    ``model`` may be compiled: the ``_orig_mod.`` that ``torch.compile`` puts into names is left out.
+    """
+    return {
+        name.replace("_orig_mod.", ""): module
+        for name, module in model.named_modules()
+        if isinstance(module, Gate)
+    }
+
+
+def gate_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The weight and bias of every gate of ``model``, to be an optimizer's parameter group of their own."""
+    for gate in gates(model).values():
+        yield gate.weight
+        yield gate.bias
+
+
+def model_config(model: nn.Module) -> SLAConfig | None:
+    """The settings ``model`` was prepared with; None for a model without gates."""
+    return next((gate.model_config for gate in gates(model).values()), None)

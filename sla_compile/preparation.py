@@ -1,0 +1,237 @@
+"""``prepare``: give a model its gates before anything is compiled; and the dry run behind it and ``explain``.
+
+The dry run traces the model with Dynamo on a shell: a deep copy that shares every tensor with the model. No
+graph is executed; each returns zeros of the right shapes. So nothing the trace does to Python state reaches the
+model, no attention is computed, and no number of the model changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sla_compile.backend import rewrite_graph
+from sla_compile.compat import Frame, current_frame, size_hint, throw_away_compile
+from sla_compile.config import SLAConfig
+from sla_compile.gate import Gate, attach_gate, detach, detach_gate, gate_name, gates, own_gates
+from sla_compile.passes.match import graphs
+from sla_compile.record import SiteReport, describe
+from sla_compile.sites import PREPARED, Settings
+
+__all__ = ["DryRun", "dry_run", "prepare"]
+
+
+@dataclass
+class DryRun:
+    """What a trace of a model found; paths are the model's own."""
+
+    sites: list[SiteReport] = field(default_factory=list)
+    gates: dict[str, Gate] = field(default_factory=dict)
+    """The gates that the shell was given, by their module path."""
+    owners: dict[str, int] = field(default_factory=dict)
+    """Module path of every owner of an attention, rewritten or kept, with the number of its attentions."""
+    graph_breaks: list[str] = field(default_factory=list)
+    diffs: list[str] = field(default_factory=list)
+    """A unified diff of each rewritten graph."""
+
+
+def prepare(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    config: SLAConfig | Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Inject the gates of every attention that ``backend="sla"`` will rewrite, and return ``model``.
+
+    Call it before the optimizer, FSDP or a checkpoint needs the gates' parameters. Until it is compiled, a
+    prepared model computes exactly what it did. Twice is the same as once; again with another ``config``
+    changes the settings and keeps the gates' values.
+
+    Args:
+        model: any module; also one that is compiled already.
+        args, kwargs: an example call, ``model(*args, **kwargs)``, with the shapes it will be used at (the
+            convention of ``torch.export.export``). It is traced, not executed.
+        config: an ``SLAConfig`` or a mapping of its fields.
+
+    Raises:
+        ValueError: a setting is refused; a gate of another shape is there; or settings that leave out a site
+            would drop its trained gate. Nothing is changed then.
+    """
+    settings = Settings.of(config)
+    model = _unwrapped(model)
+    run = dry_run(model, args, kwargs, settings)
+    _check(model, run)
+    for owner in list(model.modules()):
+        for gate in list(own_gates(owner).values()):
+            if not _planned(gate, owner, model, run):
+                detach_gate(owner, gate.ordinal)
+    for path, gate in run.gates.items():
+        owner = model.get_submodule(path.rpartition(".")[0])
+        attach_gate(
+            owner,
+            gate.ordinal,
+            head_dim=gate.head_dim,
+            heads=gate.heads,
+            config=gate.config,
+            model_config=settings.config,
+            device=gate.weight.device,
+            dtype=gate.weight.dtype,
+            path=path,
+        )
+    for path in run.owners:
+        model.get_submodule(path).__dict__[PREPARED] = (settings.config, path)
+    return model
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}; accepted: a torch.nn.Module")
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _planned(gate: Gate, owner: nn.Module, model: nn.Module, run: DryRun) -> bool:
+    paths = [name for name, module in model.named_modules(remove_duplicate=False) if module is owner]
+    return any(f"{path}.{gate_name(gate.ordinal)}".lstrip(".") in run.gates for path in paths)
+
+
+def _check(model: nn.Module, run: DryRun) -> None:
+    """Raise before anything is changed."""
+    dropped = []
+    for path, gate in gates(model).items():
+        owner = model.get_submodule(path.rpartition(".")[0])
+        if not _planned(gate, owner, model, run) and gate.trained():
+            dropped.append(path)
+    if dropped:
+        raise ValueError(
+            f"these settings leave out attention whose gate is trained: {', '.join(dropped)}; "
+            f"select it again, or call sla_compile.detach(model) first to drop every gate"
+        )
+    for path, planned in run.gates.items():
+        owner = model.get_submodule(path.rpartition(".")[0])
+        existing = getattr(owner, gate_name(planned.ordinal), None)
+        if existing is None:
+            continue
+        if not isinstance(existing, Gate):
+            kind = type(existing).__name__
+            raise ValueError(f"{path}: the attention's owner already has a {kind} of that name; rename it")
+        if existing.weight.shape != planned.weight.shape:
+            got, wanted = tuple(existing.weight.shape), tuple(planned.weight.shape)
+            raise ValueError(
+                f"{path}: has a gate of shape {got}, these settings need {wanted}; keep "
+                f"gate={existing.config.gate!r}, or call sla_compile.detach(model) first"
+            )
+
+
+def dry_run(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    settings: Settings,
+    *,
+    with_diffs: bool = False,
+) -> DryRun:
+    """Trace ``model(*args, **kwargs)`` as ``backend="sla"`` would compile it; ``model`` is left untouched."""
+    shell = _shell(model)
+    paths = {id(module): name for name, module in shell.named_modules()}
+    run = DryRun()
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        frame = current_frame()
+        before = _text(gm) if with_diffs else []
+        codes.update([frame.code] if frame is not None else [])
+        sites = rewrite_graph(gm, settings, frame)
+        for site in sites:
+            run.sites.append(describe(site))
+            if site.owner is not None and id(site.owner) in paths:
+                path = paths[id(site.owner)]
+                run.owners[path] = max(run.owners.get(path, 0), site.ordinal + 1)
+        run.graph_breaks.extend(_graph_break(gm))
+        if with_diffs and any(site.rewritten for site in run.sites[-len(sites) :]):
+            run.diffs.append("\n".join(difflib.unified_diff(before, _text(gm), "before", "after", lineterm="")))
+        return _returns_zeros(gm)
+
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with (
+        throw_away_compile(backend) as codes,
+        torch.random.fork_rng([d.index for d in devices if d.index is not None]),
+        torch.no_grad(),
+    ):
+        torch.compile(shell, backend=backend, dynamic=False)(*args, **(kwargs or {}))
+    run.gates = {path: gate for path, gate in gates(shell).items()}
+    return run
+
+
+def _shell(model: nn.Module) -> nn.Module:
+    """A copy of ``model``'s Python state, without gates, that shares every tensor with it."""
+    shared: dict[int, Any] = {}
+    for module in model.modules():
+        for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
+            if isinstance(value, torch.Tensor):
+                shared[id(value)] = value
+    try:
+        shell = copy.deepcopy(model, shared)
+    except Exception as error:
+        raise ValueError(f"{type(model).__name__} cannot be copied for a trace: {error}") from error
+    for module in shell.modules():
+        module.__dict__.pop(PREPARED, None)
+        module.__dict__["_compiled_call_impl"] = None  # blocks compiled by themselves are traced as part of it
+    return detach(shell)
+
+
+def _text(gm: fx.GraphModule) -> list[str]:
+    """The lines of ``gm`` and its subgraphs, one a node."""
+    lines = []
+    for module in graphs(gm):
+        lines += [text for node in module.graph.nodes if (text := node.format_node())]
+    return lines
+
+
+def _graph_break(gm: fx.GraphModule) -> list[str]:
+    reason: Any = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not getattr(reason, "graph_break", False):
+        return []
+    place = f" at {reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno}" if reason.user_stack else ""
+    return [str(reason.reason).splitlines()[0] + place]
+
+
+def _returns_zeros(gm: fx.GraphModule) -> Callable[..., Any]:
+    """A function like ``gm`` that computes nothing: zeros of the traced shapes, inputs as they came."""
+    nodes = list(gm.graph.nodes)
+    positions = {node: i for i, node in enumerate(n for n in nodes if n.op == "placeholder")}
+
+    def plan(output: Any) -> tuple[str, Any]:
+        if not isinstance(output, fx.Node):
+            return "value", output
+        if output in positions:
+            return "input", positions[output]
+        example = output.meta.get("example_value")
+        if isinstance(example, torch.Tensor):
+            sizes = tuple(size_hint(size) or 0 for size in example.shape)
+            return "zeros", (sizes, example.dtype, example.device)
+        if isinstance(example, torch.SymInt):
+            return "value", size_hint(example)
+        return "value", example
+
+    plans = [plan(output) for output in nodes[-1].args[0]]
+
+    def run(*inputs: Any) -> tuple[Any, ...]:
+        made = []
+        for kind, what in plans:
+            if kind == "input":
+                made.append(inputs[what])
+            elif kind == "zeros":
+                sizes, dtype, device = what
+                made.append(torch.zeros(sizes, dtype=dtype, device=device))
+            else:
+                made.append(what)
+        return tuple(made)
+
+    return run

@@ -1,0 +1,160 @@
+"""Sites: each attention call of a graph with its owner, its settings, its gate and the decision about it.
+
+This is where the passes (which know graphs) meet the modules (which own gates).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sla_compile.compat import Frame, plain_module_path
+from sla_compile.config import SITE_FIELDS, SLAConfig
+from sla_compile.gate import Gate, gate_name, own_gates
+from sla_compile.passes.decide import Decision, Keep, Requirements, Rewrite, decide
+from sla_compile.passes.match import AttentionCall, Marker, find_attention, find_markers
+
+__all__ = ["PREPARED", "Settings", "Site", "find_sites"]
+
+PREPARED = "_sla_prepared"
+"""Attribute of an owner: (SLAConfig, module path) that ``prepare`` saw it under; survives deepcopy and pickle."""
+
+DTYPES = {
+    "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+"""Dtypes that the kernels of a device take."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked of one compile: the configuration, and the site fields that were spelled out."""
+
+    config: SLAConfig
+    explicit: frozenset[str]
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any] | SLAConfig | None, mode: str | None = None) -> Settings:
+        """Read ``torch.compile``'s options and mode; raises ValueError where one is refused."""
+        config = SLAConfig.from_options(options, mode=mode)
+        if isinstance(options, SLAConfig):
+            return cls(config, frozenset(SITE_FIELDS))
+        return cls(config, frozenset(name.replace("-", "_") for name in options or ()) & {*SITE_FIELDS})
+
+    def conflicts(self, path: str, prepared: Mapping[str, Any]) -> list[str]:
+        """Site fields that were spelled out here and differ from what the gate at ``path`` was prepared with."""
+        wanted = self.config.for_site(path)
+        plain = replace(self.config, overrides={})
+        named = {name for name in SITE_FIELDS if getattr(wanted, name) != getattr(plain, name)} | self.explicit
+        return [
+            f"{name}={getattr(wanted, name)!r} here, {prepared[name]!r} in its gate"
+            for name in SITE_FIELDS
+            if name in named and name != "min_tokens" and getattr(wanted, name) != prepared[name]
+        ]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention call of one graph."""
+
+    call: AttentionCall
+    path: str
+    owner: nn.Module | None
+    ordinal: int
+    marker: Marker | None
+    config: SLAConfig
+    model_config: SLAConfig
+    decision: Decision
+    same_graph: bool = True
+
+    @property
+    def gate(self) -> Gate | None:
+        """The gate this attention has, whether or not its marker is in the graph."""
+        return None if self.owner is None else own_gates(self.owner).get(gate_name(self.ordinal))
+
+    @property
+    def gate_path(self) -> str:
+        return f"{self.path}.{gate_name(self.ordinal)}" if self.path else gate_name(self.ordinal)
+
+
+def find_sites(gm: fx.GraphModule, settings: Settings, frame: Frame) -> tuple[list[Site], list[Marker]]:
+    """Every attention call of ``gm`` as a site, decided; and every marker, to be erased.
+
+    Raises ValueError where the options of this compile contradict those a gate was prepared with.
+    """
+    markers = find_markers(gm)
+    marked = {(_identities(marker.owner), marker.ordinal): marker for marker in markers}
+    paths = _module_paths(frame)
+    counts: Counter[Any] = Counter()
+    sites = []
+    for call in find_attention(gm):
+        calling = _identities(call.stack)
+        ordinal = counts[calling]
+        counts[calling] += 1
+        owner = frame.module(call.stack[-1].identity) if call.stack else frame.root_module()
+        local_path = paths.get(id(owner), plain_module_path(call.stack[-1].source) if call.stack else "")
+        sites.append(_site(call, owner, local_path, ordinal, marked.get((calling, ordinal)), settings))
+    return sites, markers
+
+
+def _site(
+    call: AttentionCall,
+    owner: nn.Module | None,
+    local_path: str,
+    ordinal: int,
+    marker: Marker | None,
+    settings: Settings,
+) -> Site:
+    prepared = owner.__dict__.get(PREPARED) if owner is not None else None
+    model_config, path = prepared if prepared is not None else (settings.config, local_path)
+    config = model_config.for_site(path)
+    if marker is not None:
+        fields = json.loads(marker.settings)
+        if conflicts := settings.conflicts(path, fields):
+            from sla_compile.compat import UserError
+
+            raise UserError(
+                f"{path or 'the compiled module'}: the options of torch.compile contradict its gate: "
+                f"{'; '.join(conflicts)}. Call prepare(model, ..., config=...) to change the gate, or leave "
+                f"these options out"
+            )
+        if "min_tokens" in settings.explicit:  # when to be sparse may differ from compile to compile
+            fields["min_tokens"] = settings.config.for_site(path).min_tokens
+        config = replace(config, overrides={}, **fields)
+    rejected = settings.config.rejects(path) or (None if marker is not None else model_config.rejects(path))
+    decision: Decision
+    if rejected is not None:
+        decision = Keep(rejected, path, "a path that include selects and exclude does not")
+    elif owner is None:
+        decision = Keep("no module owns this attention", "a plain function calls it", "a call in a forward")
+    else:
+        decision = decide(call, Requirements(config.min_tokens, DTYPES))
+    same_graph = marker is None or marker.module is call.module
+    if isinstance(decision, Rewrite) and not same_graph:
+        decision = Keep(
+            "its gate is bound outside the region that holds the attention",
+            "a checkpointed part of the owner's forward",
+            "checkpointing the whole owner",
+        )
+    return Site(call, path, owner, ordinal, marker, config, model_config, decision, same_graph)
+
+
+def _identities(stack: tuple[Any, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple((level.identity, level.call) for level in stack)
+
+
+def _module_paths(frame: Frame) -> dict[int, str]:
+    """Module paths by id, as the root module of the frame names them (or any module among its locals)."""
+    root = frame.root_module()
+    roots = [root] if root is not None else [v for v in frame.locals.values() if isinstance(v, nn.Module)]
+    paths: dict[int, str] = {}
+    for module in roots:
+        for name, child in module.named_modules():
+            paths.setdefault(id(child), name.replace("_orig_mod.", ""))
+    return paths
