@@ -1,7 +1,7 @@
 """The library ops ``sla::forward`` and ``sla::backward``, and `sparse_linear_attention` over them.
 
 Importing this module registers the ops; a device's kernels are imported when an op first runs on it. Every
-check of a value is inside the op, in its fake as in its real form: eager and compiled code fail alike.
+check stands in plain Python that Dynamo traces, and again inside the op for those who call that directly.
 Axes: B batch, H heads, N tokens, D head dimension, Tm = ceil(N / block_q), Tn = ceil(N / block_k).
 """
 
@@ -26,6 +26,7 @@ LINEAR_BRANCHES = ("marginal", "all", "none")
 _BLOCKS = (16, 32, 64, 128, 256)
 _HEAD_DIMS = (16, 256)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_DEVICES = ("cpu", "cuda")
 _AXES = "(batch, heads, tokens, head dimension)"
 
 
@@ -64,8 +65,7 @@ def sparse_linear_attention(
 
     Raises:
         TypeError: an argument of the wrong type, or a dtype that is not accepted.
-        ValueError: a value or shape that is not accepted. Under
-            ``torch.compile(fullgraph=True)`` Dynamo raises its own RuntimeError with the same text inside.
+        ValueError: a value or shape that is not accepted.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v), ("weight", weight), ("bias", bias)):
         if not isinstance(tensor, Tensor) and (tensor is not None or name in "qkv"):
@@ -82,8 +82,9 @@ def sparse_linear_attention(
         if not isinstance(word, str):
             raise TypeError(f"{name}={word!r}, accepted is a str")
     if scale is None:
-        # a tensor of rank 0 has no last axis; the op then refuses the rank
-        scale = 1.0 / math.sqrt(max(q.shape[-1], 1)) if q.dim() else 1.0
+        _check_activations(q, k, v)
+        scale = 1.0 / math.sqrt(q.shape[3])
+    _check(q, k, v, weight, bias, scale, topk, bottomk, block_q, block_k, feature_map, linear)
     out, _, _, _ = torch.ops.sla.forward.default(
         q, k, v, weight, bias, scale, topk, bottomk, block_q, block_k, feature_map, linear
     )
@@ -105,7 +106,7 @@ def _check(
     linear: str,
 ) -> None:
     """Raise ValueError or TypeError for arguments that no kernel accepts."""
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale={scale}, accepted is a finite number")
     if not 0 < topk <= 1:
         raise ValueError(f"topk={topk}, accepted is 0 < topk <= 1")
@@ -140,7 +141,7 @@ def _check_activations(q: Tensor, k: Tensor, v: Tensor) -> None:
         if x.dtype not in _DTYPES:
             raise TypeError(f"{name} has dtype {x.dtype}, accepted are {', '.join(map(str, _DTYPES))}")
     for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
+        if _effective_dtype(x) != _effective_dtype(q):
             raise TypeError(f"{name} has dtype {x.dtype}, accepted is that of q, {q.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, accepted is the device of q, {q.device}")
@@ -153,6 +154,15 @@ def _check_activations(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"head dimension {q.shape[3]}, accepted is {_HEAD_DIMS[0]} to {_HEAD_DIMS[1]}")
     if q.shape[2] < 1:
         raise ValueError("q has no tokens, accepted is at least one")
+
+
+def _effective_dtype(x: Tensor) -> torch.dtype:
+    """x's dtype, or that which autocast gives it; float64 stays, as in torch's own rules."""
+    device = x.device.type
+    eligible = device in _DEVICES and x.is_floating_point() and x.dtype != torch.float64
+    if eligible and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def _check_gate(
@@ -341,14 +351,10 @@ _backward.register_autograd(_refuse_double_backward)
 
 
 def _autocast_forward(device_type: str) -> Callable[..., tuple[Tensor, ...]]:
-    """The op under autocast: q, k, v in its dtype (float64 stays, as torch's own rules do), gates not."""
-
-    def cast(x: Tensor) -> Tensor:
-        eligible = x.is_floating_point() and x.dtype != torch.float64
-        return x.to(torch.get_autocast_dtype(device_type)) if eligible else x
+    """The op under autocast: q, k, v in its dtype, the gates as they are."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        activations = cast(q), cast(k), cast(v)
+        activations = [x.to(_effective_dtype(x)) for x in (q, k, v)]
         with torch.autocast(device_type, enabled=False):
             result: tuple[Tensor, ...] = torch.ops.sla.forward.default(*activations, *rest)
         return result
@@ -369,6 +375,6 @@ def _autocast_backward(device_type: str) -> Callable[..., tuple[Tensor, ...]]:
 
 # kept alive: the registrations end with it
 _autocast_rules = torch.library.Library("sla", "FRAGMENT")  # type: ignore[no-untyped-call]
-for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+for _device, _key in zip(_DEVICES, ("AutocastCPU", "AutocastCUDA"), strict=True):
     _autocast_rules.impl("forward", _autocast_forward(_device), _key)  # type: ignore[no-untyped-call]
     _autocast_rules.impl("backward", _autocast_backward(_device), _key)  # type: ignore[no-untyped-call]
