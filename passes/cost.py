@@ -1,81 +1,181 @@
-"""What an attention costs, dense and as SLA: FLOPs and bytes as sympy expressions.
+"""What an attention costs, dense and as SLA: FLOPs and bytes of one forward as sympy expressions.
 
-Symbols: B batch, H heads, N tokens, d head dimension, s bytes per element. The block counts of a configuration
-are put in exactly, so an expression also holds for a symbolic number of tokens. A multiply-add is two FLOPs.
-Exponentials and other per-element work are left out, as in the papers' tables.
+Symbols: B batch, H heads, N tokens, L key tokens of a cross-attention, d head dimension, s bytes per element; in the
+short form also bq and bk block sizes, Tq and Tk query and key blocks, C critical blocks in a row. The exact form is
+in B, H, N, d and s alone, with the rounding of the block counts in it, so it also holds for a symbolic N.
+
+A multiply-add is two FLOPs. Exponentials and other work per element are left out, as in the papers' tables. A byte
+counts each time a kernel reads an input or writes an output; what a cache serves again within a kernel does not.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import sympy
 
 from sla_compile.blocks import exact_fraction
 
-__all__ = ["BATCH", "ELEMENT_BYTES", "HEADS", "HEAD_DIM", "TOKENS", "Cost", "dense_cost", "evaluate", "sla_cost"]
+__all__ = [
+    "BATCH",
+    "ELEMENT_BYTES",
+    "HEADS",
+    "HEAD_DIM",
+    "KEY_TOKENS",
+    "TOKENS",
+    "Cost",
+    "dense_cost",
+    "evaluate",
+    "readable",
+    "sla_cost",
+    "substitute",
+]
 
-BATCH, HEADS, TOKENS, HEAD_DIM, ELEMENT_BYTES = sympy.symbols("B H N d s", integer=True, positive=True)
+_NAMES = "B H N L d s bq bk Tq Tk C"
+_SYMBOLS = sympy.symbols(_NAMES, integer=True, positive=True)
+BATCH, HEADS, TOKENS, KEY_TOKENS, HEAD_DIM, ELEMENT_BYTES = _SYMBOLS[:6]
+_BLOCK_Q, _BLOCK_K, _QUERY_BLOCKS, _KEY_BLOCKS, _CRITICAL = _SYMBOLS[6:]
+
+_FLOAT32, _INT32, _INT8 = 4, 4, 1
 
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs and bytes of device memory traffic of one forward, by stage; ``flops`` and ``bytes`` are the sums."""
+    """FLOPs (``stages``) and device memory traffic in bytes (``traffic``) by stage, in the short form."""
 
     stages: dict[str, sympy.Expr]
     traffic: dict[str, sympy.Expr]
+    definitions: dict[sympy.Symbol, sympy.Expr] = field(default_factory=dict)
+    """What the symbols of the short form stand for, each in symbols that come later or in B, H, N, d."""
+    where: tuple[str, ...] = ()
+    """``definitions`` as text."""
 
     @property
     def flops(self) -> sympy.Expr:
-        return sympy.Add(*self.stages.values())
+        """The sum of all stages, exact."""
+        return self.exact(sympy.Add(*self.stages.values()))
 
     @property
     def bytes(self) -> sympy.Expr:
-        return sympy.Add(*self.traffic.values())
+        """The sum of all traffic, exact."""
+        return self.exact(sympy.Add(*self.traffic.values()))
+
+    @property
+    def formula(self) -> str:
+        """FLOPs in the short form, stage by stage: ``4*B*H*N^2*d``."""
+        return readable(*self.stages.values())
+
+    def exact(self, expression: sympy.Expr) -> sympy.Expr:
+        """``expression`` with every definition put in."""
+        for symbol, meaning in self.definitions.items():
+            expression = expression.subs(symbol, meaning)
+        return expression
 
 
-def dense_cost() -> Cost:
-    """Dense softmax attention by a fused kernel: Q K^T and P V; reads Q, K, V, writes O."""
-    matmul = 2 * BATCH * HEADS * TOKENS**2 * HEAD_DIM
-    tensor = BATCH * HEADS * TOKENS * HEAD_DIM * ELEMENT_BYTES
-    return Cost({"scores": matmul, "values": matmul}, {"inputs": 3 * tensor, "output": tensor})
-
-
-def sla_cost(topk: float, bottomk: float, block_q: int, block_k: int, linear: str) -> Cost:
-    """Sparse-Linear Attention, everything counted (paper, section 4; stages as in ``kernels/``)."""
-    query_blocks = sympy.ceiling(TOKENS / block_q)
-    key_blocks = sympy.ceiling(TOKENS / block_k)
-    critical = sympy.Max(1, sympy.floor(_rational(topk) * key_blocks))
-    negligible = sympy.Min(key_blocks - critical, sympy.floor(_rational(bottomk) * key_blocks))
+@lru_cache
+def dense_cost(cross: bool = False) -> Cost:
+    """Dense softmax attention by a fused kernel, over L key tokens where ``cross``; a mask saves nothing here."""
+    keys = KEY_TOKENS if cross else TOKENS
     rows = BATCH * HEADS
+    matmul = 2 * rows * TOKENS * keys * HEAD_DIM
+    token = rows * HEAD_DIM * ELEMENT_BYTES
+    traffic = {"inputs": token * (TOKENS + 2 * keys), "output": token * TOKENS}
+    return Cost({"scores": matmul, "values": matmul}, traffic)
+
+
+@lru_cache
+def sla_cost(topk: float, block_q: int, block_k: int, linear: str) -> Cost:
+    """Sparse-Linear Attention (paper, section 4) in the stages of ``kernels/``.
+
+    The sums of block states are one matrix product over all key blocks, whatever their classes, so ``bottomk``
+    saves no FLOPs; with ``linear="all"`` they are one sum for all rows. Gates are there, so they are counted.
+    """
+    rows = BATCH * HEADS
+    pairs = _QUERY_BLOCKS * _KEY_BLOCKS
     tensor = rows * TOKENS * HEAD_DIM * ELEMENT_BYTES
-    pair = query_blocks * block_q * block_k * critical  # query-key pairs that get exact attention
     stages = {
-        "classify": 2 * rows * query_blocks * key_blocks * HEAD_DIM,
-        "sparse": 4 * rows * pair * HEAD_DIM,
+        "sparse": 4 * rows * _QUERY_BLOCKS * _BLOCK_Q * _CRITICAL * _BLOCK_K * HEAD_DIM,
+        "classify": 2 * rows * pairs * HEAD_DIM,
     }
+    means = rows * (_QUERY_BLOCKS + _KEY_BLOCKS) * HEAD_DIM * _FLOAT32
+    lists = rows * _QUERY_BLOCKS * _CRITICAL * _INT32
     traffic = {
-        "pooling": 2 * tensor,
-        "sparse": 2 * tensor + 2 * rows * query_blocks * critical * block_k * HEAD_DIM * ELEMENT_BYTES,
+        "pooling": (tensor if linear != "none" else 2 * tensor) + means,
+        "classify": means + rows * pairs * (2 * _FLOAT32 + _INT8) + lists,
+        "attention": 4 * tensor + lists + rows * TOKENS * _FLOAT32,
     }
     if linear != "none":
-        states = rows * HEAD_DIM * (HEAD_DIM + 1)
-        summed = key_blocks - critical - negligible if linear == "marginal" else key_blocks
-        row_states = query_blocks if linear == "marginal" else 1
-        stages["states"] = 2 * rows * TOKENS * HEAD_DIM**2
-        stages["combine"] = 2 * states * row_states * summed
-        stages["linear"] = 2 * rows * TOKENS * HEAD_DIM**2
-        stages["gate"] = 2 * rows * TOKENS * HEAD_DIM**2
-        traffic["states"] = 2 * tensor + 2 * states * (key_blocks + row_states) * ELEMENT_BYTES
-    return Cost(stages, traffic)
+        squares = rows * TOKENS * HEAD_DIM**2
+        state = rows * (HEAD_DIM**2 * ELEMENT_BYTES + HEAD_DIM * _FLOAT32)
+        row_states = _QUERY_BLOCKS if linear == "marginal" else 1
+        additions = 2 * pairs if linear == "marginal" else _KEY_BLOCKS
+        stages["states"] = 2 * squares
+        stages["combine"] = rows * additions * (HEAD_DIM**2 + HEAD_DIM)
+        stages["linear"] = 2 * squares + 2 * rows * TOKENS * HEAD_DIM
+        stages["gate"] = 2 * squares
+        traffic["states"] = 2 * tensor + state * _KEY_BLOCKS
+        traffic["combine"] = state * (_KEY_BLOCKS + row_states)
+        if linear == "marginal":
+            traffic["combine"] += rows * pairs * (_INT8 + 2 * ELEMENT_BYTES)
+        traffic["linear"] = state * row_states + tensor
+    return Cost(stages, traffic, _definitions(topk, block_q, block_k), _where(topk, block_q, block_k))
 
 
-def _rational(share: float) -> sympy.Rational:
-    exact = exact_fraction(share)
-    return sympy.Rational(exact.numerator, exact.denominator)
+def _definitions(topk: float, block_q: int, block_k: int) -> dict[sympy.Symbol, sympy.Expr]:
+    share = exact_fraction(topk)
+    critical = sympy.floor(sympy.Rational(share.numerator, share.denominator) * _KEY_BLOCKS)
+    return {
+        _CRITICAL: sympy.Max(1, critical),
+        _QUERY_BLOCKS: sympy.ceiling(TOKENS / _BLOCK_Q),
+        _KEY_BLOCKS: sympy.ceiling(TOKENS / _BLOCK_K),
+        _BLOCK_Q: sympy.Integer(block_q),
+        _BLOCK_K: sympy.Integer(block_k),
+    }
 
 
-def evaluate(expression: sympy.Expr, values: dict[sympy.Symbol, Any]) -> int:
+def _where(topk: float, block_q: int, block_k: int) -> tuple[str, ...]:
+    return (
+        f"bq = {block_q}",
+        f"bk = {block_k}",
+        "Tq = ceil(N/bq)",
+        "Tk = ceil(N/bk)",
+        f"C = max(1, floor({topk}*Tk))",
+    )
+
+
+def readable(*terms: sympy.Expr) -> str:
+    """The sum of ``terms``, polynomials with B*H in each, in their order: ``B*H*(2*N^2*d + 4*N*d)``."""
+    merged: dict[tuple[int, ...], Any] = {}
+    for term in terms:
+        for powers, coefficient in sympy.Poly(sympy.expand(term / (BATCH * HEADS)), *_SYMBOLS).terms():
+            merged[powers] = merged.get(powers, 0) + coefficient
+    order = sorted(range(len(_SYMBOLS)), key=lambda i: _ORDER.index(str(_SYMBOLS[i])))
+    texts = [
+        "*".join([str(coefficient)] * (coefficient != 1) + [_power(i, powers[i]) for i in order if powers[i]])
+        for powers, coefficient in merged.items()
+    ]
+    if len(texts) > 1:
+        return f"B*H*({' + '.join(texts)})"
+    head, star, tail = texts[0].partition("*")
+    return f"{head}*B*H{star}{tail}" if head.isdigit() else f"B*H*{texts[0]}"
+
+
+_ORDER = ("B", "H", "N", "L", "Tq", "bq", "C", "Tk", "bk", "d", "s")
+
+
+def _power(index: int, power: int) -> str:
+    return f"{_SYMBOLS[index]}^{power}" if power > 1 else str(_SYMBOLS[index])
+
+
+def substitute(expression: sympy.Expr, values: Mapping[sympy.Symbol, Any]) -> sympy.Expr:
+    """``expression`` at ``values``, ints or SymInts: of these the symbol goes in, and no guard is added."""
+    plain = {symbol: value if isinstance(value, int) else value.node.expr for symbol, value in values.items()}
+    return expression.subs(plain)
+
+
+def evaluate(expression: sympy.Expr, values: Mapping[sympy.Symbol, int]) -> int:
     """``expression`` as a whole number at integer ``values``."""
-    return int(expression.subs(values))
+    return int(substitute(expression, values))

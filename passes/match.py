@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["AttentionCall", "Marker", "ModuleCall", "find_attention", "find_markers", "graphs"]
+__all__ = [
+    "AttentionCall",
+    "Marker",
+    "ModuleCall",
+    "attention_call",
+    "find_attention",
+    "find_markers",
+    "graphs",
+]
 
 # torch.nn.functional.scaled_dot_product_attention is this builtin; the others reach a graph by torch.ops.
 SDPA_TARGETS: frozenset[Any] = frozenset(
@@ -88,14 +96,15 @@ def graphs(root: fx.GraphModule) -> Iterator[fx.GraphModule]:
 def find_attention(root: fx.GraphModule) -> list[AttentionCall]:
     """Every attention call of ``root`` and its subgraphs, in graph order."""
     return [
-        _attention_call(node, module)
+        attention_call(node, module)
         for module in graphs(root)
         for node in module.graph.nodes
         if node.op == "call_function" and node.target in SDPA_TARGETS
     ]
 
 
-def _attention_call(node: fx.Node, module: fx.GraphModule) -> AttentionCall:
+def attention_call(node: fx.Node, module: fx.GraphModule) -> AttentionCall:
+    """``node``, a call of scaled_dot_product_attention, in normal form."""
     arguments = {name: default for name, default in _PARAMETERS}
     arguments.update(zip(arguments, node.args, strict=False))
     arguments.update(node.kwargs)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from sla_compile.passes.decide import Rewrite
-from sla_compile.passes.match import AttentionCall, Marker
+from sla_compile.passes.match import AttentionCall, Marker, attention_call
 
 __all__ = ["erase_markers", "replace_attention"]
 
@@ -23,6 +23,7 @@ def replace_attention(
     ``options`` are topk, bottomk, block_q, block_k, feature_map and linear. The graph is not recompiled.
     """
     graph = call.module.graph
+    call = attention_call(call.node, call.module)  # an argument may be an attention that was replaced since
     with graph.inserting_before(call.node):
         results = graph.call_function(
             torch.ops.sla.forward.default,

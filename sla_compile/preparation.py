@@ -8,7 +8,6 @@ model, no attention is computed, and no number of the model changes.
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +19,7 @@ from sla_compile.backend import rewrite_graph
 from sla_compile.compat import Frame, current_frame, size_hint, throw_away_compile
 from sla_compile.config import SLAConfig
 from sla_compile.gate import Gate, attach_gate, detach, detach_gate, gate_name, gates, own_gates
-from sla_compile.passes.match import graphs
-from sla_compile.record import SiteReport, describe
+from sla_compile.record import GraphBreak, SiteReport, describe, graph_break
 from sla_compile.sites import PREPARED, Settings
 
 __all__ = ["DryRun", "dry_run", "prepare"]
@@ -36,9 +34,7 @@ class DryRun:
     """The gates that the shell was given, by their module path."""
     owners: dict[str, int] = field(default_factory=dict)
     """Module path of every owner of an attention, rewritten or kept, with the number of its attentions."""
-    graph_breaks: list[str] = field(default_factory=list)
-    diffs: list[str] = field(default_factory=list)
-    """A unified diff of each rewritten graph."""
+    graph_breaks: list[GraphBreak] = field(default_factory=list)
 
 
 def prepare(
@@ -135,17 +131,21 @@ def dry_run(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
     settings: Settings,
-    *,
-    with_diffs: bool = False,
 ) -> DryRun:
     """Trace ``model(*args, **kwargs)`` as ``backend="sla"`` would compile it; ``model`` is left untouched."""
+    if isinstance(args, torch.Tensor) or not isinstance(args, Sequence):
+        raise TypeError(f"args: got {type(args).__name__}; accepted: a tuple of the positional arguments")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(f"kwargs: got {type(kwargs).__name__}; accepted: a mapping of the keyword arguments")
     shell = _shell(model)
     paths = {id(module): name for name, module in shell.named_modules()}
+    for name, module in shell.named_modules():
+        # After a graph break the frame of a block would know only the path inside that block.
+        module.__dict__[PREPARED] = (settings.config, name)
     run = DryRun()
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         frame = current_frame()
-        before = _text(gm) if with_diffs else []
         codes.update([frame.code] if frame is not None else [])
         sites = rewrite_graph(gm, settings, frame)
         for site in sites:
@@ -153,9 +153,8 @@ def dry_run(
             if site.owner is not None and id(site.owner) in paths:
                 path = paths[id(site.owner)]
                 run.owners[path] = max(run.owners.get(path, 0), site.ordinal + 1)
-        run.graph_breaks.extend(_graph_break(gm))
-        if with_diffs and any(site.rewritten for site in run.sites[-len(sites) :]):
-            run.diffs.append("\n".join(difflib.unified_diff(before, _text(gm), "before", "after", lineterm="")))
+        if (found := graph_break(gm)) is not None:
+            run.graph_breaks.append(found)
         return _returns_zeros(gm)
 
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
@@ -184,22 +183,6 @@ def _shell(model: nn.Module) -> nn.Module:
         module.__dict__.pop(PREPARED, None)
         module.__dict__["_compiled_call_impl"] = None  # blocks compiled by themselves are traced as part of it
     return detach(shell)
-
-
-def _text(gm: fx.GraphModule) -> list[str]:
-    """The lines of ``gm`` and its subgraphs, one a node."""
-    lines = []
-    for module in graphs(gm):
-        lines += [text for node in module.graph.nodes if (text := node.format_node())]
-    return lines
-
-
-def _graph_break(gm: fx.GraphModule) -> list[str]:
-    reason: Any = getattr(gm, "compile_subgraph_reason", None)
-    if reason is None or not getattr(reason, "graph_break", False):
-        return []
-    place = f" at {reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno}" if reason.user_stack else ""
-    return [str(reason.reason).splitlines()[0] + place]
 
 
 def _returns_zeros(gm: fx.GraphModule) -> Callable[..., Any]:

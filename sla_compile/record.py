@@ -12,20 +12,40 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from sla_compile.compat import size_hint
+from sla_compile.diffs import site_diff
 from sla_compile.gate import Gate, gate_name, own_gates
-from sla_compile.passes.cost import BATCH, ELEMENT_BYTES, HEAD_DIM, HEADS, TOKENS, dense_cost, evaluate, sla_cost
-from sla_compile.passes.decide import Keep, Rewrite, example_shape
+from sla_compile.passes.cost import (
+    BATCH,
+    ELEMENT_BYTES,
+    HEAD_DIM,
+    HEADS,
+    KEY_TOKENS,
+    TOKENS,
+    dense_cost,
+    evaluate,
+    sla_cost,
+)
+from sla_compile.passes.decide import Keep, Rewrite, Shape, example_shape
 from sla_compile.sites import PREPARED, Site
 
-__all__ = ["SiteReport", "describe", "remember", "remembered"]
+__all__ = [
+    "GraphBreak",
+    "SiteReport",
+    "describe",
+    "graph_break",
+    "remember",
+    "remember_break",
+    "remembered",
+    "remembered_breaks",
+]
 
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One attention site. FLOPs and bytes are of one forward; None where the sizes are not known."""
+    """One attention call. FLOPs and bytes are of one forward; None where the sizes are not known."""
 
     path: str
     """Module path of the owner, for example ``"blocks.0.attn1"``."""
@@ -42,8 +62,12 @@ class SiteReport:
     """What would have been accepted, where it was kept."""
     condition: str = ""
     """Guard under which this holds, for a symbolic number of tokens."""
+    compiled: bool = True
+    """False for a gate whose attention no compile has reached yet."""
     shape: dict[str, int | str] = field(default_factory=dict)
-    """batch, heads, tokens, head_dim, dtype, device; a symbolic size is a string."""
+    """batch, heads, tokens, head_dim, dtype, device; key_tokens where they differ; a symbolic size is a string."""
+    traced: dict[str, int] = field(default_factory=dict)
+    """The sizes of ``shape`` while it was traced, which the numbers below are for; empty where unknown."""
     settings: dict[str, Any] = field(default_factory=dict)
     """topk, bottomk, block_q, block_k, feature_map, linear, gate; empty where it was kept."""
     gate_path: str = ""
@@ -54,100 +78,178 @@ class SiteReport:
     bytes_before: int | None = None
     bytes_after: int | None = None
     formula_before: str = ""
-    """FLOPs in B, H, N, d, before and after."""
+    """FLOPs in short symbols, which ``where`` explains."""
     formula_after: str = ""
+    where: tuple[str, ...] = ()
+    expression_before: str = ""
+    """FLOPs as an exact sympy expression in B, H, N, d (and L for the keys of a cross-attention)."""
+    expression_after: str = ""
+    diff: tuple[str, ...] = ()
+    """The graph around the site: lines that start with "- " (before), "+ " (after) or two blanks (both)."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "where": list(self.where), "diff": list(self.diff)}
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """Where and why Dynamo ended a graph; ``file`` is empty where it does not say."""
+
+    reason: str
+    file: str = ""
+    line: int = 0
+    function: str = ""
 
 
 def describe(site: Site) -> SiteReport:
     """``site`` as plain data that holds on to no graph and no module."""
     decision = site.decision
     shape = example_shape(site.call)
-    costs: dict[str, Any] = {}
-    dense = dense_cost()
-    hints = {name: size_hint(size) for name, size in shape.sizes.items()} if shape is not None else {}
-    known = None
-    if shape is not None and None not in hints.values() and shape.self_attention:
-        known = {
-            BATCH: hints["batch"],
-            HEADS: hints["heads"],
-            TOKENS: hints["tokens"],
-            HEAD_DIM: hints["head_dim"],
-            ELEMENT_BYTES: shape.dtype.itemsize,
-        }
-        costs["flops_before"] = evaluate(dense.flops, known)
-        costs["bytes_before"] = evaluate(dense.bytes, known)
-        costs["formula_before"] = str(dense.flops)
-    if isinstance(decision, Rewrite):
-        options = site.config.kernel_options()
-        cost = sla_cost(*(options[name] for name in ("topk", "bottomk", "block_q", "block_k", "linear")))
-        costs["formula_after"] = str(cost.flops)
-        if known is not None:
-            costs["flops_after"] = evaluate(cost.flops, known)
-            costs["bytes_after"] = evaluate(cost.bytes, known)
     gate = site.gate
     keep = decision if isinstance(decision, Keep) else None
+    plain, traced = _sizes(site, shape)
     return SiteReport(
         path=site.path,
         owner=type(site.owner).__name__ if site.owner is not None else "",
         ordinal=site.ordinal,
         rewritten=keep is None,
         reason="self-attention" if keep is None else keep.reason,
-        value=keep.value if keep is not None else f"{shape.sizes['tokens']} tokens" if shape else "",
+        value=keep.value if keep is not None else f"{plain['tokens']} tokens",
         accepted=keep.accepted if keep is not None else "",
         condition=(decision.condition or "") if isinstance(decision, Rewrite) else "",
-        shape=_plain_shape(shape) if shape is not None else {},
+        shape=plain,
+        traced=traced,
         settings={**site.config.kernel_options(), "gate": site.config.gate} if keep is None else {},
         gate_path=site.gate_path if keep is None else "",
         gate_parameters=_count(gate) if gate is not None and keep is None else 0,
-        **costs,
+        diff=site_diff(site),
+        **(_costs(site, shape, traced) if shape is not None else {}),
     )
 
 
-def _plain_shape(shape: Any) -> dict[str, int | str]:
-    sizes = {name: size if isinstance(size, int) else str(size) for name, size in shape.sizes.items()}
-    return {**sizes, "dtype": str(shape.dtype).removeprefix("torch."), "device": str(shape.device)}
+def _sizes(site: Site, shape: Shape | None) -> tuple[dict[str, int | str], dict[str, int]]:
+    """The sizes as the graph has them, and as they were while it was traced."""
+    if shape is None:
+        return {}, {}
+    sizes: dict[str, int | torch.SymInt] = dict(shape.sizes)
+    if not shape.self_attention:
+        key = site.call.key.meta.get("example_value")
+        if isinstance(key, torch.Tensor) and key.dim() == 4:
+            sizes["key_tokens"] = key.shape[2]
+    plain: dict[str, int | str] = {
+        name: size if isinstance(size, int) else str(size) for name, size in sizes.items()
+    }
+    hints = {name: size_hint(size) for name, size in sizes.items()}
+    traced = {name: hint for name, hint in hints.items() if hint is not None}
+    details = {"dtype": str(shape.dtype).removeprefix("torch."), "device": str(shape.device)}
+    return {**plain, **details}, traced if len(traced) == len(sizes) else {}
+
+
+def _costs(site: Site, shape: Shape, traced: dict[str, int]) -> dict[str, Any]:
+    cross = not shape.self_attention
+    dense = dense_cost(cross)
+    after = dense
+    if isinstance(site.decision, Rewrite):
+        options = site.config.kernel_options()
+        after = sla_cost(options["topk"], options["block_q"], options["block_k"], options["linear"])
+    costs: dict[str, Any] = {"where": after.where}
+    known = None
+    if traced and (not cross or "key_tokens" in traced):
+        known = {
+            BATCH: traced["batch"],
+            HEADS: traced["heads"],
+            TOKENS: traced["tokens"],
+            KEY_TOKENS: traced.get("key_tokens", traced["tokens"]),
+            HEAD_DIM: traced["head_dim"],
+            ELEMENT_BYTES: shape.dtype.itemsize,
+        }
+    for name, cost in (("before", dense), ("after", after)):
+        costs[f"formula_{name}"] = cost.formula
+        costs[f"expression_{name}"] = str(cost.flops)
+        if known is not None:
+            costs[f"flops_{name}"] = evaluate(cost.flops, known)
+            costs[f"bytes_{name}"] = evaluate(cost.bytes, known)
+    return costs
 
 
 def _count(gate: Gate) -> int:
     return gate.weight.numel() + gate.bias.numel()
 
 
-_BY_OWNER: weakref.WeakKeyDictionary[nn.Module, dict[int, SiteReport]] = weakref.WeakKeyDictionary()
+def graph_break(gm: fx.GraphModule) -> GraphBreak | None:
+    """The graph break that ended ``gm``; None where it is the end of its function."""
+    reason: Any = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not getattr(reason, "graph_break", False):
+        return None
+    text = next((line.strip() for line in str(reason.reason).splitlines() if line.strip()), "no reason given")
+    if not reason.user_stack:
+        return GraphBreak(text)
+    frame = reason.user_stack[-1]
+    return GraphBreak(text, frame.filename, frame.lineno or 0, frame.name)
+
+
+# By owner and ordinal, the calls of one forward.
+_BY_OWNER: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[SiteReport, ...]]] = weakref.WeakKeyDictionary()
 # Modules that run code compiled for another of their class (regional compile, a deepcopy) have no entry of
 # their own; the one of their class, with the same settings, is theirs.
-_BY_CLASS: weakref.WeakKeyDictionary[type, dict[tuple[int, str], SiteReport]] = weakref.WeakKeyDictionary()
+_BY_CLASS: weakref.WeakKeyDictionary[type, dict[tuple[int, str], tuple[SiteReport, ...]]] = (
+    weakref.WeakKeyDictionary()
+)
+_BREAKS: weakref.WeakKeyDictionary[nn.Module, dict[GraphBreak, None]] = weakref.WeakKeyDictionary()
 
 
 def remember(sites: Iterable[Site]) -> None:
-    """Keep the account of what was compiled, for ``report(model)``."""
+    """Keep the account of what one graph holds, for ``report(model)``."""
+    calls: dict[tuple[int, int], list[Site]] = {}
     for site in sites:
-        if site.owner is None:
+        if site.owner is not None:
+            calls.setdefault((id(site.owner), site.ordinal), []).append(site)
+    for group in calls.values():
+        account = tuple(describe(site) for site in group)
+        owner, ordinal, gate = group[0].owner, group[0].ordinal, group[0].gate
+        if owner is None:
             continue
-        account = describe(site)
-        _BY_OWNER.setdefault(site.owner, {})[site.ordinal] = account
-        if site.gate is not None:
-            _BY_CLASS.setdefault(type(site.owner), {})[(site.ordinal, site.gate.settings)] = account
+        _BY_OWNER.setdefault(owner, {})[ordinal] = account
+        if gate is not None:
+            _BY_CLASS.setdefault(type(owner), {})[(ordinal, gate.settings)] = account
+
+
+def remember_break(gm: fx.GraphModule, root: nn.Module | None) -> None:
+    """Keep the graph break that ended ``gm``, a graph of the forward of ``root``, for ``report(model)``."""
+    found = graph_break(gm)
+    if found is not None and root is not None:
+        _BREAKS.setdefault(root, {})[found] = None
+
+
+def remembered_breaks(model: nn.Module) -> list[GraphBreak]:
+    """The graph breaks in the forward of ``model`` and of the modules in it."""
+    return [found for module in model.modules() for found in _BREAKS.get(module, ())]
 
 
 def remembered(model: nn.Module) -> list[SiteReport]:
     """The sites of ``model`` as last compiled, by module path, and its gates that were not compiled yet."""
     found = []
     for name, owner in model.named_modules():
-        path = name.replace("_orig_mod.", "").removesuffix("_orig_mod")
+        path = ".".join(part for part in name.split(".") if part != "_orig_mod")
         accounts = dict(_BY_OWNER.get(owner, {}))
         for gate in own_gates(owner).values():
             if gate.ordinal not in accounts:
                 shared = _BY_CLASS.get(type(owner), {}).get((gate.ordinal, gate.settings))
-                accounts[gate.ordinal] = shared if shared is not None else _not_compiled(gate, owner)
-        for ordinal, account in sorted(accounts.items()):
-            full = path or owner.__dict__.get(PREPARED, (None, ""))[1]
-            gate_path = f"{full}.{gate_name(ordinal)}".lstrip(".") if account.gate_path else ""
-            found.append(dataclasses.replace(account, path=full, gate_path=gate_path))
+                accounts[gate.ordinal] = shared if shared is not None else (_not_compiled(gate, owner),)
+        full = path or owner.__dict__.get(PREPARED, (None, ""))[1]
+        for ordinal, calls in sorted(accounts.items()):
+            found += [_moved(account, full, ordinal) for account in calls]
     return found
+
+
+def _moved(account: SiteReport, path: str, ordinal: int) -> SiteReport:
+    """``account`` for an owner at module path ``path``."""
+    diff = account.diff
+    if account.path and account.path != path:
+        diff = tuple(line.replace(f"{account.path}.", f"{path}.".lstrip(".")) for line in diff)
+    gate_path = f"{path}.{gate_name(ordinal)}".lstrip(".") if account.gate_path else ""
+    return dataclasses.replace(account, path=path, gate_path=gate_path, diff=diff)
 
 
 def _not_compiled(gate: Gate, owner: nn.Module) -> SiteReport:
@@ -158,6 +260,7 @@ def _not_compiled(gate: Gate, owner: nn.Module) -> SiteReport:
         rewritten=False,
         reason="prepared, not compiled yet",
         accepted='torch.compile(model, backend="sla") and a call',
+        compiled=False,
         settings={**gate.config.kernel_options(), "gate": gate.config.gate},
         gate_path=gate.path,
         gate_parameters=_count(gate),

@@ -1,0 +1,123 @@
+"""The graph before and after around one rewritten site, as a few readable lines.
+
+Markers, which only bind the gates while Dynamo traces, are on neither side. A parameter goes by its module path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from sla_compile.passes.decide import Rewrite
+from sla_compile.sites import Site
+
+__all__ = ["site_diff"]
+
+_LINES_BEFORE, _LINES_AFTER = 3, 2
+_MOST_ARGUMENTS = 12
+
+
+def site_diff(site: Site) -> tuple[str, ...]:
+    """Lines that start with "- ", "+ " or two blanks, of a site whose graph was rewritten; none of a kept one."""
+    replacement = _replacement(site)
+    if replacement is None or site.marker is None:
+        return ()
+    output = next((user for user in replacement.users if user.args[1:] == (0,)), replacement)
+    names = {site.marker.weight: f"{site.gate_path}.weight", site.marker.bias: f"{site.gate_path}.bias"}
+
+    def after(node: fx.Node) -> str:
+        return names.get(node) or _label(node)
+
+    def before(node: fx.Node) -> str:
+        return site.call.node.name if node is output else after(node)
+
+    lines = [f"  {_line(node, after)}" for node in _around(replacement, _LINES_BEFORE, backwards=True)]
+    lines.append(f"- {site.call.node.name} = {_original(site, after)}")
+    lines += [f"+ {_line(node, after)}" for node in dict.fromkeys((replacement, output))]
+    minus, plus = [], []
+    for node in _around(output, _LINES_AFTER, backwards=False):
+        old, new = _line(node, before), _line(node, after)
+        if old != new:
+            minus.append(f"- {old}")
+            plus.append(f"+ {new}")
+            continue
+        lines += [*minus, *plus, f"  {new}"]
+        minus, plus = [], []
+    return tuple([*lines, *minus, *plus])
+
+
+def _replacement(site: Site) -> fx.Node | None:
+    if not isinstance(site.decision, Rewrite) or site.marker is None:
+        return None
+    call = site.call
+    users = [user for user in site.marker.weight.users if user.target is torch.ops.sla.forward.default]
+    exact = [user for user in users if user.args[:3] == (call.query, call.key, call.value)]
+    return next(iter(exact or users), None)
+
+
+def _around(node: fx.Node, count: int, *, backwards: bool) -> Iterator[fx.Node]:
+    """Up to ``count`` nodes before or after ``node`` in graph order, without inputs, outputs and markers."""
+    marker = torch.ops.sla.gate
+    found: list[fx.Node] = []
+    step = node.prev if backwards else node.next
+    while len(found) < count and step.op not in ("root", "output", "placeholder"):
+        if step.target not in (marker, marker.default):
+            found.append(step)
+        step = step.prev if backwards else step.next
+    return reversed(found) if backwards else iter(found)
+
+
+def _original(site: Site, label: Callable[[fx.Node], str]) -> str:
+    """The call that was replaced, with the arguments that are not at their defaults (its node is erased)."""
+    call = site.call
+    positional = [_text(argument, label) for argument in (call.query, call.key, call.value)]
+    keywords = [f"scale={_text(call.scale, label)}"] * (call.scale is not None)
+    return f"scaled_dot_product_attention({', '.join(positional + keywords)})"
+
+
+def _line(node: fx.Node, label: Callable[[fx.Node], str]) -> str:
+    arguments = [_text(argument, label) for argument in node.args]
+    keywords = [f"{name}={_text(value, label)}" for name, value in node.kwargs.items()]
+    if node.op == "get_attr":
+        return f"{label(node)} = {node.target}"
+    if node.op == "call_method":
+        return f"{label(node)} = {arguments[0]}.{node.target}({_shortened(arguments[1:] + keywords)})"
+    return f"{label(node)} = {_operation(node)}({_shortened(arguments + keywords)})"
+
+
+def _operation(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).removesuffix(".default").replace(".", "::", 1)
+    return str(target) if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+def _shortened(arguments: list[str]) -> str:
+    if len(arguments) > _MOST_ARGUMENTS:
+        arguments = [*arguments[: _MOST_ARGUMENTS - 1], f"... {len(arguments) - _MOST_ARGUMENTS + 1} more"]
+    return ", ".join(arguments)
+
+
+def _text(argument: Any, label: Callable[[fx.Node], str]) -> str:
+    if isinstance(argument, fx.Node):
+        return label(argument)
+    if isinstance(argument, tuple | list):
+        inner = _shortened([_text(item, label) for item in argument])
+        return f"[{inner}]" if isinstance(argument, list) else f"({inner}{',' * (len(argument) == 1)})"
+    return f"{argument:.6g}" if isinstance(argument, float) else str(argument)
+
+
+def _label(node: fx.Node) -> str:
+    """A node's name; of an input that Dynamo lifted from a module, its path there."""
+    if node.op != "placeholder":
+        return node.name
+    # L_self_modules_blocks_modules_0_modules_ff_parameters_weight_ is blocks.0.ff.weight
+    match = re.fullmatch(r"[lg]_.*?_?(?:modules_(.+))?_(?:parameters|buffers)_(.+?)_*", node.name)
+    if match is None:
+        return node.name
+    owner, name = match.groups()
+    return ".".join([*re.split(r"_?_modules_", owner), name] if owner else [name])
