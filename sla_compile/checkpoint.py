@@ -25,7 +25,7 @@ from torch import nn
 from sla_compile.config import SITE_FIELDS, SLAConfig
 from sla_compile.gate import Gate, attach_gate, detach_gate, gates, model_config
 
-__all__ = ["load", "save"]
+__all__ = ["File", "Site", "load", "read", "save"]
 
 FORMAT, VERSION = "sla_compile", "1"
 # How a graph is compiled changes nothing that a gate learns.
@@ -93,7 +93,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     version, where the model was prepared with other settings (naming the fields), or where gates are missing,
     extra or wrongly shaped, or have no owner in the model (naming each). The model is then unchanged.
     """
-    file = _read(path)
+    file = read(path)
     found = gates(model)
     with torch.no_grad():
         if found:
@@ -125,7 +125,7 @@ def _write(path: str | os.PathLike[str], content: bytes) -> None:
         raise
 
 
-def _read(path: str | os.PathLike[str]) -> File:
+def read(path: str | os.PathLike[str]) -> File:
     """The file's content; ValueError naming ``path`` and what was found where it is not a whole gate file."""
     name = os.fspath(path)
     if not os.path.exists(name):

@@ -1,0 +1,224 @@
+"""Command line: ``python -m sla_compile explain package.module:factory`` and ``... show FILE``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from torch import nn
+
+__all__ = ["main"]
+
+_EXPLAIN = """\
+explain what backend="sla" would do to each attention of a model; nothing is compiled or changed.
+
+FACTORY is package.module:name of something callable (dots after the colon reach into classes). It returns
+  a tuple (model, args) or (model, args, kwargs), for the call model(*args, **kwargs) that is traced, or
+  a model with an attribute example_inputs: a tuple of args, or a dict of kwargs.
+"""
+
+
+class UsageError(Exception):
+    """A mistake in the command line, told in one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, or 2 with one line on stderr."""
+    try:
+        options = _parser().parse_args(arguments)
+        text: str = options.run(options)
+    except UsageError as error:
+        line = " ".join(str(error).split())
+        print(f"sla_compile: error: {line}", file=sys.stderr)
+        return 2
+    if text:
+        print(text)
+    return 0
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="python -m sla_compile", description="sla-compile on the command line.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    explain = commands.add_parser(
+        "explain",
+        help="what would become of each attention of a model",
+        description=_EXPLAIN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    explain.add_argument("factory", metavar="FACTORY", help="package.module:factory")
+    explain.add_argument(
+        "--args",
+        nargs="*",
+        default=[],
+        metavar="ARG",
+        help="arguments of the factory, VALUE or NAME=VALUE; a VALUE is JSON, or else text",
+    )
+    explain.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a field of SLAConfig, its value as JSON (or text); repeatable",
+    )
+    explain.add_argument("--no-diff", action="store_true", help="leave out the graph around each site")
+    explain.set_defaults(run=_explain)
+    show = commands.add_parser("show", help="the gates in a file that sla_compile.save wrote")
+    show.add_argument("file", metavar="FILE")
+    show.set_defaults(run=_show)
+    for command in (explain, show):
+        command.add_argument("--json", action="store_true", help="print JSON")
+        command.add_argument("--width", type=_width, default=None, help="columns, at least 20")
+    return parser
+
+
+def _width(text: str) -> int:
+    if not text.isdigit() or int(text) < 20:
+        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: an integer of at least 20")
+    return int(text)
+
+
+def _explain(options: argparse.Namespace) -> str:
+    from sla_compile.config import SLAConfig
+    from sla_compile.reports import explain
+
+    try:
+        config = SLAConfig.from_options(_pairs("--config", options.config)) if options.config else None
+    except ValueError as error:
+        raise UsageError(f"--config: {error}") from error
+    model, args, kwargs = _example(options.factory, _call_factory(options.factory, options.args))
+    try:
+        report = explain(model, args, kwargs, config=config)
+    except Exception as error:
+        raise UsageError(f"{options.factory}: cannot be traced: {_words(error)}") from error
+    report = report.without_diffs() if options.no_diff else report
+    return report.to_json() if options.json else _printed(report, options.width)
+
+
+def _show(options: argparse.Namespace) -> str:
+    from sla_compile.checkpoint import read
+    from sla_compile.config import SITE_FIELDS
+    from sla_compile.render import GatesView
+
+    try:
+        file = read(options.file)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error).removeprefix("load: ")) from error
+    if file.problems:
+        raise UsageError(f"{options.file}: {'; '.join(file.problems)}")
+    gates = [
+        {
+            "path": path,
+            "heads": site.heads,
+            "head_dim": site.head_dim,
+            "shape": list(site.tensors["weight"].shape),
+            "dtype": str(site.tensors["weight"].dtype).removeprefix("torch."),
+            "weight_norm": site.tensors["weight"].double().norm().item(),
+            "bias_norm": site.tensors["bias"].double().norm().item(),
+            "config": {name: getattr(site.config, name) for name in SITE_FIELDS},
+        }
+        for path, site in file.sites.items()
+    ]
+    if options.json:
+        return json.dumps({"config": file.config.to_dict(), "gates": gates}, indent=2)
+    return _printed(GatesView(options.file, gates), options.width)
+
+
+def _printed(view: Any, width: int | None) -> str:
+    """Print ``view`` to standard output, in colour on a terminal; nothing is left to print."""
+    from rich.console import Console
+
+    Console(width=width).print(view)
+    return ""
+
+
+def _call_factory(name: str, given: Sequence[str]) -> Any:
+    factory = _find(name)
+    positional = [_value(text) for text in given if "=" not in text]
+    keywords = _pairs("--args", [text for text in given if "=" in text])
+    try:
+        return factory(*positional, **keywords)
+    except Exception as error:
+        raise UsageError(f"{name} raised {_words(error)}") from error
+
+
+def _find(name: str) -> Any:
+    module_name, colon, path = name.partition(":")
+    if not (module_name and colon and path):
+        raise UsageError(f"FACTORY: got {name!r}; accepted: package.module:factory")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        where = "" if error.name == module_name else f", needed by {module_name!r}"
+        raise UsageError(f"no module {error.name!r}{where} (searched from {os.getcwd()})") from error
+    except Exception as error:
+        raise UsageError(f"import of {module_name!r} raised {_words(error)}") from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            import difflib
+
+            close = difflib.get_close_matches(part, dir(found), 1)
+            nearest = f"; nearest known: {close[0]!r}" if close else ""
+            raise UsageError(f"no factory {path!r} in {module_name!r}{nearest}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise UsageError(f"{name} is a {type(found).__name__}; accepted: a callable")
+    return found
+
+
+def _example(name: str, made: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """The model and its example call, from what the factory returned."""
+    if isinstance(made, nn.Module) and hasattr(made, "example_inputs"):
+        inputs: Any = made.example_inputs
+        made = (made, (), inputs) if isinstance(inputs, Mapping) else (made, inputs)
+    if isinstance(made, tuple) and len(made) in (2, 3) and isinstance(made[0], nn.Module):
+        model, args, kwargs = (*made, {})[:3]
+        if isinstance(args, tuple | list) and isinstance(kwargs, Mapping):
+            return model, tuple(args), dict(kwargs)
+    kinds = type(made).__name__
+    if isinstance(made, tuple):
+        kinds = f"a tuple of ({', '.join(type(item).__name__ for item in made)})"
+    raise UsageError(
+        f"{name} returned {kinds}; accepted: (model, args tuple), (model, args tuple, kwargs dict), "
+        f"or a model with an attribute example_inputs"
+    )
+
+
+def _pairs(option: str, texts: Sequence[str]) -> dict[str, Any]:
+    pairs = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise UsageError(f"{option}: got {text!r}; accepted: KEY=VALUE")
+        pairs[key] = _value(value)
+    return pairs
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _words(error: Exception) -> str:
+    """Kind, first line of the message, and the line of the user's file that raised, in one line."""
+    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else ""
+    return f"{type(error).__name__}: {message}{place}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
