@@ -16,9 +16,17 @@ from .triton_backward import (
     gate_gradient_kernel,
 )
 from .triton_classify import block_scores, classify_rows, critical_lists
-from .triton_forward import attention_forward, gate_strides
-from .triton_states import block_means, key_states, marginal_matrix, state_dtype, sum_of_states
-from .triton_tiles import check_supported, launch_for, padded_dim
+from .triton_forward import attention_forward
+from .triton_states import block_means, key_states, marginal_matrix, sum_of_states
+from .triton_tiles import (
+    check_supported,
+    gate_matrix,
+    head_stride,
+    launch_for,
+    padded_dim,
+    vector_readable,
+    vector_strides,
+)
 
 __all__ = ["backward", "forward"]
 
@@ -51,7 +59,9 @@ def forward(
     """
     check_supported(q, block_q, block_k, feature_map, linear)
     with torch.cuda.device_of(q):
+        q, k, v = vector_readable(q), vector_readable(k), vector_readable(v)
         has_linear = weight is not None and linear != "none"
+        gate = gate_matrix(weight, q.dtype) if weight is not None and has_linear else None
         pooled_q = block_means(q, block_q)
         states = normalizers = None
         if has_linear:
@@ -65,7 +75,7 @@ def forward(
             q,
             k,
             v,
-            weight,
+            gate,
             bias,
             lists,
             states,
@@ -103,9 +113,12 @@ def backward(
     """
     check_supported(q, block_q, block_k, feature_map, linear)
     with torch.cuda.device_of(q):
+        grad_out, q, k, v, out = (vector_readable(x) for x in (grad_out, q, k, v, out))
         has_linear = weight is not None and linear != "none"
-        states = normalizers = None
-        if has_linear:
+        gate = states = normalizers = None
+        if weight is not None and has_linear:
+            gate = gate_matrix(weight, q.dtype)
+            linear_out = vector_readable(linear_out)
             states, normalizers, _ = key_states(k, v, block_k, feature_map, pool=False)
             states, normalizers = _sum_over_keys(states, normalizers, block_map, linear)
         dq, delta, grad_states, grad_normalizers = _query_side(
@@ -113,7 +126,7 @@ def backward(
             q,
             k,
             v,
-            weight if has_linear else None,
+            gate,
             bias,
             out,
             linear_out,
@@ -128,7 +141,9 @@ def backward(
         )
         del states, normalizers
         if grad_states is not None and grad_normalizers is not None:
-            grad_states, grad_normalizers = _sum_over_queries(grad_states, grad_normalizers, block_map, linear)
+            grad_states, grad_normalizers = _sum_over_queries(
+                grad_states, grad_normalizers, block_map, linear
+            )
         dk, dv = _key_side(
             grad_out,
             q,
@@ -204,7 +219,7 @@ def _query_side(
     delta = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
     grad_states = grad_normalizers = None
     if states is not None:
-        grad_states = states.new_empty(batch, heads, tiles, head_dim, head_dim)
+        grad_states = states.new_empty(batch, heads, tiles, *states.shape[3:])
         grad_normalizers = delta.new_empty(batch, heads, tiles, head_dim)
     saved_linear = linear_out if states is not None else out
     # an absent tensor's place is taken by one that is there; the kernel does not touch it
@@ -226,15 +241,15 @@ def _query_side(
         delta,
         grad_states if grad_states is not None else q,
         grad_normalizers if grad_normalizers is not None else delta,
-        *grad_out.stride(),
-        *q.stride(),
-        *k.stride(),
-        *v.stride(),
-        *out.stride(),
-        *saved_linear.stride(),
-        *gate_strides(weight, 2),
-        *gate_strides(bias, 1),
-        *dq.stride(),
+        *vector_strides(grad_out),
+        *vector_strides(q),
+        *vector_strides(k),
+        *vector_strides(v),
+        *vector_strides(out),
+        *vector_strides(saved_linear),
+        head_stride(weight, 2) // 8,
+        head_stride(bias, 1),
+        bias.stride(-1) if bias is not None else 0,
         scale,
         tokens,
         tiles,
@@ -292,12 +307,10 @@ def _key_side(
         counts,
         dk,
         dv,
-        *grad_out.stride(),
-        *q.stride(),
-        *k.stride(),
-        *v.stride(),
-        *dk.stride(),
-        *dv.stride(),
+        *vector_strides(grad_out),
+        *vector_strides(q),
+        *vector_strides(k),
+        *vector_strides(v),
         scale,
         tokens,
         tiles,
@@ -343,8 +356,8 @@ def _gate_side(
         saved_linear,
         weight_parts,
         bias_parts,
-        *grad_out.stride(),
-        *saved_linear.stride(),
+        *vector_strides(grad_out),
+        *vector_strides(saved_linear),
         tokens,
         splits,
         heads,

@@ -22,6 +22,7 @@ from .triton_primitives import (
     locate_program,
     reciprocal_or_zero,
     store_tile,
+    token_major_pointer,
 )
 
 __all__ = ["attention_backward_key_kernel", "attention_backward_query_kernel", "gate_gradient_kernel"]
@@ -49,36 +50,24 @@ def attention_backward_query_kernel(
     stride_gb,
     stride_gh,
     stride_gn,
-    stride_gd,
     stride_qb,
     stride_qh,
     stride_qn,
-    stride_qd,
     stride_kb,
     stride_kh,
     stride_kn,
-    stride_kd,
     stride_vb,
     stride_vh,
     stride_vn,
-    stride_vd,
     stride_ob,
     stride_oh,
     stride_on,
-    stride_od,
     stride_lb,
     stride_lh,
     stride_ln,
-    stride_ld,
     stride_wh,
-    stride_wr,
-    stride_wc,
     stride_bh,
     stride_bd,
-    stride_dqb,
-    stride_dqh,
-    stride_dqn,
-    stride_dqd,
     scale,
     num_tokens,
     num_tiles,
@@ -98,6 +87,7 @@ def attention_backward_query_kernel(
 ):
     """dQ of one tile of queries, its D^s, and its share of dH and dZ: one (D, D) state a tile."""
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
+    PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
     PARTS: tl.constexpr = BLOCK_K // TILE_K
     tile, batch, head = locate_program(num_tiles, num_heads)
     batch_head = batch.to(tl.int64) * num_heads + head
@@ -113,9 +103,9 @@ def attention_backward_query_kernel(
     grad_base = head_pointer(grad_out, batch, head, stride_gb, stride_gh)
     out_base = head_pointer(out, batch, head, stride_ob, stride_oh)
     q_base = head_pointer(q, batch, head, stride_qb, stride_qh)
-    grad = load_tile(grad_base, first_query, rows, dims, stride_gn, stride_gd, num_tokens, HEAD_DIM, PADDED)
-    output = load_tile(out_base, first_query, rows, dims, stride_on, stride_od, num_tokens, HEAD_DIM, PADDED)
-    query = load_tile(q_base, first_query, rows, dims, stride_qn, stride_qd, num_tokens, HEAD_DIM, PADDED)
+    grad = load_tile(grad_base, first_query, rows, dims, stride_gn, num_tokens, PITCH, PADDED)
+    output = load_tile(out_base, first_query, rows, dims, stride_on, num_tokens, PITCH, PADDED)
+    query = load_tile(q_base, first_query, rows, dims, stride_qn, num_tokens, PITCH, PADDED)
 
     row_delta = tl.sum(grad.to(tl.float32) * output.to(tl.float32), 1)
     if HAS_BIAS:
@@ -125,10 +115,10 @@ def attention_backward_query_kernel(
 
     if HAS_LINEAR:
         state_index = batch_head * state_rows + tl.minimum(block_row, state_rows - 1)
-        state_base = states + state_index * HEAD_DIM * HEAD_DIM
+        state_base = states + state_index * HEAD_DIM * PITCH
         slot = tl.program_id(0).to(tl.int64)
-        grad_state_base = grad_states + slot * HEAD_DIM * HEAD_DIM
-        weight_base = weight + head.to(tl.int64) * stride_wh
+        grad_state_base = grad_states + slot * HEAD_DIM * PITCH
+        weight_base = weight + head.to(tl.int64) * stride_wh * 8
         linear_base = head_pointer(linear_out, batch, head, stride_lb, stride_lh)
         state_type = states.dtype.element_ty
 
@@ -140,22 +130,22 @@ def attention_backward_query_kernel(
         grad_phi = tl.zeros([TILE_Q, PADDED_DIM], tl.float32)
         for first in tl.range(0, PADDED_DIM, CHUNK, num_stages=1):
             columns = first + tl.arange(0, CHUNK)
-            gate = load_tile(weight_base, origin, dims, columns, stride_wr, stride_wc, HEAD_DIM, HEAD_DIM, PADDED)
+            gate = load_tile(weight_base, origin, dims, columns, PITCH // 8, HEAD_DIM, PITCH, PADDED)
             # [TILE_Q, PADDED_DIM] x [PADDED_DIM, CHUNK]
-            grad_linear = tl.dot(grad, gate.to(grad.dtype), input_precision="ieee")
+            grad_linear = tl.dot(grad, gate, input_precision="ieee")
             linear = load_tile(
-                linear_base, first_query, rows, columns, stride_ln, stride_ld, num_tokens, HEAD_DIM, PADDED
+                linear_base, first_query, rows, columns, stride_ln, num_tokens, PITCH, PADDED
             )
             linear_delta += tl.sum(grad_linear * linear.to(tl.float32), 1)
             grad_linear = grad_linear.to(state_type)
-            state = load_tile(state_base, origin, dims, columns, HEAD_DIM, 1, HEAD_DIM, HEAD_DIM, PADDED)
+            state = load_tile(state_base, origin, dims, columns, PITCH // 8, HEAD_DIM, PITCH, PADDED)
             # [TILE_Q, CHUNK] x [CHUNK, PADDED_DIM]
             grad_phi = tl.dot(grad_linear, tl.trans(state), grad_phi, input_precision="ieee")
             # [PADDED_DIM, TILE_Q] x [TILE_Q, CHUNK]
             grad_state = tl.dot(share, grad_linear, input_precision="ieee")
-            store_tile(grad_state_base, grad_state, origin, dims, columns, HEAD_DIM, 1, HEAD_DIM, HEAD_DIM, PADDED)
+            store_tile(grad_state_base, grad_state, origin, dims, columns, PITCH, HEAD_DIM, PITCH, PADDED)
         # loaded and mapped again: kept in registers they would make the loop above spill
-        query = load_tile(q_base, first_query, rows, dims, stride_qn, stride_qd, num_tokens, HEAD_DIM, PADDED)
+        query = load_tile(q_base, first_query, rows, dims, stride_qn, num_tokens, PITCH, PADDED)
         phi = feature_map(query, dims, HEAD_DIM, PADDED, FEATURE_MAP)
         grad_normalizer = -tl.sum(phi * (inverse * linear_delta)[:, None], 0)
         tl.store(grad_normalizers + slot * HEAD_DIM + dims, grad_normalizer, mask=dims < HEAD_DIM)
@@ -176,19 +166,19 @@ def attention_backward_query_kernel(
     num_critical = tl.load(counts + batch_head * num_rows + block_row)
     for step in range(num_critical * PARTS):
         start = tl.load(row_list + step // PARTS) * BLOCK_K + (step % PARTS) * TILE_K
-        key = load_tile(k_base, start, keys, dims, stride_kn, stride_kd, num_tokens, HEAD_DIM, PADDED)
+        key = load_tile(k_base, start, keys, dims, stride_kn, num_tokens, PITCH, PADDED)
         # [TILE_Q, PADDED_DIM] x [PADDED_DIM, TILE_K]
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         probability = tl.exp2(scores * scale_log2 - row_lse[:, None])
         probability = tl.where((start + keys < num_tokens)[None, :], probability, 0.0)
-        value = load_tile(v_base, start, keys, dims, stride_vn, stride_vd, num_tokens, HEAD_DIM, PADDED)
+        value = load_tile(v_base, start, keys, dims, stride_vn, num_tokens, PITCH, PADDED)
         grad_probability = tl.dot(grad, tl.trans(value), input_precision="ieee")
         grad_scores = probability * (grad_probability * scale - scaled_delta[:, None])
         # [TILE_Q, TILE_K] x [TILE_K, PADDED_DIM]
         accumulator = tl.dot(grad_scores.to(key.dtype), key, accumulator, input_precision="ieee")
-    grad_q_base = head_pointer(grad_q, batch, head, stride_dqb, stride_dqh)
+    grad_q_base = token_major_pointer(grad_q, batch, head, num_tokens, num_heads, HEAD_DIM)
     store_tile(
-        grad_q_base, accumulator, first_query, rows, dims, stride_dqn, stride_dqd, num_tokens, HEAD_DIM, PADDED
+        grad_q_base, accumulator, first_query, rows, dims, num_heads * HEAD_DIM, num_tokens, HEAD_DIM, PADDED
     )
 
 
@@ -209,27 +199,15 @@ def attention_backward_key_kernel(
     stride_gb,
     stride_gh,
     stride_gn,
-    stride_gd,
     stride_qb,
     stride_qh,
     stride_qn,
-    stride_qd,
     stride_kb,
     stride_kh,
     stride_kn,
-    stride_kd,
     stride_vb,
     stride_vh,
     stride_vn,
-    stride_vd,
-    stride_dkb,
-    stride_dkh,
-    stride_dkn,
-    stride_dkd,
-    stride_dvb,
-    stride_dvh,
-    stride_dvn,
-    stride_dvd,
     scale,
     num_tokens,
     num_tiles,
@@ -248,6 +226,7 @@ def attention_backward_key_kernel(
 ):
     """dK and dV of one tile of keys: the linear part from dh_j and dz_j, then the rows that call it critical."""
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
+    PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
     PARTS: tl.constexpr = BLOCK_Q // TILE_Q
     tile, batch, head = locate_program(num_tiles, num_heads)
     batch_head = batch.to(tl.int64) * num_heads + head
@@ -260,20 +239,20 @@ def attention_backward_key_kernel(
     dims = tl.arange(0, PADDED_DIM)
     k_base = head_pointer(k, batch, head, stride_kb, stride_kh)
     v_base = head_pointer(v, batch, head, stride_vb, stride_vh)
-    key = load_tile(k_base, first_key, keys, dims, stride_kn, stride_kd, num_tokens, HEAD_DIM, PADDED)
-    value = load_tile(v_base, first_key, keys, dims, stride_vn, stride_vd, num_tokens, HEAD_DIM, PADDED)
+    key = load_tile(k_base, first_key, keys, dims, stride_kn, num_tokens, PITCH, PADDED)
+    value = load_tile(v_base, first_key, keys, dims, stride_vn, num_tokens, PITCH, PADDED)
 
     value_accumulator = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
     if HAS_LINEAR:
         state_index = batch_head * state_rows + tl.minimum(block_column, state_rows - 1)
-        state_base = grad_states + state_index * HEAD_DIM * HEAD_DIM
+        state_base = grad_states + state_index * HEAD_DIM * PITCH
         state_type = grad_states.dtype.element_ty
         origin = tl.zeros([], tl.int32)
         grad_phi = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
         for first in tl.range(0, PADDED_DIM, CHUNK, num_stages=1):
             columns = first + tl.arange(0, CHUNK)
-            grad_state = load_tile(state_base, origin, dims, columns, HEAD_DIM, 1, HEAD_DIM, HEAD_DIM, PADDED)
-            part = load_tile(v_base, first_key, keys, columns, stride_vn, stride_vd, num_tokens, HEAD_DIM, PADDED)
+            grad_state = load_tile(state_base, origin, dims, columns, PITCH // 8, HEAD_DIM, PITCH, PADDED)
+            part = load_tile(v_base, first_key, keys, columns, stride_vn, num_tokens, PITCH, PADDED)
             # [TILE_K, CHUNK] x [CHUNK, PADDED_DIM]
             grad_phi = tl.dot(part.to(state_type), tl.trans(grad_state), grad_phi, input_precision="ieee")
         normalizer_base = grad_normalizers + state_index * HEAD_DIM
@@ -287,7 +266,7 @@ def attention_backward_key_kernel(
             place = (dims[:, None] == columns[None, :]).to(state_type)
             part = tl.dot(phi, place, input_precision="ieee").to(state_type)
             grad_state = load_tile(
-                state_base, origin + first, tl.arange(0, CHUNK), dims, HEAD_DIM, 1, HEAD_DIM, HEAD_DIM, PADDED
+                state_base, origin + first, tl.arange(0, CHUNK), dims, PITCH // 8, HEAD_DIM, PITCH, PADDED
             )
             # [TILE_K, CHUNK] x [CHUNK, PADDED_DIM]
             value_accumulator = tl.dot(part, grad_state, value_accumulator, input_precision="ieee")
@@ -303,25 +282,43 @@ def attention_backward_key_kernel(
     for step in range(num_critical * PARTS):
         start = tl.load(column_list + step // PARTS) * BLOCK_Q + (step % PARTS) * TILE_Q
         row_mask = start + rows < num_tokens
-        query = load_tile(q_base, start, rows, dims, stride_qn, stride_qd, num_tokens, HEAD_DIM, PADDED)
+        query = load_tile(q_base, start, rows, dims, stride_qn, num_tokens, PITCH, PADDED)
         row_lse = tl.load(lse + vector_base + start + rows, mask=row_mask, other=0.0) * 1.4426950408889634
         # [TILE_K, PADDED_DIM] x [PADDED_DIM, TILE_Q]; keys past the end make rows that are never stored
         scores = tl.dot(key, tl.trans(query), input_precision="ieee")
         probability = tl.exp2(scores * scale_log2 - row_lse[None, :])
-        grad = load_tile(grad_base, start, rows, dims, stride_gn, stride_gd, num_tokens, HEAD_DIM, PADDED)
+        grad = load_tile(grad_base, start, rows, dims, stride_gn, num_tokens, PITCH, PADDED)
         # [TILE_K, TILE_Q] x [TILE_Q, PADDED_DIM]
-        value_accumulator = tl.dot(probability.to(grad.dtype), grad, value_accumulator, input_precision="ieee")
+        value_accumulator = tl.dot(
+            probability.to(grad.dtype), grad, value_accumulator, input_precision="ieee"
+        )
         grad_probability = tl.dot(value, tl.trans(grad), input_precision="ieee")
         scaled_delta = tl.load(delta + vector_base + start + rows, mask=row_mask, other=0.0) * scale
         grad_scores = probability * (grad_probability * scale - scaled_delta[None, :])
         key_accumulator = tl.dot(grad_scores.to(query.dtype), query, key_accumulator, input_precision="ieee")
-    grad_k_base = head_pointer(grad_k, batch, head, stride_dkb, stride_dkh)
-    grad_v_base = head_pointer(grad_v, batch, head, stride_dvb, stride_dvh)
+    grad_k_base = token_major_pointer(grad_k, batch, head, num_tokens, num_heads, HEAD_DIM)
+    grad_v_base = token_major_pointer(grad_v, batch, head, num_tokens, num_heads, HEAD_DIM)
     store_tile(
-        grad_k_base, key_accumulator, first_key, keys, dims, stride_dkn, stride_dkd, num_tokens, HEAD_DIM, PADDED
+        grad_k_base,
+        key_accumulator,
+        first_key,
+        keys,
+        dims,
+        num_heads * HEAD_DIM,
+        num_tokens,
+        HEAD_DIM,
+        PADDED,
     )
     store_tile(
-        grad_v_base, value_accumulator, first_key, keys, dims, stride_dvn, stride_dvd, num_tokens, HEAD_DIM, PADDED
+        grad_v_base,
+        value_accumulator,
+        first_key,
+        keys,
+        dims,
+        num_heads * HEAD_DIM,
+        num_tokens,
+        HEAD_DIM,
+        PADDED,
     )
 
 
@@ -334,11 +331,9 @@ def gate_gradient_kernel(
     stride_gb,
     stride_gh,
     stride_gn,
-    stride_gd,
     stride_lb,
     stride_lh,
     stride_ln,
-    stride_ld,
     num_tokens,
     num_splits,
     num_heads,
@@ -351,6 +346,7 @@ def gate_gradient_kernel(
 ):
     """dO^T O^l and the sum of dO over one stretch of tokens of one head, in float32."""
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
+    PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
     split, batch, head = locate_program(num_splits, num_heads)
     slot = tl.program_id(0).to(tl.int64)
     rows = tl.arange(0, TILE)
@@ -362,17 +358,15 @@ def gate_gradient_kernel(
     bias_sum = tl.zeros([PADDED_DIM], tl.float32)
     for step in range(tiles_per_split):
         start = (split * tiles_per_split + step) * TILE
-        grad = load_tile(grad_base, start, rows, dims, stride_gn, stride_gd, num_tokens, HEAD_DIM, PADDED)
+        grad = load_tile(grad_base, start, rows, dims, stride_gn, num_tokens, PITCH, PADDED)
         bias_sum += tl.sum(grad.to(tl.float32), 0)
         if HAS_LINEAR:
-            linear = load_tile(
-                linear_base, start, rows, columns, stride_ln, stride_ld, num_tokens, HEAD_DIM, PADDED
-            )
+            linear = load_tile(linear_base, start, rows, columns, stride_ln, num_tokens, PITCH, PADDED)
             # [PADDED_DIM, TILE] x [TILE, CHUNK]
             weight_sum = tl.dot(tl.trans(grad), linear, weight_sum, input_precision="ieee")
     if HAS_LINEAR:
         base = grad_weight + slot * HEAD_DIM * HEAD_DIM
         origin = tl.zeros([], tl.int32)
-        store_tile(base, weight_sum, origin, dims, columns, HEAD_DIM, 1, HEAD_DIM, HEAD_DIM, PADDED)
+        store_tile(base, weight_sum, origin, dims, columns, HEAD_DIM, HEAD_DIM, HEAD_DIM, PADDED)
     if tl.program_id(1) == 0:
         tl.store(grad_bias + slot * HEAD_DIM + dims, bias_sum, mask=dims < HEAD_DIM)

@@ -11,10 +11,18 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_primitives import feature_map, head_pointer, load_tile, locate_program, reciprocal_or_zero, store_tile
-from .triton_tiles import launch_for, padded_dim
+from .triton_primitives import (
+    feature_map,
+    head_pointer,
+    load_tile,
+    locate_program,
+    reciprocal_or_zero,
+    store_tile,
+    token_major_pointer,
+)
+from .triton_tiles import head_stride, launch_for, padded_dim, vector_strides
 
-__all__ = ["attention_forward", "gate_strides"]
+__all__ = ["attention_forward"]
 
 
 @triton.jit
@@ -45,21 +53,13 @@ def attention_forward_kernel(
     stride_qb,
     stride_qh,
     stride_qn,
-    stride_qd,
     stride_kb,
     stride_kh,
     stride_kn,
-    stride_kd,
     stride_vb,
     stride_vh,
     stride_vn,
-    stride_vd,
-    stride_ob,
-    stride_oh,
-    stride_on,
     stride_wh,
-    stride_wr,
-    stride_wc,
     stride_bh,
     stride_bd,
     scale_log2,
@@ -80,10 +80,12 @@ def attention_forward_kernel(
     HAS_BIAS: tl.constexpr,
 ):
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
+    PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
     PARTS: tl.constexpr = BLOCK_K // TILE_K
     tile, batch, head = locate_program(num_tiles, num_heads)
     batch_head = batch.to(tl.int64) * num_heads + head
     first_query = tile * TILE_Q
+    out_row = num_heads * HEAD_DIM
     block_row = first_query // BLOCK_Q
     num_rows = tl.cdiv(num_tokens, BLOCK_Q)
 
@@ -93,7 +95,7 @@ def attention_forward_kernel(
     k_base = head_pointer(k, batch, head, stride_kb, stride_kh)
     v_base = head_pointer(v, batch, head, stride_vb, stride_vh)
     q_base = head_pointer(q, batch, head, stride_qb, stride_qh)
-    query = load_tile(q_base, first_query, rows, dims, stride_qn, stride_qd, num_tokens, HEAD_DIM, PADDED)
+    query = load_tile(q_base, first_query, rows, dims, stride_qn, num_tokens, PITCH, PADDED)
 
     running_max = tl.full([TILE_Q], float("-inf"), tl.float32)
     running_sum = tl.zeros([TILE_Q], tl.float32)
@@ -101,56 +103,51 @@ def attention_forward_kernel(
     row_list = lists + (batch_head * num_rows + block_row) * num_critical
     for step in range(num_critical * PARTS):
         start = tl.load(row_list + step // PARTS) * BLOCK_K + (step % PARTS) * TILE_K
-        key = load_tile(k_base, start, keys, dims, stride_kn, stride_kd, num_tokens, HEAD_DIM, PADDED)
+        key = load_tile(k_base, start, keys, dims, stride_kn, num_tokens, PITCH, PADDED)
         # [TILE_Q, PADDED_DIM] x [PADDED_DIM, TILE_K]
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
         scores = tl.where((start + keys < num_tokens)[None, :], scores, float("-inf"))
-        value = load_tile(v_base, start, keys, dims, stride_vn, stride_vd, num_tokens, HEAD_DIM, PADDED)
+        value = load_tile(v_base, start, keys, dims, stride_vn, num_tokens, PITCH, PADDED)
         running_max, running_sum, accumulator = online_softmax_update(
             scores, value, running_max, running_sum, accumulator
         )
     accumulator = accumulator / running_sum[:, None]
     # log2 -> natural log
     row_lse = (running_max + tl.log2(running_sum)) * 0.6931471805599453
-    tl.store(lse + batch_head * num_tokens + first_query + rows, row_lse, mask=first_query + rows < num_tokens)
+    tl.store(
+        lse + batch_head * num_tokens + first_query + rows, row_lse, mask=first_query + rows < num_tokens
+    )
 
     if HAS_LINEAR:
         state_index = batch_head * state_rows + tl.minimum(block_row, state_rows - 1)
-        state_base = states + state_index * HEAD_DIM * HEAD_DIM
-        weight_base = weight + head.to(tl.int64) * stride_wh
-        linear_base = head_pointer(linear_out, batch, head, stride_ob, stride_oh)
+        state_base = states + state_index * HEAD_DIM * PITCH
+        weight_base = weight + head.to(tl.int64) * stride_wh * 8
+        linear_base = token_major_pointer(linear_out, batch, head, num_tokens, num_heads, HEAD_DIM)
         origin = tl.zeros([], tl.int32)
         # loaded again: kept in registers it would slow the loop above
-        query = load_tile(q_base, first_query, rows, dims, stride_qn, stride_qd, num_tokens, HEAD_DIM, PADDED)
+        query = load_tile(q_base, first_query, rows, dims, stride_qn, num_tokens, PITCH, PADDED)
         phi = feature_map(query, dims, HEAD_DIM, PADDED, FEATURE_MAP)
         normalizer = tl.load(normalizers + state_index * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
         inverse = reciprocal_or_zero(tl.sum(phi * normalizer[None, :], 1))
         phi = phi.to(states.dtype.element_ty)
         for first in tl.range(0, PADDED_DIM, CHUNK, num_stages=1):
             columns = first + tl.arange(0, CHUNK)
-            state = load_tile(state_base, origin, dims, columns, HEAD_DIM, 1, HEAD_DIM, HEAD_DIM, PADDED)
+            state = load_tile(state_base, origin, dims, columns, PITCH // 8, HEAD_DIM, PITCH, PADDED)
             # [TILE_Q, PADDED_DIM] x [PADDED_DIM, CHUNK]
             linear = tl.dot(phi, state, input_precision="ieee") * inverse[:, None]
             linear = linear.to(query.dtype)
-            store_tile(linear_base, linear, first_query, rows, columns, stride_on, 1, num_tokens, HEAD_DIM, PADDED)
-            gate = load_tile(weight_base, origin, dims, columns, stride_wr, stride_wc, HEAD_DIM, HEAD_DIM, PADDED)
+            store_tile(linear_base, linear, first_query, rows, columns, out_row, num_tokens, HEAD_DIM, PADDED)
+            gate = load_tile(weight_base, origin, dims, columns, PITCH // 8, HEAD_DIM, PITCH, PADDED)
             # [TILE_Q, CHUNK] x [CHUNK, PADDED_DIM]
-            gate = tl.trans(gate.to(query.dtype))
+            gate = tl.trans(gate)
             accumulator = tl.dot(linear, gate, accumulator, input_precision="ieee")
 
     if HAS_BIAS:
         bias_base = bias + head.to(tl.int64) * stride_bh
         shift = tl.load(bias_base + dims * stride_bd, mask=dims < HEAD_DIM, other=0.0)
         accumulator += shift.to(tl.float32)[None, :]
-    out_base = head_pointer(out, batch, head, stride_ob, stride_oh)
-    store_tile(out_base, accumulator, first_query, rows, dims, stride_on, 1, num_tokens, HEAD_DIM, PADDED)
-
-
-def gate_strides(gate: torch.Tensor | None, inner_dims: int) -> tuple[int, ...]:
-    """Strides of a weight or bias as (head, *inner): 0 over heads where all heads share it."""
-    if gate is None:
-        return (0,) * (inner_dims + 1)
-    return tuple(gate.stride()) if gate.dim() == inner_dims + 1 else (0, *gate.stride())
+    out_base = token_major_pointer(out, batch, head, num_tokens, num_heads, HEAD_DIM)
+    store_tile(out_base, accumulator, first_query, rows, dims, out_row, num_tokens, HEAD_DIM, PADDED)
 
 
 def attention_forward(
@@ -168,9 +165,9 @@ def attention_forward(
     block_k: int,
     feature_map_name: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention of q, k, v (B, H, N, D), any strides, over the critical ``lists`` (B, H, Tm, critical) int32.
+    """Attention of q, k, v (B, H, N, D), `vector_readable`, over the critical ``lists`` (B, H, Tm, critical) int32.
 
-    ``states`` (B, H, Tm or 1, D, D) and ``normalizers`` (B, H, Tm or 1, D) are H and Z, or None for no linear branch.
+    ``weight`` is a `gate_matrix`. ``states`` (B, H, Tm or 1, D, D up to a multiple of 8) and ``normalizers`` (B, H, Tm or 1, D) are H and Z, or None for no linear branch.
     Returns out and linear_out (B, H, N, D), in memory (B, N, H, D), linear_out of shape (0,) without that branch, and
     lse (B, H, N) float32.
     """
@@ -194,12 +191,12 @@ def attention_forward(
         out,
         linear_out if has_linear else out,
         lse,
-        *q.stride(),
-        *k.stride(),
-        *v.stride(),
-        *out.stride()[:3],
-        *gate_strides(weight if has_linear else None, 2),
-        *gate_strides(bias, 1),
+        *vector_strides(q),
+        *vector_strides(k),
+        *vector_strides(v),
+        head_stride(weight, 2) // 8,
+        head_stride(bias, 1),
+        bias.stride(-1) if bias is not None else 0,
         scale * 1.4426950408889634,
         tokens,
         tiles,

@@ -18,6 +18,7 @@ __all__ = [
     "locate_program",
     "reciprocal_or_zero",
     "store_tile",
+    "token_major_pointer",
 ]
 
 
@@ -31,14 +32,22 @@ def locate_program(num_tiles, num_heads):
 
 @triton.jit
 def head_pointer(pointer, batch, head, stride_batch, stride_head):
-    return pointer + batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
+    """Where one head of an input (B, H, N, D) begins; strides in vectors of 8 elements."""
+    # the 8 shows the compiler that rows are aligned: by itself it only asks whether a stride is a multiple of 16
+    return pointer + (batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head) * 8
 
 
 @triton.jit
-def tile_pointer(pointer, start, rows, columns, stride_row, stride_column):
+def token_major_pointer(pointer, batch, head, num_tokens, num_heads, HEAD_DIM: tl.constexpr):
+    """Where one head of an output begins, whose memory is (B, N, H, D); its rows are num_heads * D apart."""
+    return pointer + (batch.to(tl.int64) * num_tokens * num_heads + head) * HEAD_DIM
+
+
+@triton.jit
+def tile_pointer(pointer, start, rows, columns, stride_row):
     # only the start can be far away: 64 bits there, 32 inside the tile
     first = pointer + start.to(tl.int64) * stride_row
-    return first + (rows[:, None] * stride_row + columns[None, :] * stride_column)
+    return first + (rows[:, None] * stride_row + columns[None, :])
 
 
 @triton.jit
@@ -56,14 +65,16 @@ def load_tile(
     rows,
     columns,
     stride_row,
-    stride_column,
     num_rows,
     NUM_COLUMNS: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """[rows, columns] from row ``start`` of a (num_rows, NUM_COLUMNS) matrix; zero outside of it."""
+    """[rows, columns] from row ``start`` of a (num_rows, NUM_COLUMNS) matrix; zero outside of it.
+
+    ``stride_row`` counts vectors of 8 elements (`vector_strides` on the host).
+    """
     mask = tile_mask(start, rows, columns, num_rows, NUM_COLUMNS, PADDED)
-    return tl.load(tile_pointer(pointer, start, rows, columns, stride_row, stride_column), mask=mask, other=0.0)
+    return tl.load(tile_pointer(pointer, start, rows, columns, stride_row * 8), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -74,13 +85,12 @@ def store_tile(
     rows,
     columns,
     stride_row,
-    stride_column,
     num_rows,
     NUM_COLUMNS: tl.constexpr,
     PADDED: tl.constexpr,
 ):
     mask = tile_mask(start, rows, columns, num_rows, NUM_COLUMNS, PADDED)
-    address = tile_pointer(pointer, start, rows, columns, stride_row, stride_column)
+    address = tile_pointer(pointer, start, rows, columns, stride_row)
     tl.store(address, value.to(pointer.dtype.element_ty), mask=mask)
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .triton_primitives import feature_map, head_pointer, load_tile, locate_program, store_tile
-from .triton_tiles import launch_for, padded_dim
+from .triton_tiles import launch_for, padded_dim, row_pitch, vector_strides
 
 __all__ = ["block_means", "key_states", "marginal_matrix", "state_dtype", "sum_of_states"]
 
@@ -25,7 +25,6 @@ def mean_kernel(
     stride_batch,
     stride_head,
     stride_token,
-    stride_dim,
     num_tokens,
     num_blocks,
     num_heads,
@@ -39,7 +38,8 @@ def mean_kernel(
     start = block * BLOCK
     base = head_pointer(x, batch, head, stride_batch, stride_head)
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
-    tile = load_tile(base, start, rows, dims, stride_token, stride_dim, num_tokens, HEAD_DIM, PADDED)
+    PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
+    tile = load_tile(base, start, rows, dims, stride_token, num_tokens, PITCH, PADDED)
     count = tl.minimum(num_tokens - start, BLOCK).to(tl.float32)
     mean = tl.div_rn(tl.sum(tile.to(tl.float32), 0), tl.zeros([PADDED_DIM], tl.float32) + count)
     tl.store(pooled + tl.program_id(0).to(tl.int64) * HEAD_DIM + dims, mean, mask=dims < HEAD_DIM)
@@ -55,11 +55,9 @@ def key_state_kernel(
     stride_kb,
     stride_kh,
     stride_kn,
-    stride_kd,
     stride_vb,
     stride_vh,
     stride_vn,
-    stride_vd,
     num_tokens,
     num_blocks,
     num_heads,
@@ -76,6 +74,7 @@ def key_state_kernel(
     slot = tl.program_id(0).to(tl.int64)
     state_type = states.dtype.element_ty
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
+    PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
     rows = tl.arange(0, TILE_K)
     dims = tl.arange(0, PADDED_DIM)
     columns = first_column + tl.arange(0, CHUNK)
@@ -87,8 +86,8 @@ def key_state_kernel(
     state = tl.zeros([PADDED_DIM, CHUNK], tl.float32)
     for part in range(BLOCK_K // TILE_K):
         start = block * BLOCK_K + part * TILE_K
-        key = load_tile(k_base, start, rows, dims, stride_kn, stride_kd, num_tokens, HEAD_DIM, PADDED)
-        value = load_tile(v_base, start, rows, columns, stride_vn, stride_vd, num_tokens, HEAD_DIM, PADDED)
+        key = load_tile(k_base, start, rows, dims, stride_kn, num_tokens, PITCH, PADDED)
+        value = load_tile(v_base, start, rows, columns, stride_vn, num_tokens, PITCH, PADDED)
         if STORE_POOLED:
             key_sum += tl.sum(key.to(tl.float32), 0)
         phi = feature_map(key, dims, HEAD_DIM, PADDED, FEATURE_MAP)
@@ -98,8 +97,8 @@ def key_state_kernel(
         state = tl.dot(tl.trans(phi), value.to(state_type), state, input_precision="ieee")
 
     store_tile(
-        states + slot * HEAD_DIM * HEAD_DIM, state, tl.zeros([], tl.int32), dims, columns, HEAD_DIM, 1, HEAD_DIM,
-        HEAD_DIM, PADDED,
+        states + slot * HEAD_DIM * PITCH, state, tl.zeros([], tl.int32), dims, columns, PITCH, HEAD_DIM, PITCH,
+        PADDED,
     )  # fmt: skip
     if tl.program_id(1) == 0:
         tl.store(normalizers + slot * HEAD_DIM + dims, normalizer, mask=dims < HEAD_DIM)
@@ -126,14 +125,14 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def block_means(x: torch.Tensor, block: int) -> torch.Tensor:
-    """Mean over each block of tokens, over its true length: (B, H, N, D), any strides -> float32 (B, H, T, D)."""
+    """Mean over each block of tokens, over its true length: (B, H, N, D), `vector_readable` -> float32 (B, H, T, D)."""
     batch, heads, tokens, head_dim = x.shape
     blocks = triton.cdiv(tokens, block)
     pooled = torch.empty((batch, heads, blocks, head_dim), dtype=torch.float32, device=x.device)
     mean_kernel[(blocks * batch * heads,)](
         x,
         pooled,
-        *x.stride(),
+        *vector_strides(x),
         tokens,
         blocks,
         heads,
@@ -147,14 +146,15 @@ def block_means(x: torch.Tensor, block: int) -> torch.Tensor:
 def key_states(
     k: torch.Tensor, v: torch.Tensor, block_k: int, feature_map_name: str, *, pool: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One pass over K and V (B, H, N, D), any strides.
+    """One pass over K and V (B, H, N, D), both `vector_readable`.
 
-    Returns h (B, H, Tn, D, D) in ``state_dtype``, z (B, H, Tn, D) float32, and the means of K (B, H, Tn, D) float32,
+    Returns h (B, H, Tn, D, D up to a multiple of 8) in ``state_dtype``, z (B, H, Tn, D) float32, and the means of K (B, H, Tn, D) float32,
     of shape (0,) without ``pool``.
     """
     batch, heads, tokens, head_dim = k.shape
     blocks = triton.cdiv(tokens, block_k)
-    states = torch.empty((batch, heads, blocks, head_dim, head_dim), dtype=state_dtype(k.dtype), device=k.device)
+    shape = (batch, heads, blocks, head_dim, row_pitch(head_dim))
+    states = torch.empty(shape, dtype=state_dtype(k.dtype), device=k.device)
     normalizers = torch.empty((batch, heads, blocks, head_dim), dtype=torch.float32, device=k.device)
     pooled = torch.empty(normalizers.shape if pool else (0,), dtype=torch.float32, device=k.device)
     launch = launch_for("states", head_dim, k.dtype, block_k, block_k)
@@ -165,8 +165,8 @@ def key_states(
         pooled,
         states,
         normalizers,
-        *k.stride(),
-        *v.stride(),
+        *vector_strides(k),
+        *vector_strides(v),
         tokens,
         blocks,
         heads,
@@ -197,7 +197,9 @@ def marginal_matrix(block_map: torch.Tensor, dtype: torch.dtype, repeat: int = 1
     return matrix[:, :, :columns]
 
 
-def sum_of_states(matrix: torch.Tensor | None, states: torch.Tensor, *, transpose: bool = False) -> torch.Tensor:
+def sum_of_states(
+    matrix: torch.Tensor | None, states: torch.Tensor, *, transpose: bool = False
+) -> torch.Tensor:
     """Sum ``states`` (B, H, T, *state) over blocks, weighted by a 0/1 ``matrix`` (B*H, rows, T).
 
     Returns (B, H, rows, *state); with ``transpose`` the matrix is (B*H, T, rows). Without a matrix every block counts

@@ -1,4 +1,9 @@
-"""Tile sizes, warps and pipeline stages of the attention kernels: one small table, no tuning at a user's first call."""
+"""What the host decides for the kernels: tile sizes, warps and stages from one small table, and operands' memory.
+
+No tuning at a user's first call. Kernels read rows of 16-byte vectors: where a tensor's memory does not allow that,
+it is copied once. (Element by element, with a mask for each, Triton 3.6's assembler was seen to give one wgmma
+operand a wrong address; and it is slow.)
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,17 @@ from dataclasses import dataclass
 import torch
 import triton
 
-__all__ = ["Launch", "check_supported", "launch_for", "padded_dim"]
+__all__ = [
+    "Launch",
+    "check_supported",
+    "gate_matrix",
+    "head_stride",
+    "launch_for",
+    "padded_dim",
+    "row_pitch",
+    "vector_readable",
+    "vector_strides",
+]
 
 KERNELS = ("states", "forward", "backward_query", "backward_key", "gate")
 FEATURE_MAPS = ("softmax", "elu", "relu")
@@ -31,13 +46,49 @@ def padded_dim(head_dim: int) -> int:
     return int(max(16, triton.next_power_of_2(head_dim)))
 
 
+def row_pitch(head_dim: int) -> int:
+    """Elements from one row of a (D, D) matrix to the next: the head dimension up to a multiple of 8."""
+    return -(-head_dim // 8) * 8
+
+
+def vector_readable(x: torch.Tensor) -> torch.Tensor:
+    """``x`` (B, H, N, D) itself if its rows of D are dense whole 16-byte vectors, else a copy padded with zeros."""
+    batch, heads, tokens, head_dim = x.shape
+    strides = (stride for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1)
+    aligned = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)
+    if head_dim % 8 == 0 and x.stride(3) == 1 and aligned:
+        return x
+    padded = x.new_zeros(batch, tokens, heads, row_pitch(head_dim))
+    return padded[..., :head_dim].transpose(1, 2).copy_(x)
+
+
+def vector_strides(x: torch.Tensor) -> tuple[int, ...]:
+    """Strides of a `vector_readable` (B, H, N, D) over batch, head and token, in vectors of 8 elements."""
+    return tuple(stride // 8 for stride in x.stride()[:3])
+
+
+def gate_matrix(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The gate's weight (D, D) or (H, D, D) in ``dtype``, each row padded with zeros to ``row_pitch``."""
+    head_dim = weight.shape[-1]
+    dense = weight.is_contiguous() and head_dim % 8 == 0 and weight.data_ptr() % 16 == 0
+    if dense and weight.dtype == dtype:
+        return weight
+    padded = weight.new_zeros((*weight.shape[:-1], row_pitch(head_dim)), dtype=dtype)
+    return padded[..., :head_dim].copy_(weight)
+
+
+def head_stride(gate: torch.Tensor | None, shared_dims: int) -> int:
+    """Stride over heads of a weight or bias: 0 where all heads share it."""
+    return gate.stride(0) if gate is not None and gate.dim() > shared_dims else 0
+
+
 # (kernel, head dimension in registers up to) -> launch, for 16-bit inputs
 _HALF: dict[tuple[str, int], Launch] = {
     ("states", 64): Launch(64, 64, 64, 4, 2),
     ("states", 128): Launch(64, 64, 128, 8, 2),
     ("states", 256): Launch(64, 64, 64, 8, 2),
     ("forward", 64): Launch(64, 64, 64, 4, 3),
-    ("forward", 128): Launch(64, 64, 64, 4, 2),
+    ("forward", 128): Launch(64, 64, 64, 4, 3),
     ("forward", 256): Launch(64, 32, 32, 4, 2),
     ("backward_query", 64): Launch(64, 64, 64, 4, 2),
     ("backward_query", 128): Launch(64, 64, 32, 4, 2),
@@ -72,13 +123,13 @@ def launch_for(kernel: str, head_dim: int, dtype: torch.dtype, block_q: int, blo
     )
 
 
-def check_supported(
-    q: torch.Tensor, block_q: int, block_k: int, feature_map: str, linear: str
-) -> None:
+def check_supported(q: torch.Tensor, block_q: int, block_k: int, feature_map: str, linear: str) -> None:
     """Raise a TypeError or ValueError, before anything is launched, for what these kernels cannot do."""
     if q.dtype not in DTYPES:
         accepted = ", ".join(str(dtype) for dtype in DTYPES)
-        raise TypeError(f"sla on CUDA: dtype of q is {q.dtype}; accepted: {accepted} (float64 runs on the CPU only)")
+        raise TypeError(
+            f"sla on CUDA: dtype of q is {q.dtype}; accepted: {accepted} (float64 runs on the CPU only)"
+        )
     if not 1 <= q.shape[-1] <= 256:
         raise ValueError(f"sla on CUDA: head dimension is {q.shape[-1]}; accepted: 1 to 256")
     for name, block in (("block_q", block_q), ("block_k", block_k)):

@@ -52,6 +52,12 @@ CASES = [
     Case(tokens=999, layout="packed"),
     Case(tokens=999, layout="head_major"),
     Case(tokens=999, layout="dim_before_token"),
+    Case(tokens=999, layout="slice"),
+    Case(tokens=999, layout="off by one"),
+    Case(tokens=999, layout="slice", head_dim=33),
+    Case(tokens=999, head_dim=36),
+    Case(tokens=999, head_dim=100, heads=3),
+    Case(tokens=999, head_dim=72, heads=3),
     Case(tokens=999, topk=0.4, bottomk=0.6),
     Case(tokens=1),
     Case(tokens=63),
@@ -136,7 +142,13 @@ def test_classes_match_the_definition() -> None:
     assert q is not None
     assert k is not None
     _, block_map = run_kernels(case, [q, k, *rest])
-    settings = {"scale": case.head_dim**-0.5, "topk": case.topk, "bottomk": case.bottomk, "block_q": 64, "block_k": 64}
+    settings = {
+        "scale": case.head_dim**-0.5,
+        "topk": case.topk,
+        "bottomk": case.bottomk,
+        "block_q": 64,
+        "block_k": 64,
+    }
     expected = reference.classify(q.double(), k.double(), **settings)
     # only pairs of scores closer than float32 rounding may be ranked otherwise
     assert (block_map != expected).float().mean().item() < 1e-3

@@ -49,6 +49,10 @@ else:
         Case(tokens=130, head_dim=96, heads=1, layout="dim_before_token"),
         Case(tokens=50, head_dim=256, heads=1, block_q=32, block_k=16),
         Case(tokens=1, head_dim=16),
+        Case(tokens=100, head_dim=33, layout="slice"),
+        Case(tokens=100, head_dim=36, layout="slice"),
+        Case(tokens=100, head_dim=32, layout="slice"),
+        Case(tokens=100, head_dim=32, layout="off by one"),
     ]
     GATES = [
         Case(weight="per_head", bias="per_head", head_dim=32),
@@ -134,7 +138,9 @@ else:
             ):
                 assert torch.equal(member[:count].long(), (line == 1).nonzero().flatten())
 
-    @pytest.mark.parametrize("case", [Case(tokens=401, block_k=16), Case(tokens=250, block_q=16, block_k=32)], ids=str)
+    @pytest.mark.parametrize(
+        "case", [Case(tokens=401, block_k=16), Case(tokens=250, block_q=16, block_k=32)], ids=str
+    )
     def test_classes_of_inputs(case: Case) -> None:
         q, k, *rest = inputs(case, torch.float32, "cpu")
         _, block_map = run_kernels(case, [q, k, *rest])
@@ -159,7 +165,9 @@ else:
     def test_classes_refuse_what_the_kernels_lack() -> None:
         case = Case(tokens=10)
         tensors = inputs(case, torch.float64, "cpu")
-        with pytest.raises(TypeError, match=r"float64; accepted: torch.float32, torch.float16, torch.bfloat16"):
+        with pytest.raises(
+            TypeError, match=r"float64; accepted: torch.float32, torch.float16, torch.bfloat16"
+        ):
             run_kernels(case, tensors)
         tensors = inputs(case, torch.float32, "cpu")
         with pytest.raises(ValueError, match="block_q is 48; accepted: 16, 32, 64, 128, 256"):

@@ -33,7 +33,11 @@ class Case:
     gate_dtype: torch.dtype | None = None
 
     def __str__(self) -> str:
-        changed = [f"{n}={getattr(self, n)}" for n in self.__dataclass_fields__ if getattr(self, n) != getattr(_BASE, n)]
+        changed = [
+            f"{n}={getattr(self, n)}"
+            for n in self.__dataclass_fields__
+            if getattr(self, n) != getattr(_BASE, n)
+        ]
         return ",".join(changed) or "base"
 
     @property
@@ -65,10 +69,17 @@ def activation(case: Case, generator: torch.Generator, dtype: torch.dtype) -> to
         "head_major": (case.batch, case.heads, case.tokens, case.head_dim),
         "packed": (case.batch, case.tokens, 3, case.heads, case.head_dim),
         "dim_before_token": (case.batch, case.heads, case.head_dim, case.tokens),
+        "slice": (case.batch, case.tokens, case.heads, case.head_dim + 8),
+        "off by one": (case.batch, case.tokens, case.heads, case.head_dim + 8),
     }[case.layout]
     x = torch.randn(shape, generator=generator, device=generator.device).to(dtype)
     if case.layout == "token_major":
         return x.transpose(1, 2)
+    if case.layout in ("slice", "off by one"):
+        # what lies beside the slice must not be read as part of it
+        first = 0 if case.layout == "slice" else 1
+        x[..., :first] = x[..., first + case.head_dim :] = float("nan")
+        return x[..., first : first + case.head_dim].transpose(1, 2)
     if case.layout == "packed":
         return x[:, :, 1].transpose(1, 2)
     return x.mT if case.layout == "dim_before_token" else x
@@ -81,7 +92,7 @@ def inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> list[t
     gate_dtype = case.gate_dtype or dtype
     dim, heads = case.head_dim, case.heads
     # v off zero: else the linear branch, a mean over many keys, is too small to be seen in the sum
-    v = v + 0.5
+    v += 0.5
     weight = bias = None
     if case.weight != "none":
         shape = (dim, dim) if case.weight == "shared" else (heads, dim, dim)
@@ -92,7 +103,9 @@ def inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> list[t
     return [q, k, v, weight, bias, grad_out]
 
 
-def run_kernels(case: Case, tensors: list[torch.Tensor | None]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def run_kernels(
+    case: Case, tensors: list[torch.Tensor | None]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The launchers' out and gradients by name, and their block map."""
     from sla_compile.kernels import triton_attention
 
@@ -129,11 +142,11 @@ def run_reference(
     return {"out": out.detach(), **dict(zip(present, gradients, strict=True))}
 
 
-def check(case: Case, tensors: list[torch.Tensor | None], forward_budget: float, gradient_budget: float) -> None:
+def check(
+    case: Case, tensors: list[torch.Tensor | None], forward_budget: float, gradient_budget: float
+) -> None:
     """Kernels against the definition, out and every gradient."""
     actual, block_map = run_kernels(case, tensors)
     expected = run_reference(case, tensors, block_map)
     for name, value in expected.items():
         assert_close(name, actual[name], value, forward_budget if name == "out" else gradient_budget)
-
-
