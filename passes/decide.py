@@ -121,7 +121,9 @@ def _refuse_tensors(call: AttentionCall, requirements: Requirements) -> Keep | N
 def _refuse_lengths(call: AttentionCall) -> Keep | None:
     query, key, value = (_example(node) for node in (call.query, call.key, call.value))
     least, most = HEAD_DIMS
-    if not isinstance(query.shape[-1], int) or not least <= query.shape[-1] <= most:
+    if not isinstance(query.shape[1], int) or not isinstance(query.shape[3], int):
+        return Keep("heads and head dimension must be fixed", _shape(query), "sizes that are not symbolic")
+    if not least <= query.shape[-1] <= most:
         return Keep("head dimension out of range", str(query.shape[-1]), f"{least} to {most}")
     if not statically_known_true(query.shape[2] == key.shape[2]):
         got = f"{query.shape[2]} queries, {key.shape[2]} keys"
@@ -156,7 +158,8 @@ def example_shape(call: AttentionCall) -> Shape | None:
         return None
     same = isinstance(key, torch.Tensor) and key.dim() == 4
     same = same and statically_known_true(query.shape[2] == key.shape[2])
-    return Shape(*query.shape, dtype=_dtype(call), device=query.device, self_attention=same)
+    batch, heads, tokens, head_dim = query.shape
+    return Shape(batch, heads, tokens, head_dim, _dtype(call), query.device, self_attention=same)
 
 
 def _dtype(call: AttentionCall) -> torch.dtype:

@@ -36,8 +36,23 @@ def replace_attention(
     if "example_value" in call.node.meta:
         output.meta["example_value"] = call.node.meta["example_value"]
     call.node.replace_all_uses_with(output)
+    _allow_any_layout(output)
     graph.erase_node(call.node)
     return output
+
+
+_LAYOUT_ONLY = frozenset({"transpose", "permute", "swapaxes", "swapdims", "movedim", "flatten", "unflatten"})
+
+
+def _allow_any_layout(output: fx.Node) -> None:
+    """Turn views of ``output`` into reshapes: they were legal in the layout that SDPA's own kernel returned."""
+    for user in output.users:
+        if user.op != "call_method":
+            continue
+        if user.target == "view" and not any(isinstance(a, torch.dtype) for a in user.args):
+            user.target = "reshape"
+        if user.target in _LAYOUT_ONLY or user.target == "reshape":
+            _allow_any_layout(user)
 
 
 def erase_markers(markers: Iterable[Marker]) -> None:

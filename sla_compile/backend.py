@@ -5,19 +5,26 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
 import sla_compile.ops  # noqa: F401  the library ops that a rewritten graph calls
-from sla_compile.compat import Frame, compiled_siblings, current_frame
+from sla_compile.compat import Frame, compiled_siblings, current_frame, user_errors
 from sla_compile.config import SLAConfig
-from sla_compile.gate import attach_gate, detach_gate, gate_dtype, mark_from_children, remember_dense
+from sla_compile.gate import (
+    attach_gate,
+    detach_gate,
+    gate_dtype,
+    mark_from_children,
+    refuse_taken_name,
+    remember_dense,
+)
 from sla_compile.passes.decide import Keep, Rewrite
 from sla_compile.passes.rewrite import erase_markers, replace_attention
-from sla_compile.record import remember
-from sla_compile.sites import Settings, Site, find_sites
+from sla_compile.record import remember, remember_break
+from sla_compile.sites import BROKEN, Settings, Site, find_sites
 
 __all__ = ["UntrainedGatesWarning", "rewrite_graph", "sla"]
 
@@ -48,14 +55,13 @@ def sla(
     Raises:
         ValueError: an option is refused, or contradicts what a gate was prepared with.
     """
-    try:
+    with user_errors():
         settings = Settings.of(options, mode)
-    except ValueError as error:
-        from sla_compile.compat import UserError
-
-        raise UserError(str(error)) from error
-    sites = rewrite_graph(gm, settings, current_frame())
-    remember(sites)
+    frame = current_frame()
+    sites = rewrite_graph(gm, settings, frame)
+    if frame is not None:
+        remember(sites, frame.code)
+        remember_break(gm, frame.root_module())
     _warn_untrained(sites)
     return _compile_inner(gm, example_inputs, settings.config)
 
@@ -65,11 +71,17 @@ def rewrite_graph(gm: fx.GraphModule, settings: Settings, frame: Frame | None) -
 
     Where a site to be rewritten has no gate yet, gates are injected and Dynamo starts this frame over, so this
     function does not return then. Outside Dynamo (no frame) nothing owns the attention and all is kept.
+
+    Raises:
+        ValueError: options contradict a gate, or an owner has something else under a gate's name. No gate has
+            been injected then.
     """
     if frame is None:
         return []
-    sites, markers = find_sites(gm, settings, frame)
-    if injected := _inject(sites, frame):
+    with user_errors():
+        sites, markers = find_sites(gm, settings, frame)
+        injected = _inject(sites, frame)
+    if injected:
         frame.drop_superseded()
         frame.restart(f"sla_compile gave {injected} attention(s) a gate")
     sites = [_settle(site, frame) for site in sites]
@@ -92,18 +104,22 @@ _AWAITED: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictio
 def _inject(sites: list[Site], frame: Frame) -> int:
     """Give every site that needs one its gate, or a marker that this frame can see; how many changed."""
     root = frame.root_module()
-    changed: list[Site] = []
-    for site in sites:
-        owner = site.owner
-        if not isinstance(site.decision, Rewrite) or site.marker is not None or owner is None:
-            continue
-        if site.ordinal in _AWAITED.get(owner, ()):
-            continue
-        if site.gate is None:
-            _attach(site, owner, site.decision)
+    missing = [
+        (site, site.owner, site.decision)
+        for site in sites
+        if isinstance(site.decision, Rewrite) and site.marker is None and site.owner is not None
+        if site.ordinal not in _AWAITED.get(site.owner, ())
+    ]
+    for site, owner, _ in missing:
+        refuse_taken_name(owner, site.ordinal, site.gate_path)
+    changed = []
+    for site, owner, decision in missing:
+        had_gate = site.gate is not None
+        if not had_gate:
+            _attach(site, owner, decision)
             _AWAITED.setdefault(owner, set()).add(site.ordinal)
-            changed.append(site)
-        if owner is root and mark_from_children(owner) and site not in changed:
+        newly_marked = owner is root and mark_from_children(owner)
+        if newly_marked or not had_gate:
             changed.append(site)
     if changed and root is not None:
         _inject_siblings(changed, root, frame)
@@ -115,7 +131,7 @@ def _attach(site: Site, owner: nn.Module, decision: Rewrite) -> None:
     attach_gate(
         owner,
         site.ordinal,
-        head_dim=shape.head_dim,
+        head_dim=int(shape.head_dim),
         heads=int(shape.heads),
         config=site.config,
         model_config=site.model_config,
@@ -156,7 +172,7 @@ def _settle(site: Site, frame: Frame) -> Site:
         detach_gate(owner, site.ordinal)
     broken = frame.resumed and owner is frame.root_module()
     keep = (
-        Keep("graph break between the owner's start and its attention", site.path, "an owner without breaks")
+        Keep(BROKEN, site.path, "an attention without a break before it")
         if broken
         else Keep("the traced graph does not reach its gate", site.path, "a forward that calls its submodules")
     )
@@ -189,8 +205,8 @@ def _compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], config: SL
     if config.inner == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
-        compiled: CompiledFunction = compile_fx(gm, inputs, config_patches=dict(config.inductor) or None)
-        return compiled
+        compiled: Any = compile_fx(gm, inputs, config_patches=dict(config.inductor) or None)
+        return cast(CompiledFunction, compiled)
     from torch._dynamo import lookup_backend
 
     other: CompiledFunction = lookup_backend(config.inner)(gm, inputs)

@@ -18,37 +18,39 @@ from torch import nn
 
 __all__ = [
     "Frame",
-    "UserError",
     "compiled_siblings",
     "current_frame",
     "forget_code",
     "plain_module_path",
+    "runs_forward_of",
     "size_hint",
     "skip_as_root_frame",
     "throw_away_compile",
+    "user_errors",
 ]
 
 
-def _user_error_class() -> type[ValueError]:
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Let a ValueError raised under this reach the caller of the compiled model as the ValueError that it is.
+
+    Dynamo turns a backend's exception into BackendCompilerFailed unless it is of one of its own kinds. Goes when
+    Dynamo has a public way for a backend to reject what the user asked.
+    """
     from torch._dynamo.exc import ShortenTraceback
 
-    # Dynamo wraps a backend's exception as BackendCompilerFailed unless it is one of its own kind; goes when
-    # Dynamo has a public way for a backend to reject its options.
     class UserError(ValueError, ShortenTraceback):
-        """A mistake of the user's, raised by the backend as the ValueError that it is."""
+        """A mistake of the user's, raised by the backend."""
 
         def __init__(self, message: str) -> None:
             ShortenTraceback.__init__(self, message, first_useful_frame=None)
 
-    return UserError
-
-
-def __getattr__(name: str) -> Any:
-    # Made on first use, so that importing the package does not import Dynamo.
-    if name == "UserError":
-        globals()["UserError"] = _user_error_class()
-        return globals()["UserError"]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        yield
+    except ShortenTraceback:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def skip_as_root_frame(function: Callable[..., Any]) -> None:
@@ -62,6 +64,10 @@ def skip_as_root_frame(function: Callable[..., Any]) -> None:
     action = eval_frame._FrameAction
     strategy = eval_frame._FrameExecStrategy(action.SKIP, action.DEFAULT)
     eval_frame.set_code_exec_strategy(function.__code__, strategy)
+
+
+# How Dynamo names the code that continues a function after a graph break.
+_RESUMED = "torch_dynamo_resume_in_"
 
 
 @dataclass(frozen=True)
@@ -82,27 +88,14 @@ class Frame:
     @property
     def resumed(self) -> bool:
         """Whether the frame continues a function after a graph break."""
-        return self.code.co_name.startswith("torch_dynamo_resume_in_")
+        return self.code.co_name.startswith(_RESUMED)
 
     def root_module(self) -> nn.Module | None:
         """The module whose ``forward`` this frame is (or resumes); None for any other function."""
         for value in self.locals.values():
-            if isinstance(value, nn.Module) and self._runs(getattr(type(value).forward, "__code__", None)):
+            if isinstance(value, nn.Module) and runs_forward_of(self.code, value):
                 return value
         return None
-
-    def _runs(self, forward: types.CodeType | None) -> bool:
-        if forward is None or forward is self.code:
-            return forward is not None
-        if forward.co_filename != self.code.co_filename:
-            return False
-        if not self.resumed:  # Dynamo may hand out a copy of the code
-            return (forward.co_name, forward.co_firstlineno) == (self.code.co_name, self.code.co_firstlineno)
-        lines = [line for _, _, line in forward.co_lines() if line is not None]
-        return (
-            self.code.co_name.startswith(f"torch_dynamo_resume_in_{forward.co_name}_at_")
-            and min(lines) <= self.code.co_firstlineno <= max(lines)
-        )
 
     def drop_superseded(self) -> None:
         """Invalidate compiled entries that would serve this frame as its modules are by now.
@@ -125,12 +118,26 @@ class Frame:
         raise TensorifyScalarRestartAnalysis(restart_reason=reason)
 
 
+def runs_forward_of(code: types.CodeType, module: nn.Module) -> bool:
+    """Whether ``code`` is the ``forward`` of ``module``'s class, or resumes it after a graph break."""
+    forward = getattr(type(module).forward, "__code__", None)
+    if forward is None or forward is code:
+        return forward is not None
+    if forward.co_filename != code.co_filename:
+        return False
+    if not code.co_name.startswith(_RESUMED):  # Dynamo may hand out a copy of the code
+        return bool((forward.co_name, forward.co_firstlineno) == (code.co_name, code.co_firstlineno))
+    lines = [line for _, _, line in forward.co_lines() if line is not None]
+    named = code.co_name.startswith(f"{_RESUMED}{forward.co_name}_at_")
+    return named and min(lines) <= code.co_firstlineno <= max(lines)
+
+
 def current_frame() -> Frame | None:
     """The frame under compilation; None where the backend is called outside Dynamo."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        translator = InstructionTranslator.current_tx()
+        translator: Any = InstructionTranslator.current_tx()
     except AttributeError:  # no translator is set on this thread
         return None
     while getattr(translator, "parent", None) is not None:
@@ -183,7 +190,7 @@ def _closure(function: Any) -> dict[str, Any]:
 
 def forget_code(code: types.CodeType) -> None:
     """Drop what Dynamo compiled for ``code``: it does not guard on module hooks, so it cannot notice a gate."""
-    from torch._dynamo.eval_frame import reset_code
+    from torch._C._dynamo.eval_frame import reset_code
 
     reset_code(code)
 
@@ -205,21 +212,22 @@ def _drop_entries(code: types.CodeType, compiler: Any, stale: Callable[[Any], bo
 
 
 @contextlib.contextmanager
-def throw_away_compile(backend: Any) -> Iterator[set[types.CodeType]]:
-    """Compile under this with ``backend`` and leave no trace; put the code of each frame into what it yields.
+def throw_away_compile() -> Iterator[list[Frame]]:
+    """Compile under this and leave no trace; append each frame that was compiled to the list it yields.
 
     What is compiled shares its code, and so Dynamo's cache and its limit, with the user's own compiles. Goes when
     torch 2.11 does: ``torch.compile(isolate_recompiles=True)`` is the public form, from 2.13 on.
     """
     import torch._dynamo.config as config
 
-    codes: set[types.CodeType] = set()
+    frames: list[Frame] = []
     with config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20):
         try:
-            yield codes
+            yield frames
         finally:
-            for code in codes:
-                _drop_entries(code, backend, lambda guards: True)
+            for frame in frames:
+                _drop_entries(frame.code, frame.compiler, lambda guards: True)
+            frames.clear()
 
 
 def size_hint(size: int | torch.SymInt) -> int | None:

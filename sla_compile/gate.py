@@ -171,7 +171,7 @@ def attach_gate(
         ValueError: ``owner`` has something else under the gate's name, or a gate of another shape.
     """
     name = gate_name(ordinal)
-    existing = getattr(owner, name, None)
+    existing: Gate | None = getattr(owner, name, None)
     if existing is None:
         gate = Gate(
             head_dim=head_dim,
@@ -189,9 +189,7 @@ def attach_gate(
         for code in _DENSE_CODE.pop(owner, ()):
             forget_code(code)
         return gate
-    if not isinstance(existing, Gate):
-        kind = type(existing).__name__
-        raise ValueError(f"{path}: the attention's owner already has a {kind} called {name!r}; rename it")
+    refuse_taken_name(owner, ordinal, path)
     wanted = (heads, head_dim, head_dim) if config.gate == "per_head" else (head_dim, head_dim)
     if tuple(existing.weight.shape) != wanted:
         raise ValueError(
@@ -203,6 +201,15 @@ def attach_gate(
     existing.model_config = model_config if model_config is not None else config
     existing.settings = settings_text(config)
     return existing
+
+
+def refuse_taken_name(owner: nn.Module, ordinal: int, path: str) -> None:
+    """Raises ValueError where ``owner`` has something that is not a gate under the gate's name."""
+    name = gate_name(ordinal)
+    existing = getattr(owner, name, None)
+    if existing is not None and not isinstance(existing, Gate):
+        kind = type(existing).__name__
+        raise ValueError(f"{path}: the attention's owner already has a {kind} called {name!r}; rename it")
 
 
 def gate_dtype(owner: nn.Module, fallback: torch.dtype) -> torch.dtype:

@@ -16,13 +16,13 @@ import torch
 from torch import fx, nn
 
 from sla_compile.backend import rewrite_graph
-from sla_compile.compat import Frame, current_frame, size_hint, throw_away_compile
+from sla_compile.compat import current_frame, size_hint, throw_away_compile
 from sla_compile.config import SLAConfig
 from sla_compile.gate import Gate, attach_gate, detach, detach_gate, gate_name, gates, own_gates
 from sla_compile.record import GraphBreak, SiteReport, describe, graph_break
 from sla_compile.sites import PREPARED, Settings
 
-__all__ = ["DryRun", "dry_run", "prepare"]
+__all__ = ["DryRun", "dry_run", "prepare", "unwrapped"]
 
 
 @dataclass
@@ -61,7 +61,7 @@ def prepare(
             would drop its trained gate. Nothing is changed then.
     """
     settings = Settings.of(config)
-    model = _unwrapped(model)
+    model = unwrapped(model)
     run = dry_run(model, args, kwargs, settings)
     _check(model, run)
     for owner in list(model.modules()):
@@ -86,7 +86,8 @@ def prepare(
     return model
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """``model``, or the module inside where ``torch.compile`` made it; TypeError where it is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; accepted: a torch.nn.Module")
     inner = getattr(model, "_orig_mod", model)
@@ -113,12 +114,7 @@ def _check(model: nn.Module, run: DryRun) -> None:
     for path, planned in run.gates.items():
         owner = model.get_submodule(path.rpartition(".")[0])
         existing = getattr(owner, gate_name(planned.ordinal), None)
-        if existing is None:
-            continue
-        if not isinstance(existing, Gate):
-            kind = type(existing).__name__
-            raise ValueError(f"{path}: the attention's owner already has a {kind} of that name; rename it")
-        if existing.weight.shape != planned.weight.shape:
+        if isinstance(existing, Gate) and existing.weight.shape != planned.weight.shape:
             got, wanted = tuple(existing.weight.shape), tuple(planned.weight.shape)
             raise ValueError(
                 f"{path}: has a gate of shape {got}, these settings need {wanted}; keep "
@@ -133,10 +129,7 @@ def dry_run(
     settings: Settings,
 ) -> DryRun:
     """Trace ``model(*args, **kwargs)`` as ``backend="sla"`` would compile it; ``model`` is left untouched."""
-    if isinstance(args, torch.Tensor) or not isinstance(args, Sequence):
-        raise TypeError(f"args: got {type(args).__name__}; accepted: a tuple of the positional arguments")
-    if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise TypeError(f"kwargs: got {type(kwargs).__name__}; accepted: a mapping of the keyword arguments")
+    _check_call(args, kwargs)
     shell = _shell(model)
     paths = {id(module): name for name, module in shell.named_modules()}
     for name, module in shell.named_modules():
@@ -146,7 +139,7 @@ def dry_run(
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         frame = current_frame()
-        codes.update([frame.code] if frame is not None else [])
+        frames.extend([frame] if frame is not None else [])
         sites = rewrite_graph(gm, settings, frame)
         for site in sites:
             run.sites.append(describe(site))
@@ -159,13 +152,21 @@ def dry_run(
 
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with (
-        throw_away_compile(backend) as codes,
+        throw_away_compile() as frames,
         torch.random.fork_rng([d.index for d in devices if d.index is not None]),
         torch.no_grad(),
     ):
         torch.compile(shell, backend=backend, dynamic=False)(*args, **(kwargs or {}))
     run.gates = {path: gate for path, gate in gates(shell).items()}
     return run
+
+
+def _check_call(args: Any, kwargs: Any) -> None:
+    # A tensor is a sequence of its rows, and would be unpacked into them.
+    if not isinstance(args, tuple | list):
+        raise TypeError(f"args: got {type(args).__name__}; accepted: a tuple of the positional arguments")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(f"kwargs: got {type(kwargs).__name__}; accepted: a mapping of the keyword arguments")
 
 
 def _shell(model: nn.Module) -> nn.Module:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from sla_compile.compat import size_hint
+from sla_compile.compat import runs_forward_of, size_hint
 from sla_compile.diffs import site_diff
 from sla_compile.gate import Gate, gate_name, own_gates
 from sla_compile.passes.cost import (
@@ -199,12 +200,19 @@ _BY_CLASS: weakref.WeakKeyDictionary[type, dict[tuple[int, str], tuple[SiteRepor
 _BREAKS: weakref.WeakKeyDictionary[nn.Module, dict[GraphBreak, None]] = weakref.WeakKeyDictionary()
 
 
-def remember(sites: Iterable[Site]) -> None:
-    """Keep the account of what one graph holds, for ``report(model)``."""
+# Attention that a graph break cut off from its owner, by the code that holds it.
+_BY_CODE: weakref.WeakKeyDictionary[CodeType, list[SiteReport]] = weakref.WeakKeyDictionary()
+
+
+def remember(sites: Sequence[Site], code: CodeType) -> None:
+    """Keep the account of what one graph, compiled from ``code``, holds, for ``report(model)``."""
     calls: dict[tuple[int, int], list[Site]] = {}
+    _BY_CODE.pop(code, None)
     for site in sites:
         if site.owner is not None:
             calls.setdefault((id(site.owner), site.ordinal), []).append(site)
+        else:
+            _BY_CODE.setdefault(code, []).append(describe(site))
     for group in calls.values():
         account = tuple(describe(site) for site in group)
         owner, ordinal, gate = group[0].owner, group[0].ordinal, group[0].gate
@@ -238,6 +246,9 @@ def remembered(model: nn.Module) -> list[SiteReport]:
                 shared = _BY_CLASS.get(type(owner), {}).get((gate.ordinal, gate.settings))
                 accounts[gate.ordinal] = shared if shared is not None else (_not_compiled(gate, owner),)
         full = path or owner.__dict__.get(PREPARED, (None, ""))[1]
+        for code, cut_off in _BY_CODE.items():
+            if runs_forward_of(code, owner):
+                found += [_moved(account, full, account.ordinal) for account in cut_off]
         for ordinal, calls in sorted(accounts.items()):
             found += [_moved(account, full, ordinal) for account in calls]
     return found

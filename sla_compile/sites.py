@@ -25,6 +25,8 @@ __all__ = ["PREPARED", "Settings", "Site", "find_sites"]
 PREPARED = "_sla_prepared"
 """Attribute of an owner: (SLAConfig, module path) that ``prepare`` saw it under; survives deepcopy and pickle."""
 
+BROKEN = "graph break between the owner's start and its attention"
+
 DTYPES = {
     "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
@@ -99,7 +101,10 @@ def find_sites(gm: fx.GraphModule, settings: Settings, frame: Frame) -> tuple[li
         counts[calling] += 1
         owner = frame.module(call.stack[-1].identity) if call.stack else frame.root_module()
         local_path = paths.get(id(owner), plain_module_path(call.stack[-1].source) if call.stack else "")
-        sites.append(_site(call, owner, local_path, ordinal, marked.get((calling, ordinal)), settings))
+        site = _site(call, owner, local_path, ordinal, marked.get((calling, ordinal)), settings)
+        if owner is None and frame.resumed and isinstance(site.decision, Keep):
+            site = replace(site, decision=Keep(BROKEN, frame.code.co_name, "an attention without a break before it"))
+        sites.append(site)
     return sites, markers
 
 
@@ -117,9 +122,7 @@ def _site(
     if marker is not None:
         fields = json.loads(marker.settings)
         if conflicts := settings.conflicts(path, fields):
-            from sla_compile.compat import UserError
-
-            raise UserError(
+            raise ValueError(
                 f"{path or 'the compiled module'}: the options of torch.compile contradict its gate: "
                 f"{'; '.join(conflicts)}. Call prepare(model, ..., config=...) to change the gate, or leave "
                 f"these options out"
