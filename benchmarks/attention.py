@@ -1,0 +1,311 @@
+"""Attention on one CUDA device: Sparse-Linear Attention beside cuDNN, flash and FlexAttention, forward and backward.
+
+    python benchmarks/attention.py [--json FILE] [--figure FILE] [--tokens 32760] [--quick]
+
+First a correctness gate against the definition in float64; no time is printed where it fails. All arms are timed in
+turn in one process, by CUDA events with the L2 cache flushed before each run: median, and the 10th and 90th
+percentile. Inputs are (B, N, H, D) memory seen as (B, H, N, D), as video models pass them. Ours counts everything:
+classification, block states, attention, gate. FlexAttention is the sparse part only, over as many random blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+import sla_compile
+from sla_compile.kernels import reference
+from sla_compile.ops import sparse_linear_attention
+
+BATCH, HEADS, HEAD_DIM = 1, 12, 128
+TOPK, BOTTOMK = 0.05, 0.10
+SWEEP = (512, 1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one call."""
+
+    median: float
+    low: float
+    high: float
+
+
+def make_inputs(tokens: int) -> dict[str, Tensor]:
+    """q, k, v, weight, bias that ask for gradients, and grad_out."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    tensors = {
+        name: normal(BATCH, tokens, HEADS, HEAD_DIM).bfloat16().transpose(1, 2)
+        for name in ("q", "k", "v", "grad_out")
+    }
+    tensors["weight"] = normal(HEAD_DIM, HEAD_DIM) / HEAD_DIM**0.5
+    tensors["bias"] = normal(HEAD_DIM)
+    for name in ("q", "k", "v", "weight", "bias"):
+        tensors[name].requires_grad_()
+    return tensors
+
+
+def gate_on_correctness(tokens: int = 2008) -> dict[str, float]:
+    """Relative errors of out and every gradient against the definition; exit where one is over its budget."""
+    tensors = make_inputs(tokens)
+    names = ("q", "k", "v", "weight", "bias")
+    arguments = [tensors[name] for name in names]
+    out, _, _, block_map = torch.ops.sla.forward.default(
+        *arguments, HEAD_DIM**-0.5, TOPK, BOTTOMK, 64, 64, "softmax", "marginal"
+    )
+    gradients = torch.autograd.grad(out, arguments, tensors["grad_out"])
+    doubles = [x.detach().double().requires_grad_() for x in arguments]
+    expected = reference.sparse_linear_attention(*doubles, topk=TOPK, bottomk=BOTTOMK, block_map=block_map)
+    wanted = torch.autograd.grad(expected, doubles, tensors["grad_out"].double())
+    pairs = zip(("out", *(f"d{n}" for n in names)), (out, *gradients), (expected, *wanted), strict=True)
+    errors = {name: ((a.double() - b).norm() / b.norm()).item() for name, a, b in pairs}
+    failed = {name: e for name, e in errors.items() if not e < (1e-2 if name == "out" else 2e-2)}
+    if failed:
+        sys.exit(f"correctness gate failed, nothing timed: {failed}")
+    return errors
+
+
+def time_in_turn(calls: dict[str, Call], rounds: int) -> dict[str, Times]:
+    """Each call once a round, so that a drift of the clock meets all alike."""
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            samples[name].append(start.elapsed_time(end))
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _summary(values: list[float]) -> Times:
+    deciles = statistics.quantiles(values, n=10)
+    return Times(statistics.median(values), deciles[0], deciles[-1])
+
+
+def random_block_mask(tokens: int, block: int = 128) -> BlockMask:
+    """As many random blocks a row as topk asks for, all of them whole."""
+    blocks = tokens // block
+    count = max(1, int(TOPK * blocks))
+    indices = torch.rand(BATCH, HEADS, blocks, blocks, device="cuda").argsort(-1).int()
+    none = torch.zeros(BATCH, HEADS, blocks, dtype=torch.int32, device="cuda")
+    return BlockMask.from_kv_blocks(none, indices, none + count, indices, BLOCK_SIZE=block)
+
+
+def arms(tokens: int, *, flex: bool) -> dict[str, tuple[Call, Call]]:
+    """Forward and backward of each arm."""
+    tensors = make_inputs(tokens)
+    q, k, v = (tensors[name] for name in "qkv")
+    grad_out, gates = tensors["grad_out"], (tensors["weight"], tensors["bias"])
+
+    def pair(forward: Callable[[], Tensor], wanted: tuple[Tensor, ...], grad: Tensor) -> tuple[Call, Call]:
+        out = forward()
+        return forward, lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True)
+
+    def dense(backend: SDPBackend) -> Callable[[], Tensor]:
+        def forward() -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v)
+
+        return forward
+
+    found = {
+        "cuDNN SDPA": pair(dense(SDPBackend.CUDNN_ATTENTION), (q, k, v), grad_out),
+        "flash SDPA": pair(dense(SDPBackend.FLASH_ATTENTION), (q, k, v), grad_out),
+    }
+    for block_q, block_k in ((64, 64), (128, 64), (128, 128)) if flex else ((64, 64),):
+
+        def sparse(block_q: int = block_q, block_k: int = block_k) -> Tensor:
+            return sparse_linear_attention(
+                q, k, v, *gates, topk=TOPK, bottomk=BOTTOMK, block_q=block_q, block_k=block_k
+            )
+
+        found[f"SLA {block_q}x{block_k}"] = pair(sparse, (q, k, v, *gates), grad_out)
+    if flex:
+        whole = tokens // 128 * 128
+        mask = random_block_mask(whole)
+        # FlexAttention's blocks are whole: a few tokens fewer
+        part = [x[:, :, :whole].detach().requires_grad_() for x in (q, k, v)]
+        compiled = torch.compile(flex_attention, dynamic=False)
+        found["FlexAttention 128x128, sparse part only"] = pair(
+            lambda: compiled(*part, block_mask=mask), tuple(part), grad_out[:, :, :whole]
+        )
+    return found
+
+
+def breakdown(calls: dict[str, Call], repeats: int = 5) -> dict[str, dict[str, float]]:
+    """Milliseconds of each GPU kernel of one call, by the profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    stages: dict[str, dict[str, float]] = {}
+    for name, call in calls.items():
+        call()
+        with profile(activities=[ProfilerActivity.CUDA]) as record:
+            for _ in range(repeats):
+                call()
+            torch.cuda.synchronize()
+        kernels = [e for e in record.key_averages() if e.self_device_time_total > 0]
+        stages[name] = {
+            e.key[:64]: round(e.self_device_time_total / repeats / 1e3, 4)
+            for e in sorted(kernels, key=lambda e: -e.self_device_time_total)
+        }
+    return stages
+
+
+def crossover(rows: dict[int, dict[str, dict[str, Times]]]) -> dict[str, int | None]:
+    """Per direction, the fewest tokens from which ours stays faster than the fastest dense kernel."""
+    first: dict[str, int | None] = {}
+    for direction in ("forward", "forward+backward"):
+        first[direction] = None
+        for tokens in sorted(rows, reverse=True):
+            total = {
+                name: sum(t.median for d, t in times.items() if d in direction)
+                for name, times in rows[tokens].items()
+            }
+            if total["SLA 64x64"] >= min(total["cuDNN SDPA"], total["flash SDPA"]):
+                break
+            first[direction] = tokens
+    return first
+
+
+def measure(tokens: int, rounds: int, *, flex: bool) -> dict[str, dict[str, Times]]:
+    """Times of every arm: name -> direction -> times."""
+    found = arms(tokens, flex=flex)
+    forward = time_in_turn({name: calls[0] for name, calls in found.items()}, rounds)
+    backward = time_in_turn({name: calls[1] for name, calls in found.items()}, rounds)
+    return {name: {"forward": forward[name], "backward": backward[name]} for name in found}
+
+
+def print_arms(console: Console, tokens: int, times: dict[str, dict[str, Times]]) -> None:
+    title = (
+        f"B{BATCH} H{HEADS} N{tokens} D{HEAD_DIM} bf16, topk {TOPK}, bottomk {BOTTOMK}; median (p10-p90) ms"
+    )
+    table = Table("arm", "forward", "x cuDNN", "backward", "x cuDNN", title=title)
+    base = times["cuDNN SDPA"]
+    for name, row in times.items():
+        cells = [name]
+        for direction in ("forward", "backward"):
+            t = row[direction]
+            cells += [
+                f"{t.median:.3f} ({t.low:.3f}-{t.high:.3f})",
+                f"{base[direction].median / t.median:.1f}",
+            ]
+        table.add_row(*cells)
+    console.print(table)
+
+
+def print_sweep(console: Console, rows: dict[int, dict[str, dict[str, Times]]]) -> None:
+    names = ("cuDNN SDPA", "flash SDPA", "SLA 64x64")
+    table = Table("tokens", *names, title="forward / backward, median ms")
+    for tokens, row in rows.items():
+        table.add_row(
+            str(tokens),
+            *(f"{row[n]['forward'].median:.3f} / {row[n]['backward'].median:.3f}" for n in names),
+        )
+    console.print(table)
+
+
+def print_stages(console: Console, stages: dict[str, dict[str, float]]) -> None:
+    for direction, kernels in stages.items():
+        table = Table("GPU kernel", "ms", title=f"SLA 64x64, {direction}")
+        for name, value in kernels.items():
+            if value >= 0.001:
+                table.add_row(name, f"{value:.3f}")
+        console.print(table)
+
+
+def draw(path: Path, rows: dict[int, dict[str, dict[str, Times]]]) -> None:
+    """Forward and backward time against tokens, both axes logarithmic."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for axis, direction in zip(axes, ("forward", "backward"), strict=True):
+        for name in ("cuDNN SDPA", "flash SDPA", "SLA 64x64"):
+            axis.loglog(list(rows), [row[name][direction].median for row in rows.values()], "o-", label=name)
+        axis.set(title=direction, xlabel="tokens")
+        axis.grid(visible=True, which="both", alpha=0.3)
+    axes[0].set_ylabel("ms")
+    axes[0].legend()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=32760)
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    parser.add_argument("--figure", type=Path, help="draw time against tokens here (needs matplotlib)")
+    parser.add_argument("--quick", action="store_true", help="no sweep over tokens, no FlexAttention")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/attention.py needs a CUDA device")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    machine = (
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
+        f"cuDNN {torch.backends.cudnn.version()}, sla-compile {sla_compile.__version__}"
+    )
+    console.print(machine)
+    errors = gate_on_correctness()
+    console.print("correct: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
+
+    rows = {} if options.quick else {tokens: measure(tokens, 20, flex=False) for tokens in SWEEP}
+    times = measure(options.tokens, 30, flex=not options.quick)
+    rows[options.tokens] = times
+    forward, backward = arms(options.tokens, flex=False)["SLA 64x64"]
+    stages = breakdown({"forward": forward, "backward": backward})
+    first = crossover(rows)
+    print_stages(console, stages)
+    if not options.quick:
+        print_sweep(console, rows)
+        console.print(f"faster than the fastest dense kernel from: {first} tokens")
+    print_arms(console, options.tokens, times)
+    if options.figure:
+        draw(options.figure, rows)
+    if options.json:
+        results = {
+            str(n): {arm: {d: vars(t) for d, t in row.items()} for arm, row in table.items()}
+            for n, table in rows.items()
+        }
+        record = {
+            "machine": machine,
+            "errors": errors,
+            "times": results,
+            "stages": stages,
+            "crossover": first,
+        }
+        options.json.write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
