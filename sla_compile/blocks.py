@@ -56,4 +56,5 @@ def _symbolic(name: str, a: Any, b: Any) -> Any:
         return {"max": sympy.Max, "min": sympy.Min}[name](a, b)
     import torch  # SymInt: torch's symbolic max and min record no guard
 
-    return {"max": torch.sym_max, "min": torch.sym_min}[name](a, b)
+    functions: dict[str, Any] = {"max": torch.sym_max, "min": torch.sym_min}
+    return functions[name](a, b)
