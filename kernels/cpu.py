@@ -25,7 +25,7 @@ from torch import Tensor
 
 __all__ = ["backward", "forward"]
 
-_SCORES_PER_CHUNK = 1 << 19
+_ELEMENTS_PER_CHUNK = 1 << 19
 _ROWS_PER_GROUP = 128
 
 
@@ -64,10 +64,11 @@ def forward(
         keys = _key_side(k[group], v[group], block_k, work, feature_map if branch else None)
         lists = _critical_lists(ranked)
         summed = _summed_blocks(ranked, linear, work) if branch else None
-        for rows, span in _chunks(ranked, critical, tokens, block_q, block_k, dim):
+        for rows in _chunks(query_blocks, ranked.shape[0] * dim * max(dim, block_q)):
+            span = slice(rows.start * block_q, min(rows.stop * block_q, tokens))
+            width = span.stop - span.start
             queries = _blocks(q[group][:, span], block_q, work)
             sparse, chunk_lse = _sparse_forward(queries * scale, keys, lists[:, rows])
-            width = span.stop - span.start
             mixed = sparse[:, :width]
             if summed is not None and weight is not None:
                 phi = _feature(queries, feature_map)
@@ -117,7 +118,8 @@ def backward(
         grads = _KeyGradients.zeros(keys)
         lists = _critical_lists(ranked)
         summed = _summed_blocks(ranked, linear, work) if branch else None
-        for rows, span in _chunks(ranked, lists.shape[-1], tokens, block_q, block_k, dim):
+        for rows in _chunks(block_map.shape[2], ranked.shape[0] * dim * max(dim, block_q)):
+            span = slice(rows.start * block_q, min(rows.stop * block_q, tokens))
             width = span.stop - span.start
             queries = _blocks(q[group][:, span], block_q, work)
             upstream = _blocks(grad_out[group][:, span], block_q, work)
@@ -150,16 +152,11 @@ def _groups(batch: int, heads: int, query_blocks: int) -> Iterator[tuple[int, sl
             yield b, slice(first, min(first + size, heads))
 
 
-def _chunks(
-    block_map: Tensor, critical: int, tokens: int, block_q: int, block_k: int, dim: int
-) -> Iterator[tuple[slice, slice]]:
-    """Slices (query blocks, their tokens) such that scores and block states of one chunk stay in cache."""
-    group, query_blocks, _ = block_map.shape
-    per_row = group * max(block_q * block_k * critical, dim * dim)
-    size = max(1, _SCORES_PER_CHUNK // per_row)
-    for first in range(0, query_blocks, size):
-        last = min(first + size, query_blocks)
-        yield slice(first, last), slice(first * block_q, min(last * block_q, tokens))
+def _chunks(rows: int, elements_per_row: int) -> Iterator[slice]:
+    """Slices of rows whose largest buffer, of elements_per_row each, stays in cache."""
+    size = max(1, _ELEMENTS_PER_CHUNK // elements_per_row)
+    for first in range(0, rows, size):
+        yield slice(first, min(first + size, rows))
 
 
 def _work_dtype(x: Tensor) -> torch.dtype:
@@ -200,9 +197,7 @@ def _pool(x: Tensor, block: int, dtype: torch.dtype) -> Tensor:
     return torch.cat([means, x[:, full * block :].mean(dim=1, keepdim=True, dtype=dtype)], dim=1)
 
 
-def _classify(
-    q: Tensor, k: Tensor, scale: float, critical: int, negligible: int, block_q: int, block_k: int
-) -> Tensor:
+def _classify(q: Tensor, k: Tensor, scale: float, critical: int, negligible: int, block_q: int, block_k: int) -> Tensor:
     """The block map (G, Tm, Tn) int8: first of each ranked row critical, last negligible."""
     work = _work_dtype(q)
     scores = (_pool(q, block_q, work) @ _pool(k, block_k, work).mT).mul_(scale)
@@ -242,7 +237,8 @@ class _Keys:
 def _key_side(k: Tensor, v: Tensor, block: int, dtype: torch.dtype, feature_map: str | None) -> _Keys:
     """Blocks of k, v (G, T, D), and their linear states where there is a feature map."""
     missing = -k.shape[1] % block
-    keys = _Keys(_blocks(k, block, dtype), _blocks(v, block, dtype), missing)
+    # every block is gathered many times: one copy of these heads costs less than strided reads
+    keys = _Keys(_blocks(k, block, dtype).contiguous(), _blocks(v, block, dtype).contiguous(), missing)
     if feature_map is not None:
         keys.phi = _feature(keys.k, feature_map)
         keys.phi[:, -1, block - missing :] = 0
@@ -258,9 +254,15 @@ def _gather(blocks: Tensor, lists: Tensor) -> Tensor:
     return rows.view(-1, lists.shape[-1] * size, dim)
 
 
+def _score_chunks(queries: Tensor, keys: _Keys, lists: Tensor) -> Iterator[slice]:
+    """Slices of C whose scores, of queries (G, C, block_q, D) at lists (G, C, critical), stay in cache."""
+    group, rows, critical = lists.shape
+    return _chunks(rows, group * critical * queries.shape[2] * keys.k.shape[2])
+
+
 def _probabilities(scaled: Tensor, gathered: Tensor, keys: _Keys, lists: Tensor) -> tuple[Tensor, Tensor]:
     """Scores (G * C, block_q, critical * block_k), -inf at absent tokens, and their softmax."""
-    scores = scaled.flatten(0, 1) @ gathered.mT
+    scores = scaled @ gathered.mT
     if keys.missing:
         group, key_blocks = keys.k.shape[:2]
         last = torch.arange(1, group + 1, device=lists.device).view(-1, 1) * key_blocks - 1
@@ -272,27 +274,32 @@ def _probabilities(scaled: Tensor, gathered: Tensor, keys: _Keys, lists: Tensor)
 
 def _sparse_forward(scaled: Tensor, keys: _Keys, lists: Tensor) -> tuple[Tensor, Tensor]:
     """O^s (G, C * block_q, D) and lse (G, C * block_q) of scaled queries (G, C, block_q, D)."""
-    scores, p = _probabilities(scaled, _gather(keys.k, lists), keys, lists)
-    # the largest probability is 1 / sum(exp(score - max))
-    lse = scores.amax(dim=-1) - p.amax(dim=-1).log_()
-    sparse = p @ _gather(keys.v, lists)
-    group = scaled.shape[0]
-    return sparse.view(group, -1, sparse.shape[-1]), lse.view(group, -1)
+    sparse, lse = torch.empty_like(scaled), scaled.new_empty(scaled.shape[:3])
+    for rows in _score_chunks(scaled, keys, lists):
+        shape = scaled[:, rows].shape
+        scores, p = _probabilities(scaled[:, rows].flatten(0, 1), _gather(keys.k, lists[:, rows]), keys, lists[:, rows])
+        # the largest probability is 1 / sum(exp(score - max))
+        lse[:, rows] = (scores.amax(dim=-1) - p.amax(dim=-1).log_()).view(shape[:3])
+        sparse[:, rows] = (p @ _gather(keys.v, lists[:, rows])).view(shape)
+    return sparse.flatten(1, 2), lse.flatten(1, 2)
 
 
 def _sparse_backward(
     upstream: Tensor, queries: Tensor, scale: float, keys: _Keys, lists: Tensor, grads: _KeyGradients
 ) -> Tensor:
     """dQ (G, C, block_q, D) of the sparse branch; adds to dK and dV."""
-    scaled = queries * scale
-    gathered_k, gathered_v = _gather(keys.k, lists), _gather(keys.v, lists)
-    _, p = _probabilities(scaled, gathered_k, keys, lists)
-    flat_upstream = upstream.flatten(0, 1)
-    _scatter_add(grads.v, lists, p.mT @ flat_upstream)
-    dp = flat_upstream @ gathered_v.mT
-    dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)
-    _scatter_add(grads.k, lists, dscores.mT @ scaled.flatten(0, 1))
-    return (dscores @ gathered_k).mul_(scale).view(upstream.shape)
+    dqueries = torch.empty_like(queries)
+    for rows in _score_chunks(queries, keys, lists):
+        part = lists[:, rows]
+        scaled, dout = (queries[:, rows] * scale).flatten(0, 1), upstream[:, rows].flatten(0, 1)
+        gathered = _gather(keys.k, part)
+        _, p = _probabilities(scaled, gathered, keys, part)
+        _scatter_add(grads.v, part, p.mT @ dout)
+        dp = dout @ _gather(keys.v, part).mT
+        dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)
+        _scatter_add(grads.k, part, dscores.mT @ scaled)
+        dqueries[:, rows] = (dscores @ gathered).mul_(scale).view(queries[:, rows].shape)
+    return dqueries
 
 
 def _scatter_add(total: Tensor, lists: Tensor, gathered: Tensor) -> None:
@@ -377,9 +384,7 @@ class _KeyGradients:
 
     @classmethod
     def zeros(cls, keys: _Keys) -> _KeyGradients:
-        dense_k, dense_v = (
-            torch.zeros(keys.k.shape, dtype=keys.k.dtype, device=keys.k.device) for _ in range(2)
-        )
+        dense_k, dense_v = (torch.zeros(keys.k.shape, dtype=keys.k.dtype, device=keys.k.device) for _ in range(2))
         if keys.h is None or keys.z is None:
             return cls(dense_k, dense_v, None, None)
         return cls(dense_k, dense_v, torch.zeros_like(keys.h.flatten(2)), torch.zeros_like(keys.z))

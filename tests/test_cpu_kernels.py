@@ -140,9 +140,9 @@ def test_matches_the_definition(case: Case) -> None:
     check(case)
 
 
-@pytest.mark.parametrize("scores_per_chunk", [1, 1 << 14])
-def test_chunks_and_groups_change_nothing(scores_per_chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_SCORES_PER_CHUNK", scores_per_chunk)
+@pytest.mark.parametrize("elements_per_chunk", [1, 1 << 14])
+def test_chunks_and_groups_change_nothing(elements_per_chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_ELEMENTS_PER_CHUNK", elements_per_chunk)
     monkeypatch.setattr(cpu, "_ROWS_PER_GROUP", 50)
     check(Case(tokens=333, block_q=16, block_k=32, heads=5, batch=2, gate="per_head"))
     check(Case(tokens=333, block_q=16, block_k=32, heads=5, layout="fused"))
@@ -180,9 +180,7 @@ def test_ties_go_to_the_lower_key_block() -> None:
     q, k = torch.randint(-1, 2, (2, 2, 3, 500, 16), dtype=torch.float64)
     block_map = cpu._classify(q[0], k[0], 0.25, 3, 4, 16, 32)
     # 3 of 16 and 4 of 16 key blocks; sums of small integers are exact, so ties are exact too
-    expected_map = reference.classify(q, k, scale=0.25, topk=3 / 16, bottomk=4 / 16, block_q=16, block_k=32)[
-        0
-    ]
+    expected_map = reference.classify(q, k, scale=0.25, topk=3 / 16, bottomk=4 / 16, block_q=16, block_k=32)[0]
     assert torch.equal(block_map, expected_map)
     equal = torch.ones(3, 500, 16, dtype=torch.float64)
     row = cpu._classify(equal, equal, 0.25, 3, 4, 16, 32)[0, 0].tolist()
@@ -201,9 +199,7 @@ def test_topk_1_is_dense_attention(gates: str) -> None:
     assert_close("out", out, dense, 1e-14)
     grad_out = torch.randn_like(out)
     gradients = cpu.backward(grad_out, q, k, v, *given, out, linear_out, lse, block_map, **case.options())
-    for name, actual, wanted in zip(
-        NAMES, gradients, torch.autograd.grad(dense, leaves, grad_out), strict=False
-    ):
+    for name, actual, wanted in zip(NAMES, gradients, torch.autograd.grad(dense, leaves, grad_out), strict=False):
         assert_close(name, actual, wanted, 1e-12)
     assert [g.shape for g in gradients[3:]] == [(0,) if g is None else g.shape for g in given]
 

@@ -1,0 +1,187 @@
+"""Dense attention (SDPA) against Sparse-Linear Attention on the CPU: times, speed-up, peak memory, crossover.
+
+    python benchmarks/cpu.py                                  # B1 H4 N16384 D64, topk 5%
+    python benchmarks/cpu.py --tokens 4096 --dim 128 --topk 0.1
+    python benchmarks/cpu.py --crossover                      # from which N on the op wins, D 64 and 128
+
+No figure is printed unless the op first matches the definition. The arms are timed in turn in one process;
+memory is the peak resident set of a process of its own for each arm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from sla_compile.kernels import reference
+from sla_compile.ops import sparse_linear_attention
+
+ARMS = ("dense", "sla")
+PASSES = ("forward", "forward+backward")
+
+
+def make_inputs(arguments: argparse.Namespace, tokens: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """q, k, v (1, H, N, D), views of (1, N, H, D) as models pass them, weight (D, D), bias (D)."""
+    torch.manual_seed(0)
+    shape = (1, tokens, arguments.heads, arguments.dim)
+    q, k, v = (torch.randn(shape, dtype=dtype).transpose(1, 2) for _ in range(3))
+    weight, bias = (
+        torch.randn(arguments.dim, arguments.dim, dtype=dtype),
+        torch.randn(arguments.dim, dtype=dtype),
+    )
+    return [x.requires_grad_() for x in (q, k, v, weight, bias)]
+
+
+def make_arm(name: str, what: str, arguments: argparse.Namespace, tokens: int) -> Callable[[], None]:
+    """A call that runs one arm once."""
+    leaves = make_inputs(arguments, tokens)
+    q, k, v, weight, bias = leaves
+    grad_out = torch.randn_like(q) if what == "forward+backward" else None
+
+    def forward() -> Tensor:
+        if name == "dense":
+            return F.scaled_dot_product_attention(q, k, v)
+        return sparse_linear_attention(q, k, v, weight, bias, topk=arguments.topk, bottomk=arguments.bottomk)
+
+    def run() -> None:
+        if what == "forward":
+            with torch.no_grad():
+                forward()
+        else:
+            torch.autograd.grad(forward(), leaves if name == "sla" else leaves[:3], grad_out)
+
+    return run
+
+
+def verify(arguments: argparse.Namespace) -> float:
+    """Largest relative error of output and gradients against the definition, in float64; stops over 1e-10."""
+    leaves = make_inputs(arguments, 1000, torch.float64)
+    grad_out = torch.randn_like(leaves[0])
+    options = {"topk": arguments.topk, "bottomk": arguments.bottomk}
+    results = []
+    for function in (sparse_linear_attention, reference.sparse_linear_attention):
+        out = function(*leaves, **options)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad_out)])
+    worst = max(float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
+    if not worst < 1e-10:
+        sys.exit(f"the op is wrong: relative error {worst:.1e} against the definition; nothing was timed")
+    return worst
+
+
+def interleaved(runs: list[Callable[[], None]], repeats: int) -> list[list[float]]:
+    """Milliseconds of each call, the calls taking turns; the first round is not counted."""
+    times: list[list[float]] = [[] for _ in runs]
+    for turn in range(repeats + 1):
+        for index, run in enumerate(runs):
+            start = time.perf_counter()
+            run()
+            if turn:
+                times[index].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def peak_mebibytes() -> float:
+    """Peak resident set of this process; unlike getrusage's, it does not start from the parent's."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("/proc/self/status has no VmHWM: peak memory is measured on Linux alone")
+
+
+def print_memory(name: str, what: str, arguments: argparse.Namespace) -> None:
+    """In a process of its own: peak after a small run of both arms, which loads the libraries, and at the end."""
+    for arm in ARMS:
+        make_arm(arm, what, arguments, 256)()
+    before = peak_mebibytes()
+    make_arm(name, what, arguments, arguments.tokens)()
+    print(before, peak_mebibytes())
+
+
+def measure_memory(name: str, what: str) -> tuple[float, float]:
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", f"{name}:{what}"]
+    before, peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return float(before), float(peak)
+
+
+def spread(times: list[float]) -> str:
+    return f"{statistics.median(times):.1f} ({min(times):.1f} to {max(times):.1f})"
+
+
+def compare(arguments: argparse.Namespace, console: Console) -> None:
+    shape = f"B1 H{arguments.heads} N{arguments.tokens} D{arguments.dim}"
+    table = Table(title=f"{shape} float32, topk {arguments.topk:.0%}, bottomk {arguments.bottomk:.0%}")
+    for heading in (
+        "pass",
+        "dense ms",
+        "sla ms",
+        "speed-up",
+        "dense MiB",
+        "sla MiB",
+        "dense work MiB",
+        "sla work MiB",
+    ):
+        table.add_column(heading, justify="left" if heading == "pass" else "right")
+    for what in PASSES:
+        memory = [measure_memory(name, what) for name in ARMS]
+        times = interleaved([make_arm(name, what, arguments, arguments.tokens) for name in ARMS], arguments.repeats)
+        dense, sla = (statistics.median(t) for t in times)
+        table.add_row(
+            what,
+            *map(spread, times),
+            f"{dense / sla:.2f}x",
+            *(f"{peak:.0f}" for _, peak in memory),
+            *(f"{peak - before:.0f}" for before, peak in memory),
+        )
+    console.print(table)
+    console.print("ms: median (least to most). MiB: peak resident set; work: of it, what the libraries did not take.")
+
+
+def crossover(arguments: argparse.Namespace, console: Console) -> None:
+    table = Table(title=f"speed-up over dense, B1 H{arguments.heads} float32, topk {arguments.topk:.0%}")
+    for heading in ("N", *(f"D{dim} {what}" for dim in (64, 128) for what in PASSES)):
+        table.add_column(heading, justify="right")
+    for tokens in (128, 256, 384, 512, 768, 1024, 1536, 2048, 4096):
+        cells = []
+        for dim in (64, 128):
+            sized = argparse.Namespace(**vars(arguments) | {"dim": dim})
+            for what in PASSES:
+                runs = [make_arm(name, what, sized, tokens) for name in ARMS]
+                dense, sla = (statistics.median(t) for t in interleaved(runs, 5 * arguments.repeats))
+                cells.append(f"{dense / sla:.2f}x ({dense:.2f} / {sla:.2f} ms)")
+        table.add_row(str(tokens), *cells)
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--topk", type=float, default=0.05)
+    parser.add_argument("--bottomk", type=float, default=0.10)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--crossover", action="store_true", help="sweep N instead of timing one size")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        print_memory(*arguments.memory_of.split(":"), arguments)
+        return
+    console = Console()
+    console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    console.print(f"verified against the definition: relative error {verify(arguments):.1e} in float64")
+    (crossover if arguments.crossover else compare)(arguments, console)
+
+
+if __name__ == "__main__":
+    main()
