@@ -106,6 +106,10 @@ class Frame:
         """
         _drop_entries(self.code, self.compiler, lambda guards: bool(guards.check(self.locals)))
 
+    def drop_entries(self) -> None:
+        """Let nothing that this compiler made for this frame's code serve another call; a running one goes on."""
+        _drop_entries(self.code, self.compiler, lambda guards: True)
+
     def restart(self, reason: str) -> NoReturn:
         """Make Dynamo analyse this frame again from its start, with the modules as they now are.
 
@@ -226,7 +230,7 @@ def throw_away_compile() -> Iterator[list[Frame]]:
             yield frames
         finally:
             for frame in frames:
-                _drop_entries(frame.code, frame.compiler, lambda guards: True)
+                frame.drop_entries()
             frames.clear()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -136,10 +136,12 @@ def dry_run(
         # After a graph break the frame of a block would know only the path inside that block.
         module.__dict__[PREPARED] = (settings.config, name)
     run = DryRun()
+    roots: set[nn.Module | None] = set()
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         frame = current_frame()
         frames.extend([frame] if frame is not None else [])
+        roots.update([frame.root_module()] if frame is not None else [])
         sites = rewrite_graph(gm, settings, frame)
         for site in sites:
             run.sites.append(describe(site))
@@ -148,7 +150,15 @@ def dry_run(
                 run.owners[path] = max(run.owners.get(path, 0), site.ordinal + 1)
         if (found := graph_break(gm)) is not None:
             run.graph_breaks.append(found)
-        return _returns_zeros(gm)
+        zeros = _returns_zeros(gm)
+
+        def run_once(*inputs: Any) -> tuple[Any, ...]:
+            # The next call of this code, by another block perhaps, is another site.
+            if frame is not None:
+                frame.drop_entries()
+            return cast(tuple[Any, ...], zeros(*inputs))
+
+        return run_once
 
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with (
@@ -158,6 +168,10 @@ def dry_run(
     ):
         torch.compile(shell, backend=backend, dynamic=False)(*args, **(kwargs or {}))
     run.gates = {path: gate for path, gate in gates(shell).items()}
+    if run.sites and shell not in roots:
+        # Dynamo gives up such a forward with no word to the backend, and compiles what it calls.
+        reason = f"{type(model).__name__}.forward is not compiled, only what it calls (a break in a loop, say)"
+        run.graph_breaks.append(GraphBreak(reason))
     return run
 
 
