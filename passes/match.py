@@ -105,7 +105,7 @@ def find_attention(root: fx.GraphModule) -> list[AttentionCall]:
 
 def attention_call(node: fx.Node, module: fx.GraphModule) -> AttentionCall:
     """``node``, a call of scaled_dot_product_attention, in normal form."""
-    arguments = {name: default for name, default in _PARAMETERS}
+    arguments: dict[str, Any] = dict(_PARAMETERS)
     arguments.update(zip(arguments, node.args, strict=False))
     arguments.update(node.kwargs)
     return AttentionCall(node=node, module=module, stack=_stack(node), **arguments)

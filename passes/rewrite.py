@@ -12,7 +12,10 @@ from torch import fx
 from sla_compile.passes.decide import Rewrite
 from sla_compile.passes.match import AttentionCall, Marker, attention_call
 
-__all__ = ["erase_markers", "replace_attention"]
+__all__ = ["REWRITTEN_FROM", "erase_markers", "replace_attention"]
+
+REWRITTEN_FROM = "sla_rewritten_from"
+"""Key in the meta of a node whose target was changed: the target it had."""
 
 
 def replace_attention(
@@ -50,6 +53,7 @@ def _allow_any_layout(output: fx.Node) -> None:
         if user.op != "call_method":
             continue
         if user.target == "view" and not any(isinstance(a, torch.dtype) for a in user.args):
+            user.meta[REWRITTEN_FROM] = user.target
             user.target = "reshape"
         if user.target in _LAYOUT_ONLY or user.target == "reshape":
             _allow_any_layout(user)

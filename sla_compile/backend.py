@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-import torch
 from torch import fx, nn
 
 import sla_compile.ops  # noqa: F401  the library ops that a rewritten graph calls

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from sla_compile.passes.decide import Rewrite
+from sla_compile.passes.rewrite import REWRITTEN_FROM
 from sla_compile.sites import Site
 
 __all__ = ["site_diff"]
@@ -40,14 +41,15 @@ def site_diff(site: Site) -> tuple[str, ...]:
     lines += [f"+ {_line(node, after)}" for node in dict.fromkeys((replacement, output))]
     minus, plus = [], []
     for node in _around(output, _LINES_AFTER, backwards=False):
-        old, new = _line(node, before), _line(node, after)
+        old = _line(node, before, node.meta.get(REWRITTEN_FROM, node.target))
+        new = _line(node, after)
         if old != new:
             minus.append(f"- {old}")
             plus.append(f"+ {new}")
             continue
         lines += [*minus, *plus, f"  {new}"]
         minus, plus = [], []
-    return tuple([*lines, *minus, *plus])
+    return (*lines, *minus, *plus)
 
 
 def _replacement(site: Site) -> fx.Node | None:
@@ -79,18 +81,19 @@ def _original(site: Site, label: Callable[[fx.Node], str]) -> str:
     return f"scaled_dot_product_attention({', '.join(positional + keywords)})"
 
 
-def _line(node: fx.Node, label: Callable[[fx.Node], str]) -> str:
+def _line(node: fx.Node, label: Callable[[fx.Node], str], target: Any = None) -> str:
+    """``node`` as ``name = operation(arguments)``, with another ``target`` than its own if given."""
+    target = node.target if target is None else target
     arguments = [_text(argument, label) for argument in node.args]
     keywords = [f"{name}={_text(value, label)}" for name, value in node.kwargs.items()]
     if node.op == "get_attr":
-        return f"{label(node)} = {node.target}"
+        return f"{label(node)} = {target}"
     if node.op == "call_method":
-        return f"{label(node)} = {arguments[0]}.{node.target}({_shortened(arguments[1:] + keywords)})"
-    return f"{label(node)} = {_operation(node)}({_shortened(arguments + keywords)})"
+        return f"{label(node)} = {arguments[0]}.{target}({_shortened(arguments[1:] + keywords)})"
+    return f"{label(node)} = {_operation(target)}({_shortened(arguments + keywords)})"
 
 
-def _operation(node: fx.Node) -> str:
-    target = node.target
+def _operation(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target).removesuffix(".default").replace(".", "::", 1)
     return str(target) if isinstance(target, str) else getattr(target, "__name__", str(target))

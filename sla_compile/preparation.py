@@ -167,7 +167,7 @@ def dry_run(
         torch.no_grad(),
     ):
         torch.compile(shell, backend=backend, dynamic=False)(*args, **(kwargs or {}))
-    run.gates = {path: gate for path, gate in gates(shell).items()}
+    run.gates = gates(shell)
     if run.sites and shell not in roots:
         # Dynamo gives up such a forward with no word to the backend, and compiles what it calls.
         reason = f"{type(model).__name__}.forward is not compiled, only what it calls (a break in a loop, say)"

@@ -126,7 +126,7 @@ def test_public_names_resolve_and_have_a_docstring(name: str) -> None:
 
 def test_public_names_of_every_module_exist() -> None:
     for room, path in FILES:
-        if room == "kernels" and path.stem.startswith("triton") or path.stem == "__main__":
+        if (room == "kernels" and path.stem.startswith("triton")) or path.stem == "__main__":
             continue
         module = importlib.import_module(installed_name(room, path))
         for name in getattr(module, "__all__", ()):
