@@ -1,0 +1,209 @@
+"""Each use of a private PyTorch API, entered once on the installed torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from sla_compile import compat
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).relu()
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Inner()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + 1
+
+
+def test_frame_knows_its_code_its_locals_and_the_modules_in_its_graph() -> None:
+    seen: dict[str, Any] = {}
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        frame = compat.current_frame()
+        assert frame is not None
+        stacks = [node.meta.get("nn_module_stack", {}) for node in gm.graph.nodes]
+        identities = {int(key.partition("@")[0]) for stack in stacks for key in stack}
+        seen.update(
+            code=frame.code,
+            root=frame.root_module(),
+            modules=[frame.module(identity) for identity in identities],
+            unknown=frame.module(1),
+            resumed=frame.resumed,
+        )
+        return gm.forward
+
+    model = Outer()
+    torch.compile(model, backend=backend)(torch.ones(2, 4))
+    assert seen["code"].co_name == "forward"
+    assert seen["root"] is model
+    assert model.inner in seen["modules"]
+    assert seen["unknown"] is None
+    assert seen["resumed"] is False
+
+
+def test_no_frame_outside_dynamo() -> None:
+    assert compat.current_frame() is None
+
+
+def test_restart_traces_the_frame_again() -> None:
+    calls = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        frame = compat.current_frame()
+        assert frame is not None
+        calls.append(len(gm.graph.nodes))
+        root = frame.root_module()
+        assert isinstance(root, Outer)
+        if len(calls) == 1:
+            root.register_forward_hook(lambda *_: None)
+            root.inner.register_forward_hook(lambda module, inputs, output: output * 3)
+            frame.restart("a hook was added")
+        return gm.forward
+
+    model, x = Outer(), torch.ones(2, 4)
+    plain = model.inner(x)
+    result = torch.compile(model, backend=backend)(x)
+    assert len(calls) == 2
+    assert torch.allclose(result, 3 * plain + 1), "the first call already follows the changed model"
+
+
+def test_root_module_of_a_resumed_frame() -> None:
+    class Breaking(Outer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + 1
+            torch._dynamo.graph_break()
+            return self.inner(x)
+
+    roots = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        frame = compat.current_frame()
+        assert frame is not None
+        roots.append((frame.resumed, frame.root_module()))
+        return gm.forward
+
+    model = Breaking()
+    torch.compile(model, backend=backend)(torch.ones(2, 4))
+    assert roots == [(False, model), (True, model)]
+
+
+def test_user_errors_reach_the_caller_as_they_are() -> None:
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        with compat.user_errors():
+            raise ValueError("topk: got 2")
+
+    with pytest.raises(ValueError, match="^topk: got 2"):
+        torch.compile(Outer(), backend=backend)(torch.ones(2, 4))
+
+
+def test_skipped_as_root_but_inlined() -> None:
+    graphs = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append([node.target for node in gm.graph.nodes if node.op == "call_function"])
+        return gm.forward
+
+    def hook(module: nn.Module, inputs: Any) -> Any:
+        return (torch.sin(inputs[0]),)
+
+    compat.skip_as_root_frame(hook)
+    model, x = Outer(), torch.ones(2, 4)
+    model.register_forward_pre_hook(hook)
+    model.inner.register_forward_pre_hook(hook)
+    torch.compile(model, backend=backend)(x)
+    assert len(graphs) == 1, "the root's own hook is no graph"
+    assert torch.sin in graphs[0], "the child's hook is traced"
+
+
+def test_compiled_siblings_are_those_of_the_same_compile() -> None:
+    found = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        frame = compat.current_frame()
+        assert frame is not None
+        root = frame.root_module()
+        assert root is not None
+        found.append(compat.compiled_siblings(root, frame.compiler))
+        return gm.forward
+
+    blocks = [Inner() for _ in range(5)]
+    for block in blocks[:2]:
+        block.compile(backend=backend)
+    wrapped = torch.compile(blocks[2], backend=backend)
+    blocks[3].compile(backend="eager")
+    blocks[0](torch.ones(2, 4))
+    assert {id(module) for module in found[0]} == {id(blocks[1]), id(blocks[2])}
+    assert wrapped is not blocks[2]
+
+
+def test_a_throw_away_compile_leaves_room_in_the_cache() -> None:
+    model, x = Outer(), torch.ones(2, 4)
+    for _ in range(12):  # above recompile_limit
+        with compat.throw_away_compile() as frames:
+
+            def backend(gm: torch.fx.GraphModule, inputs: Any, frames: Any = frames) -> Any:
+                frames.append(compat.current_frame())
+                return gm.forward
+
+            torch.compile(model, backend=backend)(x)
+    calls = []
+
+    def real(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        calls.append(gm)
+        return gm.forward
+
+    torch.compile(model, backend=real)(x)
+    assert len(calls) == 1, "Dynamo did not take the frame for one that recompiles too often"
+
+
+def test_size_hint_adds_no_guard() -> None:
+    hints = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        sizes = [n.meta["example_value"] for n in gm.graph.nodes if n.op == "placeholder"]
+        hints.extend(compat.size_hint(size) for size in sizes if isinstance(size, torch.SymInt))
+        return gm.forward
+
+    compiled = torch.compile(lambda x: x * 2, backend=backend, dynamic=True)
+    compiled(torch.ones(7, 3))
+    compiled(torch.ones(9, 5))
+    assert sorted(hints) == [3, 7]
+    assert compat.size_hint(5) == 5
+
+
+@pytest.mark.parametrize(
+    ("source", "path"),
+    [
+        ("L['self'].blocks.0.attn1", "blocks.0.attn1"),
+        ("L['self'].__dict__['_modules']['blocks'].0.attn1", "blocks.0.attn1"),
+        ("L['self']._modules['blocks']._modules['0']", "blocks.0"),
+        ("G['model'].attn", "attn"),
+        ("L['self']", ""),
+    ],
+)
+def test_plain_module_path(source: str, path: str) -> None:
+    assert compat.plain_module_path(source) == path
