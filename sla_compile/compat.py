@@ -142,7 +142,9 @@ def current_frame() -> Frame | None:
 
     try:
         translator: Any = InstructionTranslator.current_tx()
-    except AttributeError:  # no translator is set on this thread
+    except AttributeError:  # no translator is set on this thread; torch 2.11 returns None then
+        translator = None
+    if translator is None:
         return None
     while getattr(translator, "parent", None) is not None:
         translator = translator.parent
