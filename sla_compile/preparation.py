@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from sla_compile.backend import rewrite_graph
-from sla_compile.compat import current_frame, size_hint, throw_away_compile
+from sla_compile.compat import current_frame, runs_forward_of, size_hint, throw_away_compile
 from sla_compile.config import SLAConfig
 from sla_compile.gate import Gate, attach_gate, detach, detach_gate, gate_name, gates, own_gates
 from sla_compile.record import GraphBreak, SiteReport, describe, graph_break
@@ -136,12 +136,10 @@ def dry_run(
         # After a graph break the frame of a block would know only the path inside that block.
         module.__dict__[PREPARED] = (settings.config, name)
     run = DryRun()
-    roots: set[nn.Module | None] = set()
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         frame = current_frame()
         frames.extend([frame] if frame is not None else [])
-        roots.update([frame.root_module()] if frame is not None else [])
         sites = rewrite_graph(gm, settings, frame)
         for site in sites:
             run.sites.append(describe(site))
@@ -167,8 +165,9 @@ def dry_run(
         torch.no_grad(),
     ):
         torch.compile(shell, backend=backend, dynamic=False)(*args, **(kwargs or {}))
+        given_up = not any(runs_forward_of(frame.code, shell) for frame in frames)
     run.gates = gates(shell)
-    if run.sites and shell not in roots:
+    if run.sites and given_up:
         # Dynamo gives up such a forward with no word to the backend, and compiles what it calls.
         reason = f"{type(model).__name__}.forward is not compiled, only what it calls (a break in a loop, say)"
         run.graph_breaks.append(GraphBreak(reason))
