@@ -1,11 +1,13 @@
-"""Attention on one CUDA device: Sparse-Linear Attention beside cuDNN, flash and FlexAttention, forward and backward.
+"""Attention on one CUDA device: Sparse-Linear Attention beside cuDNN, flash and FlexAttention, forward and
+backward.
 
     python benchmarks/attention.py [--json FILE] [--figure FILE] [--tokens 32760] [--quick]
 
-First a correctness gate against the definition in float64; no time is printed where it fails. All arms are timed in
-turn in one process, by CUDA events with the L2 cache flushed before each run: median, and the 10th and 90th
-percentile. Inputs are (B, N, H, D) memory seen as (B, H, N, D), as video models pass them. Ours counts everything:
-classification, block states, attention, gate. FlexAttention is the sparse part only, over as many random blocks.
+First a correctness gate against the definition in float64; no time is printed where it fails. All arms are
+timed in turn in one process, by CUDA events with the L2 cache flushed before each run: median, and the 10th
+and 90th percentile. Inputs are (B, N, H, D) memory seen as (B, H, N, D), as video models pass them. Ours
+counts everything: classification, block states, attention, gate. FlexAttention is the sparse part only, over
+as many random blocks.
 """
 
 from __future__ import annotations
@@ -56,8 +58,7 @@ def make_inputs(tokens: int) -> dict[str, Tensor]:
         return torch.randn(*shape, generator=generator, device="cuda")
 
     tensors = {
-        name: normal(BATCH, tokens, HEADS, HEAD_DIM).bfloat16().transpose(1, 2)
-        for name in ("q", "k", "v", "grad_out")
+        name: normal(BATCH, tokens, HEADS, HEAD_DIM).bfloat16().transpose(1, 2) for name in ("q", "k", "v", "grad_out")
     }
     tensors["weight"] = normal(HEAD_DIM, HEAD_DIM) / HEAD_DIM**0.5
     tensors["bias"] = normal(HEAD_DIM)
@@ -87,22 +88,23 @@ def gate_on_correctness(tokens: int = 2008) -> dict[str, float]:
 
 
 def time_in_turn(calls: dict[str, Call], rounds: int) -> dict[str, Times]:
-    """Each call once a round, so that a drift of the clock meets all alike."""
+    """Each call once a round, so that a drift of the clock meets all alike; the host may run ahead."""
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
     for call in calls.values():
         for _ in range(3):
             call()
+    torch.cuda.synchronize()
     for _ in range(rounds):
         for name, call in calls.items():
-            flush.zero_()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
             start.record()
             call()
             end.record()
-            end.synchronize()
-            samples[name].append(start.elapsed_time(end))
-    return {name: _summary(values) for name, values in samples.items()}
+            marks[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: _summary([a.elapsed_time(b) for a, b in pairs]) for name, pairs in marks.items()}
 
 
 def _summary(values: list[float]) -> Times:
@@ -186,8 +188,7 @@ def crossover(rows: dict[int, dict[str, dict[str, Times]]]) -> dict[str, int | N
         first[direction] = None
         for tokens in sorted(rows, reverse=True):
             total = {
-                name: sum(t.median for d, t in times.items() if d in direction)
-                for name, times in rows[tokens].items()
+                name: sum(t.median for d, t in times.items() if d in direction) for name, times in rows[tokens].items()
             }
             if total["SLA 64x64"] >= min(total["cuDNN SDPA"], total["flash SDPA"]):
                 break
@@ -204,9 +205,7 @@ def measure(tokens: int, rounds: int, *, flex: bool) -> dict[str, dict[str, Time
 
 
 def print_arms(console: Console, tokens: int, times: dict[str, dict[str, Times]]) -> None:
-    title = (
-        f"B{BATCH} H{HEADS} N{tokens} D{HEAD_DIM} bf16, topk {TOPK}, bottomk {BOTTOMK}; median (p10-p90) ms"
-    )
+    title = f"B{BATCH} H{HEADS} N{tokens} D{HEAD_DIM} bf16, topk {TOPK}, bottomk {BOTTOMK}; median (p10-p90) ms"
     table = Table("arm", "forward", "x cuDNN", "backward", "x cuDNN", title=title)
     base = times["cuDNN SDPA"]
     for name, row in times.items():
@@ -260,9 +259,7 @@ def draw(path: Path, rows: dict[int, dict[str, dict[str, Times]]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=32760)
     parser.add_argument("--json", type=Path, help="write every figure here")
     parser.add_argument("--figure", type=Path, help="draw time against tokens here (needs matplotlib)")

@@ -17,7 +17,7 @@ from .triton_backward import (
 )
 from .triton_classify import block_scores, classify_rows, critical_lists
 from .triton_forward import attention_forward
-from .triton_states import block_means, key_states, marginal_matrix, sum_of_states
+from .triton_states import block_means, key_states, marginal_matrices, sum_of_states
 from .triton_tiles import (
     check_supported,
     gate_matrix,
@@ -50,12 +50,12 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """O = O^s + O^l weight^T + bias of q, k, v (B, H, N, D), float32, float16 or bfloat16, any strides.
 
-    weight (D, D) or (H, D, D) and bias (D) or (H, D) in any floating dtype, or None; ``critical`` and ``negligible``
-    count key blocks in a row. Returns out and linear_out (B, H, N, D), in memory (B, N, H, D), linear_out of shape
-    (0,) without a linear branch; lse (B, H, N) float32; block_map (B, H, Tm, Tn) int8.
+    weight (D, D) or (H, D, D) and bias (D) or (H, D) in any floating dtype, or None; ``critical`` and
+    ``negligible`` count key blocks in a row. Returns out and linear_out (B, H, N, D), in memory (B, N, H, D),
+    linear_out of shape (0,) without a linear branch; lse (B, H, N) float32; block_map (B, H, Tm, Tn) int8.
 
-    Raises TypeError for a dtype and ValueError for a head dimension, block size, feature map or linear form that the
-    kernels do not have.
+    Raises TypeError for a dtype and ValueError for a head dimension, block size, feature map or linear form
+    that the kernels do not have.
     """
     check_supported(q, block_q, block_k, feature_map, linear)
     with torch.cuda.device_of(q):
@@ -70,7 +70,8 @@ def forward(
             pooled_k = block_means(k, block_k)
         block_map, lists = classify_rows(block_scores(pooled_q, pooled_k, scale), critical, negligible)
         if states is not None and normalizers is not None:
-            states, normalizers = _sum_over_keys(states, normalizers, block_map, linear)
+            matrices = marginal_matrices(block_map, states.dtype) if linear == "marginal" else None
+            states, normalizers = _sum_over_keys(states, normalizers, matrices)
         out, linear_out, lse = attention_forward(
             q,
             k,
@@ -108,19 +109,20 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `forward` at grad_out (B, H, N, D), any strides, from its inputs and outputs.
 
-    Returns dq, dk, dv (B, H, N, D), in memory (B, N, H, D), and dweight and dbias in the shape and dtype of weight
-    and bias, of shape (0,) where those are None. The same bits every time. Raises as `forward` does.
+    Returns dq, dk, dv (B, H, N, D), in memory (B, N, H, D), and dweight and dbias in the shape and dtype of
+    weight and bias, of shape (0,) where those are None. The same bits every time. Raises as `forward` does.
     """
     check_supported(q, block_q, block_k, feature_map, linear)
     with torch.cuda.device_of(q):
         grad_out, q, k, v, out = (vector_readable(x) for x in (grad_out, q, k, v, out))
         has_linear = weight is not None and linear != "none"
-        gate = states = normalizers = None
+        gate = states = normalizers = matrices = None
         if weight is not None and has_linear:
             gate = gate_matrix(weight, q.dtype)
             linear_out = vector_readable(linear_out)
             states, normalizers, _ = key_states(k, v, block_k, feature_map, pool=False)
-            states, normalizers = _sum_over_keys(states, normalizers, block_map, linear)
+            matrices = marginal_matrices(block_map, states.dtype) if linear == "marginal" else None
+            states, normalizers = _sum_over_keys(states, normalizers, matrices)
         dq, delta, grad_states, grad_normalizers = _query_side(
             grad_out,
             q,
@@ -141,9 +143,7 @@ def backward(
         )
         del states, normalizers
         if grad_states is not None and grad_normalizers is not None:
-            grad_states, grad_normalizers = _sum_over_queries(
-                grad_states, grad_normalizers, block_map, linear
-            )
+            grad_states, grad_normalizers = _sum_over_queries(grad_states, grad_normalizers, matrices, block_map)
         dk, dv = _key_side(
             grad_out,
             q,
@@ -164,27 +164,24 @@ def backward(
 
 
 def _sum_over_keys(
-    states: torch.Tensor, normalizers: torch.Tensor, block_map: torch.Tensor, linear: str
+    states: torch.Tensor, normalizers: torch.Tensor, matrices: tuple[torch.Tensor, torch.Tensor] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """H (B, H, Tm, D, D) and Z (B, H, Tm, D) from h and z; with linear="all" one row, (B, H, 1, ...), for all."""
-    if linear == "all":
-        return sum_of_states(None, states), sum_of_states(None, normalizers)
-    matrix = marginal_matrix(block_map, states.dtype)
-    single = matrix if matrix.dtype == torch.float32 else marginal_matrix(block_map, torch.float32)
+    """H (B, H, Tm, D, D) and Z (B, H, Tm, D) from h and z; without matrices the one row that all share."""
+    matrix, single = matrices or (None, None)
     return sum_of_states(matrix, states), sum_of_states(single, normalizers)
 
 
 def _sum_over_queries(
-    grad_states: torch.Tensor, grad_normalizers: torch.Tensor, block_map: torch.Tensor, linear: str
+    grad_states: torch.Tensor,
+    grad_normalizers: torch.Tensor,
+    matrices: tuple[torch.Tensor, torch.Tensor] | None,
+    block_map: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dh (B, H, Tn, D, D) and dz (B, H, Tn, D) from each query tile's dH and dZ; one row with linear="all"."""
-    if linear == "all":
-        return sum_of_states(None, grad_states), sum_of_states(None, grad_normalizers)
+    """dh (B, H, Tn, D, D) and dz (B, H, Tn, D) from dH and dZ of each query tile; or one row for all."""
     tiles_per_block = grad_states.shape[2] // block_map.shape[2]
-    matrix = marginal_matrix(block_map, grad_states.dtype, tiles_per_block)
-    single = matrix
-    if matrix.dtype != torch.float32:
-        single = marginal_matrix(block_map, torch.float32, tiles_per_block)
+    if matrices is not None and tiles_per_block > 1:
+        matrices = marginal_matrices(block_map, grad_states.dtype, tiles_per_block)
+    matrix, single = matrices or (None, None)
     return (
         sum_of_states(matrix, grad_states, transpose=True),
         sum_of_states(single, grad_normalizers, transpose=True),
@@ -378,5 +375,5 @@ def _gate_side(
 
 
 def _sum_parts(parts: torch.Tensor, like: torch.Tensor, *, per_head: bool) -> torch.Tensor:
-    """Float32 parts (B, H, splits, ...) summed over batch and splits, and heads where these share, as ``like``."""
+    """Float32 parts (B, H, splits, ...) summed over batch, splits and shared heads, as ``like``."""
     return parts.sum((0, 2) if per_head else (0, 1, 2), dtype=torch.float32).to(like.dtype)

@@ -5,8 +5,8 @@ With P = exp(S - lse) on critical blocks and D^s = rowsum(dO * O^s):
 With dO^l = dO W, den = phi(Q) Z, D^l = rowsum(dO^l * O^l), all gradients 0 where den is 0:
     dphi(Q) = (dO^l H^T - D^l Z^T) / den;  dH = (phi(Q)/den)^T dO^l;  dZ = -(phi(Q)/den)^T D^l;
     dphi(K_j) = V_j dh_j^T + 1 dz_j^T;  dV_j += phi(K_j) dh_j;  dW = dO^T O^l;  db = sum of dO.
-D^s needs no O^s: D^s = rowsum(dO * O) - D^l - dO b. Each program owns its outputs and sums in a fixed order: no atomics,
-the same bits every time.
+D^s needs no O^s: D^s = rowsum(dO * O) - D^l - dO b. Each program owns its outputs and sums in a fixed order:
+no atomics, the same bits every time.
 """
 
 from __future__ import annotations
@@ -133,9 +133,7 @@ def attention_backward_query_kernel(
             gate = load_tile(weight_base, origin, dims, columns, PITCH // 8, HEAD_DIM, PITCH, PADDED)
             # [TILE_Q, PADDED_DIM] x [PADDED_DIM, CHUNK]
             grad_linear = tl.dot(grad, gate, input_precision="ieee")
-            linear = load_tile(
-                linear_base, first_query, rows, columns, stride_ln, num_tokens, PITCH, PADDED
-            )
+            linear = load_tile(linear_base, first_query, rows, columns, stride_ln, num_tokens, PITCH, PADDED)
             linear_delta += tl.sum(grad_linear * linear.to(tl.float32), 1)
             grad_linear = grad_linear.to(state_type)
             state = load_tile(state_base, origin, dims, columns, PITCH // 8, HEAD_DIM, PITCH, PADDED)
@@ -177,9 +175,7 @@ def attention_backward_query_kernel(
         # [TILE_Q, TILE_K] x [TILE_K, PADDED_DIM]
         accumulator = tl.dot(grad_scores.to(key.dtype), key, accumulator, input_precision="ieee")
     grad_q_base = token_major_pointer(grad_q, batch, head, num_tokens, num_heads, HEAD_DIM)
-    store_tile(
-        grad_q_base, accumulator, first_query, rows, dims, num_heads * HEAD_DIM, num_tokens, HEAD_DIM, PADDED
-    )
+    store_tile(grad_q_base, accumulator, first_query, rows, dims, num_heads * HEAD_DIM, num_tokens, HEAD_DIM, PADDED)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_tiles", "num_heads", "num_rows", "state_rows"])
@@ -224,7 +220,7 @@ def attention_backward_key_kernel(
     FEATURE_MAP: tl.constexpr,
     HAS_LINEAR: tl.constexpr,
 ):
-    """dK and dV of one tile of keys: the linear part from dh_j and dz_j, then the rows that call it critical."""
+    """dK and dV of one tile of keys: the linear part from dh_j and dz_j, then its critical rows."""
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
     PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
     PARTS: tl.constexpr = BLOCK_Q // TILE_Q
@@ -289,9 +285,7 @@ def attention_backward_key_kernel(
         probability = tl.exp2(scores * scale_log2 - row_lse[None, :])
         grad = load_tile(grad_base, start, rows, dims, stride_gn, num_tokens, PITCH, PADDED)
         # [TILE_K, TILE_Q] x [TILE_Q, PADDED_DIM]
-        value_accumulator = tl.dot(
-            probability.to(grad.dtype), grad, value_accumulator, input_precision="ieee"
-        )
+        value_accumulator = tl.dot(probability.to(grad.dtype), grad, value_accumulator, input_precision="ieee")
         grad_probability = tl.dot(value, tl.trans(grad), input_precision="ieee")
         scaled_delta = tl.load(delta + vector_base + start + rows, mask=row_mask, other=0.0) * scale
         grad_scores = probability * (grad_probability * scale - scaled_delta[None, :])

@@ -1,8 +1,9 @@
 """Classification on the GPU: block scores, the three classes, and the lists of critical blocks.
 
-The scores S = pool(Q) pool(K)^T * scale (B, H, Tm, Tn) come from float32 means by float32 products; each row is then
-split by threshold search over order-preserving integer keys: the ``critical`` largest are +1, what the largest
-``Tn - negligible`` leave is -1, the rest 0, ties going to the lower key-block index first. No sort, no host sync.
+The scores S = pool(Q) pool(K)^T * scale (B, H, Tm, Tn) come from float32 means by float32 products; each row
+is then split by threshold search over order-preserving integer keys: the ``critical`` largest are +1, what
+the largest ``Tn - negligible`` leave is -1, the rest 0, ties going to the lower key-block index first. No
+sort, no host sync.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def score_kernel(
 
 @triton.jit
 def take_largest(key, valid, count):
-    """Mask of the ``count`` largest of ``key`` [lanes] (int32) among ``valid``; of equal keys the first ones."""
+    """Mask of the ``count`` largest of ``key`` [lanes] (int32) in ``valid``; of equal keys the first."""
     low = tl.full([], -(2**31), tl.int64)
     high = tl.full([], 2**31 - 1, tl.int64)
     # the count-th largest key is the largest threshold that at least `count` keys reach
@@ -120,7 +121,8 @@ def _lanes_and_warps(items: int) -> tuple[int, int]:
 
 
 def block_scores(pooled_q: torch.Tensor, pooled_k: torch.Tensor, scale: float) -> torch.Tensor:
-    """pool(Q) pool(K)^T * scale from contiguous float32 (B, H, Tm, D) and (B, H, Tn, D); float32 (B, H, Tm, Tn).
+    """pool(Q) pool(K)^T * scale from contiguous float32 (B, H, Tm, D) and (B, H, Tn, D); float32 (B, H, Tm,
+    Tn).
 
     Not ``torch.matmul``: under TF32, allowed by the user for the model's own products, rankings would change.
     """
@@ -137,8 +139,8 @@ def block_scores(pooled_q: torch.Tensor, pooled_k: torch.Tensor, scale: float) -
 def classify_rows(scores: torch.Tensor, critical: int, negligible: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Split each row of ``scores`` (B, H, Tm, Tn).
 
-    Returns the block map, int8 (B, H, Tm, Tn), and the critical key blocks of each row in ascending order, int32
-    (B, H, Tm, critical).
+    Returns the block map, int8 (B, H, Tm, Tn), and the critical key blocks of each row in ascending order,
+    int32 (B, H, Tm, critical).
     """
     batch, heads, num_queries, num_keys = scores.shape
     block_map = torch.empty(scores.shape, dtype=torch.int8, device=scores.device)
@@ -153,8 +155,9 @@ def classify_rows(scores: torch.Tensor, critical: int, negligible: int) -> tuple
 def critical_lists(block_map: torch.Tensor, *, by_column: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The critical blocks of each row (or column) of a contiguous int8 block map (B, H, Tm, Tn).
 
-    Returns lists, int32 (B, H, lines, items), of which the first ``counts`` (B, H, lines) entries of each line are
-    written, in ascending order. The width is the worst case, because the true one is known only on the device.
+    Returns lists, int32 (B, H, lines, items), of which the first ``counts`` (B, H, lines) entries of each
+    line are written, in ascending order. The width is the worst case, because the true one is known only on
+    the device.
     """
     batch, heads, num_queries, num_keys = block_map.shape
     lines, items = (num_keys, num_queries) if by_column else (num_queries, num_keys)

@@ -1,8 +1,9 @@
 """The forward attention kernel: sparse branch, linear branch and gate of one tile of queries in one launch.
 
-O^s = softmax over the keys of the critical blocks (online, base 2); O^l = phi(Q) H_i / (phi(Q) Z_i), 0 where that
-denominator is 0; O = O^s + O^l W^T + b. Shapes above the products name registers: TILE_Q, TILE_K, PADDED_DIM (the
-head dimension up to a power of two) and CHUNK (columns of O^l made, stored and gated at a time).
+O^s = softmax over the keys of the critical blocks (online, base 2); O^l = phi(Q) H_i / (phi(Q) Z_i), 0 where
+that denominator is 0; O = O^s + O^l W^T + b. Shapes above the products name registers: TILE_Q, TILE_K,
+PADDED_DIM (the head dimension up to a power of two) and CHUNK (columns of O^l made, stored and gated at a
+time).
 """
 
 from __future__ import annotations
@@ -114,9 +115,7 @@ def attention_forward_kernel(
     accumulator = accumulator / running_sum[:, None]
     # log2 -> natural log
     row_lse = (running_max + tl.log2(running_sum)) * 0.6931471805599453
-    tl.store(
-        lse + batch_head * num_tokens + first_query + rows, row_lse, mask=first_query + rows < num_tokens
-    )
+    tl.store(lse + batch_head * num_tokens + first_query + rows, row_lse, mask=first_query + rows < num_tokens)
 
     if HAS_LINEAR:
         state_index = batch_head * state_rows + tl.minimum(block_row, state_rows - 1)
@@ -165,11 +164,12 @@ def attention_forward(
     block_k: int,
     feature_map_name: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention of q, k, v (B, H, N, D), `vector_readable`, over the critical ``lists`` (B, H, Tm, critical) int32.
+    """Attention of q, k, v (B, H, N, D), `vector_readable`, over the critical ``lists`` (B, H, Tm, critical)
+    int32.
 
-    ``weight`` is a `gate_matrix`. ``states`` (B, H, Tm or 1, D, D up to a multiple of 8) and ``normalizers`` (B, H, Tm or 1, D) are H and Z, or None for no linear branch.
-    Returns out and linear_out (B, H, N, D), in memory (B, N, H, D), linear_out of shape (0,) without that branch, and
-    lse (B, H, N) float32.
+    ``weight`` is a `gate_matrix`. ``states`` (B, H, Tm or 1, D, D up to a multiple of 8) and ``normalizers``
+    (B, H, Tm or 1, D) are H and Z, or None for no linear branch. Returns out and linear_out (B, H, N, D), in
+    memory (B, N, H, D), linear_out of shape (0,) without that branch, and lse (B, H, N) float32.
     """
     batch, heads, tokens, head_dim = q.shape
     has_linear = states is not None

@@ -1,8 +1,8 @@
 """Steps that the Triton kernels share: where a tile lies, how it is loaded, the feature map and its backward.
 
-Tiles: a *block* is the unit of the classification (``block_q`` or ``block_k`` tokens); a *tile* is what one program
-holds in registers, a block or a power-of-two part of one. A head dimension that is no power of two is padded with
-zeros in registers; the feature maps send the padding to zero, so it never reaches a sum.
+Tiles: a *block* is the unit of the classification (``block_q`` or ``block_k`` tokens); a *tile* is what one
+program holds in registers, a block or a power-of-two part of one. A head dimension that is no power of two is
+padded with zeros in registers; the feature maps send the padding to zero, so it never reaches a sum.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def locate_program(num_tiles, num_heads):
 @triton.jit
 def head_pointer(pointer, batch, head, stride_batch, stride_head):
     """Where one head of an input (B, H, N, D) begins; strides in vectors of 8 elements."""
-    # the 8 shows the compiler that rows are aligned: by itself it only asks whether a stride is a multiple of 16
+    # the 8 shows the compiler that rows are aligned: by itself it only asks whether a stride is a multiple of
+    # 16
     return pointer + (batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head) * 8
 
 
@@ -96,7 +97,8 @@ def store_tile(
 
 @triton.jit
 def reciprocal_or_zero(denominator):
-    # below this a float32 reciprocal times a sum over keys can overflow; exactly 0 is a row without marginal keys
+    # below this a float32 reciprocal times a sum over keys can overflow; exactly 0 is a row without marginal
+    # keys
     usable = denominator > 1e-30
     return tl.where(usable, 1.0 / tl.where(usable, denominator, 1.0), 0.0)
 

@@ -1,9 +1,10 @@
 """Block means and block states on the GPU, and their sums over marginal blocks.
 
-For key block j over its tokens: pooled_j = mean K_j; h_j = phi(K_j)^T V_j [D, D]; z_j = phi(K_j)^T 1 [D]. For query
-row i: H_i = sum over marginal j of h_j and Z_i likewise, one batched matrix product with the 0/1 matrix (M == 0).
-Its backward is the product with the transpose. States are bfloat16 for both 16-bit input types, because sums over
-tens of thousands of keys leave float16's range, and float32 for float32; z and Z are float32.
+For key block j over its tokens: pooled_j = mean K_j; h_j = phi(K_j)^T V_j [D, D]; z_j = phi(K_j)^T 1 [D]. For
+query row i: H_i = sum over marginal j of h_j and Z_i likewise, one batched matrix product with the 0/1 matrix
+(M == 0). Its backward is the product with the transpose. States are bfloat16 for both 16-bit input types,
+because sums over tens of thousands of keys leave float16's range, and float32 for float32; z and Z are
+float32.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton.language as tl
 from .triton_primitives import feature_map, head_pointer, load_tile, locate_program, store_tile
 from .triton_tiles import launch_for, padded_dim, row_pitch, vector_strides
 
-__all__ = ["block_means", "key_states", "marginal_matrix", "state_dtype", "sum_of_states"]
+__all__ = ["block_means", "key_states", "marginal_matrices", "state_dtype", "sum_of_states"]
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "num_heads"])
@@ -97,8 +98,8 @@ def key_state_kernel(
         state = tl.dot(tl.trans(phi), value.to(state_type), state, input_precision="ieee")
 
     store_tile(
-        states + slot * HEAD_DIM * PITCH, state, tl.zeros([], tl.int32), dims, columns, PITCH, HEAD_DIM, PITCH,
-        PADDED,
+        states + slot * HEAD_DIM * PITCH, state, tl.zeros([], tl.int32), dims, columns, PITCH, HEAD_DIM,
+        PITCH, PADDED,
     )  # fmt: skip
     if tl.program_id(1) == 0:
         tl.store(normalizers + slot * HEAD_DIM + dims, normalizer, mask=dims < HEAD_DIM)
@@ -108,15 +109,15 @@ def key_state_kernel(
             tl.store(pooled + slot * HEAD_DIM + dims, mean, mask=dims < HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_columns", "width", "repeat"])
-def marginal_kernel(block_map, matrix, num_rows, num_columns, width, repeat, LANES: tl.constexpr):
+@triton.jit(do_not_specialize=["num_columns", "width", "repeat"])
+def marginal_kernel(block_map, matrix, single, num_columns, width, repeat, LANES: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     row = program // repeat
     lanes = tl.program_id(1) * LANES + tl.arange(0, LANES)
-    inside = lanes < num_columns
-    label = tl.load(block_map + row * num_columns + lanes, mask=inside, other=1)
+    label = tl.load(block_map + row * num_columns + lanes, mask=lanes < num_columns, other=1)
     value = tl.where(label == 0, 1.0, 0.0)
     tl.store(matrix + program * width + lanes, value.to(matrix.dtype.element_ty), mask=lanes < width)
+    tl.store(single + program * width + lanes, value, mask=lanes < width)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -125,7 +126,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def block_means(x: torch.Tensor, block: int) -> torch.Tensor:
-    """Mean over each block of tokens, over its true length: (B, H, N, D), `vector_readable` -> float32 (B, H, T, D)."""
+    """Mean over each block's true length: (B, H, N, D), `vector_readable` -> float32 (B, H, T, D)."""
     batch, heads, tokens, head_dim = x.shape
     blocks = triton.cdiv(tokens, block)
     pooled = torch.empty((batch, heads, blocks, head_dim), dtype=torch.float32, device=x.device)
@@ -148,8 +149,8 @@ def key_states(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One pass over K and V (B, H, N, D), both `vector_readable`.
 
-    Returns h (B, H, Tn, D, D up to a multiple of 8) in ``state_dtype``, z (B, H, Tn, D) float32, and the means of K (B, H, Tn, D) float32,
-    of shape (0,) without ``pool``.
+    Returns h (B, H, Tn, D, D up to a multiple of 8) in ``state_dtype``, z (B, H, Tn, D) float32, and the
+    means of K (B, H, Tn, D) float32, of shape (0,) without ``pool``.
     """
     batch, heads, tokens, head_dim = k.shape
     blocks = triton.cdiv(tokens, block_k)
@@ -183,27 +184,29 @@ def key_states(
     return states, normalizers, pooled
 
 
-def marginal_matrix(block_map: torch.Tensor, dtype: torch.dtype, repeat: int = 1) -> torch.Tensor:
-    """(M == 0) as 0/1 in ``dtype``, each row ``repeat`` times: (B, H, Tm, Tn) -> (B*H, Tm*repeat, Tn).
+def marginal_matrices(
+    block_map: torch.Tensor, dtype: torch.dtype, repeat: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(M == 0) as 0/1, each row ``repeat`` times: (B, H, Tm, Tn) -> (B*H, Tm*repeat, Tn), in ``dtype`` and
+    float32.
 
     Rows are padded in memory to 16 bytes: cuBLAS leaves its fast kernels at an odd row pitch.
     """
     batch, heads, rows, columns = block_map.shape
     width = triton.cdiv(columns, 8) * 8
-    matrix = torch.empty((batch * heads, rows * repeat, width), dtype=dtype, device=block_map.device)
+    single = torch.empty((batch * heads, rows * repeat, width), dtype=torch.float32, device=block_map.device)
+    matrix = single if dtype == torch.float32 else torch.empty_like(single, dtype=dtype)
     lanes = min(1024, max(32, triton.next_power_of_2(width)))
     grid = (batch * heads * rows * repeat, triton.cdiv(width, lanes))
-    marginal_kernel[grid](block_map, matrix, rows, columns, width, repeat, LANES=lanes, num_warps=1)
-    return matrix[:, :, :columns]
+    marginal_kernel[grid](block_map, matrix, single, columns, width, repeat, LANES=lanes, num_warps=1)
+    return matrix[:, :, :columns], single[:, :, :columns]
 
 
-def sum_of_states(
-    matrix: torch.Tensor | None, states: torch.Tensor, *, transpose: bool = False
-) -> torch.Tensor:
+def sum_of_states(matrix: torch.Tensor | None, states: torch.Tensor, *, transpose: bool = False) -> torch.Tensor:
     """Sum ``states`` (B, H, T, *state) over blocks, weighted by a 0/1 ``matrix`` (B*H, rows, T).
 
-    Returns (B, H, rows, *state); with ``transpose`` the matrix is (B*H, T, rows). Without a matrix every block counts
-    in the one row that is returned, (B, H, 1, *state).
+    Returns (B, H, rows, *state); with ``transpose`` the matrix is (B*H, T, rows). Without a matrix every
+    block counts in the one row that is returned, (B, H, 1, *state).
     """
     if matrix is None:
         return states.sum(dim=2, keepdim=True, dtype=states.dtype)

@@ -1,8 +1,9 @@
-"""What the host decides for the kernels: tile sizes, warps and stages from one small table, and operands' memory.
+"""What the host decides for the kernels: tile sizes, warps and stages from one small table, and operands'
+memory.
 
-No tuning at a user's first call. Kernels read rows of 16-byte vectors: where a tensor's memory does not allow that,
-it is copied once. (Element by element, with a mask for each, Triton 3.6's assembler was seen to give one wgmma
-operand a wrong address; and it is slow.)
+No tuning at a user's first call. Kernels read rows of 16-byte vectors: where a tensor's memory does not allow
+that, it is copied once. (Element by element, with a mask for each, Triton 3.6's assembler was seen to give
+one wgmma operand a wrong address; and it is slow.)
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def row_pitch(head_dim: int) -> int:
 
 
 def vector_readable(x: torch.Tensor) -> torch.Tensor:
-    """``x`` (B, H, N, D) itself if its rows of D are dense whole 16-byte vectors, else a copy padded with zeros."""
+    """``x`` (B, H, N, D) itself if its rows are dense whole 16-byte vectors, else a copy padded with zeros."""
     batch, heads, tokens, head_dim = x.shape
     strides = (stride for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1)
     aligned = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)
@@ -70,9 +71,9 @@ def vector_strides(x: torch.Tensor) -> tuple[int, ...]:
 def gate_matrix(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The gate's weight (D, D) or (H, D, D) in ``dtype``, each row padded with zeros to ``row_pitch``."""
     head_dim = weight.shape[-1]
-    dense = weight.is_contiguous() and head_dim % 8 == 0 and weight.data_ptr() % 16 == 0
-    if dense and weight.dtype == dtype:
-        return weight
+    if head_dim % 8 == 0 and weight.is_contiguous():
+        weight = weight.to(dtype)
+        return weight if weight.data_ptr() % 16 == 0 else weight.clone()
     padded = weight.new_zeros((*weight.shape[:-1], row_pitch(head_dim)), dtype=dtype)
     return padded[..., :head_dim].copy_(weight)
 
@@ -103,9 +104,9 @@ _HALF: dict[tuple[str, int], Launch] = {
 
 # float32 products run on the plain arithmetic units and twice the bytes fill shared memory: smaller tiles
 _SINGLE: dict[int, Launch] = {
-    64: Launch(32, 32, 32, 4, 1),
-    128: Launch(32, 32, 32, 4, 1),
-    256: Launch(16, 16, 16, 4, 1),
+    64: Launch(32, 32, 32, 8, 1),
+    128: Launch(32, 32, 32, 8, 1),
+    256: Launch(16, 16, 16, 8, 1),
 }
 
 
@@ -127,9 +128,7 @@ def check_supported(q: torch.Tensor, block_q: int, block_k: int, feature_map: st
     """Raise a TypeError or ValueError, before anything is launched, for what these kernels cannot do."""
     if q.dtype not in DTYPES:
         accepted = ", ".join(str(dtype) for dtype in DTYPES)
-        raise TypeError(
-            f"sla on CUDA: dtype of q is {q.dtype}; accepted: {accepted} (float64 runs on the CPU only)"
-        )
+        raise TypeError(f"sla on CUDA: dtype of q is {q.dtype}; accepted: {accepted} (float64 runs on the CPU only)")
     if not 1 <= q.shape[-1] <= 256:
         raise ValueError(f"sla on CUDA: head dimension is {q.shape[-1]}; accepted: 1 to 256")
     for name, block in (("block_q", block_q), ("block_k", block_k)):

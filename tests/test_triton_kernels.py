@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter, float32 on the CPU, against the definition in float64.
 
-Triton decides at its import whether kernels are interpreted, and an earlier test may have imported it: the checks
-run in one fresh process, which pytest starts on this same file with TRITON_INTERPRET=1.
+Triton decides at its import whether kernels are interpreted, and an earlier test may have imported it: the
+checks run in one fresh process, which pytest starts on this same file with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -138,9 +138,7 @@ else:
             ):
                 assert torch.equal(member[:count].long(), (line == 1).nonzero().flatten())
 
-    @pytest.mark.parametrize(
-        "case", [Case(tokens=401, block_k=16), Case(tokens=250, block_q=16, block_k=32)], ids=str
-    )
+    @pytest.mark.parametrize("case", [Case(tokens=401, block_k=16), Case(tokens=250, block_q=16, block_k=32)], ids=str)
     def test_classes_of_inputs(case: Case) -> None:
         q, k, *rest = inputs(case, torch.float32, "cpu")
         _, block_map = run_kernels(case, [q, k, *rest])
@@ -165,9 +163,7 @@ else:
     def test_classes_refuse_what_the_kernels_lack() -> None:
         case = Case(tokens=10)
         tensors = inputs(case, torch.float64, "cpu")
-        with pytest.raises(
-            TypeError, match=r"float64; accepted: torch.float32, torch.float16, torch.bfloat16"
-        ):
+        with pytest.raises(TypeError, match=r"float64; accepted: torch.float32, torch.float16, torch.bfloat16"):
             run_kernels(case, tensors)
         tensors = inputs(case, torch.float32, "cpu")
         with pytest.raises(ValueError, match="block_q is 48; accepted: 16, 32, 64, 128, 256"):

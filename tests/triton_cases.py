@@ -1,4 +1,4 @@
-"""What the interpreter tests and the GPU tests of the Triton kernels share: inputs, one run, its reference."""
+"""What the interpreter and the GPU tests of the Triton kernels share: inputs, one run, its reference."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ class Case:
 
     def __str__(self) -> str:
         changed = [
-            f"{n}={getattr(self, n)}"
-            for n in self.__dataclass_fields__
-            if getattr(self, n) != getattr(_BASE, n)
+            f"{n}={getattr(self, n)}" for n in self.__dataclass_fields__ if getattr(self, n) != getattr(_BASE, n)
         ]
         return ",".join(changed) or "base"
 
@@ -103,9 +101,7 @@ def inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> list[t
     return [q, k, v, weight, bias, grad_out]
 
 
-def run_kernels(
-    case: Case, tensors: list[torch.Tensor | None]
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def run_kernels(case: Case, tensors: list[torch.Tensor | None]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The launchers' out and gradients by name, and their block map."""
     from sla_compile.kernels import triton_attention
 
@@ -117,18 +113,14 @@ def run_kernels(
     has_linear = arguments[3] is not None and case.linear != "none"
     assert linear_out.shape == (out.shape if has_linear else (0,))
     assert out.transpose(1, 2).is_contiguous()
-    gradients = triton_attention.backward(
-        grad_out, *arguments, out, linear_out, lse, block_map, **case.options
-    )
+    gradients = triton_attention.backward(grad_out, *arguments, out, linear_out, lse, block_map, **case.options)
     for tensor, gradient in zip(arguments, gradients, strict=True):
         assert gradient.shape == ((0,) if tensor is None else tensor.shape)
         assert tensor is None or gradient.dtype == tensor.dtype
     return dict(zip(NAMES, (out, *gradients), strict=True)), block_map
 
 
-def run_reference(
-    case: Case, tensors: list[torch.Tensor | None], block_map: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def run_reference(case: Case, tensors: list[torch.Tensor | None], block_map: torch.Tensor) -> dict[str, torch.Tensor]:
     """The definition in float64 at the kernels' own classes: out and the gradients that exist."""
     *arguments, grad_out = tensors
     doubles = [None if x is None else x.detach().double().requires_grad_() for x in arguments]
@@ -142,9 +134,7 @@ def run_reference(
     return {"out": out.detach(), **dict(zip(present, gradients, strict=True))}
 
 
-def check(
-    case: Case, tensors: list[torch.Tensor | None], forward_budget: float, gradient_budget: float
-) -> None:
+def check(case: Case, tensors: list[torch.Tensor | None], forward_budget: float, gradient_budget: float) -> None:
     """Kernels against the definition, out and every gradient."""
     actual, block_map = run_kernels(case, tensors)
     expected = run_reference(case, tensors, block_map)
