@@ -158,7 +158,7 @@ def _find(name: str) -> Any:
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        where = "" if error.name == module_name else f", needed by {module_name!r}"
+        where = "" if f"{module_name}.".startswith(f"{error.name}.") else f", needed by {module_name!r}"
         raise UsageError(f"no module {error.name!r}{where} (searched from {os.getcwd()})") from error
     except Exception as error:
         raise UsageError(f"import of {module_name!r} raised {_words(error)}") from error
