@@ -1,13 +1,13 @@
-"""Attention on one CUDA device: Sparse-Linear Attention beside cuDNN, flash and FlexAttention, forward and
-backward.
+"""Attention on one CUDA device: Sparse-Linear Attention beside cuDNN, flash and FlexAttention.
 
     python benchmarks/attention.py [--json FILE] [--figure FILE] [--tokens 32760] [--quick]
 
 First a correctness gate against the definition in float64; no time is printed where it fails. All arms are
-timed in turn in one process, by CUDA events with the L2 cache flushed before each run: median, and the 10th
+timed in turn in one process, by CUDA events, with the L2 cache flushed before each run: median, and the 10th
 and 90th percentile. Inputs are (B, N, H, D) memory seen as (B, H, N, D), as video models pass them. Ours
 counts everything: classification, block states, attention, gate. FlexAttention is the sparse part only, over
-as many random blocks.
+as many random blocks. The sweep over tokens is done twice: eager, where a short call waits for the host, and
+replayed from a CUDA graph, where it does not.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ from sla_compile.ops import sparse_linear_attention
 
 BATCH, HEADS, HEAD_DIM = 1, 12, 128
 TOPK, BOTTOMK = 0.05, 0.10
-SWEEP = (512, 1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
+SWEEP = (1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768)
 
 Call = Callable[[], Any]
+Sweep = dict[int, dict[str, dict[str, "Times"]]]
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,16 @@ def time_in_turn(calls: dict[str, Call], rounds: int) -> dict[str, Times]:
     return {name: _summary([a.elapsed_time(b) for a, b in pairs]) for name, pairs in marks.items()}
 
 
+def in_cuda_graph(call: Call) -> Call:
+    """The same work replayed from a CUDA graph: what it costs where the host does not hold the device up."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        call()
+    return graph.replay
+
+
 def _summary(values: list[float]) -> Times:
     deciles = statistics.quantiles(values, n=10)
     return Times(statistics.median(values), deciles[0], deciles[-1])
@@ -155,7 +166,7 @@ def arms(tokens: int, *, flex: bool) -> dict[str, tuple[Call, Call]]:
         mask = random_block_mask(whole)
         # FlexAttention's blocks are whole: a few tokens fewer
         part = [x[:, :, :whole].detach().requires_grad_() for x in (q, k, v)]
-        compiled = torch.compile(flex_attention, dynamic=False)
+        compiled: Any = torch.compile(flex_attention, dynamic=False)
         found["FlexAttention 128x128, sparse part only"] = pair(
             lambda: compiled(*part, block_mask=mask), tuple(part), grad_out[:, :, :whole]
         )
@@ -181,7 +192,7 @@ def breakdown(calls: dict[str, Call], repeats: int = 5) -> dict[str, dict[str, f
     return stages
 
 
-def crossover(rows: dict[int, dict[str, dict[str, Times]]]) -> dict[str, int | None]:
+def crossover(rows: Sweep) -> dict[str, int | None]:
     """Per direction, the fewest tokens from which ours stays faster than the fastest dense kernel."""
     first: dict[str, int | None] = {}
     for direction in ("forward", "forward+backward"):
@@ -196,12 +207,17 @@ def crossover(rows: dict[int, dict[str, dict[str, Times]]]) -> dict[str, int | N
     return first
 
 
-def measure(tokens: int, rounds: int, *, flex: bool) -> dict[str, dict[str, Times]]:
+def measure(tokens: int, rounds: int, *, flex: bool = False, graphs: bool = False) -> dict[str, dict[str, Times]]:
     """Times of every arm: name -> direction -> times."""
     found = arms(tokens, flex=flex)
-    forward = time_in_turn({name: calls[0] for name, calls in found.items()}, rounds)
-    backward = time_in_turn({name: calls[1] for name, calls in found.items()}, rounds)
-    return {name: {"forward": forward[name], "backward": backward[name]} for name in found}
+    times: dict[str, dict[str, Times]] = {name: {} for name in found}
+    for index, direction in enumerate(("forward", "backward")):
+        calls = {name: pair[index] for name, pair in found.items()}
+        if graphs:
+            calls = {name: in_cuda_graph(call) for name, call in calls.items()}
+        for name, summary in time_in_turn(calls, rounds).items():
+            times[name][direction] = summary
+    return times
 
 
 def print_arms(console: Console, tokens: int, times: dict[str, dict[str, Times]]) -> None:
@@ -220,9 +236,9 @@ def print_arms(console: Console, tokens: int, times: dict[str, dict[str, Times]]
     console.print(table)
 
 
-def print_sweep(console: Console, rows: dict[int, dict[str, dict[str, Times]]]) -> None:
+def print_sweep(console: Console, title: str, rows: Sweep) -> None:
     names = ("cuDNN SDPA", "flash SDPA", "SLA 64x64")
-    table = Table("tokens", *names, title="forward / backward, median ms")
+    table = Table("tokens", *names, title=f"{title}: forward / backward, median ms")
     for tokens, row in rows.items():
         table.add_row(
             str(tokens),
@@ -240,7 +256,7 @@ def print_stages(console: Console, stages: dict[str, dict[str, float]]) -> None:
         console.print(table)
 
 
-def draw(path: Path, rows: dict[int, dict[str, dict[str, Times]]]) -> None:
+def draw(path: Path, rows: Sweep) -> None:
     """Forward and backward time against tokens, both axes logarithmic."""
     import matplotlib as mpl
 
@@ -276,32 +292,42 @@ def main() -> None:
     errors = gate_on_correctness()
     console.print("correct: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
 
-    rows = {} if options.quick else {tokens: measure(tokens, 20, flex=False) for tokens in SWEEP}
-    times = measure(options.tokens, 30, flex=not options.quick)
-    rows[options.tokens] = times
-    forward, backward = arms(options.tokens, flex=False)["SLA 64x64"]
-    stages = breakdown({"forward": forward, "backward": backward})
-    first = crossover(rows)
+    # a stream of its own, because a backward can be captured only on the stream of its forward
+    with torch.cuda.stream(torch.cuda.Stream()):
+        sweeps = {} if options.quick else {"CUDA graph": sweep(graphs=True), "eager": sweep(graphs=False)}
+        times = measure(options.tokens, 30, flex=not options.quick)
+        forward, backward = arms(options.tokens, flex=False)["SLA 64x64"]
+        stages = breakdown({"forward": forward, "backward": backward})
+    first = {title: crossover(rows) for title, rows in sweeps.items()}
     print_stages(console, stages)
-    if not options.quick:
-        print_sweep(console, rows)
-        console.print(f"faster than the fastest dense kernel from: {first} tokens")
+    for title, rows in sweeps.items():
+        print_sweep(console, title, rows)
+        console.print(f"{title}: faster than the fastest dense kernel from {first[title]} tokens")
     print_arms(console, options.tokens, times)
-    if options.figure:
-        draw(options.figure, rows)
+    if options.figure and sweeps:
+        draw(options.figure, sweeps["CUDA graph"])
     if options.json:
-        results = {
-            str(n): {arm: {d: vars(t) for d, t in row.items()} for arm, row in table.items()}
-            for n, table in rows.items()
-        }
         record = {
             "machine": machine,
             "errors": errors,
-            "times": results,
+            "times": plain({options.tokens: times}),
+            "sweeps": {title: plain(rows) for title, rows in sweeps.items()},
             "stages": stages,
             "crossover": first,
         }
         options.json.write_text(json.dumps(record, indent=1))
+
+
+def sweep(*, graphs: bool) -> Sweep:
+    return {tokens: measure(tokens, 20, graphs=graphs) for tokens in SWEEP}
+
+
+def plain(rows: Sweep) -> dict[str, Any]:
+    """For JSON: tokens -> arm -> direction -> median, low, high."""
+    return {
+        str(tokens): {arm: {d: vars(t) for d, t in row.items()} for arm, row in table.items()}
+        for tokens, table in rows.items()
+    }
 
 
 if __name__ == "__main__":
