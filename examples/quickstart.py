@@ -1,0 +1,175 @@
+"""One video transformer through sla-compile: compile, inspect, time, fine-tune, save and load.
+
+    python examples/quickstart.py
+
+Takes about a minute and a half on two CPU cores. On a GPU it runs the Triton kernels, in bfloat16, at the
+sizes of Wan2.1-1.3B's attention. The weights are random, so the losses say that training works and nothing
+about the quality of a video; examples/finetune.py trains a model first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from progress import Steps
+from rich.console import Console
+from torch import Tensor, nn
+
+import sla_compile
+
+Velocity = Callable[[nn.Module, Tensor, Tensor], Tensor]
+console = Console()
+
+
+def build_wan(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Velocity]:
+    """diffusers' own Wan transformer, small and with random weights, and how to call it."""
+    from diffusers import WanTransformer3DModel
+
+    heads, head_dim, layers = (12, 128, 4) if device.type == "cuda" else (2, 64, 2)
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        ffn_dim=8960 if device.type == "cuda" else 256,
+        num_layers=layers,
+        text_dim=128,
+        freq_dim=64,
+    )
+    for block in model.blocks:  # fresh from its constructor, attention is all but switched off by adaLN
+        nn.init.normal_(block.scale_shift_table, std=0.5)
+    text = torch.randn(1, 64, 128, device=device, dtype=dtype)
+
+    def velocity(model: nn.Module, latents: Tensor, noise_level: Tensor) -> Tensor:
+        return model(latents, noise_level * 1000, text, return_dict=False)[0]
+
+    model = model.to(device)
+    return model if dtype == torch.float32 else model.to(dtype), velocity
+
+
+def build_video_dit(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Velocity]:
+    """The transformer of examples/video_dit.py, for when diffusers is not installed."""
+    from video_dit import VideoDiT, VideoDiTConfig
+
+    torch.manual_seed(0)
+    model = VideoDiT(VideoDiTConfig(channels=16, heads=2, head_dim=64, layers=2))
+    for block in model.blocks:  # fresh from its constructor, each block is the identity
+        nn.init.normal_(block.modulation.bias, std=0.5)
+    return model.to(device, dtype), lambda model, latents, noise_level: model(latents, noise_level)
+
+
+def sample(shape: tuple[int, ...], seed: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Flow matching's input, (1 - t) data + t noise at a random t; the data is random and smooth, as videos are."""
+    generator = torch.Generator().manual_seed(seed)
+    noise_level = torch.rand(1, generator=generator)
+    coarse = torch.randn(*shape[:2], *(max(1, size // 8) for size in shape[2:]), generator=generator)
+    data = F.interpolate(coarse, size=shape[2:], mode="trilinear")
+    noise = torch.randn(shape, generator=generator)
+    return ((1 - noise_level) * data + noise_level * noise).to(like), noise_level.to(like.device)
+
+
+@torch.no_grad()
+def milliseconds(call: Callable[[], Tensor], repeats: int = 5) -> float:
+    """The median time of ``call``, after one call to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        result = call()
+        if result.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return 1000 * sorted(times[1:])[repeats // 2]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run every step and print what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--latents", type=int, nargs=3, metavar=("T", "H", "W"), help="size of the latent video")
+    parser.add_argument("--steps", type=int, default=24, help="fine-tuning steps")
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for the gates")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shape = (1, 16, *(options.latents or ((21, 60, 104) if device.type == "cuda" else (5, 64, 64))))
+
+    try:
+        import diffusers
+
+        build, name = build_wan, f"diffusers {diffusers.__version__} WanTransformer3DModel"
+    except ImportError:
+        build, name = build_video_dit, "the VideoDiT of examples/video_dit.py (diffusers is not installed)"
+    model, velocity = build(device, dtype)
+    latents, noise_level = sample(shape, seed=0, like=next(model.parameters()))
+    console.print(f"[bold]Model[/] {name}, random weights, latents {tuple(shape)}, {dtype} on {device}")
+
+    console.rule("1. compile")
+    teacher = build(device, dtype)[0].requires_grad_(False)  # the same weights, to stay dense
+    dense = torch.compile(teacher)
+    compiled = torch.compile(model, backend="sla")  # this is all there is to it
+    held_out = [sample(shape, seed, latents) for seed in range(3)]
+    with torch.no_grad():
+        velocity(dense, latents, noise_level)
+        velocity(compiled, latents, noise_level)
+
+    console.rule("2. inspect")
+    console.print(sla_compile.report(compiled))
+
+    console.rule("3. time a forward")
+    before = milliseconds(lambda: velocity(dense, latents, noise_level))
+    after = milliseconds(lambda: velocity(compiled, latents, noise_level))
+    console.print(f"dense {before:.1f} ms, SLA {after:.1f} ms: {before / after:.2f} times as fast")
+
+    console.rule("4. fine-tune against the dense model")
+
+    def distance(model: nn.Module) -> float:
+        """Mean squared distance from the dense model's velocity, relative to its size, on held-out samples."""
+        with torch.no_grad():
+            pairs = [(velocity(model, *batch).float(), velocity(dense, *batch).float()) for batch in held_out]
+        return sum((F.mse_loss(a, b) / b.square().mean()).item() for a, b in pairs) / len(pairs)
+
+    untrained = distance(compiled)
+    gates = list(sla_compile.gate_parameters(model))  # zero so far: they get a higher learning rate
+    weights = [p for name, p in model.named_parameters() if ".sla." not in name]
+    optimizer = torch.optim.AdamW(
+        [{"params": weights, "lr": 3e-4}, {"params": gates, "lr": 1e-3}], weight_decay=0.0
+    )
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=8)
+    steps = Steps("fine-tune", 0, options.steps, console)
+    for step in steps:
+        batch = sample(shape, 1000 + step, latents)
+        with torch.no_grad():
+            target = velocity(dense, *batch).float()
+        loss = F.mse_loss(velocity(compiled, *batch).float(), target) / target.square().mean()
+        loss.backward()
+        optimizer.step()
+        warmup.step()
+        optimizer.zero_grad()
+        steps.show(loss.item())
+    tuned = distance(compiled)
+    console.print(f"held-out loss against the dense model: {untrained:.4f} before, {tuned:.4f} after")
+
+    console.rule("5. save and load")
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "gates.safetensors"
+    sla_compile.save(model, path)
+    weights_only = {name: value for name, value in model.state_dict().items() if ".sla." not in name}
+    torch.save(weights_only, options.output / "weights.pt")
+
+    fresh = build(device, dtype)[0]
+    fresh.load_state_dict(torch.load(options.output / "weights.pt"))
+    sla_compile.load(fresh, path)  # gives the fresh model its gates
+    with torch.no_grad():
+        tuned_output = velocity(compiled, latents, noise_level)
+        loaded_output = velocity(torch.compile(fresh, backend="sla"), latents, noise_level)
+    difference = (loaded_output - tuned_output).abs().max().item()
+    console.print(f"{len(sla_compile.gates(fresh))} gates, {path.stat().st_size} bytes in {path}")
+    console.print(f"largest difference between the fine-tuned and the loaded model: {difference:.1e}")
+
+
+if __name__ == "__main__":
+    main()

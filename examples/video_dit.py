@@ -1,0 +1,145 @@
+"""A small video diffusion transformer and the moving shapes it learns: plain PyTorch, no code for sla-compile.
+
+Axes: B batch, C channels, T frames, H height, W width, N tokens, D width of the model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["VideoDiT", "VideoDiTConfig", "moving_shapes"]
+
+
+@dataclass(frozen=True)
+class VideoDiTConfig:
+    """Sizes of a ``VideoDiT``. A video of (T, H, W) has T * H * W / (product of ``patch``) tokens."""
+
+    channels: int = 3
+    patch: tuple[int, int, int] = (1, 2, 2)
+    heads: int = 4
+    head_dim: int = 32
+    layers: int = 4
+    mlp_ratio: int = 2
+
+    @property
+    def width(self) -> int:
+        """D, the size of a token."""
+        return self.heads * self.head_dim
+
+
+def waves(positions: Tensor, width: int, longest: float = 10_000.0) -> Tensor:
+    """Sines and cosines of ``positions`` (...): (..., width), with wavelengths from 2 pi to ``longest``."""
+    frequencies = torch.exp(-math.log(longest) * torch.arange(width // 2, device=positions.device) / (width // 2))
+    angles = positions[..., None].float() * frequencies
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, width % 2))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with normalised queries and keys."""
+
+    def __init__(self, config: VideoDiTConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.norm_q = nn.RMSNorm(config.head_dim)
+        self.norm_k = nn.RMSNorm(config.head_dim)
+        self.out = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q, k, v = self.norm_q(q).transpose(1, 2), self.norm_k(k).transpose(1, 2), v.transpose(1, 2)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by the time embedding (adaLN-Zero)."""
+
+    def __init__(self, config: VideoDiTConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
+        self.attn = SelfAttention(config)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, config.mlp_ratio * width), nn.GELU(), nn.Linear(config.mlp_ratio * width, width)
+        )
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x (B, N, D) and time (B, D) -> (B, N, D)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(time))[:, None].chunk(6, dim=-1)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class VideoDiT(nn.Module):
+    """Predicts the velocity of a noisy video: 3-D patches, positions by sines, adaLN-Zero blocks."""
+
+    def __init__(self, config: VideoDiTConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or VideoDiTConfig()
+        width = config.width
+        self.embed = nn.Conv3d(config.channels, width, kernel_size=config.patch, stride=config.patch)
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, config.channels * math.prod(config.patch))
+        for block in self.blocks:  # adaLN-Zero: each block starts as the identity
+            nn.init.zeros_(block.modulation.weight)
+            nn.init.zeros_(block.modulation.bias)
+
+    def forward(self, video: Tensor, time: Tensor) -> Tensor:
+        """video (B, C, T, H, W) and time (B), from 0 (data) to 1 (noise) -> velocity (B, C, T, H, W)."""
+        x = self.embed(video)
+        grid = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2) + self.positions(grid, x.device).to(x.dtype)
+        embedding = self.time(waves(time * 1000, self.config.width).to(x.dtype))
+        for block in self.blocks:
+            x = block(x, embedding)
+        patches = self.head(self.norm(x)).unflatten(1, grid).unflatten(-1, (-1, *self.config.patch))
+        # (B, T', H', W', C, pt, ph, pw) -> (B, C, T', pt, H', ph, W', pw)
+        return patches.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(video.shape)
+
+    def positions(self, grid: torch.Size, device: torch.device) -> Tensor:
+        """(T' * H' * W', D): a third of the width for each axis."""
+        share = self.config.width // 3
+        shares = (self.config.width - 2 * share, share, share)
+        axes = torch.meshgrid(*(torch.arange(size, device=device) for size in grid), indexing="ij")
+        parts = [waves(axis, part, 100.0) for axis, part in zip(axes, shares, strict=True)]
+        return torch.cat(parts, dim=-1).flatten(0, 2)
+
+
+def moving_shapes(count: int, frames: int, height: int, width: int, *, seed: int) -> Tensor:
+    """(count, 3, frames, height, width) in [-1, 1]: two discs or squares that cross a plain ground.
+
+    The same arguments give the same videos, on every machine.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(count, *shape, generator=generator)
+
+    side = min(height, width)
+    rows = torch.arange(height).view(1, 1, height, 1)
+    columns = torch.arange(width).view(1, 1, 1, width)
+    moments = torch.arange(frames).view(1, frames, 1, 1)
+    video = (uniform(3, 1, 1, 1) * 0.6 - 0.8).expand(count, 3, frames, height, width)
+    for _ in range(2):
+        radius = side * (0.12 + 0.12 * uniform(1, 1, 1))
+        speed = side * 0.15 * (uniform(2, 1, 1, 1) * 2 - 1)
+        start = uniform(2, 1, 1, 1)
+        # reflected at the borders: a triangle wave of the unfolded path
+        down = height - (torch.remainder(start[:, 0] * height + speed[:, 0] * moments, 2 * height) - height).abs()
+        right = width - (torch.remainder(start[:, 1] * width + speed[:, 1] * moments, 2 * width) - width).abs()
+        dy, dx = (rows - down).abs(), (columns - right).abs()
+        disc, square = (dy.square() + dx.square()).sqrt(), torch.maximum(dy, dx)
+        distance = torch.where(uniform(1, 1, 1) < 0.5, disc, square)
+        cover = (radius - distance + 0.5).clamp(0, 1)[:, None]  # one pixel of soft edge
+        video = video + cover * (uniform(3, 1, 1, 1) * 2 - 1 - video)
+    return video

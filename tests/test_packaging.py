@@ -1,0 +1,183 @@
+"""The wheel and the editable install, each in an environment that has everything but this project."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("sla_compile", "passes", "kernels", "pyproject.toml", "README.md", "LICENSE")
+
+FACTS = """\
+import importlib.metadata as metadata, importlib.util as util, json
+import sla_compile, sla_compile.passes, sla_compile.kernels
+print(json.dumps({
+    "package": sla_compile.__file__,
+    "passes": sla_compile.passes.__file__,
+    "kernels": sla_compile.kernels.__file__,
+    "dist": str(metadata.distribution("sla-compile").locate_file("")),
+    "version": [metadata.version("sla-compile"), sla_compile.__version__],
+    "strays": [name for name in ("passes", "kernels") if util.find_spec(name)],
+    "triton": util.find_spec("triton") is not None,
+}))
+"""
+
+# backend="sla" with no import of ours: forward and backward, against topk=1, which is dense attention.
+COMPILES = """\
+import json, sys, torch, torch.nn.functional as F
+
+class Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = torch.nn.Linear(32, 96)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+torch.manual_seed(0)
+model, x = Attention(), torch.randn(1, 96, 32)
+dense = model(x).detach()
+options = {"min_tokens": 0, "topk": 1.0, "bottomk": 0.0, "block_q": 16, "block_k": 16, "inner": sys.argv[1]}
+out = torch.compile(model, backend="sla", options=options)(x)
+out.square().sum().backward()
+print(json.dumps({
+    "gates": sorted(name for name, _ in model.named_parameters() if ".sla." in f".{name}"),
+    "error": ((out - dense).norm() / dense.norm()).item(),
+    "gradient": bool(torch.isfinite(model.qkv.weight.grad).all() and model.qkv.weight.grad.any()),
+    "triton": sys.modules.get("triton") is not None,
+}))
+"""
+
+LEAN = """\
+import json, sys
+import sla_compile
+bare = "torch" in sys.modules
+for name in sla_compile.__all__:
+    getattr(sla_compile, name)
+import torch
+print(json.dumps({
+    "torch on import": bare,
+    "compilers": [name for name in ("torch._inductor", "torch._dynamo", "triton") if name in sys.modules],
+    "cuda": torch.cuda.is_initialized(),
+}))
+"""
+
+
+def run_python(python: str | Path, code: str, *arguments: str, cwd: Path) -> dict[str, object]:
+    """The JSON that ``code`` prints last, in a process of its own."""
+    done = subprocess.run(
+        [str(python), "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    facts: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return facts
+
+
+def pip(*arguments: str, python: Path | None = None) -> None:
+    command = [sys.executable, "-m", "pip", *(["--python", str(python)] if python else []), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is packaged: building writes into the tree."""
+    copy = tmp_path_factory.mktemp("sources")
+    for name in SOURCES:
+        origin = ROOT / name
+        if origin.is_dir():
+            shutil.copytree(origin, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(origin, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip("wheel", str(sources), "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder))
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def make_environment(folder: Path, without: tuple[str, ...] = ()) -> Path:
+    """A virtual environment with this one's packages except sla-compile and ``without``; its Python."""
+    packages = folder / "packages"
+    packages.mkdir(parents=True)
+    unwanted = ("sla_compile", "__editable__", "distutils-precedence", *without)
+    for site in (Path(path) for path in sys.path if path.endswith(("site-packages", "dist-packages"))):
+        for entry in site.iterdir():
+            wanted = not entry.name.startswith(unwanted) and "sla_compile" not in entry.name
+            if wanted and not (packages / entry.name).is_symlink():
+                (packages / entry.name).symlink_to(entry)
+    venv.create(folder / "env", symlinks=True)
+    scripts = folder / "env" / ("Scripts" if sys.platform == "win32" else "bin")
+    (own_site,) = (folder / "env").rglob("site-packages")
+    (own_site / "dependencies.pth").write_text(f"{packages}\n")
+    return scripts / "python"
+
+
+def test_wheel_holds_the_three_rooms_and_the_entry_point(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (metadata,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
+        entry_points = archive.read(metadata).decode()
+        licences = [name for name in names if name.endswith("licenses/LICENSE")]
+    packaged = {name for name in names if ".dist-info/" not in name}
+    expected = {
+        f"{room}/{file.name}"
+        for room, folder in (
+            ("sla_compile", "sla_compile"),
+            ("sla_compile/passes", "passes"),
+            ("sla_compile/kernels", "kernels"),
+        )
+        for file in (ROOT / folder).glob("*.py")
+    }
+    assert packaged == expected | {"sla_compile/py.typed"}
+    assert entry_points.split() == ["[torch_dynamo_backends]", "sla", "=", "sla_compile.backend:sla"]
+    assert licences
+
+
+@pytest.mark.slow
+def test_wheel_works_without_triton(wheel: Path, tmp_path: Path) -> None:
+    python = make_environment(tmp_path, without=("triton",))
+    assert run_python(python, "import importlib.util as u; print(int(bool(u.find_spec('sla_compile'))))", cwd=tmp_path) == 0
+    pip("install", str(wheel), "--no-deps", "--no-index", python=python)
+    facts = run_python(python, FACTS, cwd=tmp_path)
+    for name in ("package", "passes", "kernels", "dist"):
+        assert str(facts[name]).startswith(str(tmp_path / "env")), name
+    assert facts["strays"] == []
+    assert facts["triton"] is False
+    assert len(set(facts["version"])) == 1  # type: ignore[call-overload]
+    compiled = run_python(python, COMPILES, "inductor", cwd=tmp_path)
+    assert compiled["gates"] == ["sla.bias", "sla.weight"]
+    assert compiled["error"] < 1e-5  # type: ignore[operator]
+    assert compiled["gradient"]
+    assert not compiled["triton"]
+
+
+def test_editable_install_follows_the_sources(sources: Path, tmp_path: Path) -> None:
+    python = make_environment(tmp_path)
+    pip("install", "-e", str(sources), "--no-deps", "--no-build-isolation", "--no-index", python=python)
+    facts = run_python(python, FACTS, cwd=tmp_path)
+    assert facts["package"] == str(sources / "sla_compile" / "__init__.py")
+    assert facts["passes"] == str(sources / "passes" / "__init__.py")
+    assert facts["kernels"] == str(sources / "kernels" / "__init__.py")
+    assert facts["strays"] == []
+    compiled = run_python(python, COMPILES, "eager", cwd=tmp_path)
+    assert compiled["gates"] == ["sla.bias", "sla.weight"]
+    assert compiled["error"] < 1e-5  # type: ignore[operator]
+    assert compiled["gradient"]
+
+
+def test_importing_every_public_name_loads_no_compiler_and_touches_no_device(tmp_path: Path) -> None:
+    facts = run_python(sys.executable, LEAN, cwd=tmp_path)
+    assert facts == {"torch on import": False, "compilers": [], "cuda": False}
