@@ -1,6 +1,6 @@
 """The graph before and after around one rewritten site, as a few readable lines.
 
-Markers, which only bind the gates while Dynamo traces, are on neither side. A parameter goes by its module path.
+It is made after the rewrite, when the markers that bound the gates are gone. A parameter goes by its module path.
 """
 
 from __future__ import annotations
@@ -62,13 +62,11 @@ def _replacement(site: Site) -> fx.Node | None:
 
 
 def _around(node: fx.Node, count: int, *, backwards: bool) -> Iterator[fx.Node]:
-    """Up to ``count`` nodes before or after ``node`` in graph order, without inputs, outputs and markers."""
-    marker = torch.ops.sla.gate
+    """Up to ``count`` nodes before or after ``node`` in graph order, without inputs and outputs."""
     found: list[fx.Node] = []
     step = node.prev if backwards else node.next
     while len(found) < count and step.op not in ("root", "output", "placeholder"):
-        if step.target not in (marker, marker.default):
-            found.append(step)
+        found.append(step)
         step = step.prev if backwards else step.next
     return reversed(found) if backwards else iter(found)
 
