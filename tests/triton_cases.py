@@ -93,7 +93,7 @@ def inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> list[t
     v += 0.5
     weight = bias = None
     if case.weight != "none":
-        shape = (dim, dim) if case.weight == "shared" else (heads, dim, dim)
+        shape: tuple[int, ...] = (dim, dim) if case.weight == "shared" else (heads, dim, dim)
         weight = (torch.randn(shape, generator=generator, device=device) * 2 / dim**0.5).to(gate_dtype)
     if case.bias != "none":
         shape = (dim,) if case.bias == "shared" else (heads, dim)
@@ -127,6 +127,7 @@ def run_reference(case: Case, tensors: list[torch.Tensor | None], block_map: tor
     out = reference.sparse_linear_attention(
         *doubles, topk=case.topk, bottomk=case.bottomk, block_map=block_map, **case.options
     )
+    assert grad_out is not None
     present = {n: x for n, x in zip(NAMES[1:], doubles, strict=True) if x is not None}
     gradients = torch.autograd.grad(
         out, list(present.values()), grad_out.double(), allow_unused=True, materialize_grads=True
