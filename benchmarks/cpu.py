@@ -175,7 +175,8 @@ def main() -> None:
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
-        print_memory(*arguments.memory_of.split(":"), arguments)
+        name, what = arguments.memory_of.split(":")
+        print_memory(name, what, arguments)
         return
     console = Console()
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")

@@ -53,15 +53,16 @@ def forward(
     batch, heads, tokens, dim = q.shape
     work = _work_dtype(q)
     query_blocks, key_blocks = -(-tokens // block_q), -(-tokens // block_k)
-    branch = _linear_branch(weight, linear)
-    out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
-    linear_out = torch.empty_like(out) if branch else q.new_empty(0)
+    branch = weight is not None and linear != "none"
+    out = _token_major(q)
+    linear_out = _token_major(q) if branch else q.new_empty(0)
     lse = q.new_empty(batch, heads, tokens, dtype=work)
     block_map = q.new_empty(batch, heads, query_blocks, key_blocks, dtype=torch.int8)
     for group in _groups(batch, heads, query_blocks):
         ranked = _classify(q[group], k[group], scale, critical, negligible, block_q, block_k)
         block_map[group] = ranked
         keys = _key_side(k[group], v[group], block_k, work, feature_map if branch else None)
+        keys.phi = None  # only its states are needed from here on
         lists = _critical_lists(ranked)
         summed = _summed_blocks(ranked, linear, work) if branch else None
         for rows in _chunks(query_blocks, ranked.shape[0] * dim * max(dim, block_q)):
@@ -79,6 +80,7 @@ def forward(
                 mixed = mixed + _of_heads(bias, 1, group).to(work).unsqueeze(-2)
             out[group][:, span] = mixed
             lse[group][:, span] = chunk_lse[:, :width]
+        del keys  # or it would lie in memory beside the next group's
     return out, linear_out, lse, block_map
 
 
@@ -108,8 +110,8 @@ def backward(
     """
     batch, heads, tokens, dim = q.shape
     work = _work_dtype(q)
-    branch = _linear_branch(weight, linear)
-    dq, dk, dv = (q.new_empty(batch, tokens, heads, dim).transpose(1, 2) for _ in range(3))
+    branch = weight is not None and linear != "none"
+    dq, dk, dv = (_token_major(q) for _ in range(3))
     dweight = torch.zeros(weight.shape if weight is not None else 0, dtype=work, device=q.device)
     dbias = torch.zeros(bias.shape if bias is not None else 0, dtype=work, device=q.device)
     for group in _groups(batch, heads, block_map.shape[2]):
@@ -137,11 +139,15 @@ def backward(
         grads.finish(keys, feature_map)
         dk[group] = grads.k.flatten(1, 2)[:, :tokens]
         dv[group] = grads.v.flatten(1, 2)[:, :tokens]
-    if weight is not None:
-        dweight = dweight.to(weight.dtype)
-    if bias is not None:
-        dbias = dbias.to(bias.dtype)
+        del keys, grads  # or they would lie in memory beside the next group's
+    dweight = dweight if weight is None else dweight.to(weight.dtype)
+    dbias = dbias if bias is None else dbias.to(bias.dtype)
     return dq, dk, dv, dweight, dbias
+
+
+def _token_major(q: Tensor) -> Tensor:
+    """An empty (B, H, N, D) whose memory is (B, N, H, D)."""
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
 
 
 def _groups(batch: int, heads: int, query_blocks: int) -> Iterator[tuple[int, slice]]:
@@ -161,10 +167,6 @@ def _chunks(rows: int, elements_per_row: int) -> Iterator[slice]:
 
 def _work_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _linear_branch(weight: Tensor | None, linear: str) -> bool:
-    return weight is not None and linear != "none"
 
 
 def _of_heads(gate: Tensor, shared_dims: int, group: tuple[int, slice]) -> Tensor:
@@ -297,6 +299,7 @@ def _sparse_backward(
         _scatter_add(grads.v, part, p.mT @ dout)
         dp = dout @ _gather(keys.v, part).mT
         dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)
+        del p, dp
         _scatter_add(grads.k, part, dscores.mT @ scaled)
         dqueries[:, rows] = (dscores @ gathered).mul_(scale).view(queries[:, rows].shape)
     return dqueries

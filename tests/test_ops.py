@@ -59,9 +59,7 @@ def test_matches_the_definition_through_autograd(per_head: bool) -> None:
 
 def test_gradcheck() -> None:
     torch.manual_seed(1)
-    assert torch.autograd.gradcheck(
-        lambda *x: sparse_linear_attention(*x, **OPTIONS), make_inputs(33, heads=1)
-    )
+    assert torch.autograd.gradcheck(lambda *x: sparse_linear_attention(*x, **OPTIONS), make_inputs(33, heads=1))
 
 
 def test_defaults_are_the_papers() -> None:
@@ -104,24 +102,23 @@ def test_opcheck(gates: str, linear: str, dynamic: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("layout", ["dense", "token_major", "fused"])
-def test_fake_outputs_have_the_real_strides(layout: str) -> None:
-    fused = torch.randn(2, 130, 3, 4, 16)
+def test_fake_outputs_have_the_real_strides(layout: str, heads: int) -> None:
+    fused = torch.randn(2, 130, 3, heads, 16)
     q, k, v = (x.transpose(1, 2) for x in fused.unbind(2))
     if layout != "fused":
         q, k, v = (x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
     if layout == "token_major":
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
-    arguments = op_arguments([q, k, v, torch.randn(4, 16, 16), torch.randn(4, 16)])
+    arguments = op_arguments([q, k, v, torch.randn(heads, 16, 16), torch.randn(heads, 16)])
     real = torch.ops.sla.forward.default(*arguments)
     gradients = torch.ops.sla.backward.default(
         torch.randn_like(q), *arguments[:5], *real, 0.25, 16, 32, "softmax", "marginal"
     )
     meta = [x.to("meta") if isinstance(x, Tensor) else x for x in arguments]
     fake = torch.ops.sla.forward.default(*meta)
-    fake_gradients = torch.ops.sla.backward.default(
-        meta[0], *meta[:5], *fake, 0.25, 16, 32, "softmax", "marginal"
-    )
+    fake_gradients = torch.ops.sla.backward.default(meta[0], *meta[:5], *fake, 0.25, 16, 32, "softmax", "marginal")
     for a, b in zip((*real, *gradients), (*fake, *fake_gradients), strict=True):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
@@ -175,9 +172,7 @@ def test_only_the_output_is_differentiable() -> None:
 
 def test_double_backward_is_refused() -> None:
     inputs = make_inputs()
-    (dq,) = torch.autograd.grad(
-        sparse_linear_attention(*inputs, **OPTIONS).sum(), inputs[0], create_graph=True
-    )
+    (dq,) = torch.autograd.grad(sparse_linear_attention(*inputs, **OPTIONS).sum(), inputs[0], create_graph=True)
     with pytest.raises(NotImplementedError, match="there is no double backward"):
         dq.sum().backward()
 
@@ -316,9 +311,7 @@ def test_errors_are_the_same_eager_and_compiled(
     assert text in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("_", "changed", "error", "text"), VALUE_ERRORS, ids=[case[0] for case in VALUE_ERRORS]
-)
+@pytest.mark.parametrize(("_", "changed", "error", "text"), VALUE_ERRORS, ids=[case[0] for case in VALUE_ERRORS])
 def test_errors_are_not_skipped_under_fullgraph(
     _: str, changed: dict[str, Any], error: type[Exception], text: str
 ) -> None:
@@ -329,13 +322,9 @@ def test_errors_are_not_skipped_under_fullgraph(
         torch.compile(sparse_linear_attention, backend="eager", fullgraph=True)(*tensors, **options)
 
 
-@pytest.mark.parametrize(
-    ("_", "changed", "error", "text"), VALUE_ERRORS, ids=[case[0] for case in VALUE_ERRORS]
-)
+@pytest.mark.parametrize(("_", "changed", "error", "text"), VALUE_ERRORS, ids=[case[0] for case in VALUE_ERRORS])
 def test_the_op_itself_checks_too(_: str, changed: dict[str, Any], error: type[Exception], text: str) -> None:
-    tensors, options = arguments_with(
-        **({"scale": 0.25, "feature_map": "softmax", "linear": "all"} | changed)
-    )
+    tensors, options = arguments_with(**({"scale": 0.25, "feature_map": "softmax", "linear": "all"} | changed))
     order = ("scale", "topk", "bottomk", "block_q", "block_k", "feature_map", "linear")
     with pytest.raises(error) as raised:
         torch.ops.sla.forward.default(*tensors, *(options[name] for name in order))
@@ -353,9 +342,7 @@ def test_a_device_without_kernels_is_refused() -> None:
 
 def run_fresh(code: str) -> str:
     """Standard output of a fresh process; its errors in the failure."""
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120
-    )
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
