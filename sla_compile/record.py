@@ -138,9 +138,7 @@ def _sizes(site: Site, shape: Shape | None) -> tuple[dict[str, int | str], dict[
         key = site.call.key.meta.get("example_value")
         if isinstance(key, torch.Tensor) and key.dim() == 4:
             sizes["key_tokens"] = key.shape[2]
-    plain: dict[str, int | str] = {
-        name: size if isinstance(size, int) else str(size) for name, size in sizes.items()
-    }
+    plain: dict[str, int | str] = {name: size if isinstance(size, int) else str(size) for name, size in sizes.items()}
     hints = {name: size_hint(size) for name, size in sizes.items()}
     traced = {name: hint for name, hint in hints.items() if hint is not None}
     details = {"dtype": str(shape.dtype).removeprefix("torch."), "device": str(shape.device)}
@@ -194,9 +192,7 @@ def graph_break(gm: fx.GraphModule) -> GraphBreak | None:
 _BY_OWNER: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[SiteReport, ...]]] = weakref.WeakKeyDictionary()
 # Modules that run code compiled for another of their class (regional compile, a deepcopy) have no entry of
 # their own; the one of their class, with the same settings, is theirs.
-_BY_CLASS: weakref.WeakKeyDictionary[type, dict[tuple[int, str], tuple[SiteReport, ...]]] = (
-    weakref.WeakKeyDictionary()
-)
+_BY_CLASS: weakref.WeakKeyDictionary[type, dict[tuple[int, str], tuple[SiteReport, ...]]] = weakref.WeakKeyDictionary()
 _BREAKS: weakref.WeakKeyDictionary[nn.Module, dict[GraphBreak, None]] = weakref.WeakKeyDictionary()
 
 
