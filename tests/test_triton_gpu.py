@@ -194,6 +194,18 @@ def test_finite(keys: str, dtype: torch.dtype, feature_map: str) -> None:
         assert torch.isfinite(value).all(), name
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_logits_far_below_zero(dtype: torch.dtype) -> None:
+    # exp(-lse) overflows: what pads the last block must be masked, not multiplied by zero
+    case = Case(tokens=500, head_dim=64, topk=1.0, bottomk=0.0)
+    q, k, *rest = inputs(case, dtype, "cuda")
+    assert q is not None
+    assert k is not None
+    actual, _ = run_kernels(case, [q.abs() * 4 + 8, -k.abs() - 8, *rest])
+    for name, value in actual.items():
+        assert torch.isfinite(value).all(), name
+
+
 def test_addresses_beyond_32_bits() -> None:
     case = Case(tokens=300, head_dim=64, heads=1)
     tensors = inputs(case, torch.bfloat16, "cuda")

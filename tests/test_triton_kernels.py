@@ -105,6 +105,14 @@ else:
         for tensor_name, value in actual.items():
             assert torch.isfinite(value).all(), tensor_name
 
+    def test_gates_logits_far_below_zero() -> None:
+        # exp(-lse) overflows: what pads the last block must be masked, not multiplied by zero
+        case = Case(tokens=100, head_dim=32, block_q=32, block_k=32, topk=1.0, bottomk=0.0)
+        q, k, *rest = inputs(case, torch.float32, "cpu")
+        assert q is not None
+        assert k is not None
+        check(case, [q.abs() * 4 + 8, -k.abs() - 8, *rest], 1e-4, 1e-4)
+
     def classes_of(scores: torch.Tensor, critical: int, negligible: int) -> torch.Tensor:
         rank = scores.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
         block_map = torch.zeros_like(rank, dtype=torch.int8)

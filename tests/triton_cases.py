@@ -67,7 +67,7 @@ def activation(case: Case, generator: torch.Generator, dtype: torch.dtype) -> to
         "head_major": (case.batch, case.heads, case.tokens, case.head_dim),
         "packed": (case.batch, case.tokens, 3, case.heads, case.head_dim),
         "dim_before_token": (case.batch, case.heads, case.head_dim, case.tokens),
-        "slice": (case.batch, case.tokens, case.heads, case.head_dim + 8),
+        "slice": (case.batch, case.tokens, case.heads, case.head_dim // 8 * 8 + 16),
         "off by one": (case.batch, case.tokens, case.heads, case.head_dim + 8),
     }[case.layout]
     x = torch.randn(shape, generator=generator, device=generator.device).to(dtype)
