@@ -251,9 +251,8 @@ def _key_side(k: Tensor, v: Tensor, block: int, dtype: torch.dtype, feature_map:
 
 def _gather(blocks: Tensor, lists: Tensor) -> Tensor:
     """blocks (G, Tn, block_k, D) at lists (G, C, critical): (G * C, critical * block_k, D)."""
-    size, dim = blocks.shape[2:]
     rows = blocks.flatten(0, 1).index_select(0, lists.flatten())
-    return rows.view(-1, lists.shape[-1] * size, dim)
+    return rows.view(-1, lists.shape[-1] * blocks.shape[2], blocks.shape[3])
 
 
 def _score_chunks(queries: Tensor, keys: _Keys, lists: Tensor) -> Iterator[slice]:
@@ -299,7 +298,6 @@ def _sparse_backward(
         _scatter_add(grads.v, part, p.mT @ dout)
         dp = dout @ _gather(keys.v, part).mT
         dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)
-        del p, dp
         _scatter_add(grads.k, part, dscores.mT @ scaled)
         dqueries[:, rows] = (dscores @ gathered).mul_(scale).view(queries[:, rows].shape)
     return dqueries
