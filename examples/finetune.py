@@ -156,6 +156,8 @@ def train(
     """Fit ``call`` to ``target`` on the batches of ``steps``."""
     rows = Steps(label, steps.start, steps.stop, console)
     for step in rows:
+        for group in optimizer.param_groups:  # a warm-up, since Adam's first steps are long; then down to zero
+            group["lr"] = group["peak_lr"] * min((step + 1) / 10, 1 - step / steps.stop)
         batch = data(seed + step)
         loss = F.mse_loss(call(batch[0], batch[1]), target(batch))
         loss.backward()
@@ -171,10 +173,12 @@ def sla_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim.
     gates = list(sla_compile.gate_parameters(model))
     known = {id(parameter) for parameter in gates}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    for parameter in rest:
+        parameter.requires_grad_(options.train == "all")
     return torch.optim.AdamW(
         [
-            {"params": rest, "lr": options.lr},
-            {"params": gates, "lr": options.gate_lr, "weight_decay": 0.0},
+            {"params": rest, "peak_lr": options.lr},
+            {"params": gates, "peak_lr": options.gate_lr, "weight_decay": 0.0},
         ]
     )
 
@@ -188,9 +192,10 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dense-steps", type=int, default=160, help="steps of dense training")
     parser.add_argument("--steps", type=int, default=60, help="steps of fine-tuning with SLA")
     parser.add_argument("--loss", choices=("teacher", "flow"), default="teacher", help="loss of the fine-tuning")
+    parser.add_argument("--train", choices=("all", "gates"), default="all", help="what the fine-tuning trains")
     parser.add_argument("--dense-lr", type=float, default=2e-3)
     parser.add_argument("--lr", type=float, default=2e-4, help="of the weights, in the fine-tuning")
-    parser.add_argument("--gate-lr", type=float, default=2e-3, help="of the gates, in the fine-tuning")
+    parser.add_argument("--gate-lr", type=float, default=1e-2, help="of the gates, in the fine-tuning")
     parser.add_argument("--topk", type=float, default=0.05, help="share of key blocks with exact attention")
     parser.add_argument("--inner", choices=("inductor", "aot_eager", "eager"), default="inductor")
     parser.add_argument("--held-out", type=int, default=8, help="batches of the held-out loss")
@@ -220,7 +225,7 @@ def main(given: list[str] | None = None) -> None:
 
     # 1. dense
     if state is None or state["phase"] == "dense":
-        optimizer = torch.optim.AdamW(model.parameters(), lr=options.dense_lr)
+        optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "peak_lr": options.dense_lr}])
         start = 0
         if state is not None:
             model.load_state_dict(state["model"])
@@ -257,7 +262,7 @@ def main(given: list[str] | None = None) -> None:
 
     def row(name: str, call: nn.Module) -> None:
         flow, distance = losses(call, held_out, teacher)
-        table.add_row(name, f"{flow:.4f}", f"{distance:.5f}")
+        table.add_row(name, f"{flow:.4f}", f"{distance:.3g}")
 
     row("dense", teacher)
     row(f"SLA, after {start} steps", compiled)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["VideoDiT", "VideoDiTConfig", "moving_shapes"]
+__all__ = ["VideoDiT", "VideoDiTConfig", "example", "moving_shapes"]
 
 
 @dataclass(frozen=True)
@@ -143,3 +143,8 @@ def moving_shapes(count: int, frames: int, height: int, width: int, *, seed: int
         cover = (radius - distance + 0.5).clamp(0, 1)[:, None]  # one pixel of soft edge
         video = video + cover * (uniform(3, 1, 1, 1) * 2 - 1 - video)
     return video
+
+
+def example() -> tuple[VideoDiT, tuple[Tensor, Tensor]]:
+    """A model and the arguments of a call, for ``python -m sla_compile explain examples.video_dit:example``."""
+    return VideoDiT(), (torch.zeros(1, 3, 16, 48, 48), torch.zeros(1))

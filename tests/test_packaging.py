@@ -73,9 +73,7 @@ print(json.dumps({
 
 def run_python(python: str | Path, code: str, *arguments: str, cwd: Path) -> dict[str, object]:
     """The JSON that ``code`` prints last, in a process of its own."""
-    done = subprocess.run(
-        [str(python), "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([str(python), "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     facts: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
     return facts
@@ -149,7 +147,10 @@ def test_wheel_holds_the_three_rooms_and_the_entry_point(wheel: Path) -> None:
 @pytest.mark.slow
 def test_wheel_works_without_triton(wheel: Path, tmp_path: Path) -> None:
     python = make_environment(tmp_path, without=("triton",))
-    assert run_python(python, "import importlib.util as u; print(int(bool(u.find_spec('sla_compile'))))", cwd=tmp_path) == 0
+    assert (
+        run_python(python, "import importlib.util as u; print(int(bool(u.find_spec('sla_compile'))))", cwd=tmp_path)
+        == 0
+    )
     pip("install", str(wheel), "--no-deps", "--no-index", python=python)
     facts = run_python(python, FACTS, cwd=tmp_path)
     for name in ("package", "passes", "kernels", "dist"):
