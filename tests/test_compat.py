@@ -116,7 +116,7 @@ def test_user_errors_reach_the_caller_as_they_are() -> None:
         with compat.user_errors():
             raise ValueError("topk: got 2")
 
-    with pytest.raises(ValueError, match="^topk: got 2"):
+    with pytest.raises(ValueError, match=r"^topk: got 2"):
         torch.compile(Outer(), backend=backend)(torch.ones(2, 4))
 
 
