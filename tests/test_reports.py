@@ -23,6 +23,7 @@ from tests.models import (
     HEADS,
     OPTIONS,
     WIDTH,
+    Attention,
     BrokenAttention,
     CalledTwice,
     CheckpointedModel,
@@ -198,7 +199,12 @@ def test_a_prepared_model_is_explained_with_its_own_settings() -> None:
 
 
 def test_untrained_gates_are_named_until_they_are_trained() -> None:
+    class OwnAttention(Attention):
+        """A class of its own: a model that shares compiled code with another is told what that code does."""
+
     model, x = Model(3).double(), random_input()
+    for block in model.blocks:
+        block.attention = OwnAttention().double()
     assert not explain(model, x).untrained_gates
     sla_compile.prepare(model, (x,), config=OPTIONS)
     report = sla_compile.report(model)

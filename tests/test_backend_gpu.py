@@ -1,0 +1,100 @@
+"""The whole path on a GPU: models compiled by Inductor over the Triton kernels."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import sla_compile
+from tests.helpers import assert_close, relative_error
+from tests.models import CheckpointedModel, Model, defined, randomize_gates
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+OPTIONS = {"topk": 0.3, "bottomk": 0.2, "min_tokens": 0}
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def gradients(model: torch.nn.Module, output: torch.Tensor, cotangent: torch.Tensor) -> dict[str, torch.Tensor]:
+    named = dict(model.named_parameters())
+    found = torch.autograd.grad(output, list(named.values()), cotangent)
+    return dict(zip(named, found, strict=True))
+
+
+@pytest.mark.parametrize("kind", [Model, CheckpointedModel])
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_float32_model_follows_the_definition(kind: type, mode: str | None) -> None:
+    model = kind().cuda()
+    x = torch.randn(2, 700, 32, device="cuda")
+    sla_compile.prepare(model, (x,), config=OPTIONS)
+    randomize_gates(model)
+    compiled = torch.compile(model, backend="sla", mode=mode)
+    cotangent = torch.randn_like(x)
+    for _ in range(3):  # a CUDA graph is captured on the way
+        torch.compiler.cudagraph_mark_step_begin()
+        output = compiled(x)
+        got = {name: g.clone() for name, g in gradients(model, output, cotangent).items()}
+    with defined(model):
+        expected = model(x)
+        wanted = gradients(model, expected, cotangent)
+    # A near-tie that float32 ranks the other way moves whole blocks; none is expected in two small layers.
+    assert_close("output", output, expected, 1e-3)
+    for name, gradient in wanted.items():
+        assert_close(name, got[name], gradient, 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_topk_of_one_is_dense_attention(dtype: torch.dtype) -> None:
+    model = Model().cuda()
+    x = torch.randn(2, 700, 32, device="cuda")
+    exact = model.double()(x.double())
+    model, x = model.to(dtype), x.to(dtype)
+    dense = relative_error(model(x), exact)
+    compiled = torch.compile(model, backend="sla", options={**OPTIONS, "topk": 1.0, "bottomk": 0.0})
+    sparse = compiled(x)
+    assert sla_compile.report(model).to_dict()["totals"]["rewritten"] == 2
+    assert_close("output", sparse, exact, 2 * dense)
+
+
+def test_autocast_trains_float32_gates() -> None:
+    model = Model().cuda()
+    x = torch.randn(2, 700, 32, device="cuda")
+    compiled = torch.compile(model, backend="sla", options=OPTIONS)
+    for _ in range(2):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = compiled(x).float().square().mean()
+        loss.backward()
+    for parameter in sla_compile.gate_parameters(model):
+        assert parameter.dtype == torch.float32
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
+        assert parameter.grad.norm() >= 0
+    biases = [gate.bias.grad for gate in sla_compile.gates(model).values()]
+    assert all(gradient is not None and gradient.norm() > 0 for gradient in biases)
+
+
+def test_the_rewritten_graph_never_waits_for_the_device() -> None:
+    model = Model().cuda().bfloat16()
+    x = torch.randn(2, 700, 32, device="cuda", dtype=torch.bfloat16)
+    compiled = torch.compile(model, backend="sla", options=OPTIONS)
+    compiled(x).sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        compiled(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
