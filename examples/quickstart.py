@@ -2,7 +2,7 @@
 
     python examples/quickstart.py
 
-Takes about a minute and a half on two CPU cores. On a GPU it runs the Triton kernels, in bfloat16, at the
+Takes about a minute on two CPU cores. On a GPU it runs the Triton kernels, under bfloat16 autocast, at the
 sizes of Wan2.1-1.3B's attention. The weights are random, so the losses say that training works and nothing
 about the quality of a video; examples/finetune.py trains a model first.
 """
@@ -26,7 +26,7 @@ Velocity = Callable[[nn.Module, Tensor, Tensor], Tensor]
 console = Console()
 
 
-def build_wan(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Velocity]:
+def build_wan(device: torch.device) -> tuple[nn.Module, Velocity]:
     """diffusers' own Wan transformer, small and with random weights, and how to call it."""
     from diffusers import WanTransformer3DModel
 
@@ -42,16 +42,16 @@ def build_wan(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Velo
     )
     for block in model.blocks:  # fresh from its constructor, attention is all but switched off by adaLN
         nn.init.normal_(block.scale_shift_table, std=0.5)
-    text = torch.randn(1, 64, 128, device=device, dtype=dtype)
+    text = torch.randn(1, 64, 128, device=device)
 
     def velocity(model: nn.Module, latents: Tensor, noise_level: Tensor) -> Tensor:
-        return model(latents, noise_level * 1000, text, return_dict=False)[0]
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            return model(latents, noise_level * 1000, text, return_dict=False)[0]
 
-    model = model.to(device)
-    return model if dtype == torch.float32 else model.to(dtype), velocity
+    return model.to(device), velocity
 
 
-def build_video_dit(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Velocity]:
+def build_video_dit(device: torch.device) -> tuple[nn.Module, Velocity]:
     """The transformer of examples/video_dit.py, for when diffusers is not installed."""
     from video_dit import VideoDiT, VideoDiTConfig
 
@@ -59,7 +59,12 @@ def build_video_dit(device: torch.device, dtype: torch.dtype) -> tuple[nn.Module
     model = VideoDiT(VideoDiTConfig(channels=16, heads=2, head_dim=64, layers=2))
     for block in model.blocks:  # fresh from its constructor, each block is the identity
         nn.init.normal_(block.modulation.bias, std=0.5)
-    return model.to(device, dtype), lambda model, latents, noise_level: model(latents, noise_level)
+
+    def velocity(model: nn.Module, latents: Tensor, noise_level: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            return model(latents, noise_level)
+
+    return model.to(device), velocity
 
 
 def sample(shape: tuple[int, ...], seed: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,16 +90,43 @@ def milliseconds(*calls: Callable[[], Tensor], repeats: int = 7) -> list[float]:
     return [min(record) for record in times]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run every step and print what came out."""
+def fine_tune(compiled: nn.Module, call: Callable[[], Tensor], target: Tensor, steps: int) -> list[float]:
+    """Fit ``call``, which runs ``compiled``, to ``target``; the relative squared distance at each step."""
+    gates = list(sla_compile.gate_parameters(compiled))  # zero so far: they get a higher learning rate
+    weights = [p for name, p in compiled.named_parameters() if ".sla." not in name]
+    rate = 2e-5 if target.is_cuda else 3e-4  # the wider model of the GPU needs smaller steps
+    optimizer = torch.optim.AdamW(
+        [{"params": weights, "lr": rate}, {"params": gates, "lr": 3 * rate}], weight_decay=0.0
+    )
+    # a warm-up, since Adam's first steps are long, and then down to zero
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 5, 1 - step / steps))
+    losses = []
+    bar = Steps("fine-tune", 0, steps, console)
+    for _ in bar:
+        loss = F.mse_loss(call().float(), target) / target.square().mean()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        bar.show(losses[-1])
+    return losses
+
+
+def arguments(given: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--latents", type=int, nargs=3, metavar=("T", "H", "W"), help="size of the latent video")
     parser.add_argument("--steps", type=int, default=16, help="fine-tuning steps")
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for the gates")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(given)
+
+
+def main(given: list[str] | None = None) -> None:
+    """Run every step and print what came out."""
+    options = arguments(given)
     device = torch.device(options.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shape = (1, 16, *(options.latents or ((21, 60, 104) if device.type == "cuda" else (5, 64, 64))))
 
     try:
@@ -103,12 +135,12 @@ def main(arguments: list[str] | None = None) -> None:
         build, name = build_wan, f"diffusers {diffusers.__version__} WanTransformer3DModel"
     except ImportError:
         build, name = build_video_dit, "the VideoDiT of examples/video_dit.py (diffusers is not installed)"
-    model, velocity = build(device, dtype)
+    model, velocity = build(device)
     latents, noise_level = sample(shape, seed=0, like=next(model.parameters()))
-    console.print(f"[bold]Model[/] {name}, random weights, latents {tuple(shape)}, {dtype} on {device}")
+    console.print(f"[bold]Model[/] {name}, random weights, latents {tuple(shape)} on {device}")
 
     console.rule("1. compile")
-    teacher = build(device, dtype)[0].requires_grad_(False)  # the same weights, to stay dense
+    teacher = build(device)[0].requires_grad_(False)  # the same weights, to stay dense
     dense = torch.compile(teacher)
     compiled = torch.compile(model, backend="sla")  # this is all there is to it
     with torch.no_grad():
@@ -125,24 +157,10 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(f"whole model, fastest of 7: dense {before:.1f} ms, SLA {after:.1f} ms, {before / after:.2f} times")
 
     console.rule("4. fine-tune against the dense model")
-
-    gates = list(sla_compile.gate_parameters(model))  # zero so far: they get a higher learning rate
-    weights = [p for name, p in model.named_parameters() if ".sla." not in name]
-    optimizer = torch.optim.AdamW([{"params": weights, "lr": 3e-4}, {"params": gates, "lr": 1e-3}], weight_decay=0.0)
-    # a warm-up, since Adam's first steps are long, and then down to zero
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 5, 1 - step / options.steps))
     with torch.no_grad():
         target = velocity(dense, latents, noise_level).float()
-    losses = []
-    steps = Steps("fine-tune", 0, options.steps, console)
-    for _ in steps:  # on one sample: with random weights there is nothing to learn that holds for others
-        loss = F.mse_loss(velocity(compiled, latents, noise_level).float(), target) / target.square().mean()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        steps.show(losses[-1])
+    # on one sample: with random weights there is nothing to learn that holds for others
+    losses = fine_tune(compiled, lambda: velocity(compiled, latents, noise_level), target, options.steps)
     console.print("relative squared distance from the dense model's velocity, at each step:")
     console.print(" ".join(f"{loss:.4f}" for loss in losses))
 
@@ -153,7 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
     weights_only = {name: value for name, value in model.state_dict().items() if ".sla." not in name}
     torch.save(weights_only, options.output / "weights.pt")
 
-    fresh = build(device, dtype)[0]
+    fresh = build(device)[0]
     fresh.load_state_dict(torch.load(options.output / "weights.pt"))
     sla_compile.load(fresh, path)  # gives the fresh model its gates
     with torch.no_grad():
