@@ -23,8 +23,9 @@ __all__ = ["DEFAULT_MIN_TOKENS", "MODES", "SITE_FIELDS", "VERSION", "FrozenMappi
 VERSION = 1
 """Version of the JSON form."""
 
-# Set from the measured crossover: below it dense attention is faster than SLA.
-DEFAULT_MIN_TOKENS = 1024
+# The measured crossover (benchmarks/RESULTS.md): on an H100 SLA and the fastest dense kernel tie here, forward;
+# on two CPU cores SLA is the faster one from about 550 tokens.
+DEFAULT_MIN_TOKENS = 4096
 
 SITE_FIELDS = ("topk", "bottomk", "feature_map", "linear", "gate", "min_tokens", "block_q", "block_k")
 """The fields that an override may set for one site."""

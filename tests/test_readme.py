@@ -62,7 +62,7 @@ def test_the_python_runs_from_top_to_bottom(tmp_path: Path) -> None:
     output = run(sys.executable, str(script), cwd=tmp_path)
     assert "2 of 4 attentions are sparse-linear" in output
     assert "['blocks.0.attn1.sla', 'blocks.1.attn1.sla']" in output
-    assert "blocks.0.attn1 True self-attention 2880 tokens" in output
+    assert "blocks.0.attn1 True self-attention 5120 tokens" in output
     assert "blocks.0.attn2 False cross-attention" in output
 
 
