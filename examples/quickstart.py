@@ -149,6 +149,8 @@ def main(given: list[str] | None = None) -> None:
 
     console.rule("2. inspect")
     console.print(sla_compile.report(compiled))
+    if not sla_compile.gates(model):
+        raise SystemExit("nothing was rewritten, for the reasons above: choose larger --latents")
 
     console.rule("3. time a forward")
     before, after = milliseconds(

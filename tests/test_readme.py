@@ -138,3 +138,11 @@ def test_versions_are_those_of_the_project() -> None:
     least, limit = re.findall(r"2\.(\d+)", torch_range)
     assert f"PyTorch 2.{least} to 2.{int(limit) - 1}" in README
     assert f"Python {PROJECT['requires-python'].removeprefix('>=')} or newer" in README
+
+
+def test_every_figure_is_a_measured_one() -> None:
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text()
+    figures = [cell.removesuffix(" ms") for cells in rows(section("Benchmarks")) for cell in cells[1:3]]
+    assert len(figures) >= 10
+    missing = [figure for figure in figures if not re.search(rf"\| {re.escape(figure)} \(", results)]
+    assert not missing
