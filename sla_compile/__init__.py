@@ -9,8 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sla_compile.calibration import CalibrationReport, calibrate
     from sla_compile.checkpoint import load, save
     from sla_compile.config import SLAConfig
+    from sla_compile.distillation import DistillationReport, distill
     from sla_compile.gate import Gate, detach, gate_parameters, gates
     from sla_compile.ops import sparse_linear_attention
     from sla_compile.preparation import prepare
@@ -19,10 +21,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibrationReport",
+    "DistillationReport",
     "Gate",
     "Report",
     "SLAConfig",
+    "calibrate",
     "detach",
+    "distill",
     "explain",
     "gate_parameters",
     "gates",
@@ -34,10 +40,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CalibrationReport": "calibration",
+    "DistillationReport": "distillation",
     "Gate": "gate",
     "Report": "reports",
     "SLAConfig": "config",
+    "calibrate": "calibration",
     "detach": "gate",
+    "distill": "distillation",
     "explain": "reports",
     "gate_parameters": "gate",
     "gates": "gate",
