@@ -97,55 +97,68 @@ def distill(
 ) -> DistillationReport:
     """Train the gates of ``model``, and nothing else, against its own dense attention or output.
 
-    AdamW without weight decay on float64 copies of the gates, a warm-up over a tenth of the steps (at most 10),
-    then a cosine to zero. Every other parameter is frozen meanwhile; ``requires_grad`` and ``grad`` of all are as
-    before afterwards, whatever happens. The same arguments give the same gates.
+    AdamW without weight decay on float64 copies of the gates; a warm-up over a tenth of the steps (at most 10),
+    then a cosine to zero. All else is frozen; every ``requires_grad`` and ``grad`` is afterwards as before,
+    whatever happens. The model keeps its mode, train or eval. The same arguments give the same gates.
 
     - ``loss="attention"``: the sum over sites of ||O - dense||^2 / ||dense||^2 on the dense model's inputs, all
-      sites in one pass, nothing differentiated but the gates. `calibrate` gives this loss's minimum in closed form,
-      and is the quicker way to it; this one is for data that comes as a stream, or to go on from trained gates.
+      in one pass. `calibrate` has this loss's minimum in closed form; this goes there a batch at a time.
     - ``loss="output"``: ||output - dense output||^2 / ||dense output||^2 over all floating-point tensors of the
       output. The student is the model compiled with ``backend="sla"``, the teacher the same model uncompiled.
 
-    The model keeps its mode; train mode makes teacher and student drop different numbers. An exception on the way
-    (a loss that is not finite, or Ctrl-C) leaves the gates of the last step whose loss was finite.
-
     Args:
         model: any module, prepared, compiled, or neither; without gates it is prepared with the first batch.
-        batches: an iterable of tuples of positional, or mappings of keyword, arguments of the model, on its
-            device. One that can be iterated again (a list, a DataLoader) is, until the steps are done; an
-            iterator has to last for ``steps``. Errors are measured on the first four.
+        batches: tuples of positional, or mappings of keyword, arguments of the model, on its device. A list or
+            a DataLoader is begun again when it ends; an iterator has to last. Errors are of the first four.
         steps: updates of the gates, one batch each.
         lr: the highest learning rate.
         loss: "attention" or "output".
         config: settings for ``prepare``; by default those the model has been prepared with.
-        compile_options: ``options`` of ``torch.compile`` for the student; by default ``inner`` and Inductor's
-            options of the settings the model was prepared with.
+        compile_options: ``options`` of ``torch.compile`` for the student; by default the ``inner`` and
+            ``inductor`` that the model was prepared with.
         progress: called after each step with its number, from 0, and its loss.
 
     Raises:
         TypeError: ``model`` is no module, or a batch is neither a tuple nor a mapping.
-        ValueError: no batch, an iterator that ends early, no attention with a gate was reached, an output
-            without floating-point tensors, a loss that is not finite (with its step), or a setting is refused.
+        ValueError: no batch, an iterator that ends early, no gated attention, an output without floating-point
+            tensors, a refused setting, or a loss that is not finite, with its step. As with any exception after
+            the first step, the gates are then those of the last step whose loss was finite.
     """
     _check(steps, lr, loss, compile_options)
     model = unwrapped(model)
     held, source = _hold(batches, min(_MEASURED_BATCHES, steps))
     with torch.inference_mode(False), torch.enable_grad():
         with prepared_for(model, held[0], config):
-            _, sites = gather(model, held)
-            _refuse_not_finite(sites)
-            if not sites:
-                raise ValueError(nothing_gated(model, held[0]))
+            sites = _measure(model, held)
         before = {path: _error(statistics) for path, statistics in sites.items()}
         with _only_gates_trainable(model):
             copies = _Copies(model)
-            objective = (
-                _OutputLoss(model, copies, compile_options) if loss == "output" else _AttentionLoss(model, copies)
+            output = _OutputLoss(model, copies, compile_options) if loss == "output" else None
+            outputs: tuple[float | None, ...] = (output.error(held) if output else None,)
+            losses = _train(
+                output or _AttentionLoss(model, copies), copies, _cycled(source, steps), steps, lr, progress
             )
-            output_before = objective.output_error(held)
-            losses = _train(objective, copies, _cycled(source, steps), steps, lr, progress)
-            output_after = objective.output_error(held)
+            outputs += (output.error(held) if output else None,)
+    return _report(model, loss, losses, len(held), sites, before, outputs)
+
+
+def _measure(model: nn.Module, held: list[Arguments]) -> dict[str, SiteStatistics]:
+    _, sites = gather(model, held)
+    if not sites:
+        raise ValueError(nothing_gated(model, held[0]))
+    _refuse_not_finite(sites, "on the first batches")
+    return sites
+
+
+def _report(
+    model: nn.Module,
+    loss: str,
+    losses: list[float],
+    measured: int,
+    sites: Mapping[str, SiteStatistics],
+    before: Mapping[str, float],
+    outputs: tuple[float | None, ...],
+) -> DistillationReport:
     errors = (
         SiteError(path, statistics.sparse_only_error(), before[path], _error(statistics), statistics.calls)
         for path, statistics in sites.items()
@@ -154,10 +167,10 @@ def distill(
         model=type(model).__name__,
         loss=loss,
         losses=tuple(losses),
-        measured_batches=len(held),
+        measured_batches=measured,
         sites=tuple(errors),
-        output_before=output_before,
-        output_after=output_after,
+        output_before=outputs[0],
+        output_after=outputs[-1],
         unreached=tuple(path for path in gates(model) if path not in sites),
     )
 
@@ -177,7 +190,7 @@ def _error(statistics: SiteStatistics) -> float:
     return statistics.error(statistics.gate.weight, statistics.gate.bias)
 
 
-def _refuse_not_finite(sites: Mapping[str, SiteStatistics], where: str = "on these batches") -> None:
+def _refuse_not_finite(sites: Mapping[str, SiteStatistics], where: str) -> None:
     for path, statistics in sites.items():
         if not statistics.finite():
             raise ValueError(f"{path}: attention, or a branch of it, is not finite {where}")
@@ -255,10 +268,6 @@ class _AttentionLoss:
         loss = torch.stack([term.to(terms[0].device) for term in terms]).sum()
         return loss.detach(), _gradients(loss, self.copies.tensors)
 
-    def output_error(self, batches: Iterable[Arguments]) -> float | None:
-        """Nothing is compiled, so the output is the dense one."""
-        return None
-
 
 class _OutputLoss:
     """Distance of the compiled model's output from that of the model run eagerly, as a function of the gates."""
@@ -277,7 +286,7 @@ class _OutputLoss:
         loss = distance / norm.clamp(min=torch.finfo(norm.dtype).tiny)
         return loss.detach(), _gradients(loss, self.copies.parameters)
 
-    def output_error(self, batches: Iterable[Arguments]) -> float | None:
+    def error(self, batches: Iterable[Arguments]) -> float:
         """||output - dense output|| / ||dense output|| over ``batches``."""
         distance = norm = 0.0
         for batch in batches:  # with gradients as in training: without, it would be another compile

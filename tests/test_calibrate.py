@@ -413,7 +413,7 @@ def test_what_is_refused() -> None:
         sla_compile.calibrate(model, batches(1), ridge=-1)
     with pytest.raises(ValueError, match="max_batches: got 0"):
         sla_compile.calibrate(model, batches(1), max_batches=0)
-    with pytest.raises(TypeError, match="accepted: a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"accepted: a torch\.nn\.Module"):
         sla_compile.calibrate(lambda x: x, batches(1))  # type: ignore[arg-type]
 
 
@@ -426,7 +426,7 @@ def test_no_gated_attention_says_why() -> None:
     model = made(min_tokens=100)
     with pytest.raises(ValueError, match="short sequence, 50 tokens"):
         sla_compile.calibrate(model, batches(1, tokens=50))
-    with pytest.raises(ValueError, match="no call of F.scaled_dot_product_attention was found"):
+    with pytest.raises(ValueError, match=r"no call of F\.scaled_dot_product_attention was found"):
         sla_compile.calibrate(nn.Linear(WIDTH, WIDTH).double(), batches(1))
 
 
