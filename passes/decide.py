@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from sla_compile.passes.match import AttentionCall
+from sla_compile.passes.call import AttentionCall
+from sla_compile.passes.operands import example as _example
 
 __all__ = ["Decision", "Keep", "Requirements", "Rewrite", "Shape", "decide", "example_shape"]
 
@@ -71,23 +72,27 @@ Decision = Rewrite | Keep
 
 @dataclass(frozen=True)
 class Requirements:
-    """What the caller knows and the passes must not: the threshold, and dtypes that a device has kernels for."""
+    """What the caller knows and the passes must not: the threshold, dtypes that a device has kernels for, and
+    whether each head has a gate of its own."""
 
     min_tokens: int
     dtypes: dict[str, tuple[torch.dtype, ...]]
+    per_head: bool = False
 
 
 def decide(call: AttentionCall, requirements: Requirements) -> Decision:
     """Rewrite or Keep for ``call``; adds no shape guard except where the number of tokens decides."""
     return (
-        _refuse_form(call)
+        _refuse_form(call, requirements)
         or _refuse_tensors(call, requirements)
         or _refuse_lengths(call)
         or _by_tokens(call, requirements.min_tokens)
     )
 
 
-def _refuse_form(call: AttentionCall) -> Keep | None:
+def _refuse_form(call: AttentionCall, requirements: Requirements) -> Keep | None:
+    if (obstacle := call.obstacle) is not None:
+        return Keep(obstacle.reason, obstacle.value, obstacle.accepted)
     if call.attn_mask is not None:
         return Keep("attention mask", _describe(call.attn_mask), "attn_mask=None")
     if call.dropout_p != 0.0:
@@ -99,6 +104,8 @@ def _refuse_form(call: AttentionCall) -> Keep | None:
     scale = call.scale
     if scale is not None and (type(scale) not in (int, float) or not math.isfinite(scale)):
         return Keep("scale is not a fixed number", f"scale={_describe(scale)}", "a finite number or None")
+    if call.merged_heads and requirements.per_head:
+        return Keep("batch and heads are one axis", _describe(call.query), 'gate="shared", or (B, H, N, D) tensors')
     return None
 
 
@@ -167,10 +174,6 @@ def _dtype(call: AttentionCall) -> torch.dtype:
     output = _example(call.node)
     dtype: torch.dtype = (output if isinstance(output, torch.Tensor) else _example(call.query)).dtype
     return dtype
-
-
-def _example(node: Any) -> Any:
-    return node.meta.get("example_value", node.meta.get("val")) if isinstance(node, torch.fx.Node) else node
 
 
 def _describe(argument: Any) -> str:

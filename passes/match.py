@@ -1,4 +1,4 @@
-"""Find attention: every call of ``scaled_dot_product_attention`` in a graph, in one normal form, and the markers.
+"""Find attention: every one in a graph, called or written out, in one normal form; and the markers.
 
 Works on the torch-level graph that Dynamo hands to a backend, including the subgraphs of higher-order ops such
 as activation checkpointing. Each node's ``nn_module_stack`` says which modules' ``forward`` it was traced in.
@@ -12,6 +12,10 @@ from typing import Any
 
 import torch
 from torch import fx
+
+from sla_compile.passes.call import AttentionCall, ModuleCall, module_stack
+from sla_compile.passes.fused import attention_inside_call
+from sla_compile.passes.unfused import scaled_matmul_softmax_matmul
 
 __all__ = [
     "AttentionCall",
@@ -47,32 +51,6 @@ _PARAMETERS: tuple[tuple[str, Any], ...] = (
 
 
 @dataclass(frozen=True)
-class ModuleCall:
-    """One level of a node's module stack: ``identity`` is the module's id, ``call`` counts its calls."""
-
-    identity: int
-    call: int
-    source: str
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """One attention call in normal form. ``query`` ... ``enable_gqa`` are its arguments, defaults filled in."""
-
-    node: fx.Node
-    module: fx.GraphModule
-    stack: tuple[ModuleCall, ...]
-    query: fx.Node
-    key: fx.Node
-    value: fx.Node
-    attn_mask: Any
-    dropout_p: Any
-    is_causal: Any
-    scale: Any
-    enable_gqa: Any
-
-
-@dataclass(frozen=True)
 class Marker:
     """One call of ``sla::gate``: these are the gate's parameters for the owner's attention ``ordinal``."""
 
@@ -94,13 +72,16 @@ def graphs(root: fx.GraphModule) -> Iterator[fx.GraphModule]:
 
 
 def find_attention(root: fx.GraphModule) -> list[AttentionCall]:
-    """Every attention call of ``root`` and its subgraphs, in graph order."""
-    return [
-        attention_call(node, module)
-        for module in graphs(root)
-        for node in module.graph.nodes
-        if node.op == "call_function" and node.target in SDPA_TARGETS
-    ]
+    """Every attention of ``root`` and its subgraphs, fused or written out, in graph order."""
+    found = (_attention(node, module) for module in graphs(root) for node in module.graph.nodes)
+    return [call for call in found if call is not None]
+
+
+def _attention(node: fx.Node, module: fx.GraphModule) -> AttentionCall | None:
+    """The attention whose last node is ``node``, if it is one."""
+    if node.op == "call_function" and node.target in SDPA_TARGETS:
+        return attention_call(node, module)
+    return attention_inside_call(node, module) or scaled_matmul_softmax_matmul(node, module)
 
 
 def attention_call(node: fx.Node, module: fx.GraphModule) -> AttentionCall:
@@ -108,7 +89,7 @@ def attention_call(node: fx.Node, module: fx.GraphModule) -> AttentionCall:
     arguments: dict[str, Any] = dict(_PARAMETERS)
     arguments.update(zip(arguments, node.args, strict=False))
     arguments.update(node.kwargs)
-    return AttentionCall(node=node, module=module, stack=_stack(node), **arguments)
+    return AttentionCall(node=node, module=module, stack=module_stack(node), **arguments)
 
 
 def find_markers(root: fx.GraphModule) -> list[Marker]:
@@ -124,7 +105,7 @@ def find_markers(root: fx.GraphModule) -> list[Marker]:
 
 def _marker(node: fx.Node, module: fx.GraphModule) -> Marker:
     weight, bias, ordinal, settings, from_child = node.args
-    stack = _stack(node)
+    stack = module_stack(node)
     return Marker(
         node=node,
         module=module,
@@ -141,12 +122,3 @@ def _as_node(argument: Any) -> fx.Node:
     if not isinstance(argument, fx.Node):
         raise TypeError(f"sla::gate takes graph nodes for weight and bias, got {argument!r}")
     return argument
-
-
-def _stack(node: fx.Node) -> tuple[ModuleCall, ...]:
-    levels = []
-    for key, (source, _) in node.meta.get("nn_module_stack", {}).items():
-        identity, _, call = str(key).partition("@")
-        if identity.isdigit():
-            levels.append(ModuleCall(int(identity), int(call or 0), source))
-    return tuple(levels)

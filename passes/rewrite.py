@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from sla_compile.passes.decide import Rewrite
-from sla_compile.passes.match import AttentionCall, Marker, attention_call
+from sla_compile.passes.match import AttentionCall, Marker
+from sla_compile.passes.operands import REPLACED_BY, after, build
 
 __all__ = ["REWRITTEN_FROM", "erase_markers", "replace_attention"]
 
@@ -21,27 +22,48 @@ REWRITTEN_FROM = "sla_rewritten_from"
 def replace_attention(
     call: AttentionCall, decision: Rewrite, marker: Marker, options: Mapping[str, Any]
 ) -> fx.Node:
-    """Put ``sla::forward`` where ``call`` stands, with the gate of ``marker``; the node that gives its output.
+    """Put ``sla::forward`` where ``call`` stands, with the gate of ``marker``; the node that now stands for it.
 
     ``options`` are topk, bottomk, block_q, block_k, feature_map and linear. The graph is not recompiled.
     """
-    graph = call.module.graph
-    call = attention_call(call.node, call.module)  # an argument may be an attention that was replaced since
-    with graph.inserting_before(call.node):
+    graph, node = call.module.graph, call.node
+    before = node.prev
+    with graph.inserting_before(node):
+        query, key, value = build(graph, (call.query, call.key, call.value))
         results = graph.call_function(
             torch.ops.sla.forward.default,
-            (call.query, call.key, call.value, marker.weight, marker.bias, decision.scale),
+            (query, key, value, marker.weight, marker.bias, decision.scale),
             dict(options),
         )
         output = graph.call_function(operator.getitem, (results, 0))
-    for node in (results, output):
-        node.meta = {key: value for key, value in call.node.meta.items() if key != "example_value"}
-    if "example_value" in call.node.meta:
-        output.meta["example_value"] = call.node.meta["example_value"]
-    call.node.replace_all_uses_with(output)
-    _allow_any_layout(output)
-    graph.erase_node(call.node)
-    return output
+        (restored,) = build(graph, (after(output, *call.restore),))
+    added = _between(before, node)
+    for new in added:
+        known = {key: value for key, value in new.meta.items() if key == "example_value"}
+        new.meta = {**{key: value for key, value in node.meta.items() if key != "example_value"}, **known}
+    if "example_value" in node.meta:
+        restored.meta["example_value"] = node.meta["example_value"]
+    node.replace_all_uses_with(restored)
+    node.meta[REPLACED_BY] = added
+    _allow_any_layout(restored)
+    graph.erase_node(node)
+    _erase_unused(graph, call.interior)
+    return restored
+
+
+def _between(before: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
+    """The nodes that stand after ``before`` and before ``end``."""
+    nodes = []
+    while (before := before.next) is not end:
+        nodes.append(before)
+    return tuple(nodes)
+
+
+def _erase_unused(graph: fx.Graph, interior: Iterable[fx.Node]) -> None:
+    """Take out what only the replaced attention read; users come before what they use."""
+    for node in interior:
+        if not node.users and not node._erased:
+            graph.erase_node(node)
 
 
 _LAYOUT_ONLY = frozenset({"transpose", "permute", "swapaxes", "swapdims", "movedim", "flatten", "unflatten"})

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sla_compile.passes.decide import Rewrite
+from sla_compile.passes.operands import REPLACED_BY
 from sla_compile.passes.rewrite import REWRITTEN_FROM
 from sla_compile.sites import Site
 
@@ -24,23 +24,22 @@ _MOST_ARGUMENTS = 12
 
 def site_diff(site: Site) -> tuple[str, ...]:
     """Lines that start with "- ", "+ " or two blanks, of a site whose graph was rewritten; none of a kept one."""
-    replacement = _replacement(site)
-    if replacement is None or site.marker is None:
+    added: tuple[fx.Node, ...] = site.call.node.meta.get(REPLACED_BY, ())
+    if not added or site.marker is None:
         return ()
-    output = next((user for user in replacement.users if user.args[1:] == (0,)), replacement)
     names = {site.marker.weight: f"{site.gate_path}.weight", site.marker.bias: f"{site.gate_path}.bias"}
 
     def after(node: fx.Node) -> str:
         return names.get(node) or _label(node)
 
     def before(node: fx.Node) -> str:
-        return site.call.node.name if node is output else after(node)
+        return site.call.node.name if node is added[-1] else after(node)
 
-    lines = [f"  {_line(node, after)}" for node in _around(replacement, _LINES_BEFORE, backwards=True)]
+    lines = [f"  {_line(node, after)}" for node in _around(added[0], _LINES_BEFORE, backwards=True)]
     lines.append(f"- {site.call.node.name} = {_original(site, after)}")
-    lines += [f"+ {_line(node, after)}" for node in dict.fromkeys((replacement, output))]
+    lines += [f"+ {_line(node, after)}" for node in added]
     minus, plus = [], []
-    for node in _around(output, _LINES_AFTER, backwards=False):
+    for node in _around(added[-1], _LINES_AFTER, backwards=False):
         old = _line(node, before, node.meta.get(REWRITTEN_FROM, node.target))
         new = _line(node, after)
         if old != new:
@@ -50,15 +49,6 @@ def site_diff(site: Site) -> tuple[str, ...]:
         lines += [*minus, *plus, f"  {new}"]
         minus, plus = [], []
     return (*lines, *minus, *plus)
-
-
-def _replacement(site: Site) -> fx.Node | None:
-    if not isinstance(site.decision, Rewrite) or site.marker is None:
-        return None
-    call = site.call
-    users = [user for user in site.marker.weight.users if user.target is torch.ops.sla.forward.default]
-    exact = [user for user in users if user.args[:3] == (call.query, call.key, call.value)]
-    return next(iter(exact or users), None)
 
 
 def _around(node: fx.Node, count: int, *, backwards: bool) -> Iterator[fx.Node]:
@@ -72,11 +62,11 @@ def _around(node: fx.Node, count: int, *, backwards: bool) -> Iterator[fx.Node]:
 
 
 def _original(site: Site, label: Callable[[fx.Node], str]) -> str:
-    """The call that was replaced, with the arguments that are not at their defaults (its node is erased)."""
+    """The attention that was replaced, by its pattern, with the arguments that are not at their defaults."""
     call = site.call
     positional = [_text(argument, label) for argument in (call.query, call.key, call.value)]
     keywords = [f"scale={_text(call.scale, label)}"] * (call.scale is not None)
-    return f"scaled_dot_product_attention({', '.join(positional + keywords)})"
+    return f"{call.pattern}({', '.join(positional + keywords)})"
 
 
 def _line(node: fx.Node, label: Callable[[fx.Node], str], target: Any = None) -> str:

@@ -137,7 +137,7 @@ def _site(
     elif owner is None:
         decision = Keep("no module owns this attention", "a plain function calls it", "a call in a forward")
     else:
-        decision = decide(call, Requirements(config.min_tokens, DTYPES))
+        decision = decide(call, Requirements(config.min_tokens, DTYPES, per_head=config.gate == "per_head"))
     same_graph = marker is None or marker.module is call.module
     if isinstance(decision, Rewrite) and not same_graph:
         decision = Keep(
