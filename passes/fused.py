@@ -31,34 +31,31 @@ def _foreign(target: Any) -> Reader | None:
     if isinstance(target, torch._ops.OpOverload):
         target = target.overloadpacket
     if isinstance(target, torch._ops.OpOverloadPacket):
-        package, _, name = str(target).partition(".")
+        package, _, name = target._qualified_op_name.partition("::")
     else:
         package = str(getattr(target, "__module__", "")).partition(".")[0]
         name = getattr(target, "__name__", "")
     return _FOREIGN.get((package, name))
 
 
-def _token_major(
-    node: fx.Node, module: fx.GraphModule, names: tuple[str, ...], arguments: dict[str, Any], **more: Any
-) -> AttentionCall:
-    """A call on tensors (B, N, H, D), or (B, N, D) of one head, which gives the same."""
-    heads = (Step("transpose", (1, 2)),)
-    first = example(arguments.get(names[0]))
-    if isinstance(first, torch.Tensor) and first.dim() == 3:
-        heads = (Step("unsqueeze", (1,)),)
-    query, key, value = (after(arguments[name], *heads) for name in names)
-    restore = heads if heads[0].target == "transpose" else (Step("squeeze", (1,)),)
-    return AttentionCall(node, module, module_stack(node), query, key, value, restore=restore, **more)
+def _parameters(target: Any) -> dict[str, Any] | None:
+    """The names of the parameters of a function or op, with their defaults; None where it does not say them."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        target = target.default
+    if isinstance(target, torch._ops.OpOverload):
+        return {argument.name: argument.default_value for argument in target._schema.arguments}
+    try:
+        return {name: parameter.default for name, parameter in inspect.signature(target).parameters.items()}
+    except (TypeError, ValueError):
+        return None
 
 
 def _bound(target: Any, node: fx.Node) -> dict[str, Any] | None:
     """The arguments of ``node`` by name, defaults filled in; None where ``target`` does not say its parameters."""
-    try:
-        bound = inspect.signature(target).bind(*node.args, **node.kwargs)
-    except (TypeError, ValueError):
+    parameters = _parameters(target)
+    if parameters is None:
         return None
-    bound.apply_defaults()
-    return dict(bound.arguments)
+    return {**parameters, **dict(zip(parameters, node.args, strict=False)), **node.kwargs}
 
 
 def _only_output(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
@@ -170,7 +167,7 @@ def _transformer_encoder_layer(node: fx.Node, module: fx.GraphModule) -> Attenti
     obstacle = Obstacle(
         "attention inside torch.nn.TransformerEncoderLayer",
         "its one fused call for inference",
-        "prepare(model, ...) in training mode or with gradients on, before compiling for inference",
+        "prepare(model, ...) in training mode, before it is compiled for inference",
     )
     source: Any = node.args[0]
     return AttentionCall(node, module, module_stack(node), source, source, source, obstacle=obstacle)
@@ -181,37 +178,60 @@ _HARMLESS = {"deterministic", "op", "num_splits", "pack_gqa", "sm_margin"}
 
 
 def _flash_attn_func(node: fx.Node, module: fx.GraphModule) -> AttentionCall | None:
-    return _foreign_call(node, module, ("q", "k", "v"), "dropout_p", "softmax_scale", "causal")
+    return _token_major(node, module, node, ("q", "k", "v"), ("dropout_p", "softmax_scale", "causal"))
+
+
+def _flash_attn_forward(node: fx.Node, module: fx.GraphModule) -> AttentionCall | None:
+    alone = _only_output(node)
+    if alone is None:
+        return None
+    return _token_major(node, module, alone[0], ("q", "k", "v"), ("dropout_p", "softmax_scale", "causal"), alone[1])
 
 
 def _memory_efficient_attention(node: fx.Node, module: fx.GraphModule) -> AttentionCall | None:
-    return _foreign_call(node, module, ("query", "key", "value"), "p", "scale", "causal")
+    return _token_major(node, module, node, ("query", "key", "value"), ("p", "scale", "causal"))
 
 
-def _foreign_call(
-    node: fx.Node, module: fx.GraphModule, names: tuple[str, ...], dropout: str, scale: str, causal: str
+def _token_major(
+    node: fx.Node,
+    module: fx.GraphModule,
+    output: fx.Node,
+    names: tuple[str, str, str],
+    options: tuple[str, str, str],
+    interior: tuple[fx.Node, ...] = (),
 ) -> AttentionCall | None:
-    """A call of ``flash_attn_func`` or a like function; what else it is given than these must be at its default."""
-    target: Any = node.target
-    given = _bound(target, node)
-    if given is None or not all(name in given for name in names):
+    """A call on tensors (B, N, H, D), or (B, N, D) of one head, which gives the same.
+
+    ``names`` and ``options`` (dropout, scale, causal) are its parameters; any other must be at its default.
+    """
+    parameters, given = _parameters(node.target), _bound(node.target, node)
+    if parameters is None or given is None or not {*names} <= {*parameters}:
         return None
-    parameters = inspect.signature(target).parameters
-    known = {*names, dropout, scale, causal, *_HARMLESS}
-    odd = [name for name, value in given.items() if name not in known and value != parameters[name].default]
+    pattern = str(getattr(node.target, "__name__", node.target))
+    known = {*names, *options, *_HARMLESS}
+    odd = [name for name, value in given.items() if name not in known and value != parameters.get(name)]
     obstacle = None
     if odd:
-        value = ", ".join(f"{name}={given[name]}" for name in odd)
-        obstacle = Obstacle(f"an option of {target.__name__}", value, "its default")
-    return _token_major(
-        node,
+        text = ", ".join(f"{name}={given[name]}" for name in odd)
+        obstacle = Obstacle(f"an option of {pattern}", text, "its default")
+    first = example(given[names[0]])
+    single = isinstance(first, torch.Tensor) and first.dim() == 3
+    heads = Step("unsqueeze", (2,)), Step("transpose", (1, 2))
+    restore = Step("transpose", (1, 2)), Step("squeeze", (2,))
+    query, key, value = (after(given[name], *heads[not single :]) for name in names)
+    return AttentionCall(
+        output,
         module,
-        names,
-        given,
-        dropout_p=given.get(dropout, 0.0),
-        scale=given.get(scale),
-        is_causal=given.get(causal, False),
-        pattern=target.__name__,
+        module_stack(node),
+        query,
+        key,
+        value,
+        dropout_p=given.get(options[0], 0.0),
+        scale=given.get(options[1]),
+        is_causal=given.get(options[2], False),
+        pattern=pattern,
+        restore=restore[: 1 + single],
+        interior=interior,
         obstacle=obstacle,
     )
 
@@ -224,5 +244,6 @@ _READERS: dict[Any, Reader] = {
 _FOREIGN: dict[tuple[str, str], Reader] = {
     ("flash_attn", "flash_attn_func"): _flash_attn_func,
     ("flash_attn_interface", "flash_attn_func"): _flash_attn_func,
+    ("flash_attn", "_flash_attn_forward"): _flash_attn_forward,
     ("xformers", "memory_efficient_attention"): _memory_efficient_attention,
 }

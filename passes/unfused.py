@@ -244,16 +244,14 @@ def _mask(trail: _Trail, mask: Masked, factor: float = 1.0) -> None:
     trail.mask, trail.mask_axes, trail.mask_scale = mask, trail.axes, trail.scale * factor
 
 
-def _leads_to_product(node: fx.Node) -> bool:
-    """Whether the scores can be what ``node`` gives: a first product is behind it."""
-    for _ in range(16):
+def _leads_to_product(node: fx.Node, masks: int = 2) -> bool:
+    """Whether the scores can be what ``node`` gives: a first product is behind it, and no more masks than these."""
+    while True:
         if product(node) is not None:
             return True
         way = scaled(node)
         permuted = permutation(node)
         source = way[0] if way else permuted[0] if permuted else cast(node) or copied(node) or regrouped(node)
         if source is None:
-            more = masked(node)
-            return any(_leads_to_product(other.source) for other in more)
+            return masks > 0 and any(_leads_to_product(other.source, masks - 1) for other in masked(node))
         node = source
-    return False
