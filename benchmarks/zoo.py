@@ -186,14 +186,25 @@ def kept(result: Result) -> str:
         known = values.setdefault(reason, [])
         if site["value"] not in known:
             known.append(site["value"])
-    reasons = [f"{count} {reason} ({', '.join(values[reason])})" for reason, count in counts.items()]
-    unseen = result.calls.get("scaled_dot_product_attention", 0) - len(result.sites)
-    if unseen > 0:
-        reasons.append(f"{unseen} not compiled (Dynamo runs the calling function in eager)")
-    for name, what in (("flex_attention", "flex_attention"), ("softmax", "softmax(QK) written by hand")):
-        if count := result.calls.get(name, 0):
-            reasons.append(f"{count} {what}")
+    reasons = [f"{count} {reason} ({' and '.join(values[reason])})" for reason, count in counts.items()]
+    spelled = result.calls.get("scaled_dot_product_attention", 0) + result.calls.get("softmax", 0)
+    if (unseen := spelled - len(result.sites)) > 0:
+        reasons.append(f"{unseen} not in a graph (Dynamo leaves the function to eager)")
+    if count := result.calls.get("flex_attention", 0):
+        reasons.append(f"{count} flex_attention")
     return "; ".join(reasons)
+
+
+def dense_self_attention(result: Result) -> list[str]:
+    """Reasons of the self-attentions over at least ``min_tokens`` tokens that stay dense."""
+    return sorted(
+        {
+            f"{site['reason']}, {site['value']}"
+            for site in result.sites
+            if not site["rewritten"] and "key_tokens" not in site["shape"]
+            if int(site["shape"].get("tokens", 0)) >= OPTIONS["min_tokens"]
+        }
+    )
 
 
 def page(results: Sequence[Result], command: str, date: str) -> str:
@@ -221,6 +232,8 @@ def page(results: Sequence[Result], command: str, date: str) -> str:
         breaks = f"{sum(result.breaks.values())} / {sum(result.breaks_plain.values())}"
         counts = f"{result.name} | {len(result.sites)} | {result.rewritten}"
         lines.append(f"| {counts} | {kept(result)} | {result.error:.0e} | {breaks} |")
+    lines += ["", "## Self-attention that stays dense", ""]
+    lines += [f"- {result.name}: {'; '.join(why)}" for result in built if (why := dense_self_attention(result))]
     faults = [(result.name, fault) for result in results for fault in result.faults]
     faults += [(name, "no example") for name in missing]
     lines += ["", "## Not built, not run, or not right", ""]

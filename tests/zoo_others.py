@@ -103,7 +103,7 @@ def ace_step() -> Parts:
     config = {
         "hidden_size": 64,
         "intermediate_size": 64,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": 2,  # one of a window, one of all tokens
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
@@ -298,7 +298,7 @@ def krea2() -> Parts:
         "num_key_value_heads": 2,
         "intermediate_size": 32,
         "timestep_embed_dim": 8,
-        "text_hidden_dim": 16,
+        "text_hidden_dim": 32,
         "num_text_layers": 2,
         "text_num_attention_heads": 2,
         "text_num_key_value_heads": 1,
@@ -309,7 +309,7 @@ def krea2() -> Parts:
     }
     inputs = {
         "hidden_states": randn(1, 100, 4),
-        "encoder_hidden_states": randn(1, 12, 2, 16),
+        "encoder_hidden_states": randn(1, 12, 2, 32),
         "timestep": torch.tensor([0.5]),
         "position_ids": torch.cat([torch.zeros(12, 3), grid(1, 10, 10)]),
         "encoder_attention_mask": torch.ones(1, 12, dtype=torch.bool),
