@@ -61,6 +61,8 @@ _FUNCTIONS: dict[Any, str] = {
     )
     if hasattr(holder, name)
 }
+# How x.mT reaches a graph from torch 2.15 on; before, it is a getattr.
+_MATRIX_TRANSPOSE = {torch.ops.aten.mT, torch.ops.aten.mT.default}
 _REGROUPING = {"reshape", "view", "flatten", "unflatten", "_unsafe_view"}
 
 
@@ -72,7 +74,7 @@ def operation(node: Any) -> str:
         name = str(node.target)
         name = name[:-1] if name.endswith("_") else name
     elif node.op == "call_function":
-        if node.target is getattr and node.args[1:] == ("mT",):
+        if node.target in _MATRIX_TRANSPOSE or (node.target is getattr and node.args[1:] == ("mT",)):
             return "mT"
         name = _OPERATORS.get(node.target) or _FUNCTIONS.get(node.target, "")
     else:
