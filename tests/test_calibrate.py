@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -18,9 +19,23 @@ from sla_compile.interception import GatedCall, gated_calls
 from sla_compile.kernels import reference
 from sla_compile.sites import PREPARED
 from tests.helpers import assert_close, relative_error
-from tests.models import HEADS, OPTIONS, WIDTH, CalledTwice, Model, TwoAttentions, random_input, randomize_gates
+from tests.models import (
+    HEADS,
+    OPTIONS,
+    WIDTH,
+    Attention,
+    CalledTwice,
+    Model,
+    TwoAttentions,
+    random_input,
+    randomize_gates,
+)
 
 DIM = WIDTH // HEADS
+
+
+class Failed(Exception):
+    pass
 
 
 @pytest.fixture(autouse=True)
@@ -325,6 +340,50 @@ def test_blocks_compiled_one_by_one_run_dense_meanwhile() -> None:
     assert relative_error(model(*data[0]), sparse) > 1e-3
 
 
+def test_blocks_compiled_one_by_one_are_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = made(), batches(1)
+    for block in model.blocks:
+        block.compile(backend="sla", options={"inner": "eager"})
+    model(*data[0])
+    compiled: list[Any] = []
+    monkeypatch.setattr("sla_compile.backend.rewrite_graph", lambda *arguments: compiled.append(arguments) or [])
+    sla_compile.calibrate(model, data)
+    assert not compiled
+
+
+class Forgiving(Attention):
+    """Goes on where a child fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with contextlib.suppress(Failed):
+            self.child(x)
+        return super().forward(x)
+
+
+def test_an_exception_that_the_model_catches_does_not_hide_the_owner() -> None:
+    model = made(Forgiving())
+
+    def fail(module: nn.Module, args: Any) -> None:
+        raise Failed
+
+    model.child.register_forward_pre_hook(fail)
+    assert [site.path for site in sla_compile.calibrate(model, batches(1)).sites] == ["sla"]
+
+
+def test_a_gate_that_the_fit_would_not_improve_stays() -> None:
+    model, data = made(), batches(1)
+    best = sla_compile.calibrate(model, data, ridge=0.0)
+    gates = {path: gate.weight.detach().clone() for path, gate in sla_compile.gates(model).items()}
+    again = sla_compile.calibrate(model, data, ridge=1.0)
+    for path, weight in gates.items():
+        assert torch.equal(sla_compile.gates(model)[path].weight, weight)
+    assert [site.after for site in again.sites] == [site.after for site in best.sites]
+
+
 def state(model: nn.Module) -> dict[str, Any]:
     hooks = {
         name: (list(m._forward_pre_hooks.items()), list(m._forward_hooks.items()), m.__dict__.get(PREPARED))
@@ -346,10 +405,6 @@ def assert_same_state(actual: dict[str, Any], expected: dict[str, Any]) -> None:
         return {n: ([vars(h) for _, h in pre], list(post), prepared) for n, (pre, post, prepared) in hooks.items()}
 
     assert plain(actual["hooks"]) == plain(expected["hooks"])
-
-
-class Failed(Exception):
-    pass
 
 
 def failing(count: int) -> Iterator[tuple[Tensor]]:
@@ -468,17 +523,32 @@ def test_statistics_do_not_grow_with_tokens_or_batches() -> None:
         assert max(sizes) == (DIM + 1) ** 2
 
 
-@pytest.mark.parametrize("name", ["wan", "flux"])
-def test_diffusers(name: str) -> None:
-    pytest.importorskip("diffusers")
-    import tests.test_diffusers as models
+def wan() -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+    """A small WanTransformer3DModel of diffusers, a batch by keyword, and settings for its 192 tokens."""
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+    )
+    batch = {
+        "hidden_states": torch.randn(1, 4, 3, 16, 16),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 12, 16),
+    }
+    return model, batch, {**OPTIONS, "min_tokens": 64}
 
-    model, inputs, count = getattr(models, name)()
-    options = {**OPTIONS, "min_tokens": 64}
-    report = sla_compile.calibrate(model, [inputs], config=options)
-    assert len(report.sites) == count
+
+def test_diffusers() -> None:
+    model, batch, options = wan()
+    report = sla_compile.calibrate(model, [batch], config=options)
     gates = sla_compile.gates(model)
-    assert {site.path for site in report.sites} == set(gates)
+    assert [site.path for site in report.sites] == list(gates) == ["blocks.0.attn1.sla", "blocks.1.attn1.sla"]
     for site in report.sites:
         assert site.after < site.sparse_only
         assert gates[site.path].trained()

@@ -20,6 +20,7 @@ from sla_compile.interception import GatedCall, gated_calls
 from sla_compile.kernels import reference
 from tests.helpers import assert_close, relative_error
 from tests.models import OPTIONS, CalledTwice, Model, TwoAttentions, defined, random_input, randomize_gates
+from tests.test_calibrate import wan
 
 EAGER = {"inner": "eager"}
 
@@ -146,6 +147,34 @@ def test_is_deterministic(loss: str) -> None:
         torch._dynamo.reset()
         reports.append(sla_compile.distill(made(), batches(), steps=5, loss=loss))
     assert reports[0] == reports[1]
+
+
+def test_only_gates_need_gradients_meanwhile() -> None:
+    model = made()
+    trainable: list[set[str]] = []
+
+    def note(step: int, value: float) -> None:
+        trainable.append({name for name, p in model.named_parameters() if p.requires_grad})
+
+    for loss in ("attention", "output"):
+        sla_compile.distill(model, batches(1), steps=1, loss=loss, progress=note)
+    gates = {f"blocks.{i}.attention.sla.{name}" for i in range(2) for name in ("weight", "bias")}
+    assert trainable == [gates, gates]
+
+
+def test_warm_up_and_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+
+    class Recorder(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            rates.append(self.param_groups[0]["lr"])
+            assert self.param_groups[0]["weight_decay"] == 0
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recorder)
+    sla_compile.distill(made(), batches(1), steps=40, lr=0.5)
+    expected = [0.25 * min(1, (step + 1) / 4) * (1 + math.cos(math.pi * step / 40)) for step in range(40)]
+    assert rates == pytest.approx(expected)
 
 
 def test_low_precision_gates_move_by_small_steps() -> None:
@@ -317,12 +346,7 @@ def test_report_renders() -> None:
 
 
 def test_diffusers() -> None:
-    pytest.importorskip("diffusers")
-    from tests.test_diffusers import wan
-
-    model, inputs, count = wan()
-    report = sla_compile.distill(
-        model, [inputs], steps=6, loss="output", config={**OPTIONS, "min_tokens": 64, "inner": "aot_eager"}
-    )
-    assert len(report.sites) == count
+    model, batch, options = wan()
+    report = sla_compile.distill(model, [batch], steps=6, loss="output", config={**options, "inner": "aot_eager"})
+    assert len(report.sites) == 2
     assert report.losses[-1] < report.losses[0]
