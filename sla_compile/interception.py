@@ -102,7 +102,16 @@ class _AttentionMode(TorchFunctionMode):
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         self.running.pop()
-        self.counts.pop()
+        seen = self.counts.pop()
+        gated = own_gates(module).values()
+        last = max((gate.ordinal for gate in gated), default=-1)
+        if output is not None and 0 < seen <= last:  # output is None where the forward raised
+            paths = ", ".join(self.paths[id(gate)] for gate in gated)
+            raise ValueError(
+                f"{paths}: the owner called F.scaled_dot_product_attention {seen} time(s), but has a gate for its "
+                f"attention number {last + 1}, so which call a gate belongs to is not known; accepted: owners whose "
+                f"every attention is such a call, none written by hand"
+            )
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

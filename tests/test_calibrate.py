@@ -552,3 +552,22 @@ def test_diffusers() -> None:
     for site in report.sites:
         assert site.after < site.sparse_only
         assert gates[site.path].trained()
+
+
+def test_an_owner_that_mixes_in_attention_written_by_hand_is_refused() -> None:
+    """The compiler counts both kinds; seen from outside, the second would take the gate of the first."""
+
+    class Mixed(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.heads(x)
+            first = (q @ k.transpose(-2, -1) * 0.25).softmax(-1) @ v
+            second = F.scaled_dot_product_attention(q, k, v)
+            return self.out((first + second).transpose(1, 2).flatten(2))
+
+    model = nn.Sequential(Mixed()).double()
+    batches = [(random_input(),)]
+    sla_compile.prepare(model, batches[0], config=OPTIONS)
+    assert list(sla_compile.gates(model)) == ["0.sla", "0.sla_1"]
+    with pytest.raises(ValueError, match=r"0\.sla, 0\.sla_1: the owner called .* 1 time\(s\).*number 2"):
+        sla_compile.calibrate(model, batches)
+    assert not any(bool(p.any()) for p in sla_compile.gate_parameters(model))
