@@ -32,8 +32,8 @@ class DryRun:
     sites: list[SiteReport] = field(default_factory=list)
     gates: dict[str, Gate] = field(default_factory=dict)
     """The gates that the shell was given, by their module path."""
-    owners: dict[str, int] = field(default_factory=dict)
-    """Module path of every owner of an attention, rewritten or kept, with the number of its attentions."""
+    owners: set[str] = field(default_factory=set)
+    """Module path of every owner of an attention, rewritten or kept."""
     graph_breaks: list[GraphBreak] = field(default_factory=list)
 
 
@@ -144,8 +144,7 @@ def dry_run(
         for site in sites:
             run.sites.append(describe(site))
             if site.owner is not None and id(site.owner) in paths:
-                path = paths[id(site.owner)]
-                run.owners[path] = max(run.owners.get(path, 0), site.ordinal + 1)
+                run.owners.add(paths[id(site.owner)])
         if (found := graph_break(gm)) is not None:
             run.graph_breaks.append(found)
         zeros = _returns_zeros(gm)

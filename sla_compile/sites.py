@@ -73,7 +73,6 @@ class Site:
     config: SLAConfig
     model_config: SLAConfig
     decision: Decision
-    same_graph: bool = True
 
     @property
     def gate(self) -> Gate | None:
@@ -138,14 +137,13 @@ def _site(
         decision = Keep("no module owns this attention", "a plain function calls it", "a call in a forward")
     else:
         decision = decide(call, Requirements(config.min_tokens, DTYPES, per_head=config.gate == "per_head"))
-    same_graph = marker is None or marker.module is call.module
-    if isinstance(decision, Rewrite) and not same_graph:
+    if isinstance(decision, Rewrite) and marker is not None and marker.module is not call.module:
         decision = Keep(
             "its gate is bound outside the region that holds the attention",
             "a checkpointed part of the owner's forward",
             "checkpointing the whole owner",
         )
-    return Site(call, path, owner, ordinal, marker, config, model_config, decision, same_graph)
+    return Site(call, path, owner, ordinal, marker, config, model_config, decision)
 
 
 def _identities(stack: tuple[Any, ...]) -> tuple[tuple[int, int], ...]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 import sla_compile
 from sla_compile.gate import Gate
@@ -283,6 +284,22 @@ def test_activation_checkpointing(inner: str) -> None:
     first_call(run, x)
     assert len(sla_compile.gates(model)) == 2
     assert_follows_definition(run, model, x)
+
+
+def test_a_checkpoint_inside_the_owner_keeps_its_attention_dense() -> None:
+    """The gate is bound where the owner starts, outside the region that holds the attention."""
+
+    class PartlyCheckpointed(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.heads(x)
+            y = checkpoint(F.scaled_dot_product_attention, q, k, v, use_reentrant=False)
+            return self.out(y.transpose(1, 2).flatten(2))
+
+    model, x = Doubled(PartlyCheckpointed()), random_input()
+    assert torch.equal(compiled(model)(x), model(x))
+    (site,) = sla_compile.report(model).sites
+    assert not site.rewritten
+    assert site.reason == "its gate is bound outside the region that holds the attention"
 
 
 def test_autocast() -> None:
