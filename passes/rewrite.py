@@ -32,8 +32,8 @@ def replace_attention(
         query, key, value = build(graph, (call.query, call.key, call.value))
         results = graph.call_function(
             torch.ops.sla.forward.default,
-            (query, key, value, marker.weight, marker.bias, decision.scale),
-            dict(options),
+            (query, key, value, marker.weight, marker.bias),
+            {"scale": decision.scale, **options},
         )
         output = graph.call_function(operator.getitem, (results, 0))
         (restored,) = build(graph, (after(output, *call.restore),))
