@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sla_compile.gate import Gate, detach, gate_parameters, gates
     from sla_compile.ops import sparse_linear_attention
     from sla_compile.preparation import prepare
+    from sla_compile.projections import load_projections
     from sla_compile.reports import Report, explain, report
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "gate_parameters",
     "gates",
     "load",
+    "load_projections",
     "prepare",
     "report",
     "save",
@@ -52,6 +54,7 @@ _HOMES = {
     "gate_parameters": "gate",
     "gates": "gate",
     "load": "checkpoint",
+    "load_projections": "projections",
     "prepare": "preparation",
     "report": "reports",
     "save": "checkpoint",

@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
-from sla_compile.config import SITE_FIELDS, SLAConfig
+from sla_compile.config import LATER_SITE_FIELDS, SITE_FIELDS, SLAConfig
 from sla_compile.gate import Gate, attach_gate, detach_gate, gates, model_config
 
-__all__ = ["File", "Site", "load", "read", "save"]
+__all__ = ["File", "Site", "load", "not_plain", "raise_listed", "read", "save"]
 
 FORMAT, VERSION = "sla_compile", "1"
 # How a graph is compiled changes nothing that a gate learns.
@@ -70,8 +70,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"save: {type(model).__name__} has no SLA gates; accepted: a model after sla_compile.prepare, "
             f"or after the first call of torch.compile(model, backend='sla')"
         )
-    problems = [line for name, gate in found.items() for line in _not_plain(name, gate)]
-    _raise_listed(f"save to {os.fspath(path)!r}", problems)
+    problems = [line for name, gate in found.items() for line in not_plain(name, gate)]
+    raise_listed(f"save to {os.fspath(path)!r}", problems)
     tensors, sites = {}, []
     for name, gate in found.items():
         for part, parameter in (("weight", gate.weight), ("bias", gate.bias)):
@@ -98,12 +98,12 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     with torch.no_grad():
         if found:
             _check_settings(path, file, model_config(model), found)
-            _raise_listed(_load_of(path, model), [*file.problems, *_misfits(file, found)])
+            raise_listed(_load_of(path, model), [*file.problems, *_misfits(file, found)])
             for name, gate in found.items():
                 _fill(gate, file.sites[name])
         else:
             modules = _modules(model)
-            _raise_listed(_load_of(path, model), [*file.problems, *_unfit_owners(file, modules)])
+            raise_listed(_load_of(path, model), [*file.problems, *_unfit_owners(file, modules)])
             _attach(file, modules)
     return model
 
@@ -168,7 +168,8 @@ def _parse(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> File:
         path, heads, head_dim = entry["path"], entry["heads"], entry["head_dim"]
         if type(path) is not str or type(heads) is not int or type(head_dim) is not int:
             raise ValueError(f"site {entry!r}; accepted: a path with integer heads and head_dim")
-        settings = {field: entry["config"][field] for field in SITE_FIELDS}
+        given = {**{field: getattr(SLAConfig(), field) for field in LATER_SITE_FIELDS}, **entry["config"]}
+        settings = {field: given[field] for field in SITE_FIELDS}
         site = Site(path, heads, head_dim, dataclasses.replace(config, overrides={}, **settings), {})
         for part, shape in site.shapes().items():
             tensor = left.pop(f"{path}.{part}", None)
@@ -243,14 +244,15 @@ def _misfits(file: File, found: dict[str, Gate]) -> Iterator[str]:
         if name not in found:
             yield f"{name}: extra in the file, no such gate in the model"
             continue
-        yield from _not_plain(name, found[name])
+        yield from not_plain(name, found[name])
         for part, tensor in site.tensors.items():
             here = tuple(getattr(found[name], part).shape)
             if here != tuple(tensor.shape):
                 yield f"{name}.{part}: shape {tuple(tensor.shape)} in the file, {here} in the model"
 
 
-def _not_plain(name: str, gate: Gate) -> Iterator[str]:
+def not_plain(name: str, gate: Gate) -> Iterator[str]:
+    """Why the parameters of ``gate``, called ``name``, cannot be read or written as they are, one line each."""
     for part in ("weight", "bias"):
         parameter = getattr(gate, part)
         if type(parameter) not in (torch.Tensor, nn.Parameter):
@@ -260,7 +262,8 @@ def _not_plain(name: str, gate: Gate) -> Iterator[str]:
             yield f"{name}.{part}: on the meta device; accepted: a tensor with values"
 
 
-def _raise_listed(action: str, problems: list[str]) -> None:
+def raise_listed(action: str, problems: list[str]) -> None:
+    """Raise one ValueError that says every problem, if there is any."""
     if problems:
         raise ValueError(
             f"{action}: {len(problems)} problem(s), nothing was changed:\n  " + "\n  ".join(problems)
