@@ -18,7 +18,7 @@ from typing import Any
 
 from sla_compile.blocks import exact_fraction
 
-__all__ = ["DEFAULT_MIN_TOKENS", "MODES", "SITE_FIELDS", "VERSION", "FrozenMapping", "SLAConfig"]
+__all__ = ["DEFAULT_MIN_TOKENS", "LATER_SITE_FIELDS", "MODES", "SITE_FIELDS", "VERSION", "FrozenMapping", "SLAConfig"]
 
 VERSION = 1
 """Version of the JSON form."""
@@ -27,8 +27,14 @@ VERSION = 1
 # on two CPU cores SLA is the faster one from about 550 tokens.
 DEFAULT_MIN_TOKENS = 4096
 
-SITE_FIELDS = ("topk", "bottomk", "feature_map", "linear", "gate", "min_tokens", "block_q", "block_k")
+SITE_FIELDS = (
+    *("topk", "bottomk", "feature_map", "linear", "gate", "min_tokens", "block_q", "block_k"),
+    *("always_critical", "cross_attention"),
+)
 """The fields that an override may set for one site."""
+
+LATER_SITE_FIELDS = ("always_critical", "cross_attention")
+"""Site fields that the first files of this version do not have: there they are at their defaults."""
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 """What ``torch.compile(mode=...)`` accepts with this backend."""
@@ -109,6 +115,22 @@ _OVERRIDES = Accepts(
     "a mapping of glob patterns to mappings of " + ", ".join(SITE_FIELDS),
     lambda value: isinstance(value, Mapping),
 )
+def _is_range(value: Any) -> bool:
+    if type(value) not in (tuple, list) or len(value) != 2:
+        return False
+    start, stop = value
+    if type(start) is not int or (type(stop) is not int and stop is not None):
+        return False
+    # A start from the end and a stop from the start, or the reverse, can only be compared at a site.
+    return stop is None or (start < 0) != (stop < 0) or start < stop
+
+
+_RANGES = Accepts(
+    "a list or tuple of (start, stop) ranges of key tokens, start below stop; negative numbers count from the end, "
+    "stop=None is the end",
+    lambda value: type(value) in (tuple, list) and all(map(_is_range, value)),
+    lambda value: tuple((start, stop) for start, stop in value),
+)
 _BLOCK = Accepts(
     "a power of two from 16 to 256", lambda value: type(value) is int and value in (16, 32, 64, 128, 256)
 )
@@ -152,6 +174,12 @@ class SLAConfig:
         Accepts("an integer of at least 0", lambda value: type(value) is int and value >= 0),
     )
     """Attention over fewer tokens stays dense. Range: any integer of at least 0."""
+
+    always_critical: tuple[tuple[int, int | None], ...] = _setting((), _RANGES)
+    """Key tokens whose blocks are critical in every row, beside ``topk``. Range: (start, stop) pairs, see README."""
+
+    cross_attention: bool = _setting(False, Accepts("True or False", lambda value: type(value) is bool))
+    """Whether attention to another number of keys than queries is rewritten too. Range: True or False."""
 
     inner: str = _setting("inductor", _choice("inductor", "aot_eager", "eager"))
     """What compiles the rewritten graph. Range: "inductor", "aot_eager", "eager"."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sla_compile.compat import forget_code, skip_as_root_frame
-from sla_compile.config import SLAConfig
+from sla_compile.config import SITE_FIELDS, SLAConfig
 
 __all__ = ["Gate", "attach_gate", "detach", "detach_gate", "gate_name", "gate_parameters", "gates", "model_config"]
 
@@ -113,8 +113,7 @@ class Gate(nn.Module):
 
 def settings_text(config: SLAConfig) -> str:
     """The settings that shape a rewritten site, as the canonical JSON that its marker carries."""
-    fields = {**config.kernel_options(), "gate": config.gate, "min_tokens": config.min_tokens}
-    return json.dumps(fields, sort_keys=True)
+    return json.dumps({name: getattr(config, name) for name in SITE_FIELDS}, sort_keys=True)
 
 
 class GateMarker:

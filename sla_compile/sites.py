@@ -53,11 +53,12 @@ class Settings:
         """Site fields that were spelled out here and differ from what the gate at ``path`` was prepared with."""
         wanted = self.config.for_site(path)
         plain = replace(self.config, overrides={})
+        there = replace(plain, **prepared)
         named = {name for name in SITE_FIELDS if getattr(wanted, name) != getattr(plain, name)} | self.explicit
         return [
-            f"{name}={getattr(wanted, name)!r} here, {prepared[name]!r} in its gate"
+            f"{name}={getattr(wanted, name)!r} here, {getattr(there, name)!r} in its gate"
             for name in SITE_FIELDS
-            if name in named and name != "min_tokens" and getattr(wanted, name) != prepared[name]
+            if name in named and name != "min_tokens" and getattr(wanted, name) != getattr(there, name)
         ]
 
 

@@ -25,9 +25,12 @@ from sla_compile.config import DEFAULT_MIN_TOKENS, SITE_FIELDS, FrozenMapping, S
 SHARE_OF_TOPK = "accepted: a number above 0 and up to 1"
 SHARE_OF_BOTTOMK = "accepted: a number from 0 to 1"
 BLOCK = "accepted: a power of two from 16 to 256"
+RANGES = "accepted: a list or tuple of (start, stop) ranges of key tokens"
 TOKENS = "accepted: an integer of at least 0"
 
 FULL: dict[str, Any] = {
+    "always_critical": ((0, 128), (-64, None)),
+    "cross_attention": True,
     "topk": 0.125,
     "bottomk": 0.25,
     "block_q": 128,
@@ -117,6 +120,15 @@ def test_every_field_has_a_docstring_with_its_range() -> None:
         ("include", ("a", 1), "('a', 1) (tuple)", "a list or tuple of at least one glob pattern"),
         ("exclude", "blocks.*", "'blocks.*' (str)", "a list or tuple of glob patterns"),
         ("exclude", None, "None (NoneType)", "a list or tuple of glob patterns"),
+        ("always_critical", (0, 64), "(0, 64) (tuple)", RANGES),
+        ("always_critical", ((0, 64, 1),), "((0, 64, 1),) (tuple)", RANGES),
+        ("always_critical", ((0, 64.0),), "((0, 64.0),) (tuple)", RANGES),
+        ("always_critical", ((0, True),), "((0, True),) (tuple)", RANGES),
+        ("always_critical", ((None, 64),), "((None, 64),) (tuple)", RANGES),
+        ("always_critical", ((64, 64),), "((64, 64),) (tuple)", RANGES),
+        ("always_critical", ((-1, -64),), "((-1, -64),) (tuple)", RANGES),
+        ("always_critical", "0:64", "'0:64' (str)", RANGES),
+        ("cross_attention", 1, "1 (int)", "accepted: True or False"),
         ("inductor", [("max_autotune", True)], "(list)", "a mapping of Inductor option names"),
         ("inductor", True, "True (bool)", "a mapping of Inductor option names"),
         ("overrides", [("a", {})], "(list)", "a mapping of glob patterns to mappings of topk, bottomk"),
@@ -145,6 +157,8 @@ def test_refused_value_names_field_value_and_what_is_accepted(
         ("linear", ("marginal", "all", "none")),
         ("gate", ("shared", "per_head")),
         ("min_tokens", (0, 1, 10**9)),
+        ("always_critical", ((), ((0, 1),), ((-64, None), (0, None)), ((-64, 4096), (64, -64)))),
+        ("cross_attention", (False, True)),
         ("inner", ("inductor", "aot_eager", "eager")),
         ("include", (("",), ("a", "b"))),
         ("exclude", ((), ("a", "b"))),
@@ -158,6 +172,7 @@ def test_edges_of_each_range_are_accepted(name: str, values: tuple[Any, ...]) ->
 
 def test_ints_become_floats_and_lists_become_tuples() -> None:
     config = SLAConfig(topk=1, bottomk=0, include=["a.*"], exclude=["b"])  # type: ignore[arg-type]
+    assert SLAConfig(always_critical=[[0, 64]]).always_critical == ((0, 64),)  # type: ignore[arg-type]
     assert (type(config.topk), type(config.bottomk)) == (float, float)
     assert (config.include, config.exclude) == (("a.*",), ("b",))
     assert config == SLAConfig(topk=1.0, bottomk=-0.0, include=("a.*",), exclude=("b",))
