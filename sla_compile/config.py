@@ -5,17 +5,15 @@ Importing this module imports neither Inductor nor Triton: Inductor's own option
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import difflib
 import hashlib
 import json
-import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from sla_compile.accepts import RANGES, Accepts, FrozenMapping, choice, nearest, patterns, refusal, share
 from sla_compile.blocks import exact_fraction
 
 __all__ = ["DEFAULT_MIN_TOKENS", "LATER_SITE_FIELDS", "MODES", "SITE_FIELDS", "VERSION", "FrozenMapping", "SLAConfig"]
@@ -40,73 +38,6 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 """What ``torch.compile(mode=...)`` accepts with this backend."""
 
 
-class FrozenMapping(Mapping[str, Any]):
-    """A hashable, ordered mapping of JSON values that nobody can change: values are copied in and out.
-
-    Two of them are equal only in the same order; with any other mapping the order does not count.
-    """
-
-    __slots__ = ("_items", "_text")
-
-    def __init__(self, items: Mapping[str, Any]) -> None:
-        """Raises ValueError (from json) on NaN or infinity, TypeError on what JSON cannot hold."""
-        self._text = json.dumps(dict(items), allow_nan=False)
-        self._items = copy.deepcopy(dict(items))
-
-    def __getitem__(self, key: str) -> Any:
-        return copy.deepcopy(self._items[key])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __hash__(self) -> int:
-        return hash(self._text)
-
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, FrozenMapping):
-            return self._text == other._text
-        return isinstance(other, Mapping) and self._items == dict(other)
-
-    def __repr__(self) -> str:
-        return repr(self._items)
-
-
-@dataclass(frozen=True)
-class Accepts:
-    """What a field accepts: in words, and as a test. ``normal`` gives a value its stored form."""
-
-    text: str
-    test: Callable[[Any], bool]
-    normal: Callable[[Any], Any] = lambda value: value
-    names: tuple[str, ...] = ()
-
-    def check(self, name: str, value: Any) -> Any:
-        """The stored form of ``value``; ValueError with ``name``, the value and ``text`` if it is refused."""
-        if not self.test(value):
-            raise _refusal(name, value, self.text, _nearest(value, self.names))
-        return self.normal(value)
-
-
-def _share(text: str, test: Callable[[float], bool]) -> Accepts:
-    # Adding 0.0 turns an int into a float and -0.0 into 0.0; bool and numpy scalars are other types.
-    return Accepts(text, lambda value: type(value) in (int, float) and test(value), lambda value: value + 0.0)
-
-
-def _choice(*names: str) -> Accepts:
-    text = "one of " + ", ".join(map(repr, names))
-    return Accepts(text, lambda value: type(value) is str and value in names, names=names)
-
-
-def _patterns(text: str, least: int) -> Accepts:
-    def test(value: Any) -> bool:
-        return type(value) in (tuple, list) and len(value) >= least and all(type(p) is str for p in value)
-
-    return Accepts(text, test, tuple)
-
-
 _MAPPING = Accepts(
     "a mapping of Inductor option names to values that JSON can hold",
     lambda value: isinstance(value, Mapping),
@@ -114,22 +45,6 @@ _MAPPING = Accepts(
 _OVERRIDES = Accepts(
     "a mapping of glob patterns to mappings of " + ", ".join(SITE_FIELDS),
     lambda value: isinstance(value, Mapping),
-)
-def _is_range(value: Any) -> bool:
-    if type(value) not in (tuple, list) or len(value) != 2:
-        return False
-    start, stop = value
-    if type(start) is not int or (type(stop) is not int and stop is not None):
-        return False
-    # A start from the end and a stop from the start, or the reverse, can only be compared at a site.
-    return stop is None or (start < 0) != (stop < 0) or start < stop
-
-
-_RANGES = Accepts(
-    "a list or tuple of (start, stop) ranges of key tokens, start below stop; negative numbers count from the end, "
-    "stop=None is the end",
-    lambda value: type(value) in (tuple, list) and all(map(_is_range, value)),
-    lambda value: tuple((start, stop) for start, stop in value),
 )
 _BLOCK = Accepts(
     "a power of two from 16 to 256", lambda value: type(value) is int and value in (16, 32, 64, 128, 256)
@@ -148,10 +63,10 @@ class SLAConfig:
     among them a later one wins over an earlier one. Every refused name or value is a ValueError.
     """
 
-    topk: float = _setting(0.05, _share("a number above 0 and up to 1", lambda value: 0 < value <= 1))
+    topk: float = _setting(0.05, share("a number above 0 and up to 1", lambda value: 0 < value <= 1))
     """Share of a row's key blocks that is critical (exact attention), at least one block. Range (0, 1]."""
 
-    bottomk: float = _setting(0.10, _share("a number from 0 to 1", lambda value: 0 <= value <= 1))
+    bottomk: float = _setting(0.10, share("a number from 0 to 1", lambda value: 0 <= value <= 1))
     """Share of a row's key blocks that is negligible (skipped). Range [0, 1], topk + bottomk at most 1."""
 
     block_q: int = _setting(64, _BLOCK)
@@ -160,13 +75,13 @@ class SLAConfig:
     block_k: int = _setting(64, _BLOCK)
     """Key tokens in a block. Range: 16, 32, 64, 128 or 256."""
 
-    feature_map: str = _setting("softmax", _choice("softmax", "elu", "relu"))
+    feature_map: str = _setting("softmax", choice("softmax", "elu", "relu"))
     """Feature map of the linear branch. Range: "softmax" (over the head dimension), "elu" (+ 1), "relu"."""
 
-    linear: str = _setting("marginal", _choice("marginal", "all", "none"))
+    linear: str = _setting("marginal", choice("marginal", "all", "none"))
     """Key blocks of the linear branch. Range: "marginal" (paper), "all" (the authors' release), "none"."""
 
-    gate: str = _setting("shared", _choice("shared", "per_head"))
+    gate: str = _setting("shared", choice("shared", "per_head"))
     """Gate of a site. Range: "shared" by its heads, (D, D) and (D), or "per_head", (H, D, D) and (H, D)."""
 
     min_tokens: int = _setting(
@@ -175,22 +90,22 @@ class SLAConfig:
     )
     """Attention over fewer tokens stays dense. Range: any integer of at least 0."""
 
-    always_critical: tuple[tuple[int, int | None], ...] = _setting((), _RANGES)
+    always_critical: tuple[tuple[int, int | None], ...] = _setting((), RANGES)
     """Key tokens whose blocks are critical in every row, beside ``topk``. Range: (start, stop) pairs, see README."""
 
     cross_attention: bool = _setting(False, Accepts("True or False", lambda value: type(value) is bool))
     """Whether attention to another number of keys than queries is rewritten too. Range: True or False."""
 
-    inner: str = _setting("inductor", _choice("inductor", "aot_eager", "eager"))
+    inner: str = _setting("inductor", choice("inductor", "aot_eager", "eager"))
     """What compiles the rewritten graph. Range: "inductor", "aot_eager", "eager"."""
 
     inductor: Mapping[str, Any] = _setting(FrozenMapping({}), _MAPPING)
     """Options for Inductor, sorted by name. Range: names and types of ``torch._inductor.list_options()``."""
 
-    include: tuple[str, ...] = _setting(("*",), _patterns("a list or tuple of at least one glob pattern", 1))
+    include: tuple[str, ...] = _setting(("*",), patterns("a list or tuple of at least one glob pattern", 1))
     """Glob patterns over module paths ("blocks.*.attn1"), one of which must match. Range: one or more."""
 
-    exclude: tuple[str, ...] = _setting((), _patterns("a list or tuple of glob patterns", 0))
+    exclude: tuple[str, ...] = _setting((), patterns("a list or tuple of glob patterns", 0))
     """Glob patterns over module paths that stay dense, whatever ``include`` says. Range: any number."""
 
     overrides: Mapping[str, Mapping[str, Any]] = _setting(FrozenMapping({}), _OVERRIDES)
@@ -261,11 +176,11 @@ class SLAConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> SLAConfig:
         """The reverse of ``to_dict``; a missing field has its default, an unknown one is a ValueError."""
         if not isinstance(data, Mapping):
-            raise _refusal("SLAConfig", data, "a mapping of fields")
+            raise refusal("SLAConfig", data, "a mapping of fields")
         fields = dict(data)
         version = fields.pop("version", None)
         if type(version) is not int or version != VERSION:
-            raise _refusal("SLAConfig version", version, str(VERSION))
+            raise refusal("SLAConfig version", version, str(VERSION))
         _refuse_unknown("SLAConfig", fields, _field_names())
         return cls(**fields)
 
@@ -275,7 +190,7 @@ class SLAConfig:
         try:
             data = json.loads(text)
         except (TypeError, ValueError) as error:
-            raise _refusal("SLAConfig JSON", text, f"JSON text ({error})") from error
+            raise refusal("SLAConfig JSON", text, f"JSON text ({error})") from error
         return cls.from_dict(data)
 
     @classmethod
@@ -289,12 +204,12 @@ class SLAConfig:
         """
         if mode is not None and (type(mode) is not str or mode not in MODES):
             accepted = "one of " + ", ".join(map(repr, MODES))
-            raise _refusal("mode", mode, accepted, _nearest(mode, MODES))
+            raise refusal("mode", mode, accepted, nearest(mode, MODES))
         config = options if isinstance(options, SLAConfig) else _from_mapping(options)
         if mode is None or mode == "default":  # torch.compile never hands "default" on
             return config
         if config.inner != "inductor":
-            raise _refusal("mode", mode, f"only with inner='inductor', not with inner={config.inner!r}")
+            raise refusal("mode", mode, f"only with inner='inductor', not with inner={config.inner!r}")
         from torch._inductor import list_mode_options
 
         return dataclasses.replace(config, inductor={**list_mode_options(mode), **config.inductor})
@@ -308,26 +223,11 @@ def _field_names() -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(SLAConfig))
 
 
-def _refusal(name: str, value: Any, accepted: str, nearest: str = "") -> ValueError:
-    kind = type(value).__qualname__
-    return ValueError(f"{name}: got {reprlib.repr(value)} ({kind}); accepted: {accepted}{nearest}")
-
-
-def _nearest(value: Any, *known: tuple[str, ...], always: bool = False) -> str:
-    """``; nearest known: ...`` for a string; earlier groups of names win when one there is close."""
-    if not isinstance(value, str):
-        return ""
-    for names, cutoff in [(group, 0.6) for group in known] + [(sum(known, ()), 0.0)] * always:
-        if close := difflib.get_close_matches(value.lower(), names, 1, cutoff):
-            return f"; nearest known: {close[0]!r}"
-    return ""
-
-
 def _refuse_unknown(owner: str, fields: Mapping[Any, Any], known: tuple[str, ...]) -> None:
     for name, value in fields.items():
         if name not in known:
-            nearest = _nearest(name, known, always=True)
-            raise _refusal(f"unknown field {name!r} of {owner}", value, ", ".join(known), nearest)
+            hint = nearest(name, known, always=True)
+            raise refusal(f"unknown field {name!r} of {owner}", value, ", ".join(known), hint)
 
 
 def _check_shares(owner: str, topk: float, bottomk: float) -> None:
@@ -343,7 +243,7 @@ def _frozen_overrides(overrides: Mapping[str, Any], topk: float, bottomk: float)
     for pattern, changes in overrides.items():
         owner = f"SLAConfig.overrides[{pattern!r}]"
         if type(pattern) is not str or not isinstance(changes, Mapping):
-            raise _refusal(owner, changes, _OVERRIDES.text)
+            raise refusal(owner, changes, _OVERRIDES.text)
         _refuse_unknown(owner, changes, SITE_FIELDS)
         checked = {n: accepts[n].check(f"{owner}.{n}", changes[n]) for n in SITE_FIELDS if n in changes}
         _check_shares(owner, checked.get("topk", topk), checked.get("bottomk", bottomk))
@@ -370,10 +270,10 @@ def _frozen_inductor(options: Mapping[str, Any]) -> FrozenMapping:
         name = _inductor_name(key)
         owner = f"Inductor option {key!r}"
         if name is None:
-            nearest = _nearest(key, tuple(list_options()), always=True)
-            raise _refusal(f"unknown {owner}", value, "torch._inductor.list_options()", nearest)
+            hint = nearest(key, tuple(list_options()), always=True)
+            raise refusal(f"unknown {owner}", value, "torch._inductor.list_options()", hint)
         if name in checked:
-            raise _refusal(owner, value, f"{name!r} once")
+            raise refusal(owner, value, f"{name!r} once")
         if type(value) is list and type(getattr(config, name)) is tuple:
             value = tuple(value)  # JSON has no tuples
         _check_inductor_value(owner, value, config.get_type(name))  # type: ignore[attr-defined]
@@ -387,18 +287,18 @@ def _check_inductor_value(owner: str, value: Any, accepted: Any) -> None:
     except TypeError:  # a generic such as list[str] takes no isinstance; torch leaves it unchecked too
         fits = True
     if not fits:
-        raise _refusal(owner, value, getattr(accepted, "__name__", str(accepted)))
+        raise refusal(owner, value, getattr(accepted, "__name__", str(accepted)))
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise _refusal(owner, value, "a value that JSON can hold, so that it can be saved") from error
+        raise refusal(owner, value, "a value that JSON can hold, so that it can be saved") from error
 
 
 def _from_mapping(options: Mapping[str, Any] | None) -> SLAConfig:
     if options is None:
         return SLAConfig()
     if not isinstance(options, Mapping):
-        raise _refusal("options", options, "a mapping or an SLAConfig")
+        raise refusal("options", options, "a mapping or an SLAConfig")
     names = _field_names()
     fields: dict[str, Any] = {}
     extra: dict[str, Any] = {}
@@ -406,7 +306,7 @@ def _from_mapping(options: Mapping[str, Any] | None) -> SLAConfig:
         name = key.replace("-", "_") if isinstance(key, str) else key
         if name in names or name == "version":
             if name in fields:
-                raise _refusal(f"option {key!r}", value, f"{name!r} once")
+                raise refusal(f"option {key!r}", value, f"{name!r} once")
             fields[name] = value
         elif _inductor_name(key) is not None:
             extra[key] = value
@@ -414,11 +314,11 @@ def _from_mapping(options: Mapping[str, Any] | None) -> SLAConfig:
             from torch._inductor import list_options
 
             accepted = f"SLAConfig's fields ({', '.join(names)}) and torch._inductor.list_options()"
-            nearest = _nearest(key, names, tuple(list_options()), always=True)
-            raise _refusal(f"unknown option {key!r}", value, accepted, nearest)
+            hint = nearest(key, names, tuple(list_options()), always=True)
+            raise refusal(f"unknown option {key!r}", value, accepted, hint)
     if extra:
         given = _MAPPING.check("SLAConfig.inductor", fields.get("inductor", {}))
         if twice := sorted(set(extra) & set(given)):
-            raise _refusal(f"option {twice[0]!r}", extra[twice[0]], "it once, not under 'inductor' too")
+            raise refusal(f"option {twice[0]!r}", extra[twice[0]], "it once, not under 'inductor' too")
         fields["inductor"] = {**given, **extra}
     return SLAConfig.from_dict({"version": VERSION, **fields})
