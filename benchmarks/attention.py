@@ -74,7 +74,7 @@ def gate_on_correctness(tokens: int = 2008) -> dict[str, float]:
     names = ("q", "k", "v", "weight", "bias")
     arguments = [tensors[name] for name in names]
     out, _, _, block_map = torch.ops.sla.forward.default(
-        *arguments, HEAD_DIM**-0.5, TOPK, BOTTOMK, 64, 64, "softmax", "marginal"
+        *arguments, None, None, HEAD_DIM**-0.5, TOPK, BOTTOMK, 64, 64, "softmax", "marginal"
     )
     gradients = torch.autograd.grad(out, arguments, tensors["grad_out"])
     doubles = [x.detach().double().requires_grad_() for x in arguments]

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 import triton
 
+from sla_compile.blocks import num_blocks, num_critical, num_negligible
+
 from .triton_backward import (
     attention_backward_key_kernel,
     attention_backward_query_kernel,
@@ -39,25 +41,33 @@ def forward(
     v: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
+    key_mask: torch.Tensor | None = None,
+    sparsity: torch.Tensor | None = None,
     *,
     scale: float,
-    critical: int,
-    negligible: int,
+    topk: float,
+    bottomk: float,
     block_q: int,
     block_k: int,
     feature_map: str,
     linear: str,
+    causal: bool = False,
+    always_critical: list[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """O = O^s + O^l weight^T + bias of q, k, v (B, H, N, D), float32, float16 or bfloat16, any strides.
 
-    weight (D, D) or (H, D, D) and bias (D) or (H, D) in any floating dtype, or None; ``critical`` and
-    ``negligible`` count key blocks in a row. Returns out and linear_out (B, H, N, D), in memory (B, N, H, D),
+    weight (D, D) or (H, D, D) and bias (D) or (H, D) in any floating dtype, or None. Returns out and
+    linear_out (B, H, N, D), in memory (B, N, H, D),
     linear_out of shape (0,) without a linear branch; lse (B, H, N) float32; block_map (B, H, Tm, Tn) int8.
 
     Raises TypeError for a dtype and ValueError for a head dimension, block size, feature map or linear form
     that the kernels do not have.
     """
     check_supported(q, block_q, block_k, feature_map, linear)
+    _refuse(q, k, key_mask=key_mask, sparsity=sparsity, causal=causal, always_critical=always_critical)
+    key_blocks = num_blocks(k.shape[2], block_k)
+    critical = num_critical(topk, key_blocks)
+    negligible = num_negligible(bottomk, critical, key_blocks)
     with torch.cuda.device_of(q):
         q, k, v = vector_readable(q), vector_readable(k), vector_readable(v)
         has_linear = weight is not None and linear != "none"
@@ -96,6 +106,7 @@ def backward(
     v: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
     out: torch.Tensor,
     linear_out: torch.Tensor,
     lse: torch.Tensor,
@@ -106,6 +117,7 @@ def backward(
     block_k: int,
     feature_map: str,
     linear: str,
+    causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `forward` at grad_out (B, H, N, D), any strides, from its inputs and outputs.
 
@@ -113,6 +125,7 @@ def backward(
     weight and bias, of shape (0,) where those are None. The same bits every time. Raises as `forward` does.
     """
     check_supported(q, block_q, block_k, feature_map, linear)
+    _refuse(q, k, key_mask=key_mask, causal=causal)
     with torch.cuda.device_of(q):
         grad_out, q, k, v, out = (vector_readable(x) for x in (grad_out, q, k, v, out))
         has_linear = weight is not None and linear != "none"
@@ -161,6 +174,14 @@ def backward(
         )
         dweight, dbias = _gate_side(grad_out, linear_out, weight, bias, has_linear)
         return dq, dk, dv, dweight, dbias
+
+
+def _refuse(q: torch.Tensor, k: torch.Tensor, **options: object) -> None:
+    for name, value in options.items():
+        if value is not None and value is not False:
+            raise NotImplementedError(f"sla on CUDA: {name} is given; accepted so far: none")
+    if q.shape[2] != k.shape[2]:
+        raise NotImplementedError(f"sla on CUDA: {q.shape[2]} queries, {k.shape[2]} keys; accepted so far: as many")
 
 
 def _sum_over_keys(

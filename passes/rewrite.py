@@ -33,7 +33,7 @@ def replace_attention(
         results = graph.call_function(
             torch.ops.sla.forward.default,
             (query, key, value, marker.weight, marker.bias),
-            {"scale": decision.scale, **options},
+            {"key_mask": None, "sparsity": None, "scale": decision.scale, **options},
         )
         output = graph.call_function(operator.getitem, (results, 0))
         (restored,) = build(graph, (after(output, *call.restore),))

@@ -1,7 +1,7 @@
 """Block arithmetic that every room shares: how many blocks, how many critical, how many negligible.
 
-The functions take Python ints, torch SymInts and sympy integers alike: they only use ``+ - * //`` and never
-branch on a value, so a symbolic token count stays symbolic and gains no guard.
+The ``num_`` functions take Python ints, torch SymInts and sympy integers alike: they only use ``+ - * //`` and
+never branch on a value, so a symbolic token count stays symbolic and gains no guard.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-__all__ = ["exact_fraction", "num_blocks", "num_critical", "num_negligible"]
+__all__ = ["exact_fraction", "forced_blocks", "num_blocks", "num_critical", "num_negligible", "shares_of"]
 
 
 def exact_fraction(share: float) -> Fraction:
@@ -35,6 +35,31 @@ def num_negligible(bottomk: float, critical: Any, key_blocks: Any) -> Any:
     """Negligible blocks in a row: ``floor(bottomk * key_blocks)``, at most what the critical ones leave."""
     share = exact_fraction(bottomk)
     return _min(key_blocks - critical, key_blocks * share.numerator // share.denominator)
+
+
+def shares_of(
+    key_blocks: int, topk: float, bottomk: float, sparsity: list[int] | None = None, least: int = 1
+) -> tuple[int, int]:
+    """Critical (at least ``least``) and negligible blocks of ``key_blocks``, each alone: exact floors.
+
+    ``sparsity`` is [topk, bottomk] in millionths and takes their place, up to ``topk``.
+    """
+    share, dropped = exact_fraction(topk), exact_fraction(bottomk)
+    if sparsity is not None:
+        wanted, dropped = (Fraction(max(0, part), 10**6) for part in sparsity)
+        share = min(share, wanted)
+    critical = max(least, key_blocks * share.numerator // share.denominator)
+    return critical, key_blocks * dropped.numerator // dropped.denominator
+
+
+def forced_blocks(always_critical: list[int] | None, tokens: int, block: int) -> list[tuple[int, int]]:
+    """Ranges [first, last) of blocks that touch the token ranges [start, stop, start, stop, ...].
+
+    As in a slice, a negative token counts from the end and one past the end stands for the end.
+    """
+    flat = always_critical or []
+    pairs = (slice(*pair).indices(tokens) for pair in zip(flat[::2], flat[1::2], strict=True))
+    return [(start // block, num_blocks(stop, block)) for start, stop, _ in pairs if start < stop]
 
 
 def _max(a: Any, b: Any) -> Any:

@@ -58,7 +58,7 @@ class GatedCall:
 
     def _forward(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         out, linear, _, _ = torch.ops.sla.forward.default(
-            self.query, self.key, self.value, weight, bias, scale=self.scale, **self.gate.config.kernel_options()
+            self.query, self.key, self.value, weight, bias, None, None, self.scale, **self.gate.config.kernel_options()
         )
         return out, linear
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sla_compile.blocks import num_blocks, num_critical, num_negligible
 from sla_compile.kernels import cpu, reference
+from sla_compile.kernels.cpu_classify import Choice, classify, pool
 
 pytestmark = pytest.mark.usefixtures("nan_fresh_buffers")
 
@@ -53,10 +53,8 @@ class Case:
             "linear": self.linear,
         }
 
-    def counts(self) -> dict[str, int]:
-        key_blocks = num_blocks(self.tokens, self.block_k)
-        critical = num_critical(self.topk, key_blocks)
-        return {"critical": critical, "negligible": num_negligible(self.bottomk, critical, key_blocks)}
+    def shares(self) -> dict[str, float]:
+        return {"topk": self.topk, "bottomk": self.bottomk}
 
     def inputs(self) -> list[Tensor]:
         """q, k, v, weight, bias."""
@@ -75,8 +73,8 @@ class Case:
 
 
 def run(case: Case, inputs: list[Tensor], grad_out: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    saved = cpu.forward(*inputs, **case.counts(), **case.options())
-    return saved, cpu.backward(grad_out, *inputs, *saved, **case.options())
+    saved = cpu.forward(*inputs, **case.shares(), **case.options())
+    return saved, cpu.backward(grad_out, *inputs, None, *saved, **case.options())
 
 
 def expected(
@@ -159,7 +157,7 @@ def test_lower_precision_errs_by_its_rounding(dtype: torch.dtype) -> None:
 def test_lse_is_the_logarithm_of_the_sparse_denominator() -> None:
     case = Case(tokens=150, block_q=16, block_k=32)
     inputs = case.inputs()
-    _, _, lse, block_map = cpu.forward(*inputs, **case.counts(), **case.options())
+    _, _, lse, block_map = cpu.forward(*inputs, **case.shares(), **case.options())
     critical = (block_map == 1).repeat_interleave(16, 2).repeat_interleave(32, 3)[:, :, :150, :150]
     logits = (inputs[0] @ inputs[1].mT * case.dim**-0.5).masked_fill(~critical, float("-inf"))
     assert_close("lse", lse, logits.logsumexp(-1), 1e-14)
@@ -169,21 +167,26 @@ def test_linear_out_is_the_branch_before_the_gate() -> None:
     case = Case(tokens=333, block_k=32)
     q, k, v, _, _ = case.inputs()
     identity = torch.eye(case.dim, dtype=torch.float64)
-    with_branch, linear_out, _, _ = cpu.forward(q, k, v, identity, None, **case.counts(), **case.options())
-    without, empty, _, _ = cpu.forward(q, k, v, None, None, **case.counts(), **case.options())
+    with_branch, linear_out, _, _ = cpu.forward(q, k, v, identity, None, **case.shares(), **case.options())
+    without, empty, _, _ = cpu.forward(q, k, v, None, None, **case.shares(), **case.options())
     assert_close("linear_out", linear_out, with_branch - without, 1e-13)
     assert empty.shape == (0,)
+
+
+def classes(q: Tensor, k: Tensor, critical: int, negligible: int, block_q: int, block_k: int) -> Tensor:
+    choice = Choice(None, None, torch.tensor([[critical]]), torch.tensor([[negligible]]))
+    return classify(pool(q, block_q, q.dtype) @ pool(k, block_k, q.dtype).mT, choice)
 
 
 def test_ties_go_to_the_lower_key_block() -> None:
     torch.manual_seed(0)
     q, k = torch.randint(-1, 2, (2, 2, 3, 500, 16), dtype=torch.float64)
-    block_map = cpu._classify(q[0], k[0], 0.25, 3, 4, 16, 32)
+    block_map = classes(q[0], k[0], 3, 4, 16, 32)
     # 3 of 16 and 4 of 16 key blocks; sums of small integers are exact, so ties are exact too
-    expected_map = reference.classify(q, k, scale=0.25, topk=3 / 16, bottomk=4 / 16, block_q=16, block_k=32)[0]
+    expected_map = reference.classify(q, k, scale=1.0, topk=3 / 16, bottomk=4 / 16, block_q=16, block_k=32)[0]
     assert torch.equal(block_map, expected_map)
     equal = torch.ones(1, 4800, 16)
-    row = cpu._classify(equal, equal, 0.25, 30, 40, 256, 16)[0, 0].tolist()
+    row = classes(equal, equal, 30, 40, 256, 16)[0, 0].tolist()
     assert row == [1] * 30 + [0] * 230 + [-1] * 40
 
 
@@ -193,12 +196,12 @@ def test_topk_1_is_dense_attention(gates: str) -> None:
     q, k, v, weight, bias = case.inputs()
     bias.zero_()
     given = (weight if gates in ("both", "weight") else None, bias if gates in ("both", "bias") else None)
-    out, linear_out, lse, block_map = cpu.forward(q, k, v, *given, **case.counts(), **case.options())
+    out, linear_out, lse, block_map = cpu.forward(q, k, v, *given, **case.shares(), **case.options())
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     dense = F.scaled_dot_product_attention(*leaves)
     assert_close("out", out, dense, 1e-14)
     grad_out = torch.randn_like(out)
-    gradients = cpu.backward(grad_out, q, k, v, *given, out, linear_out, lse, block_map, **case.options())
+    gradients = cpu.backward(grad_out, q, k, v, *given, None, out, linear_out, lse, block_map, **case.options())
     for name, actual, wanted in zip(NAMES, gradients, torch.autograd.grad(dense, leaves, grad_out), strict=False):
         assert_close(name, actual, wanted, 1e-12)
     assert [g.shape for g in gradients[3:]] == [(0,) if g is None else g.shape for g in given]

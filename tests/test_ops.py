@@ -37,7 +37,7 @@ def make_inputs(
 def op_arguments(
     inputs: list[Tensor | None], feature_map: str = "softmax", linear: str = "marginal"
 ) -> tuple[Any, ...]:
-    return (*inputs, 0.25, 0.3, 0.2, 16, 32, feature_map, linear)
+    return (*inputs, None, None, 0.25, 0.3, 0.2, 16, 32, feature_map, linear)
 
 
 @pytest.mark.parametrize("per_head", [False, True])
@@ -96,7 +96,7 @@ def test_opcheck(gates: str, linear: str, dynamic: bool) -> None:
     torch.library.opcheck(torch.ops.sla.forward.default, arguments, test_utils=checks)
     with torch.no_grad():
         saved = torch.ops.sla.forward.default(*arguments)
-    detached = [None if x is None else x.detach() for x in (torch.randn_like(q), q, k, v, *given, *saved)]
+    detached = [None if x is None else x.detach() for x in (torch.randn_like(q), q, k, v, *given, None, *saved)]
     torch.library.opcheck(
         torch.ops.sla.backward.default, (*detached, 0.25, 16, 32, "softmax", linear), test_utils=checks
     )
@@ -114,11 +114,11 @@ def test_fake_outputs_have_the_real_strides(layout: str, heads: int) -> None:
     arguments = op_arguments([q, k, v, torch.randn(heads, 16, 16), torch.randn(heads, 16)])
     real = torch.ops.sla.forward.default(*arguments)
     gradients = torch.ops.sla.backward.default(
-        torch.randn_like(q), *arguments[:5], *real, 0.25, 16, 32, "softmax", "marginal"
+        torch.randn_like(q), *arguments[:6], *real, 0.25, 16, 32, "softmax", "marginal"
     )
     meta = [x.to("meta") if isinstance(x, Tensor) else x for x in arguments]
     fake = torch.ops.sla.forward.default(*meta)
-    fake_gradients = torch.ops.sla.backward.default(meta[0], *meta[:5], *fake, 0.25, 16, 32, "softmax", "marginal")
+    fake_gradients = torch.ops.sla.backward.default(meta[0], *meta[:6], *fake, 0.25, 16, 32, "softmax", "marginal")
     for a, b in zip((*real, *gradients), (*fake, *fake_gradients), strict=True):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
@@ -228,9 +228,59 @@ VALUE_ERRORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         "cross",
         {"k": x(1, 2, 41, 16)},
         ValueError,
-        "k has shape (1, 2, 41, 16), accepted is that of q, (1, 2, 40, 16)",
+        "v has shape (1, 2, 40, 16), accepted is that of k, (1, 2, 41, 16)",
     ),
-    ("grouped", {"v": x(1, 1, 40, 16)}, ValueError, "as many key heads as query heads"),
+    (
+        "grouped",
+        {"k": x(1, 1, 40, 16)},
+        ValueError,
+        "k has shape (1, 1, 40, 16), accepted is that of q, (1, 2, 40, 16), but for the number of tokens: as many key",
+    ),
+    (
+        "causal_cross",
+        {"k": x(1, 2, 41, 16), "v": x(1, 2, 41, 16), "causal": True},
+        ValueError,
+        "causal=True with 40 queries and 41 keys, accepted is one number of tokens in q and k",
+    ),
+    (
+        "mask_shape",
+        {"key_mask": x(40)},
+        ValueError,
+        "key_mask has shape (40,), accepted are (1, 40) or (1, 40), (batch, keys)",
+    ),
+    ("mask_keys", {"key_mask": x(1, 41)}, ValueError, "key_mask has shape (1, 41), accepted are (1, 40)"),
+    ("mask_dtype", {"key_mask": torch.ones(1, 40).int()}, TypeError, "key_mask has dtype torch.int32, accepted are"),
+    (
+        "mask_device",
+        {"key_mask": x(1, 40, device="meta")},
+        ValueError,
+        "key_mask is on meta, accepted is the device of q",
+    ),
+    (
+        "sparsity_dtype",
+        {"sparsity": torch.ones(2)},
+        TypeError,
+        "sparsity has dtype torch.float32, accepted is torch.int64, [topk, bottomk] in millionths",
+    ),
+    ("sparsity_shape", {"sparsity": torch.ones(3).long()}, ValueError, "sparsity has shape (3,), accepted is (2,)"),
+    (
+        "sparsity_device",
+        {"sparsity": torch.ones(2, device="meta").long()},
+        ValueError,
+        "sparsity is on meta, accepted is the device of q, cpu",
+    ),
+    (
+        "always_odd",
+        {"always_critical": [1, 2, 3]},
+        ValueError,
+        "always_critical=[1, 2, 3], accepted is an even number of tokens [start, stop, start, stop, ...]",
+    ),
+    (
+        "always_order",
+        {"always_critical": [0, 4, 7, 7]},
+        ValueError,
+        "always_critical has the range 7 to 7, accepted is start < stop",
+    ),
     ("dtype", {"k": x(1, 2, 40, 16).half()}, TypeError, "k has dtype torch.float16, accepted is that of q"),
     (
         "int",
@@ -291,6 +341,9 @@ TYPE_ERRORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("topk_str", {"topk": "5%"}, TypeError, "topk='5%', accepted is a number"),
     ("topk_bool", {"topk": True}, TypeError, "topk=True, accepted is a number"),
     ("block_float", {"block_k": 64.0}, TypeError, "block_k=64.0, accepted is an int"),
+    ("causal_int", {"causal": 1}, TypeError, "causal=1, accepted is a bool"),
+    ("mask_list", {"key_mask": [True]}, TypeError, "key_mask is list, accepted is a torch.Tensor"),
+    ("always_float", {"always_critical": [0, 1.5]}, TypeError, "always_critical=[0, 1.5], accepted is a list of ints"),
     ("linear_none", {"linear": None}, TypeError, "linear=None, accepted is a str"),
 ]
 IDS = [case[0] for case in VALUE_ERRORS + TYPE_ERRORS]
@@ -324,10 +377,10 @@ def test_errors_are_not_skipped_under_fullgraph(
 
 @pytest.mark.parametrize(("_", "changed", "error", "text"), VALUE_ERRORS, ids=[case[0] for case in VALUE_ERRORS])
 def test_the_op_itself_checks_too(_: str, changed: dict[str, Any], error: type[Exception], text: str) -> None:
-    tensors, options = arguments_with(**({"scale": 0.25, "feature_map": "softmax", "linear": "all"} | changed))
-    order = ("scale", "topk", "bottomk", "block_q", "block_k", "feature_map", "linear")
+    given = {"key_mask": None, "sparsity": None, "scale": 0.25, "feature_map": "softmax", "linear": "all"} | changed
+    tensors, options = arguments_with(**given)
     with pytest.raises(error) as raised:
-        torch.ops.sla.forward.default(*tensors, *(options[name] for name in order))
+        torch.ops.sla.forward.default(*tensors, **options)
     assert text in str(raised.value)
 
 

@@ -106,14 +106,13 @@ def run_kernels(case: Case, tensors: list[torch.Tensor | None]) -> tuple[dict[st
     from sla_compile.kernels import triton_attention
 
     *arguments, grad_out = tensors
-    critical, negligible = case.counts
     out, linear_out, lse, block_map = triton_attention.forward(
-        *arguments, critical=critical, negligible=negligible, **case.options
+        *arguments, topk=case.topk, bottomk=case.bottomk, **case.options
     )
     has_linear = arguments[3] is not None and case.linear != "none"
     assert linear_out.shape == (out.shape if has_linear else (0,))
     assert out.transpose(1, 2).is_contiguous()
-    gradients = triton_attention.backward(grad_out, *arguments, out, linear_out, lse, block_map, **case.options)
+    gradients = triton_attention.backward(grad_out, *arguments, None, out, linear_out, lse, block_map, **case.options)
     for tensor, gradient in zip(arguments, gradients, strict=True):
         assert gradient.shape == ((0,) if tensor is None else tensor.shape)
         assert tensor is None or gradient.dtype == tensor.dtype

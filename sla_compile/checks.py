@@ -1,0 +1,187 @@
+"""What the ops accept: every check of ``sla::forward``'s arguments, in plain Python that Dynamo traces.
+
+Axes: B batch, H heads, Lq queries, Lk keys, D head dimension.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["DEVICES", "FEATURE_MAPS", "LINEAR_BRANCHES", "check", "check_activations", "check_types", "effective_dtype"]
+
+FEATURE_MAPS = ("softmax", "elu", "relu")
+LINEAR_BRANCHES = ("marginal", "all", "none")
+DEVICES = ("cpu", "cuda")
+_BLOCKS = (16, 32, 64, 128, 256)
+_HEAD_DIMS = (16, 256)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_AXES = "(batch, heads, tokens, head dimension)"
+
+
+def check_types(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raise TypeError for an argument of a type that the op's schema does not take."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in "qkv"):
+            raise TypeError(f"{name} is {type(tensor).__name__}, accepted is a torch.Tensor")
+    for name in ("scale", "topk", "bottomk"):
+        number = options[name]
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            if name == "scale" and number is None:
+                continue
+            raise TypeError(f"{name}={number!r}, accepted is a number")
+    for name in ("block_q", "block_k"):
+        block = options[name]
+        if isinstance(block, bool) or not isinstance(block, int):
+            raise TypeError(f"{name}={block!r}, accepted is an int, one of {_BLOCKS}")
+    for name in ("feature_map", "linear"):
+        if not isinstance(options[name], str):
+            raise TypeError(f"{name}={options[name]!r}, accepted is a str")
+    if not isinstance(options["causal"], bool):
+        raise TypeError(f"causal={options['causal']!r}, accepted is a bool")
+    ranges = options["always_critical"]
+    if ranges is not None:
+        whole = isinstance(ranges, (list, tuple))
+        if not whole or not all(isinstance(i, int) and not isinstance(i, bool) for i in ranges):
+            raise TypeError(f"always_critical={ranges!r}, accepted is a list of ints [start, stop, start, stop, ...]")
+
+
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    sparsity: Tensor | None,
+    scale: float,
+    topk: float,
+    bottomk: float,
+    block_q: int,
+    block_k: int,
+    feature_map: str,
+    linear: str,
+    causal: bool = False,
+    always_critical: list[int] | None = None,
+) -> None:
+    """Raise ValueError or TypeError for arguments that no kernel accepts."""
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale={scale}, accepted is a finite number")
+    if not 0 < topk <= 1:
+        raise ValueError(f"topk={topk}, accepted is 0 < topk <= 1")
+    if not 0 <= bottomk < 1:
+        raise ValueError(f"bottomk={bottomk}, accepted is 0 <= bottomk < 1")
+    if topk + bottomk > 1 + 1e-12:
+        raise ValueError(f"topk={topk} and bottomk={bottomk} add up to {topk + bottomk}, accepted is at most 1")
+    for name, block in (("block_q", block_q), ("block_k", block_k)):
+        if block not in _BLOCKS:
+            raise ValueError(f"{name}={block}, accepted is one of {_BLOCKS}")
+    _check_name("feature_map", feature_map, FEATURE_MAPS)
+    _check_name("linear", linear, LINEAR_BRANCHES)
+    check_activations(q, k, v)
+    if causal and q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"causal=True with {q.shape[2]} queries and {k.shape[2]} keys, accepted is one number of tokens in q and k"
+        )
+    _check_ranges(always_critical)
+    heads, dim = q.shape[1], q.shape[3]
+    for name, gate, shared in (("weight", weight, (dim, dim)), ("bias", bias, (dim,))):
+        if gate is not None:
+            _check_gate(name, gate, shared, (heads, *shared), q.device)
+    if key_mask is not None:
+        _check_key_mask(key_mask, k)
+    if sparsity is not None:
+        _check_sparsity(sparsity, q.device)
+
+
+def _check_name(argument: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        nearest = difflib.get_close_matches(value, known, n=1, cutoff=0.0)[0]
+        raise ValueError(f"{argument}={value!r}, accepted is one of {known}; nearest is {nearest!r}")
+
+
+def check_activations(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError or TypeError for q, k and v that do not belong together."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, accepted are four axes {_AXES}")
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name} has dtype {x.dtype}, accepted are {', '.join(map(str, _DTYPES))}")
+        if x.shape[2] < 1:
+            raise ValueError(f"{name} has no tokens, accepted is at least one")
+    for name, x in (("k", k), ("v", v)):
+        if effective_dtype(x) != effective_dtype(q):
+            raise TypeError(f"{name} has dtype {x.dtype}, accepted is that of q, {q.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, accepted is the device of q, {q.device}")
+    if (k.shape[0], k.shape[1], k.shape[3]) != (q.shape[0], q.shape[1], q.shape[3]):
+        raise ValueError(
+            f"k has shape {tuple(k.shape)}, accepted is that of q, {tuple(q.shape)}, but for the number of tokens: "
+            "as many key heads as query heads"
+        )
+    if v.shape != k.shape:
+        raise ValueError(f"v has shape {tuple(v.shape)}, accepted is that of k, {tuple(k.shape)}")
+    if not _HEAD_DIMS[0] <= q.shape[3] <= _HEAD_DIMS[1]:
+        raise ValueError(f"head dimension {q.shape[3]}, accepted is {_HEAD_DIMS[0]} to {_HEAD_DIMS[1]}")
+
+
+def effective_dtype(x: Tensor) -> torch.dtype:
+    """x's dtype, or that which autocast gives it; float64 stays, as in torch's own rules."""
+    device = x.device.type
+    eligible = device in DEVICES and x.is_floating_point() and x.dtype != torch.float64
+    if eligible and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _check_gate(
+    name: str, gate: Tensor, shared: tuple[int, ...], per_head: tuple[int, ...], device: torch.device
+) -> None:
+    if gate.dtype not in _DTYPES:
+        raise TypeError(f"{name} has dtype {gate.dtype}, accepted are {', '.join(map(str, _DTYPES))}")
+    if gate.device != device:
+        raise ValueError(f"{name} is on {gate.device}, accepted is the device of q, {device}")
+    if tuple(gate.shape) != (shared if gate.dim() == len(shared) else per_head):
+        raise ValueError(f"{name} has shape {tuple(gate.shape)}, accepted are {shared} or {per_head}")
+
+
+def _check_key_mask(key_mask: Tensor, k: Tensor) -> None:
+    if key_mask.dtype != torch.bool and key_mask.dtype not in _DTYPES:
+        raise TypeError(
+            f"key_mask has dtype {key_mask.dtype}, accepted are torch.bool (true: attend) and, to be added to the "
+            f"logits, {', '.join(map(str, _DTYPES))}"
+        )
+    if key_mask.device != k.device:
+        raise ValueError(f"key_mask is on {key_mask.device}, accepted is the device of q, {k.device}")
+    batch, keys = k.shape[0], k.shape[2]
+    if key_mask.dim() != 2 or key_mask.shape[1] != keys or (key_mask.shape[0] != 1 and key_mask.shape[0] != batch):
+        raise ValueError(
+            f"key_mask has shape {tuple(key_mask.shape)}, accepted are {(batch, keys)} or {(1, keys)}, (batch, keys)"
+        )
+
+
+def _check_sparsity(sparsity: Tensor, device: torch.device) -> None:
+    if sparsity.dtype != torch.int64:
+        raise TypeError(f"sparsity has dtype {sparsity.dtype}, accepted is torch.int64, [topk, bottomk] in millionths")
+    if sparsity.device != device:
+        raise ValueError(f"sparsity is on {sparsity.device}, accepted is the device of q, {device}")
+    if tuple(sparsity.shape) != (2,):
+        raise ValueError(f"sparsity has shape {tuple(sparsity.shape)}, accepted is (2,), [topk, bottomk] in millionths")
+
+
+def _check_ranges(ranges: list[int] | None) -> None:
+    if ranges is None:
+        return
+    if len(ranges) % 2:
+        raise ValueError(
+            f"always_critical={ranges}, accepted is an even number of tokens [start, stop, start, stop, ...]"
+        )
+    for start, stop in zip(ranges[::2], ranges[1::2], strict=True):
+        # from the front to the end: their order depends on the number of tokens
+        if start >= stop and not (start >= 0 and stop < 0):
+            raise ValueError(f"always_critical has the range {start} to {stop}, accepted is start < stop")
