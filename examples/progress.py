@@ -12,7 +12,7 @@ __all__ = ["Steps"]
 
 
 class Steps:
-    """Counts steps from ``start`` to ``stop`` behind a progress bar; give each loss to ``show``."""
+    """Counts steps from ``start`` to ``stop`` behind a progress bar; give losses to ``show``."""
 
     def __init__(self, label: str, start: int, stop: int, console: Console) -> None:
         self.start, self.stop = start, stop
@@ -25,15 +25,19 @@ class Steps:
             console=console,
         )
         self.task = self.progress.add_task(label, total=stop, completed=start, loss="-", pace="")
+        self.shown, self.steps = time.perf_counter(), 0
 
     def __iter__(self) -> Iterator[int]:
         with self.progress:
+            self.shown = time.perf_counter()
             for step in range(self.start, self.stop):
-                began = time.perf_counter()
+                self.steps += 1
                 yield step
-                pace = f"{time.perf_counter() - began:.2f} s/step"
-                self.progress.update(self.task, completed=step + 1, pace=pace)
+                self.progress.update(self.task, completed=step + 1)
 
     def show(self, loss: float) -> None:
-        """Show the loss of the step at hand."""
-        self.progress.update(self.task, loss=f"{loss:.4g}")
+        """Show the loss of the step at hand, and how long a step has taken since the last call of this."""
+        now = time.perf_counter()
+        pace = (now - self.shown) / max(self.steps, 1)
+        self.shown, self.steps = now, 0
+        self.progress.update(self.task, loss=f"{loss:.4g}", pace=f"{pace:.3g} s/step")

@@ -1,4 +1,4 @@
-"""A small video diffusion transformer and the moving shapes it learns: plain PyTorch, no code for sla-compile.
+"""A small video diffusion transformer: plain PyTorch, no code for sla-compile.
 
 Axes: B batch, C channels, T frames, H height, W width, N tokens, D width of the model.
 """
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["VideoDiT", "VideoDiTConfig", "example", "moving_shapes"]
+__all__ = ["Block", "SelfAttention", "VideoDiT", "VideoDiTConfig", "denoised", "example"]
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,21 @@ class SelfAttention(nn.Module):
         """(B, N, D) -> (B, N, D)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
         q, k, v = self.norm_q(q).transpose(1, 2), self.norm_k(k).transpose(1, 2), v.transpose(1, 2)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v (B, H, N, D of a head) -> the same."""
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class Block(nn.Module):
     """Attention and MLP, each shifted, scaled and gated by the time embedding (adaLN-Zero)."""
 
-    def __init__(self, config: VideoDiTConfig) -> None:
+    def __init__(self, config: VideoDiTConfig, attention: type[SelfAttention] = SelfAttention) -> None:
         super().__init__()
         width = config.width
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
-        self.attn = SelfAttention(config)
+        self.attn = attention(config)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
         self.mlp = nn.Sequential(
             nn.Linear(width, config.mlp_ratio * width), nn.GELU(), nn.Linear(config.mlp_ratio * width, width)
@@ -78,16 +82,28 @@ class Block(nn.Module):
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
+def denoised(output: Tensor, noisy: Tensor, time: Tensor, variance: float = 0.17) -> Tensor:
+    """The velocity that ``output`` (B, C, T, H, W), a network's, stands for, given its input and ``time`` (B).
+
+    The best linear guess from each pixel of ``noisy`` alone, for data of this ``variance``, plus ``output`` in
+    units of what that guess misses (the preconditioning of Karras et al., arXiv 2206.00364, in flow matching's
+    terms): the network need not learn to copy its input.
+    """
+    t = time[:, None, None, None, None].float()
+    total = (1 - t).square() * variance + t.square()
+    return (t - (1 - t) * variance) / total * noisy + (variance / total).sqrt() * output
+
+
 class VideoDiT(nn.Module):
     """Predicts the velocity of a noisy video: 3-D patches, positions by sines, adaLN-Zero blocks."""
 
-    def __init__(self, config: VideoDiTConfig | None = None) -> None:
+    def __init__(self, config: VideoDiTConfig | None = None, attention: type[SelfAttention] = SelfAttention) -> None:
         super().__init__()
         self.config = config = config or VideoDiTConfig()
         width = config.width
         self.embed = nn.Conv3d(config.channels, width, kernel_size=config.patch, stride=config.patch)
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
+        self.blocks = nn.ModuleList([Block(config, attention) for _ in range(config.layers)])
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, config.channels * math.prod(config.patch))
         for block in self.blocks:  # adaLN-Zero: each block starts as the identity
@@ -104,7 +120,7 @@ class VideoDiT(nn.Module):
             x = block(x, embedding)
         patches = self.head(self.norm(x)).unflatten(1, grid).unflatten(-1, (-1, *self.config.patch))
         # (B, T', H', W', C, pt, ph, pw) -> (B, C, T', pt, H', ph, W', pw)
-        return patches.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(video.shape)
+        return denoised(patches.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(video.shape), video, time)
 
     def positions(self, grid: torch.Size, device: torch.device) -> Tensor:
         """(T' * H' * W', D): a third of the width for each axis."""
@@ -113,36 +129,6 @@ class VideoDiT(nn.Module):
         axes = torch.meshgrid(*(torch.arange(size, device=device) for size in grid), indexing="ij")
         parts = [waves(axis, part, 100.0) for axis, part in zip(axes, shares, strict=True)]
         return torch.cat(parts, dim=-1).flatten(0, 2)
-
-
-def moving_shapes(count: int, frames: int, height: int, width: int, *, seed: int) -> Tensor:
-    """(count, 3, frames, height, width) in [-1, 1]: two discs or squares that cross a plain ground.
-
-    The same arguments give the same videos, on every machine.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(count, *shape, generator=generator)
-
-    side = min(height, width)
-    rows = torch.arange(height).view(1, 1, height, 1)
-    columns = torch.arange(width).view(1, 1, 1, width)
-    moments = torch.arange(frames).view(1, frames, 1, 1)
-    video = (uniform(3, 1, 1, 1) * 0.6 - 0.8).expand(count, 3, frames, height, width)
-    for _ in range(2):
-        radius = side * (0.12 + 0.12 * uniform(1, 1, 1))
-        speed = side * 0.15 * (uniform(2, 1, 1, 1) * 2 - 1)
-        start = uniform(2, 1, 1, 1)
-        # reflected at the borders: a triangle wave of the unfolded path
-        down = height - (torch.remainder(start[:, 0] * height + speed[:, 0] * moments, 2 * height) - height).abs()
-        right = width - (torch.remainder(start[:, 1] * width + speed[:, 1] * moments, 2 * width) - width).abs()
-        dy, dx = (rows - down).abs(), (columns - right).abs()
-        disc, square = (dy.square() + dx.square()).sqrt(), torch.maximum(dy, dx)
-        distance = torch.where(uniform(1, 1, 1) < 0.5, disc, square)
-        cover = (radius - distance + 0.5).clamp(0, 1)[:, None]  # one pixel of soft edge
-        video = video + cover * (uniform(3, 1, 1, 1) * 2 - 1 - video)
-    return video
 
 
 def example() -> tuple[VideoDiT, tuple[Tensor, Tensor]]:

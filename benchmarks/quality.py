@@ -1,0 +1,253 @@
+"""The arms of examples/finetune.py for several seeds: mean and spread, and whether SLA keeps a dense model's quality.
+
+    python benchmarks/quality.py --out runs/quality --seconds 540    # again, until it says that all is done
+    python benchmarks/quality.py --out runs/quality --report         # writes benchmarks/quality.md, .csv, .png, .gif
+
+It stops by itself in time, with what is done in ``--out``, and goes on from there. The most telling arms come first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "examples"))
+
+from arms import ARMS  # noqa: E402
+from experiment import Experiment, Job, jobs_of  # noqa: E402
+from pictures import aggregate, save_csv, save_plot, save_samples  # noqa: E402
+from settings import PRESETS, Settings  # noqa: E402
+from training import OutOfTime  # noqa: E402
+
+from sla_compile.backend import UntrainedGatesWarning  # noqa: E402
+from sla_compile.blocks import num_blocks, num_critical  # noqa: E402
+
+ROUNDS: tuple[tuple[tuple[str, ...], tuple[float, ...]], ...] = (
+    (tuple(ARMS), (0.95,)),
+    (("sparse", "sla", "calibrated"), (0.90, 0.80)),
+    (("all",), (0.90, 0.80)),
+    (("calibrated-tuned",), (0.90, 0.80)),
+)
+"""Arms and sparsities, in the order in which they are run."""
+
+Row = Mapping[str, Any]
+Groups = Mapping[tuple[str, float | None], Sequence[Row]]
+
+
+def jobs_for(seeds: Sequence[int]) -> list[Job]:
+    """All jobs in their order, each once."""
+    return list(dict.fromkeys(job for arms, shares in ROUNDS for job in jobs_of(arms, shares, seeds)))
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """The preset, and what the command line changes in it."""
+    names = ("dense_steps", "steps", "batch", "lr", "gate_lr", "dense_lr", "inner")
+    given = {name: getattr(options, name) for name in names}
+    return dataclasses.replace(PRESETS[options.preset], **{name: v for name, v in given.items() if v is not None})
+
+
+def measure(options: argparse.Namespace, began: float, console: Console) -> None:
+    """Do as much as the seconds allow."""
+    device = torch.device(options.device)
+    seconds = options.seconds - (time.monotonic() - began) - options.reserve
+    experiment = Experiment(settings_of(options), options.out, device, console, seconds=seconds)
+    machine = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "command": " ".join(["python", "benchmarks/quality.py", *sys.argv[1:]]),
+    }
+    (options.out / "machine.json").write_text(json.dumps(machine, indent=1))
+    jobs = jobs_for(range(options.seeds))
+    with contextlib.suppress(OutOfTime):
+        experiment.run(jobs)
+    missing = [job for job in jobs if job.key not in experiment.results]
+    state = "all is done" if not missing else f"{len(missing)} left, call again; the next is {missing[0].label}"
+    console.print(f"{len(jobs) - len(missing)} of {len(jobs)} arms done in {time.monotonic() - began:.0f} s: {state}")
+
+
+def spread(values: Sequence[float], form: str = ".4f") -> str:
+    """Mean, and least to most."""
+    mean, least, most = (format(f(values), form) for f in (statistics.fmean, min, max))
+    return f"{mean} ({least} to {most})"
+
+
+def paired(rows: Sequence[Row], base: Sequence[Row], value: Callable[[Row, Row], float]) -> list[float]:
+    """``value`` of each row and of the base row of its seed."""
+    of_seed = {row["seed"]: row for row in base}
+    return [value(row, of_seed[row["seed"]]) for row in rows if row["seed"] in of_seed]
+
+
+def excess(row: Row, base: Row) -> float:
+    """How much larger the held-out loss is, in percent."""
+    return 100 * (float(row["after"]) / float(base["after"]) - 1)
+
+
+def main_table(groups: Groups, tokens: int, block: int) -> list[str]:
+    """Every arm: losses, Frechet distance, time."""
+    dense = groups.get(("dense", None), [])
+    blocks = num_blocks(tokens, block)
+    lines = [
+        "| arm | sparsity | critical blocks of a row | loss before | loss after | above dense, % | Fréchet | ms/step |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (arm, share), rows in groups.items():
+        critical = "all" if ARMS[arm].attention == "dense" else "none"
+        if share is not None:
+            critical = f"{num_critical(round(1 - share, 6), blocks)} of {blocks}"
+        times = [row["step_ms"] for row in rows if row["step_ms"]]
+        above = paired(rows, dense, excess)
+        cells = [
+            f"{ARMS[arm].title}{'' if len(rows) > 1 else ' (one seed)'}",
+            "-" if share is None else f"{share:.0%}",
+            critical,
+            f"{statistics.fmean(row['before'] for row in rows):.4f}",
+            spread([row["after"] for row in rows]),
+            spread(above, "+.2f") if above else "-",
+            spread([row["frechet"] for row in rows], ".3f"),
+            f"{statistics.median(times):.1f}" if times else "-",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def time_table(groups: Groups) -> list[str]:
+    """How much the loss is above the dense one's in each quarter of the held-out times."""
+    dense = groups.get(("dense", None), [])
+    lines = ["| arm | sparsity | least noise | 2nd quarter | 3rd quarter | most noise |", "| --- " * 6 + "|"]
+    for (arm, share), rows in groups.items():
+        parts = [
+            paired(rows, dense, lambda row, base, i=i: 100 * (row["by_time"][i] / base["by_time"][i] - 1))
+            for i in range(4)
+        ]
+        if arm != "dense" and all(parts):
+            means = [f"{statistics.fmean(part):+.2f}" for part in parts]
+            lines.append(f"| {' | '.join([ARMS[arm].title, '-' if share is None else f'{share:.0%}', *means])} |")
+    return lines
+
+
+def bars(groups: Groups) -> list[str]:
+    """What was hoped for, at 95% sparsity, and what came out."""
+    dense, sparse = groups.get(("dense", None), []), groups.get(("sparse", 0.95), [])
+    lines = []
+    for arm in ("sla", "calibrated-tuned"):
+        rows, title = groups.get((arm, 0.95), []), ARMS[arm].title
+        above = paired(rows, dense, excess)
+        if not above or not sparse:
+            continue
+        met = "met" if statistics.fmean(above) <= 1 else "missed"
+        lines.append(f"- {title} within 1% of dense: **{met}**, {spread(above, '+.2f')}%.")
+        far, near = statistics.fmean(paired(sparse, dense, excess)), statistics.fmean(above)
+        if near <= 0:
+            text = f"**met**: it is not above dense at all; sparse only is {far:+.2f}%"
+        else:
+            text = f"**{'met' if far / near >= 5 else 'missed'}**, {far / near:.1f} times ({far:+.2f}% to {near:+.2f}%)"
+        lines.append(f"- {title} at least 5 times closer to dense than sparse only: {text}.")
+    for share in (0.95, 0.90, 0.80):
+        closed = [100 * (1 - row["error_gated"] / row["error_sparse"]) for row in groups.get(("calibrated", share), [])]
+        if closed:
+            met = "met" if statistics.fmean(closed) >= 50 else "missed"
+            lines.append(
+                f"- Calibration alone closes half of sparse only's attention error on held-out videos, {share:.0%}: "
+                f"**{met}**, {spread(closed, '.1f')}%."
+            )
+    return lines
+
+
+def report(options: argparse.Namespace) -> None:
+    """Write the table and the pictures of what is in ``--out``."""
+    results = json.loads((options.out / "results.json").read_text())
+    settings = json.loads((options.out / "settings.json").read_text())
+    machine = json.loads((options.out / "machine.json").read_text())
+    known = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
+    groups = aggregate(results)
+    seeds = sorted({row["seed"] for rows in groups.values() for row in rows})
+    grid = "x".join(str(size // step) for size, step in zip(known.size, known.patch, strict=True))
+    held_out = known.held_out * known.batch
+    text = [
+        "# Quality after the switch",
+        "",
+        f"{machine['device']}, torch {machine['torch']}; {len(seeds)} seeds. One run, in pieces, of",
+        "",
+        f"    {machine['command']}",
+        "",
+        f"A video transformer of {known.layers} layers, {known.heads} heads of {known.head_dim}, on procedural videos "
+        f"of {' x '.join(map(str, known.size))} pixels: {grid} = {known.tokens} tokens in blocks of {known.block}. "
+        f"Dense training for {known.dense_steps} steps of {known.batch} videos; from that checkpoint each arm is trained "
+        f"for {known.steps} steps of flow matching at the same learning rates ({known.lr:g}, gates {known.gate_lr:g}) on "
+        f"the same batches. Held-out loss on the same {held_out} videos, noise and times; Fréchet distance of "
+        f"{known.sampled * known.batch} samples from the same noise ({known.sampling_steps} Euler steps) on a network "
+        f"trained on such videos, {results['real']['frechet']:.3f} for as many real videos. Mean (least to most) over "
+        f'seeds; "above dense" compares with the dense model trained on for as many steps, seed by seed. '
+        f"Negligible blocks: {known.bottomk:.0%}.",
+        "",
+        *main_table(groups, known.tokens, known.block),
+        "",
+        "What was hoped for at 95% sparsity:",
+        "",
+        *bars(groups),
+        "",
+        "Held-out loss above dense, %, in each quarter of the times of flow matching (means over seeds):",
+        "",
+        *time_table(groups),
+        "",
+        "![held-out loss and Fréchet distance against sparsity](quality.png)",
+        "",
+        "Samples of the first seed at 95% sparsity, from the same noise; in reading order: "
+        + ", ".join(ARMS[arm].title for arm in ARMS)
+        + ".",
+        "",
+        "![samples](quality_samples.gif)",
+        "",
+    ]
+    folder = options.report_to
+    (folder / "quality.md").write_text("\n".join(text))
+    save_csv(results, folder / "quality.csv")
+    save_plot(results, folder / "quality.png")
+    samples = torch.load(options.out / "samples.pt", weights_only=True)
+    shown = {key: video for key, video in samples.items() if key.split("/")[1] in ("-", "0.95")}
+    save_samples(shown, folder, "quality_samples", scale=1)
+
+
+def main() -> None:
+    """Measure, or report what was measured."""
+    began = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of results: gone on with where it has some")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop by then")
+    parser.add_argument("--reserve", type=float, default=10.0, help="seconds of these to end in")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--preset", choices=list(PRESETS), default="gpu")
+    parser.add_argument("--dense-steps", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--dense-lr", type=float)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--gate-lr", type=float)
+    parser.add_argument("--inner", choices=("inductor", "eager"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--report", action="store_true", help="write the table and the pictures instead")
+    parser.add_argument("--report-to", type=Path, default=HERE, help="folder of the table and the pictures")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=UntrainedGatesWarning)  # training them is next
+    if options.report:
+        report(options)
+    else:
+        measure(options, began, Console(width=140))
+
+
+if __name__ == "__main__":
+    main()

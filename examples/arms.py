@@ -1,0 +1,187 @@
+"""The arms of the comparison: what each does with the attention of one and the same dense checkpoint.
+
+``Student`` is a model with the attention of one arm, compiled block by block; arms that differ only in how they are
+trained share it, and so do seeds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from settings import Settings
+from torch import Tensor, nn
+from video_dit import SelfAttention, VideoDiT, VideoDiTConfig
+
+import sla_compile
+
+__all__ = ["ARMS", "Arm", "LinearAttention", "Student", "Wan"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to treat the dense checkpoint."""
+
+    title: str
+    attention: str = "sla"
+    """"dense", "linear" (plain linear attention, this file's) or "sla"."""
+    branch: str = "marginal"
+    """``SLAConfig.linear``, for "sla"."""
+    calibrated: bool = False
+    trained: bool = True
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the arm has a sparsity."""
+        return self.attention == "sla"
+
+
+ARMS = {
+    "checkpoint": Arm("dense checkpoint", "dense", trained=False),
+    "dense": Arm("dense, trained on", "dense"),
+    "sparse": Arm("sparse only", branch="none"),
+    "linear": Arm("linear only", "linear"),
+    "all": Arm("sparse + linear over all keys", branch="all"),
+    "sla": Arm("SLA"),
+    "calibrated": Arm("SLA, calibrated only", calibrated=True, trained=False),
+    "calibrated-tuned": Arm("SLA, calibrated, trained", calibrated=True),
+}
+
+
+class LinearAttention(SelfAttention):
+    """Linear attention alone, O^l weight^T + bias: the linear branch of SLA over all keys, softmax feature map.
+
+    There is no sparse branch that could carry the start, so the weight starts as the identity.
+    """
+
+    def __init__(self, config: VideoDiTConfig) -> None:
+        super().__init__(config)
+        self.linear_weight = nn.Parameter(torch.eye(config.head_dim))
+        self.linear_bias = nn.Parameter(torch.zeros(config.head_dim))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v (B, H, N, D of a head) -> the same."""
+        phi_q, phi_k = q.softmax(-1), k.softmax(-1)
+        mixed = (phi_q @ (phi_k.mT @ v)) / (phi_q @ phi_k.sum(2)[..., None])
+        return mixed @ self.linear_weight.mT + self.linear_bias
+
+
+class Wan(nn.Module):
+    """A small WanTransformer3DModel of diffusers with the call of ``VideoDiT``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from diffusers import WanTransformer3DModel
+
+        self.transformer = WanTransformer3DModel(
+            num_attention_heads=4,
+            attention_head_dim=32,
+            in_channels=3,
+            out_channels=3,
+            ffn_dim=256,
+            num_layers=4,
+            text_dim=32,
+            freq_dim=64,
+        )
+        self.register_buffer("text", torch.zeros(1, 8, 32))  # no text: the videos have no captions
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks that are compiled one by one."""
+        return self.transformer.blocks
+
+    def forward(self, video: Tensor, time: Tensor) -> Tensor:
+        """video (B, C, T, H, W) and time (B), from 0 (data) to 1 (noise) -> velocity (B, C, T, H, W)."""
+        text = self.text.expand(len(video), -1, -1)
+        return self.transformer(video, time * 1000, text, return_dict=False)[0]
+
+
+def build(settings: Settings, attention: str = "dense") -> nn.Module:
+    """The model of ``settings`` on the CPU, with dense or linear attention."""
+    if settings.model == "wan":
+        if attention == "linear":
+            raise ValueError("arm 'linear': got model 'wan'; accepted: model 'dit', whose attention this file can swap")
+        return Wan()
+    config = VideoDiTConfig(
+        patch=settings.patch,
+        heads=settings.heads,
+        head_dim=settings.head_dim,
+        layers=settings.layers,
+        mlp_ratio=settings.mlp_ratio,
+    )
+    return VideoDiT(config, LinearAttention if attention == "linear" else SelfAttention)
+
+
+class Student:
+    """A model with one kind of attention, its blocks compiled; call it with a noisy video and its time."""
+
+    def __init__(self, settings: Settings, arm: Arm, sparsity: float | None, device: torch.device) -> None:
+        self.settings, self.device = settings, device
+        self.model = build(settings, arm.attention).to(device)
+        backend = "inductor"
+        if arm.attention == "sla":
+            backend = "sla"
+            self._prepare(arm, sparsity)
+        self.gates = [p for name, p in self.model.named_parameters() if ".sla." in name or ".linear_" in name]
+        self.fresh = [gate.detach().clone() for gate in self.gates]
+        if backend == "sla" or settings.inner == "inductor":
+            options: dict[str, Any] = {"options": {"inner": settings.inner}} if backend == "sla" else {}
+            for block in self.model.blocks:
+                block.compile(backend=backend, **options)
+
+    def _prepare(self, arm: Arm, sparsity: float | None) -> None:
+        settings = self.settings
+        config = sla_compile.SLAConfig(
+            topk=round(1 - (sparsity or 0.0), 6),
+            bottomk=settings.bottomk,
+            block_q=settings.block,
+            block_k=settings.block,
+            linear=arm.branch,
+            min_tokens=0,  # short videos too
+            inner=settings.inner,
+        )
+        video = torch.zeros(settings.batch, 3, *settings.size, device=self.device)
+        sla_compile.prepare(self.model, (video, video.new_zeros(settings.batch)), config=config)
+
+    @torch.no_grad()
+    def reset(self, checkpoint: dict[str, Tensor]) -> None:
+        """Be the dense checkpoint again, with fresh gates."""
+        self.model.load_state_dict(checkpoint, strict=False)
+        for gate, value in zip(self.gates, self.fresh, strict=True):
+            gate.copy_(value)
+        self.model.requires_grad_(True)
+        self.model.zero_grad()
+
+    def optimizer(self, lr: float, gate_lr: float, train: str) -> torch.optim.Optimizer:
+        """The gates start at zero in a trained model: a higher learning rate than the rest, no weight decay."""
+        known = {id(gate) for gate in self.gates}
+        rest = [parameter for parameter in self.model.parameters() if id(parameter) not in known]
+        for parameter in rest:
+            parameter.requires_grad_(train == "all")
+        groups = [
+            {"params": rest, "peak_lr": lr, "weight_decay": 0.01},
+            {"params": self.gates, "peak_lr": gate_lr, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.98), fused=True)
+
+    def rewritten(self) -> bool:
+        """Whether every gate is in use by what was compiled."""
+        sites = sla_compile.report(self.model).to_dict()["sites"]
+        gated = [site for site in sites if site["rewritten"]]
+        return len(gated) == len(sla_compile.gates(self.model)) > 0
+
+    def autocast(self) -> torch.autocast:
+        """bf16 on a GPU."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def __call__(self, noisy: Tensor, time: Tensor) -> Tensor:
+        """The velocity (B, C, T, H, W), float32."""
+        with self.autocast():
+            velocity: Tensor = self.model(noisy, time)
+        return velocity.float()
+
+    def velocity(self, noisy: Tensor, time: Tensor) -> Tensor:
+        """The same without a graph of gradients, by the very code that training runs: nothing else is compiled."""
+        with torch.enable_grad():
+            return self(noisy, time).detach()

@@ -1,0 +1,129 @@
+"""A training loop that can be killed at any moment and goes on where its last checkpoint was."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from arms import Student
+from progress import Steps
+from rich.console import Console
+from torch import Tensor
+from videos import Batch
+
+__all__ = ["OutOfTime", "Trainer", "flow_target", "write"]
+
+CHECK_EVERY = 10
+"""Steps between looks at the loss, the clock and the bar: each waits for the device."""
+
+
+class OutOfTime(Exception):
+    """The seconds given are used up; what is done is saved."""
+
+
+@dataclass
+class Trainer:
+    """Trains one student after another; the state of the one at hand is in the file ``running``."""
+
+    running: Path
+    console: Console
+    deadline: float = math.inf
+    """Of ``time.monotonic()``; past it, ``fit`` saves and raises OutOfTime."""
+    save_every: int | None = None
+    """Steps between checkpoints; None: only when the time is used up."""
+
+    def fit(
+        self,
+        key: str,
+        student: Student,
+        optimizer: torch.optim.Optimizer,
+        steps: int,
+        batch_of: Callable[[int], Batch],
+        target: Callable[[Batch], Tensor],
+    ) -> dict[str, Any]:
+        """Fit ``student`` to ``target`` on the batches of steps 0 to ``steps``; a checkpoint of ``key`` goes on.
+
+        Returns ``losses``, pairs of step and loss, and ``step_ms``. Raises FloatingPointError where a loss is not
+        finite.
+        """
+        at = _Progress(key)
+        if self.running.exists():
+            state = torch.load(self.running, map_location=student.device, weights_only=True)
+            if state["key"] == key:
+                student.model.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+                at = _Progress(key, state["step"], state["losses"])
+        bar = Steps(key, at.step, steps, self.console)
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * rate(step, steps)
+            batch = batch_of(step)
+            loss = F.mse_loss(student(batch[0], batch[1]), target(batch))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            at.step = step + 1
+            if at.step % CHECK_EVERY == 0 or at.step == steps:
+                bar.show(at.look(loss))
+                if at.step < steps and time.monotonic() > self.deadline:
+                    self.save(at, student, optimizer)
+                    raise OutOfTime
+            if self.save_every is not None and at.step % self.save_every == 0:
+                self.save(at, student, optimizer)
+        return {"losses": at.losses, "step_ms": at.milliseconds()}
+
+    def save(self, at: _Progress, student: Student, optimizer: torch.optim.Optimizer) -> None:
+        """Everything that ``fit`` needs to go on."""
+        state = {"key": at.key, "step": at.step, "losses": at.losses}
+        state |= {"model": student.model.state_dict(), "optimizer": optimizer.state_dict()}
+        write(self.running, lambda path: torch.save(state, path))
+
+
+@dataclass
+class _Progress:
+    """How far a training is: its losses, and when they were looked at."""
+
+    key: str
+    step: int = 0
+    losses: list[list[float]] = field(default_factory=list)
+    looks: list[tuple[int, float]] = field(default_factory=list)
+
+    def look(self, loss: Tensor) -> float:
+        """Note the loss of this step, as a number."""
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{self.key}: the loss is {value} at step {self.step}")
+        self.losses.append([self.step, value])
+        self.looks.append((self.step, time.monotonic()))
+        return value
+
+    def milliseconds(self) -> float:
+        """Per step, without the first steps, which compile; 0 where there are too few to say."""
+        if len(self.looks) < 3:
+            return 0.0
+        (first, began), (last, ended) = self.looks[1], self.looks[-1]
+        return 1000 * (ended - began) / (last - first)
+
+
+def rate(step: int, steps: int) -> float:
+    """The learning rate's share of its peak: a warm-up, since Adam's first steps are long, and a way down to zero."""
+    return min(1.0, (step + 1) / max(1, min(50, steps // 10)), 2 * (1 - step / steps))
+
+
+def flow_target(batch: Batch) -> Tensor:
+    """Flow matching's own target."""
+    return batch[2]
+
+
+def write(path: Path, save: Callable[[Path], object]) -> None:
+    """Let ``save`` write a file that takes the place of ``path`` only when it is complete."""
+    temporary = path.with_name(path.name + ".tmp")
+    save(temporary)
+    temporary.replace(path)
