@@ -102,6 +102,93 @@ def test_opcheck(gates: str, linear: str, dynamic: bool) -> None:
     )
 
 
+def with_options(keys: int, **options: Any) -> tuple[list[Tensor], dict[str, Any]]:
+    """q, k, v, weight, bias, of 130 queries and ``keys`` keys, and the op's other arguments."""
+    q, _, _, weight, bias = make_inputs(130, dtype=torch.float32)
+    k, v = make_inputs(keys, dtype=torch.float32)[1:3]
+    given = {
+        "key_mask": None,
+        "sparsity": None,
+        "scale": 0.25,
+        "feature_map": "softmax",
+        "linear": "marginal",
+    } | OPTIONS
+    return [q, k, v, weight, bias], given | options
+
+
+OP_OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
+    "bool mask": (130, {"key_mask": torch.arange(130).lt(70)[None]}),
+    "additive mask": (130, {"key_mask": torch.arange(130.0)[None] / -10, "linear": "all"}),
+    "cross": (70, {"key_mask": torch.arange(70).lt(40)[None], "always_critical": [0, 17]}),
+    "sparsity": (130, {"sparsity": torch.tensor([200_000, 300_000])}),
+    "causal": (130, {"causal": True}),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", OP_OPTIONS)
+def test_opcheck_of_options(name: str, dynamic: bool) -> None:
+    torch.manual_seed(4)
+    keys, options = OP_OPTIONS[name]
+    tensors, options = with_options(keys, **options)
+    checks = "test_aot_dispatch_dynamic" if dynamic else OPCHECKS
+    torch.library.opcheck(torch.ops.sla.forward.default, tensors, options, test_utils=checks)
+    with torch.no_grad():
+        saved = torch.ops.sla.forward.default(*tensors, **options)
+    detached = [x.detach() for x in (torch.randn_like(tensors[0]), *tensors)]
+    rest = (0.25, 16, 32, "softmax", options["linear"], options.get("causal", False))
+    torch.library.opcheck(
+        torch.ops.sla.backward.default, (*detached, options["key_mask"], *saved, *rest), test_utils=checks
+    )
+
+
+@pytest.mark.parametrize("name", OP_OPTIONS)
+def test_options_match_the_definition_eager_and_compiled(name: str) -> None:
+    torch.manual_seed(8)
+    torch._dynamo.reset()
+    keys, options = OP_OPTIONS[name]
+    tensors, options = with_options(keys, **options)
+    expected = reference.sparse_linear_attention(*tensors, **options)
+    wanted = torch.autograd.grad(expected.square().sum(), tensors)
+    for function in (sparse_linear_attention, torch.compile(sparse_linear_attention, fullgraph=True, dynamic=True)):
+        out = function(*tensors, **options)
+        assert_close("out", out, expected, 1e-6)
+        gradients = torch.autograd.grad(out.square().sum(), tensors)
+        for which, a, b in zip(("dq", "dk", "dv", "dweight", "dbias"), gradients, wanted, strict=True):
+            assert_close(which, a, b, 3e-6)
+
+
+def test_one_compilation_for_every_sparsity_mask_and_number_of_keys() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(sparse_linear_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for keys, share in ((90, 100_000), (200, 200_000), (333, 50_000)):
+            tensors, options = with_options(keys)
+            options |= {
+                "key_mask": torch.rand(1, keys) < 0.8,
+                "sparsity": torch.tensor([share, 2 * share]),
+                "always_critical": [-20, 10**9],
+            }
+            out = compiled(*tensors, **options)
+            assert_close("out", out, reference.sparse_linear_attention(*tensors, **options), 1e-6)
+
+
+def test_a_mask_gets_no_gradient() -> None:
+    tensors, options = with_options(130)
+    mask = torch.zeros(1, 130, requires_grad=True)
+    sparse_linear_attention(*tensors, **options | {"key_mask": mask}).sum().backward()
+    assert mask.grad is None
+
+
+def test_autocast_leaves_the_mask() -> None:
+    tensors, options = with_options(130)
+    options["key_mask"] = torch.randn(1, 130) * 100
+    with torch.autocast("cpu", torch.bfloat16):
+        out = sparse_linear_attention(*tensors, **options)
+    low = [x.to(torch.bfloat16) for x in tensors[:3]]
+    assert_close("out", out, sparse_linear_attention(*low, *tensors[3:], **options), 0.0)
+
+
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("layout", ["dense", "token_major", "fused"])
 def test_fake_outputs_have_the_real_strides(layout: str, heads: int) -> None:

@@ -1,8 +1,13 @@
-"""What the interpreter and the GPU tests of the Triton kernels share: inputs, one run, its reference."""
+"""What the tests of the kernels, on the CPU, in Triton's interpreter and on the GPU, share: inputs, one run, its
+reference."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import zlib
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
 
 import torch
 from helpers import assert_close
@@ -31,6 +36,12 @@ class Case:
     bias: str = "shared"
     layout: str = "token_major"
     gate_dtype: torch.dtype | None = None
+    keys: int | None = None
+    """Tokens of k and v; None: as many as queries."""
+    mask: str = "none"
+    sparsity: tuple[int, int] | None = None
+    causal: bool = False
+    always: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         changed = [
@@ -39,14 +50,18 @@ class Case:
         return ",".join(changed) or "base"
 
     @property
+    def num_keys(self) -> int:
+        return self.tokens if self.keys is None else self.keys
+
+    @property
     def counts(self) -> tuple[int, int]:
-        """Critical and negligible key blocks in a row."""
+        """Critical and negligible key blocks in a row, without options that change them."""
         key_blocks = num_blocks(self.tokens, self.block_k)
         critical = num_critical(self.topk, key_blocks)
         return critical, num_negligible(self.bottomk, critical, key_blocks)
 
     @property
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         """Keywords that both launchers take."""
         return {
             "scale": self.head_dim**-0.5,
@@ -54,7 +69,13 @@ class Case:
             "block_k": self.block_k,
             "feature_map": self.feature_map,
             "linear": self.linear,
+            "causal": self.causal,
         }
+
+    def classes(self, sparsity: torch.Tensor | None) -> dict[str, Any]:
+        """Keywords that decide the classes, of the launchers and of the definition."""
+        shares: dict[str, Any] = {"topk": self.topk, "bottomk": self.bottomk}
+        return shares | {"sparsity": sparsity, "always_critical": list(self.always) or None}
 
 
 _BASE = Case()
@@ -83,10 +104,40 @@ def activation(case: Case, generator: torch.Generator, dtype: torch.dtype) -> to
     return x.mT if case.layout == "dim_before_token" else x
 
 
+def key_mask(case: Case, device: str) -> torch.Tensor | None:
+    """The case's mask, (B, Lk) or (1, Lk): the first batch row attends to more than the last."""
+    generator = torch.Generator(device).manual_seed(zlib.crc32(str(case).encode()))
+    keys = case.num_keys
+    live = torch.ones(case.batch, keys, dtype=torch.bool, device=device)
+    # a hole over whole blocks, single tokens here and there, and the end
+    live[-1, keys // 8 : keys // 2] = False
+    live[-1, ::3] = False
+    live[-1, -keys // 8 :] = False
+    moderate = torch.randn(live.shape, generator=generator, device=device) * 2
+    if case.mask == "none":
+        return None
+    if case.mask == "bool":
+        return live
+    if case.mask == "one row":
+        return live[-1:]
+    if case.mask == "dead row":
+        live[-1] = False
+        return live
+    if case.mask == "-inf":
+        return moderate.masked_fill(~live, -math.inf)
+    if case.mask == "-10000":
+        return torch.where(live, 0.0, -10000.0)
+    if case.mask == "all -10000":
+        return torch.full_like(moderate, -10000.0)
+    assert case.mask == "moderate", case.mask
+    return moderate - 3
+
+
 def inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> list[torch.Tensor | None]:
     """q, k, v, weight, bias, grad_out."""
     generator = torch.Generator(device).manual_seed(seed)
-    q, k, v, grad_out = (activation(case, generator, dtype) for _ in range(4))
+    tokens = (case.tokens, case.num_keys, case.num_keys, case.tokens)
+    q, k, v, grad_out = (activation(replace(case, tokens=n), generator, dtype) for n in tokens)
     gate_dtype = case.gate_dtype or dtype
     dim, heads = case.head_dim, case.heads
     # v off zero: else the linear branch, a mean over many keys, is too small to be seen in the sum
@@ -101,18 +152,22 @@ def inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> list[t
     return [q, k, v, weight, bias, grad_out]
 
 
-def run_kernels(case: Case, tensors: list[torch.Tensor | None]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The launchers' out and gradients by name, and their block map."""
-    from sla_compile.kernels import triton_attention
+def run_kernels(
+    case: Case, tensors: list[torch.Tensor | None], kernels: ModuleType | None = None
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The launchers' out and gradients by name, and their block map; ``kernels`` None: Triton's."""
+    if kernels is None:
+        from sla_compile.kernels import triton_attention as kernels
 
     *arguments, grad_out = tensors
-    out, linear_out, lse, block_map = triton_attention.forward(
-        *arguments, topk=case.topk, bottomk=case.bottomk, **case.options
-    )
+    assert grad_out is not None
+    mask = key_mask(case, grad_out.device.type)
+    sparsity = None if case.sparsity is None else torch.tensor(case.sparsity, device=grad_out.device)
+    out, linear_out, lse, block_map = kernels.forward(*arguments, mask, **case.classes(sparsity), **case.options)
     has_linear = arguments[3] is not None and case.linear != "none"
     assert linear_out.shape == (out.shape if has_linear else (0,))
     assert out.transpose(1, 2).is_contiguous()
-    gradients = triton_attention.backward(grad_out, *arguments, None, out, linear_out, lse, block_map, **case.options)
+    gradients = kernels.backward(grad_out, *arguments, mask, out, linear_out, lse, block_map, **case.options)
     for tensor, gradient in zip(arguments, gradients, strict=True):
         assert gradient.shape == ((0,) if tensor is None else tensor.shape)
         assert tensor is None or gradient.dtype == tensor.dtype
@@ -122,11 +177,10 @@ def run_kernels(case: Case, tensors: list[torch.Tensor | None]) -> tuple[dict[st
 def run_reference(case: Case, tensors: list[torch.Tensor | None], block_map: torch.Tensor) -> dict[str, torch.Tensor]:
     """The definition in float64 at the kernels' own classes: out and the gradients that exist."""
     *arguments, grad_out = tensors
-    doubles = [None if x is None else x.detach().double().requires_grad_() for x in arguments]
-    out = reference.sparse_linear_attention(
-        *doubles, topk=case.topk, bottomk=case.bottomk, block_map=block_map, **case.options
-    )
     assert grad_out is not None
+    doubles = [None if x is None else x.detach().double().requires_grad_() for x in arguments]
+    mask = key_mask(case, grad_out.device.type)
+    out = reference.sparse_linear_attention(*doubles, key_mask=mask, block_map=block_map, **case.options)
     present = {n: x for n, x in zip(NAMES[1:], doubles, strict=True) if x is not None}
     gradients = torch.autograd.grad(
         out, list(present.values()), grad_out.double(), allow_unused=True, materialize_grads=True
@@ -134,9 +188,78 @@ def run_reference(case: Case, tensors: list[torch.Tensor | None], block_map: tor
     return {"out": out.detach(), **dict(zip(present, gradients, strict=True))}
 
 
-def check(case: Case, tensors: list[torch.Tensor | None], forward_budget: float, gradient_budget: float) -> None:
-    """Kernels against the definition, out and every gradient."""
-    actual, block_map = run_kernels(case, tensors)
+def expected_classes(case: Case, tensors: list[torch.Tensor | None]) -> torch.Tensor:
+    """The definition's block map in float64."""
+    q, k, grad_out = tensors[0], tensors[1], tensors[-1]
+    assert q is not None
+    assert k is not None
+    assert grad_out is not None
+    sparsity = None if case.sparsity is None else torch.tensor(case.sparsity)
+    return reference.classify(
+        q.double(),
+        k.double(),
+        scale=case.head_dim**-0.5,
+        block_q=case.block_q,
+        block_k=case.block_k,
+        key_mask=key_mask(case, grad_out.device.type),
+        causal=case.causal,
+        **case.classes(sparsity),
+    )
+
+
+def check(
+    case: Case,
+    tensors: list[torch.Tensor | None],
+    forward_budget: float,
+    gradient_budget: float,
+    kernels: ModuleType | None = None,
+) -> torch.Tensor:
+    """Kernels against the definition, out and every gradient; returns the block map."""
+    actual, block_map = run_kernels(case, tensors, kernels)
     expected = run_reference(case, tensors, block_map)
     for name, value in expected.items():
         assert_close(name, actual[name], value, forward_budget if name == "out" else gradient_budget)
+    return block_map
+
+
+OPTIONS = [
+    *(
+        Case(tokens=200, batch=2, block_q=32, block_k=16, head_dim=dim, mask=mask)
+        for mask, dim in (("bool", 40), ("-inf", 72), ("-10000", 64), ("moderate", 32), ("dead row", 32))
+    ),
+    Case(tokens=150, batch=2, block_q=64, block_k=32, head_dim=128, mask="bool", weight="per_head", bias="per_head"),
+    Case(tokens=150, batch=3, block_k=16, head_dim=32, mask="one row", feature_map="elu", layout="packed"),
+    Case(tokens=150, batch=2, block_k=16, head_dim=32, mask="-inf", linear="all", feature_map="relu"),
+    Case(tokens=150, batch=2, block_k=16, head_dim=32, mask="moderate", linear="none", bias="none"),
+    Case(tokens=150, batch=2, block_k=16, head_dim=32, mask="all -10000", weight="none"),
+    Case(tokens=90, keys=250, batch=2, block_q=32, block_k=16, head_dim=32),
+    Case(tokens=250, keys=40, batch=2, block_q=64, block_k=32, head_dim=40, linear="all"),
+    Case(tokens=70, keys=333, batch=2, block_q=16, block_k=64, head_dim=72, mask="bool"),
+    Case(tokens=200, batch=2, block_q=32, block_k=16, head_dim=32, sparsity=(170_000, 500_000)),
+    Case(tokens=200, batch=2, block_q=32, block_k=16, head_dim=32, sparsity=(900_000, 950_000)),
+    Case(tokens=200, batch=2, block_q=32, block_k=16, head_dim=32, sparsity=(0, -5), mask="bool"),
+    Case(tokens=200, batch=2, block_q=32, block_k=16, head_dim=40, always=(0, 17, -20, 10**9)),
+    Case(
+        tokens=200,
+        batch=2,
+        block_q=32,
+        block_k=16,
+        head_dim=32,
+        always=(60, 120),
+        mask="bool",
+        sparsity=(100_000, 300_000),
+    ),
+    Case(tokens=80, keys=200, batch=2, block_q=32, block_k=16, head_dim=32, always=(0, 200), bottomk=0.5),
+    *(
+        Case(tokens=200, batch=2, block_q=q, block_k=k, head_dim=dim, causal=True)
+        for q, k, dim in ((32, 16, 40), (16, 64, 32), (64, 64, 64))
+    ),
+    Case(tokens=129, batch=2, block_q=16, block_k=16, head_dim=128, causal=True, topk=0.5, bottomk=0.5),
+    Case(tokens=200, batch=2, block_q=32, block_k=16, head_dim=32, causal=True, linear="all", feature_map="elu"),
+    Case(tokens=200, batch=2, block_q=32, block_k=16, head_dim=72, causal=True, mask="-inf", always=(30, 40)),
+    Case(
+        tokens=200, batch=2, block_q=16, block_k=16, head_dim=32, causal=True, sparsity=(200_000, 100_000), mask="bool"
+    ),
+    Case(tokens=150, batch=2, block_q=128, block_k=32, head_dim=32, causal=True, linear="all", mask="dead row"),
+]
+"""Every option, alone and with others, on shapes that no block divides."""
