@@ -15,6 +15,7 @@ import json
 import math
 import statistics
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -167,16 +168,36 @@ def bars(groups: Groups) -> list[str]:
     return lines
 
 
+def what_was_done(settings: Settings, real: float) -> list[str]:
+    """The settings, in sentences."""
+    grid = "x".join(str(size // step) for size, step in zip(settings.size, settings.patch, strict=True))
+    sentences = (
+        f"A video transformer of {settings.layers} layers, {settings.heads} heads of {settings.head_dim}.",
+        f"Procedural videos of {' x '.join(map(str, settings.size))} pixels: {grid} = {settings.tokens} tokens.",
+        f"Blocks of {settings.block} tokens, {settings.bottomk:.0%} of them negligible.",
+        f"Dense training for {settings.dense_steps} steps of {settings.batch} videos.",
+        f"From that checkpoint, {settings.steps} steps of flow matching for each arm that is trained,",
+        f"at the same learning rates ({settings.lr:g}, gates {settings.gate_lr:g}) on the same batches.",
+        f"Held-out loss on the same {settings.held_out * settings.batch} videos, noise and times.",
+        f"Fréchet distance of {settings.sampled * settings.batch} samples from the same noise",
+        f"({settings.sampling_steps} Euler steps), on the features of a network trained on such videos;",
+        f"as many real videos have {real:.3f}.",
+        "Mean (least to most) over seeds.",
+        '"Above dense" compares, seed by seed, with the dense model trained on for as many steps.',
+    )
+    return textwrap.wrap(" ".join(sentences), 118)
+
+
 def report(options: argparse.Namespace) -> None:
     """Write the table and the pictures of what is in ``--out``."""
     results = json.loads((options.out / "results.json").read_text())
     settings = json.loads((options.out / "settings.json").read_text())
     machine = json.loads((options.out / "machine.json").read_text())
     known = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
+    samples = torch.load(options.out / "samples.pt", weights_only=True)
+    shown = {key: video for key, video in samples.items() if key.split("/")[1] in ("-", "0.95")}
     groups = aggregate(results)
     seeds = sorted({row["seed"] for rows in groups.values() for row in rows})
-    grid = "x".join(str(size // step) for size, step in zip(known.size, known.patch, strict=True))
-    held_out = known.held_out * known.batch
     text = [
         "# Quality after the switch",
         "",
@@ -184,15 +205,7 @@ def report(options: argparse.Namespace) -> None:
         "",
         f"    {machine['command']}",
         "",
-        f"A video transformer of {known.layers} layers, {known.heads} heads of {known.head_dim}, on procedural videos "
-        f"of {' x '.join(map(str, known.size))} pixels: {grid} = {known.tokens} tokens in blocks of {known.block}. "
-        f"Dense training for {known.dense_steps} steps of {known.batch} videos; from that checkpoint each arm is trained "
-        f"for {known.steps} steps of flow matching at the same learning rates ({known.lr:g}, gates {known.gate_lr:g}) on "
-        f"the same batches. Held-out loss on the same {held_out} videos, noise and times; Fréchet distance of "
-        f"{known.sampled * known.batch} samples from the same noise ({known.sampling_steps} Euler steps) on a network "
-        f"trained on such videos, {results['real']['frechet']:.3f} for as many real videos. Mean (least to most) over "
-        f'seeds; "above dense" compares with the dense model trained on for as many steps, seed by seed. '
-        f"Negligible blocks: {known.bottomk:.0%}.",
+        *what_was_done(known, results["real"]["frechet"]),
         "",
         *main_table(groups, known.tokens, known.block),
         "",
@@ -206,9 +219,8 @@ def report(options: argparse.Namespace) -> None:
         "",
         "![held-out loss and Fréchet distance against sparsity](quality.png)",
         "",
-        "Samples of the first seed at 95% sparsity, from the same noise; in reading order: "
-        + ", ".join(ARMS[arm].title for arm in ARMS)
-        + ".",
+        "Samples of the first seed at 95% sparsity, from the same noise; in reading order:",
+        "; ".join(ARMS[key.split("/")[0]].title for key in shown) + ".",
         "",
         "![samples](quality_samples.gif)",
         "",
@@ -217,8 +229,6 @@ def report(options: argparse.Namespace) -> None:
     (folder / "quality.md").write_text("\n".join(text))
     save_csv(results, folder / "quality.csv")
     save_plot(results, folder / "quality.png")
-    samples = torch.load(options.out / "samples.pt", weights_only=True)
-    shown = {key: video for key, video in samples.items() if key.split("/")[1] in ("-", "0.95")}
     save_samples(shown, folder, "quality_samples", scale=1)
 
 

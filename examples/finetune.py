@@ -115,7 +115,9 @@ def save_pictures(experiment: Experiment, console: Console) -> None:
     save_csv(experiment.results, folder / "results.csv")
     try:
         save_plot(experiment.results, folder / "results.png")
-        save_samples(torch.load(folder / "samples.pt", weights_only=True), folder)
+        samples = torch.load(folder / "samples.pt", weights_only=True)
+        save_samples(samples, folder)
+        (folder / "samples.txt").write_text("\n".join(samples) + "\n")  # what is where, in reading order
     except ImportError as error:
         console.print(f"no pictures, since {error.name} is missing: pip install 'sla-compile[bench]'")
     console.print(f"results.csv and pictures are in {folder}")

@@ -79,7 +79,7 @@ class FeatureNet(nn.Module):
 
 def train_features(data: Data, steps: int, batch: int = 16, lr: float = 2e-3) -> FeatureNet:
     """A ``FeatureNet`` that has learned from ``steps`` batches of videos of the size of ``data``."""
-    devices = [data.device] if data.device.type == "cuda" else []
+    devices = [torch.cuda.current_device()] if data.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(_SEED)
         net = FeatureNet().to(data.device)

@@ -92,7 +92,6 @@ def save_samples(samples: Mapping[str, Tensor], folder: Path, name: str = "sampl
     _image(torch.cat(strips, dim=1), Image, scale).save(folder / f"{name}.png")
     moving = [_image(_grid([video[:, t] for video in videos]), Image, scale) for t in range(frames)]
     moving[0].save(folder / f"{name}.gif", save_all=True, append_images=moving[1:], duration=80, loop=0)
-    (folder / f"{name}.txt").write_text("\n".join(samples) + "\n")
 
 
 def _framed(pictures: Iterable[Tensor]) -> Tensor:

@@ -1,0 +1,75 @@
+"""The quality benchmark runs in pieces, ends in time, and writes its table from what is there."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "quality.py"
+
+
+def run(*arguments: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--out", "out", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_in_pieces_and_reported(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    smoke = ("--preset", "smoke", "--seeds", "2", "--device", "cpu")
+    first = run(*smoke, "--seconds", "12", "--reserve", "10", folder=tmp_path)
+    counts = [int(n) for n in re.findall(r"(\d+) of 36 arms done", first)]
+    assert counts
+    assert counts[0] < 36
+    assert "call again; the next is" in first
+    before = json.loads((tmp_path / "out/results.json").read_text()) if counts[0] else {}
+    assert "all is done" in run(*smoke, folder=tmp_path)
+    after = json.loads((tmp_path / "out/results.json").read_text())
+    assert {key: after[key] for key in before} == before  # nothing is done twice
+    assert len(after) == 37
+
+    (tmp_path / "report").mkdir()
+    run("--report", "--report-to", "report", folder=tmp_path)
+    text = (tmp_path / "report/quality.md").read_text()
+    assert text.count("| SLA, calibrated, trained | 95% |") == 2
+    assert "**met**" in text or "**missed**" in text
+    named = re.findall(r"\]\((\S+)\)", text)
+    assert len(named) == 2
+    for name in (*named, "quality.csv"):
+        assert (tmp_path / "report" / name).stat().st_size > 1000
+
+
+def test_figures_are_those_of_the_rows() -> None:
+    sys.path[:0] = [str(SCRIPT.parent), str(SCRIPT.parent.parent / "examples")]
+    try:
+        from quality import bars, main_table
+    finally:
+        del sys.path[:2]
+
+    def rows(after: list[float], **more: float) -> list[dict[str, object]]:
+        extra = {"before": 2.0, "frechet": 1.0, "step_ms": 3.0, **more}
+        return [{"seed": seed, "after": value, **extra} for seed, value in enumerate(after)]
+
+    groups = {
+        ("dense", None): rows([1.0, 2.0]),
+        ("sparse", 0.95): rows([1.06, 2.12]),
+        ("sla", 0.95): rows([1.005, 2.03]),
+        ("calibrated", 0.95): rows([1.0, 2.0], error_sparse=0.4, error_gated=0.1),
+    }
+    table = main_table(groups, 4096, 64)
+    assert "| SLA | 95% | 3 of 64 | 2.0000 | 1.5175 (1.0050 to 2.0300) | +1.00 (+0.50 to +1.50) |" in table[4]
+    lines = bars(groups)
+    assert "**missed**" not in lines[2]
+    assert "**met**, 6.0 times (+6.00% to +1.00%)" in lines[1]
+    assert "**met**, 75.0 (75.0 to 75.0)%" in lines[2]
