@@ -17,7 +17,7 @@ from typing import Any
 
 import sympy
 
-from sla_compile.blocks import exact_fraction
+from sla_compile.blocks import exact_fraction, num_blocks
 
 __all__ = [
     "BATCH",
@@ -76,26 +76,40 @@ class Cost:
 
 
 @lru_cache
-def dense_cost(cross: bool = False) -> Cost:
-    """Dense softmax attention by a fused kernel, over L key tokens where ``cross``; a mask saves nothing here."""
+def dense_cost(cross: bool = False, causal: bool = False) -> Cost:
+    """Dense softmax attention by a fused kernel, over L key tokens where ``cross``.
+
+    A mask saves nothing here; a ``causal`` kernel skips what lies above the diagonal.
+    """
     keys = KEY_TOKENS if cross else TOKENS
     rows = BATCH * HEADS
-    matmul = 2 * rows * TOKENS * keys * HEAD_DIM
+    matmul = rows * TOKENS * (TOKENS + 1) * HEAD_DIM if causal else 2 * rows * TOKENS * keys * HEAD_DIM
     token = rows * HEAD_DIM * ELEMENT_BYTES
     traffic = {"inputs": token * (TOKENS + 2 * keys), "output": token * TOKENS}
     return Cost({"scores": matmul, "values": matmul}, traffic)
 
 
 @lru_cache
-def sla_cost(topk: float, block_q: int, block_k: int, linear: str) -> Cost:
+def sla_cost(
+    topk: float,
+    block_q: int,
+    block_k: int,
+    linear: str,
+    *,
+    cross: bool = False,
+    causal: bool = False,
+    forced: int = 0,
+) -> Cost:
     """Sparse-Linear Attention (paper, section 4) in the stages of ``kernels/``.
 
     The sums of block states are one matrix product over all key blocks, whatever their classes, so ``bottomk``
     saves no FLOPs; with ``linear="all"`` they are one sum for all rows. Gates are there, so they are counted.
+    ``forced`` key blocks are critical in every row, beside ``topk``. Where ``causal``, C is that of the mean row.
     """
+    keys = KEY_TOKENS if cross else TOKENS
     rows = BATCH * HEADS
     pairs = _QUERY_BLOCKS * _KEY_BLOCKS
-    tensor = rows * TOKENS * HEAD_DIM * ELEMENT_BYTES
+    token = rows * HEAD_DIM * ELEMENT_BYTES
     stages = {
         "sparse": 4 * rows * _QUERY_BLOCKS * _BLOCK_Q * _CRITICAL * _BLOCK_K * HEAD_DIM,
         "classify": 2 * rows * pairs * HEAD_DIM,
@@ -103,46 +117,60 @@ def sla_cost(topk: float, block_q: int, block_k: int, linear: str) -> Cost:
     means = rows * (_QUERY_BLOCKS + _KEY_BLOCKS) * HEAD_DIM * _FLOAT32
     lists = rows * _QUERY_BLOCKS * _CRITICAL * _INT32
     traffic = {
-        "pooling": (tensor if linear != "none" else 2 * tensor) + means,
+        "pooling": token * (TOKENS if linear != "none" else TOKENS + keys) + means,
         "classify": means + rows * pairs * (2 * _FLOAT32 + _INT8) + lists,
-        "attention": 4 * tensor + lists + rows * TOKENS * _FLOAT32,
+        "attention": token * (2 * TOKENS + 2 * keys) + lists + rows * TOKENS * _FLOAT32,
     }
     if linear != "none":
-        squares = rows * TOKENS * HEAD_DIM**2
         state = rows * (HEAD_DIM**2 * ELEMENT_BYTES + HEAD_DIM * _FLOAT32)
-        row_states = _QUERY_BLOCKS if linear == "marginal" else 1
-        additions = 2 * pairs if linear == "marginal" else _KEY_BLOCKS
-        stages["states"] = 2 * squares
+        row_states = 1 if linear == "all" and not causal else _QUERY_BLOCKS
+        additions = 2 * pairs if linear == "marginal" or causal else _KEY_BLOCKS
+        stages["states"] = 2 * rows * keys * HEAD_DIM**2
         stages["combine"] = rows * additions * (HEAD_DIM**2 + HEAD_DIM)
-        stages["linear"] = 2 * squares + 2 * rows * TOKENS * HEAD_DIM
-        stages["gate"] = 2 * squares
-        traffic["states"] = 2 * tensor + state * _KEY_BLOCKS
+        stages["linear"] = 2 * rows * TOKENS * HEAD_DIM**2 + 2 * rows * TOKENS * HEAD_DIM
+        stages["gate"] = 2 * rows * TOKENS * HEAD_DIM**2
+        traffic["states"] = 2 * token * keys + state * _KEY_BLOCKS
         traffic["combine"] = state * (_KEY_BLOCKS + row_states)
-        if linear == "marginal":
+        if linear == "marginal" or causal:
             traffic["combine"] += rows * pairs * (_INT8 + 2 * ELEMENT_BYTES)
-        traffic["linear"] = state * row_states + tensor
-    return Cost(stages, traffic, _definitions(topk, block_q, block_k), _where(topk, block_q, block_k))
+        traffic["linear"] = state * row_states + token * TOKENS
+    definitions = _definitions(topk, block_q, block_k, forced, cross=cross, causal=causal)
+    return Cost(stages, traffic, definitions, _where(topk, block_q, block_k, forced, cross=cross, causal=causal))
 
 
-def _definitions(topk: float, block_q: int, block_k: int) -> dict[sympy.Symbol, sympy.Expr]:
+def _definitions(
+    topk: float, block_q: int, block_k: int, forced: int, *, cross: bool, causal: bool
+) -> dict[sympy.Symbol, sympy.Expr]:
     share = exact_fraction(topk)
-    critical = sympy.floor(sympy.Rational(share.numerator, share.denominator) * _KEY_BLOCKS)
+    rational = sympy.Rational(share.numerator, share.denominator)
+    if causal:  # of the mean row: the diagonal, and its share of half of the other blocks
+        diagonal = num_blocks(block_q, block_k)
+        critical = sympy.Min(diagonal + forced + rational * (_KEY_BLOCKS - diagonal) / 2, (_KEY_BLOCKS + diagonal) / 2)
+    else:
+        critical = sympy.Max(1, sympy.floor(rational * _KEY_BLOCKS))
+        critical = sympy.Min(_KEY_BLOCKS, forced + critical) if forced else critical
     return {
-        _CRITICAL: sympy.Max(1, critical),
+        _CRITICAL: critical,
         _QUERY_BLOCKS: sympy.ceiling(TOKENS / _BLOCK_Q),
-        _KEY_BLOCKS: sympy.ceiling(TOKENS / _BLOCK_K),
+        _KEY_BLOCKS: sympy.ceiling((KEY_TOKENS if cross else TOKENS) / _BLOCK_K),
         _BLOCK_Q: sympy.Integer(block_q),
         _BLOCK_K: sympy.Integer(block_k),
     }
 
 
-def _where(topk: float, block_q: int, block_k: int) -> tuple[str, ...]:
+def _where(topk: float, block_q: int, block_k: int, forced: int, *, cross: bool, causal: bool) -> tuple[str, ...]:
+    critical = f"max(1, floor({topk}*Tk))"
+    if causal:
+        diagonal = num_blocks(block_q, block_k)
+        critical = f"min({diagonal + forced} + {topk}*(Tk - {diagonal})/2, (Tk + {diagonal})/2), the mean row's"
+    elif forced:
+        critical = f"min(Tk, {forced} + {critical})"
     return (
         f"bq = {block_q}",
         f"bk = {block_k}",
         "Tq = ceil(N/bq)",
-        "Tk = ceil(N/bk)",
-        f"C = max(1, floor({topk}*Tk))",
+        f"Tk = ceil({'L' if cross else 'N'}/bk)",
+        f"C = {critical}",
     )
 
 

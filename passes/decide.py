@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from sla_compile.passes.call import AttentionCall
+from sla_compile.passes.call import AttentionCall, Obstacle
+from sla_compile.passes.masks import key_mask
+from sla_compile.passes.operands import Source, Step, after
 from sla_compile.passes.operands import example as _example
+from sla_compile.passes.work import UnknownRange, Work, forced_tokens, token_ranges
 
 __all__ = ["Decision", "Keep", "Requirements", "Rewrite", "Shape", "decide", "example_shape"]
 
@@ -24,7 +27,7 @@ HEAD_DIMS = (16, 256)
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of an attention call, of its queries; each may be symbolic."""
+    """Sizes of an attention call; each may be symbolic. ``keys`` is None where they are as many as the queries."""
 
     batch: Size
     heads: Size
@@ -32,17 +35,18 @@ class Shape:
     head_dim: Size
     dtype: torch.dtype
     device: torch.device
-    self_attention: bool = True
+    keys: Size | None = None
 
     @property
     def sizes(self) -> dict[str, Size]:
-        """The four sizes by name."""
-        return {
+        """The sizes by name."""
+        sizes = {
             "batch": self.batch,
             "heads": self.heads,
             "tokens": self.tokens,
             "head_dim": self.head_dim,
         }
+        return sizes if self.keys is None else {**sizes, "key_tokens": self.keys}
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,27 @@ class Rewrite:
     shape: Shape
     scale: float
     condition: str | None = None
+    key_mask: Source | None = None
+    """(B or 1, keys), bool or added to the logits."""
+    causal: bool = False
+    repeats: int = 1
+    """Query heads to one head of keys and values."""
+    always_critical: tuple[int, ...] = ()
+    """start, stop, start, stop, ... of key tokens, by the rules of slices."""
+
+    def operands(self, call: AttentionCall) -> tuple[Source, Source, Source]:
+        """Queries, keys and values with as many heads each."""
+        steps = [Step("repeat_interleave", (self.repeats, 1))] * (self.repeats > 1)
+        return call.query, after(call.key, *steps), after(call.value, *steps)
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the op that this decides; only those that are not at their defaults."""
+        found: dict[str, Any] = {"scale": self.scale}
+        if self.causal:
+            found["causal"] = True
+        if self.always_critical:
+            found["always_critical"] = list(self.always_critical)
+        return found
 
 
 @dataclass(frozen=True)
@@ -61,6 +86,8 @@ class Keep:
     reason: str
     value: str = ""
     accepted: str = ""
+    condition: str | None = None
+    """The guard that this added, if any."""
 
     def __str__(self) -> str:
         detail = f": {self.value}" if self.value else ""
@@ -72,40 +99,81 @@ Decision = Rewrite | Keep
 
 @dataclass(frozen=True)
 class Requirements:
-    """What the caller knows and the passes must not: the threshold, dtypes that a device has kernels for, and
+    """What the caller knows and the passes must not: settings of the site, dtypes that a device has kernels for, and
     whether each head has a gate of its own."""
 
     min_tokens: int
     dtypes: dict[str, tuple[torch.dtype, ...]]
     per_head: bool = False
+    cross_attention: bool = False
+    always_critical: tuple[tuple[int, int | None], ...] = ()
 
 
 def decide(call: AttentionCall, requirements: Requirements) -> Decision:
-    """Rewrite or Keep for ``call``; adds no shape guard except where the number of tokens decides."""
-    return (
-        _refuse_form(call, requirements)
+    """Rewrite or Keep for ``call``; adds no shape guard except where the number of tokens decides, as the last step."""
+    refused = (
+        _refuse_obstacle(call)
         or _refuse_tensors(call, requirements)
-        or _refuse_lengths(call)
-        or _by_tokens(call, requirements.min_tokens)
+        or _refuse_lengths(call, requirements.cross_attention)
+    )
+    if refused is not None:
+        return refused
+    shape = example_shape(call)
+    if shape is None:
+        raise AssertionError("the shape was checked before")
+    try:
+        ranges = token_ranges(requirements.always_critical, shape.tokens if shape.keys is None else shape.keys)
+    except UnknownRange as error:
+        accepted = "both numbers of a range from one end, or dynamic=False"
+        return Keep("always_critical has a range of unknown size", str(error), accepted)
+    causal, forced = call.is_causal is True, forced_tokens(ranges)
+    work = Work(shape.tokens, shape.keys, causal, forced, requirements.min_tokens)
+    if work.known_short:
+        return Keep("short sequence", work.value, work.accepted)
+    refused = _refuse_form(call, requirements) or _refuse_causal(call, shape)
+    if refused is not None:
+        return refused
+    mask = key_mask(call) if call.attn_mask is not None else None
+    if isinstance(mask, Obstacle):
+        return Keep(mask.reason, mask.value, mask.accepted)
+    # A condition on a symbolic size becomes a guard of the graph: below it, the call has to be dense again.
+    if not work.enough:
+        return Keep("short sequence", work.value, work.accepted, work.condition(enough=False))
+    return Rewrite(
+        shape=shape,
+        scale=float(call.scale) if call.scale is not None else int(shape.head_dim) ** -0.5,
+        condition=work.condition(enough=True),
+        key_mask=mask,
+        causal=causal,
+        repeats=int(shape.heads) // int(_example(call.key).shape[1]),
+        always_critical=ranges,
     )
 
 
+def _refuse_obstacle(call: AttentionCall) -> Keep | None:
+    obstacle = call.obstacle
+    return None if obstacle is None else Keep(obstacle.reason, obstacle.value, obstacle.accepted)
+
+
 def _refuse_form(call: AttentionCall, requirements: Requirements) -> Keep | None:
-    if (obstacle := call.obstacle) is not None:
-        return Keep(obstacle.reason, obstacle.value, obstacle.accepted)
-    if call.attn_mask is not None:
-        return Keep("attention mask", _describe(call.attn_mask), "attn_mask=None")
     if call.dropout_p != 0.0:
         return Keep("attention dropout", f"dropout_p={call.dropout_p}", "dropout_p=0.0")
-    if call.is_causal is not False:
-        return Keep("causal attention", f"is_causal={call.is_causal}", "is_causal=False")
-    if call.enable_gqa is not False:
-        return Keep("grouped-query attention", f"enable_gqa={call.enable_gqa}", "enable_gqa=False")
+    for name in ("is_causal", "enable_gqa"):
+        if type(getattr(call, name)) is not bool:
+            return Keep(f"{name} is not fixed", _describe(getattr(call, name)), "True or False")
     scale = call.scale
     if scale is not None and (type(scale) not in (int, float) or not math.isfinite(scale)):
         return Keep("scale is not a fixed number", f"scale={_describe(scale)}", "a finite number or None")
     if call.merged_heads and requirements.per_head:
         return Keep("batch and heads are one axis", _describe(call.query), 'gate="shared", or (B, H, N, D) tensors')
+    return None
+
+
+def _refuse_causal(call: AttentionCall, shape: Shape) -> Keep | None:
+    if call.is_causal and shape.keys is not None:
+        return Keep("causal cross-attention", f"{shape.tokens} queries, {shape.keys} keys", "as many queries as keys")
+    if call.is_causal and call.attn_mask is not None:
+        return Keep("causal attention with a mask", _describe(call.attn_mask), "one of the two")
     return None
 
 
@@ -125,37 +193,24 @@ def _refuse_tensors(call: AttentionCall, requirements: Requirements) -> Keep | N
     return None
 
 
-def _refuse_lengths(call: AttentionCall) -> Keep | None:
+def _refuse_lengths(call: AttentionCall, cross_attention: bool) -> Keep | None:
     query, key, value = (_example(node) for node in (call.query, call.key, call.value))
     least, most = HEAD_DIMS
     if not isinstance(query.shape[1], int) or not isinstance(query.shape[3], int):
         return Keep("heads and head dimension must be fixed", _shape(query), "sizes that are not symbolic")
     if not least <= query.shape[-1] <= most:
         return Keep("head dimension out of range", str(query.shape[-1]), f"{least} to {most}")
-    if not statically_known_true(query.shape[2] == key.shape[2]):
+    if not cross_attention and not statically_known_true(query.shape[2] == key.shape[2]):
         got = f"{query.shape[2]} queries, {key.shape[2]} keys"
-        return Keep("cross-attention", got, "as many queries as keys, provably")
+        return Keep("cross-attention", got, "as many queries as keys, provably, or cross_attention=True")
+    heads = key.shape[1]
+    grouped = call.enable_gqa is True and isinstance(heads, int) and heads > 0 and query.shape[1] % heads == 0
+    wanted = (query.shape[0], heads if grouped else query.shape[1], key.shape[2], query.shape[3])
     for name, tensor in (("key", key), ("value", value)):
-        for axis, size in enumerate(query.shape):
+        for axis, size in enumerate(wanted):
             if not statically_known_true(tensor.shape[axis] == size):
                 return Keep(f"query and {name} differ in shape", f"{_shape(query)}, {_shape(tensor)}", "equal")
     return None
-
-
-def _by_tokens(call: AttentionCall, min_tokens: int) -> Decision:
-    shape = example_shape(call)
-    if shape is None:
-        raise AssertionError("the shape was checked before")
-    tokens = shape.tokens
-    # A condition on a symbolic size becomes a guard of the graph: below it, the call has to be dense again.
-    if not tokens >= min_tokens:
-        return Keep("short sequence", f"{tokens} tokens", f"at least min_tokens={min_tokens}")
-    known = isinstance(tokens, int) or min_tokens <= 1
-    return Rewrite(
-        shape=shape,
-        scale=float(call.scale) if call.scale is not None else int(shape.head_dim) ** -0.5,
-        condition=None if known else f"{tokens} >= {min_tokens}",
-    )
 
 
 def example_shape(call: AttentionCall) -> Shape | None:
@@ -163,10 +218,10 @@ def example_shape(call: AttentionCall) -> Shape | None:
     query, key = _example(call.query), _example(call.key)
     if not isinstance(query, torch.Tensor) or query.dim() != 4:
         return None
-    same = isinstance(key, torch.Tensor) and key.dim() == 4
-    same = same and statically_known_true(query.shape[2] == key.shape[2])
     batch, heads, tokens, head_dim = query.shape
-    return Shape(batch, heads, tokens, head_dim, _dtype(call), query.device, self_attention=same)
+    same = isinstance(key, torch.Tensor) and key.dim() == 4 and statically_known_true(tokens == key.shape[2])
+    keys = key.shape[2] if not same and isinstance(key, torch.Tensor) and key.dim() == 4 else None
+    return Shape(batch, heads, tokens, head_dim, _dtype(call), query.device, keys)
 
 
 def _dtype(call: AttentionCall) -> torch.dtype:

@@ -81,7 +81,8 @@ def _multi_head_attention_forward(node: fx.Node, module: fx.GraphModule) -> Atte
         (given["query"], given["key"], given["value"]),
         (given["in_proj_weight"], given["in_proj_bias"]),
         (given["out_proj_weight"], given["out_proj_bias"]),
-        masks=[name for name in ("key_padding_mask", "attn_mask", "is_causal") if given[name] not in (None, False)],
+        padding=given["key_padding_mask"],
+        masks=[name for name in ("attn_mask", "is_causal") if given[name] not in (None, False)],
         heads=given["num_heads"],
         dropout_p=given["dropout_p"] if given["training"] else 0.0,
         batch_first=False,
@@ -96,13 +97,15 @@ _NATIVE_OPTIONS = {"mask": None, "need_weights": True, "average_attn_weights": T
 def _native_multi_head_attention(node: fx.Node, module: fx.GraphModule) -> AttentionCall:
     positional = dict(zip((*_NATIVE, *_NATIVE_OPTIONS), node.args, strict=False))
     given: dict[str, Any] = {**_NATIVE_OPTIONS, **positional, **node.kwargs}
+    over_keys = given["mask_type"] == 1
     return _packed_projections(
         node,
         module,
         (given["query"], given["key"], given["value"]),
         (given["weight"], given["bias"]),
         (given["out_weight"], given["out_bias"]),
-        masks=["mask"] * (given["mask"] is not None),
+        padding=given["mask"] if over_keys else None,
+        masks=["mask"] * (given["mask"] is not None and not over_keys),
         heads=given["num_heads"],
         dropout_p=0.0,
         batch_first=True,
@@ -117,6 +120,7 @@ def _packed_projections(
     packed: tuple[Any, Any],
     projection: tuple[Any, Any],
     *,
+    padding: Any,
     masks: list[str],
     heads: int,
     dropout_p: float,
@@ -152,11 +156,21 @@ def _packed_projections(
         query,
         key,
         value,
+        attn_mask=_over_keys(padding),
         dropout_p=dropout_p,
         pattern="multi_head_attention",
         restore=(back, Step("flatten", (2,)), _linear(projection)),
         interior=alone[1],
     )
+
+
+def _over_keys(padding: Any) -> Any:
+    """A key padding mask of torch, (B, keys) whose True is forbidden or which is added, as an ``attn_mask``."""
+    value = example(padding)
+    if not isinstance(value, torch.Tensor):
+        return padding
+    negated = [Step("logical_not")] * (value.dtype == torch.bool)
+    return after(padding, *negated, Step("unsqueeze", (1,)), Step("unsqueeze", (1,)))
 
 
 def _linear(parameters: tuple[Any, Any]) -> Step:
@@ -189,7 +203,7 @@ def _flash_attn_forward(node: fx.Node, module: fx.GraphModule) -> AttentionCall 
 
 
 def _memory_efficient_attention(node: fx.Node, module: fx.GraphModule) -> AttentionCall | None:
-    return _token_major(node, module, node, ("query", "key", "value"), ("p", "scale", "causal"))
+    return _token_major(node, module, node, ("query", "key", "value"), ("p", "scale", "causal"), bias="attn_bias")
 
 
 def _token_major(
@@ -199,16 +213,21 @@ def _token_major(
     names: tuple[str, str, str],
     options: tuple[str, str, str],
     interior: tuple[fx.Node, ...] = (),
+    bias: str = "",
 ) -> AttentionCall | None:
     """A call on tensors (B, N, H, D), or (B, N, D) of one head, which gives the same.
 
-    ``names`` and ``options`` (dropout, scale, causal) are its parameters; any other must be at its default.
+    ``names``, ``options`` (dropout, scale, causal) and ``bias``, which takes a tensor (B, H, N, keys), or (B, N, keys)
+    of one head, are its parameters; any other must be at its default.
     """
     parameters, given = _parameters(node.target), _bound(node.target, node)
     if parameters is None or given is None or not {*names} <= {*parameters}:
         return None
     pattern = str(getattr(node.target, "__name__", node.target))
-    known = {*names, *options, *_HARMLESS}
+    mask = given.get(bias)
+    if not isinstance(example(mask), torch.Tensor):
+        bias = ""
+    known = {*names, *options, *_HARMLESS, bias}
     odd = [name for name, value in given.items() if name not in known and value != parameters.get(name)]
     obstacle = None
     if odd:
@@ -219,6 +238,7 @@ def _token_major(
     heads = Step("unsqueeze", (2,)), Step("transpose", (1, 2))
     restore = Step("transpose", (1, 2)), Step("squeeze", (2,))
     query, key, value = (after(given[name], *heads[not single :]) for name in names)
+    added = [Step("unsqueeze", (1,))] * (single and bias != "" and example(mask).dim() == 3)
     return AttentionCall(
         output,
         module,
@@ -226,9 +246,11 @@ def _token_major(
         query,
         key,
         value,
+        attn_mask=after(mask, *added) if bias and mask is not None else None,
         dropout_p=given.get(options[0], 0.0),
         scale=given.get(options[1]),
         is_causal=given.get(options[2], False),
+        enable_gqa=not bias and options[2] in parameters,  # flash-attn groups heads by itself
         pattern=pattern,
         restore=restore[: 1 + single],
         interior=interior,

@@ -68,9 +68,11 @@ class Operand:
 Source = fx.Node | Operand
 
 
-def after(source: fx.Node, *steps: Step) -> Source:
-    """``source`` itself where there are no steps."""
-    return Operand(source, steps) if steps else source
+def after(source: Source, *steps: Step) -> Source:
+    """What ``steps`` make of ``source``: itself where there are none."""
+    if not steps:
+        return source
+    return Operand(source.source, (*source.steps, *steps)) if isinstance(source, Operand) else Operand(source, steps)
 
 
 def example(argument: Any) -> Any:

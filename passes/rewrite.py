@@ -29,11 +29,12 @@ def replace_attention(
     graph, node = call.module.graph, call.node
     before = node.prev
     with graph.inserting_before(node):
-        query, key, value = build(graph, (call.query, call.key, call.value))
+        masks = () if decision.key_mask is None else (decision.key_mask,)
+        query, key, value, *key_mask = build(graph, (*decision.operands(call), *masks))
         results = graph.call_function(
             torch.ops.sla.forward.default,
-            (query, key, value, marker.weight, marker.bias),
-            {"key_mask": None, "sparsity": None, "scale": decision.scale, **options},
+            (query, key, value, marker.weight, marker.bias, key_mask[0] if key_mask else None, None),
+            {**decision.options(), **options},
         )
         output = graph.call_function(operator.getitem, (results, 0))
         (restored,) = build(graph, (after(output, *call.restore),))

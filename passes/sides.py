@@ -181,7 +181,11 @@ class Inputs:
             elif not statically_known_true(leading == 1):
                 steps.append(Step("unflatten", (0, (-1, self.sides[0].size("head")))))
         if mask.fill is not None:
-            steps.append(Step("logical_not"))
+            if mask.fill * scale > -1e3:  # scaled down to where it leaves weight
+                return None
+            steps += [Step("logical_not")] * (not mask.keeps)
+        elif not value.is_floating_point():  # True that is added is 1, not leave to take part
+            steps += [Step("to", (self._dtype,)), Step("mul", (scale,))]
         elif scale != 1.0:
             steps.append(Step("mul", (scale,)))
         return after(mask.mask, *steps)

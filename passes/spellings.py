@@ -56,8 +56,9 @@ _FUNCTIONS: dict[Any, str] = {
     getattr(holder, name): name
     for holder in (torch.special, torch.nn.functional, torch)
     for name in (
-        *("matmul", "bmm", "baddbmm", "einsum", "softmax", "dropout", "masked_fill", "add", "mul", "multiply", "div"),
-        *("divide", "true_divide", "transpose", "swapaxes", "swapdims", "permute", "reshape", "flatten", "unflatten"),
+        *("matmul", "bmm", "baddbmm", "einsum", "softmax", "dropout", "masked_fill", "where", "add", "mul", "multiply"),
+        *("div", "divide", "true_divide", "transpose", "swapaxes", "swapdims", "permute", "reshape", "flatten"),
+        "unflatten",
     )
     if hasattr(holder, name)
 }
@@ -123,7 +124,8 @@ def disturbs(node: fx.Node) -> bool:
         return False
     target: Any = node.target
     name = getattr(target, "__name__", "")
-    if (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs or target is operator.setitem:
+    ends_so = name.endswith("_") and not name.endswith("__") and target not in (operator.and_, operator.or_)
+    if ends_so or "out" in node.kwargs or target is operator.setitem:
         return True
     schema = getattr(target, "_schema", None)
     mutable = schema is not None and schema.is_mutable
@@ -226,6 +228,8 @@ class Masked:
     source: fx.Node
     mask: fx.Node
     fill: float | None = None
+    keeps: bool = False
+    """With ``fill``, that the mask's True is what takes part."""
 
 
 def masked(node: fx.Node) -> list[Masked]:
@@ -240,11 +244,21 @@ def masked(node: fx.Node) -> list[Masked]:
         return [Masked(source, mask) for source, mask in ways]
     if name == "masked_fill":
         arguments = _bound(node, "input", "mask", "value")
-        source, mask, fill = arguments["input"], arguments["mask"], arguments["value"]
-        # Anything this low leaves no weight to a key, unless the whole row is masked.
-        if tensor(source) is not None and tensor(mask) is not None and type(fill) in (int, float) and fill <= -1e4:
-            return [Masked(source, mask, float(fill))]
+        return _filled(arguments["input"], arguments["mask"], arguments["value"], keeps=False)
+    if name == "where" and len(node.args) == 3:
+        if node.op == "call_method":
+            source, mask, fill = node.args
+            return _filled(source, mask, fill, keeps=True)
+        mask, first, second = node.args
+        return _filled(first, mask, second, keeps=True) or _filled(second, mask, first, keeps=False)
     return []
+
+
+def _filled(source: Any, mask: Any, fill: Any, *, keeps: bool) -> list[Masked]:
+    # Anything this low leaves no weight to a key, unless the whole row is masked.
+    low = type(fill) in (int, float) and fill <= -1e4
+    readable = low and tensor(source) is not None and tensor(mask) is not None
+    return [Masked(source, mask, float(fill), keeps)] if readable else []
 
 
 def softmax_axis(node: fx.Node) -> tuple[fx.Node, int] | None:

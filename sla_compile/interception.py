@@ -21,11 +21,12 @@ from torch.overrides import TorchFunctionMode
 import sla_compile.ops  # noqa: F401  the library op that gives the branches
 from sla_compile.config import SLAConfig
 from sla_compile.gate import Gate, detach, gate_name, gates, model_config, own_gates
-from sla_compile.passes.decide import Requirements, Rewrite, decide
+from sla_compile.passes.decide import Rewrite, decide
 from sla_compile.passes.match import SDPA_TARGETS, attention_call
+from sla_compile.passes.operands import example
 from sla_compile.preparation import prepare
 from sla_compile.reports import explain
-from sla_compile.sites import DTYPES, PREPARED
+from sla_compile.sites import PREPARED, requirements
 
 __all__ = ["GatedCall", "call_arguments", "first_of", "gated_calls", "nothing_gated", "prepared_for"]
 
@@ -34,7 +35,10 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class GatedCall:
-    """One call of an attention that has a gate: query, key, value and dense output (B, H, N, D)."""
+    """One call of an attention that has a gate: query, key, value and dense output (B, H, N, D).
+
+    Keys and values have as many heads as the queries. ``decision`` says what the op has to be told of the call.
+    """
 
     path: str
     """Module path of the gate."""
@@ -42,8 +46,18 @@ class GatedCall:
     query: Tensor
     key: Tensor
     value: Tensor
-    scale: float
+    key_mask: Tensor | None
+    decision: Rewrite
     dense: Tensor
+
+    @property
+    def scale(self) -> float:
+        return self.decision.scale
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the op for this call: its settings, and scale, key mask and the like."""
+        tensors = {"key_mask": self.key_mask, "sparsity": None}
+        return {**tensors, **self.gate.config.kernel_options(), **self.decision.options()}
 
     def branches(self) -> tuple[Tensor, Tensor | None]:
         """O^s and O^l (B, H, N, D), before the gate; None for an O^l that the settings leave out."""
@@ -58,7 +72,7 @@ class GatedCall:
 
     def _forward(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         out, linear, _, _ = torch.ops.sla.forward.default(
-            self.query, self.key, self.value, weight, bias, None, None, self.scale, **self.gate.config.kernel_options()
+            self.query, self.key, self.value, weight, bias, **self.options()
         )
         return out, linear
 
@@ -127,11 +141,12 @@ class _AttentionMode(TorchFunctionMode):
         # Normal form and decision read tensors as they read the nodes of a graph.
         node = SimpleNamespace(args=args, kwargs=kwargs or {}, meta={})
         call = attention_call(cast(Any, node), cast(Any, None))
-        decision = decide(dataclasses.replace(call, node=output), Requirements(gate.config.min_tokens, DTYPES))
+        decision = decide(dataclasses.replace(call, node=output), requirements(gate.config))
         if not isinstance(decision, Rewrite):
             return output
-        query, key, value = (cast(Tensor, tensor) for tensor in (call.query, call.key, call.value))
-        return self.handler(GatedCall(self.paths[id(gate)], gate, query, key, value, decision.scale, output))
+        query, key, value = (cast(Tensor, example(operand)) for operand in decision.operands(call))
+        mask = cast("Tensor | None", example(decision.key_mask))
+        return self.handler(GatedCall(self.paths[id(gate)], gate, query, key, value, mask, decision, output))
 
 
 def call_arguments(batch: Any, position: int) -> Arguments:

@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from sla_compile.blocks import forced_blocks
 from sla_compile.compat import runs_forward_of, size_hint
+from sla_compile.config import SLAConfig
 from sla_compile.diffs import site_diff
 from sla_compile.gate import Gate, gate_name, own_gates
+from sla_compile.passes.call import AttentionCall
 from sla_compile.passes.cost import (
     BATCH,
     ELEMENT_BYTES,
@@ -30,6 +33,7 @@ from sla_compile.passes.cost import (
     sla_cost,
 )
 from sla_compile.passes.decide import Keep, Rewrite, Shape, example_shape
+from sla_compile.passes.operands import example
 from sla_compile.sites import PREPARED, Site
 
 __all__ = [
@@ -65,12 +69,16 @@ class SiteReport:
     """Guard under which this holds, for a symbolic number of tokens."""
     compiled: bool = True
     """False for a gate whose attention no compile has reached yet."""
+    mask: str = ""
+    """The attention mask, where there is one: dtype and shape."""
+    causal: bool = False
+    """Whether a query sees only the keys up to its own place."""
     shape: dict[str, int | str] = field(default_factory=dict)
     """batch, heads, tokens, head_dim, dtype, device; key_tokens where they differ; a symbolic size is a string."""
     traced: dict[str, int] = field(default_factory=dict)
     """The sizes of ``shape`` while it was traced, which the numbers below are for; empty where unknown."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """topk, bottomk, block_q, block_k, feature_map, linear, gate; empty where it was kept."""
+    """topk, bottomk, block_q, block_k, feature_map, linear, gate, always_critical; empty where it was kept."""
     gate_path: str = ""
     gate_parameters: int = 0
     """Numbers in the gate's weight and bias."""
@@ -109,19 +117,21 @@ def describe(site: Site) -> SiteReport:
     shape = example_shape(site.call)
     gate = site.gate
     keep = decision if isinstance(decision, Keep) else None
-    plain, traced = _sizes(site, shape)
+    plain, traced = _sizes(shape)
     return SiteReport(
         path=site.path,
         owner=type(site.owner).__name__ if site.owner is not None else "",
         ordinal=site.ordinal,
         rewritten=keep is None,
-        reason="self-attention" if keep is None else keep.reason,
-        value=keep.value if keep is not None else f"{plain['tokens']} tokens",
+        reason=_kind(site.call, shape) if keep is None else keep.reason,
+        value=_sizes_in_words(plain) if keep is None else keep.value,
         accepted=keep.accepted if keep is not None else "",
-        condition=(decision.condition or "") if isinstance(decision, Rewrite) else "",
+        condition=decision.condition or "",
+        mask=_mask(site.call),
+        causal=site.call.is_causal is True,
         shape=plain,
         traced=traced,
-        settings={**site.config.kernel_options(), "gate": site.config.gate} if keep is None else {},
+        settings=_settings(site.config) if keep is None else {},
         gate_path=site.gate_path if keep is None else "",
         gate_parameters=_count(gate) if gate is not None and keep is None else 0,
         diff=site_diff(site),
@@ -129,15 +139,35 @@ def describe(site: Site) -> SiteReport:
     )
 
 
-def _sizes(site: Site, shape: Shape | None) -> tuple[dict[str, int | str], dict[str, int]]:
+def _settings(config: SLAConfig) -> dict[str, Any]:
+    ranges = [list(pair) for pair in config.always_critical]
+    return {**config.kernel_options(), "gate": config.gate, "always_critical": ranges}
+
+
+def _kind(call: AttentionCall, shape: Shape | None) -> str:
+    if shape is not None and shape.keys is not None:
+        return "cross-attention"
+    return "causal self-attention" if call.is_causal is True else "self-attention"
+
+
+def _sizes_in_words(plain: dict[str, int | str]) -> str:
+    if "key_tokens" in plain:
+        return f"{plain['tokens']} queries, {plain['key_tokens']} keys"
+    return f"{plain['tokens']} tokens"
+
+
+def _mask(call: AttentionCall) -> str:
+    value = example(call.attn_mask)
+    if not isinstance(value, torch.Tensor):
+        return ""
+    return f"{str(value.dtype).removeprefix('torch.')} ({', '.join(map(str, value.shape))})"
+
+
+def _sizes(shape: Shape | None) -> tuple[dict[str, int | str], dict[str, int]]:
     """The sizes as the graph has them, and as they were while it was traced."""
     if shape is None:
         return {}, {}
-    sizes: dict[str, int | torch.SymInt] = dict(shape.sizes)
-    if not shape.self_attention:
-        key = site.call.key.meta.get("example_value")
-        if isinstance(key, torch.Tensor) and key.dim() == 4:
-            sizes["key_tokens"] = key.shape[2]
+    sizes = shape.sizes
     plain: dict[str, int | str] = {name: size if isinstance(size, int) else str(size) for name, size in sizes.items()}
     hints = {name: size_hint(size) for name, size in sizes.items()}
     traced = {name: hint for name, hint in hints.items() if hint is not None}
@@ -146,15 +176,18 @@ def _sizes(site: Site, shape: Shape | None) -> tuple[dict[str, int | str], dict[
 
 
 def _costs(site: Site, shape: Shape, traced: dict[str, int]) -> dict[str, Any]:
-    cross = not shape.self_attention
-    dense = dense_cost(cross)
+    form = {"cross": shape.keys is not None, "causal": site.call.is_causal is True}
+    dense = dense_cost(**form)
     after = dense
     if isinstance(site.decision, Rewrite):
         options = site.config.kernel_options()
-        after = sla_cost(options["topk"], options["block_q"], options["block_k"], options["linear"])
+        forced = _forced(site.decision, traced, options["block_k"])
+        after = sla_cost(
+            options["topk"], options["block_q"], options["block_k"], options["linear"], forced=forced, **form
+        )
     costs: dict[str, Any] = {"where": after.where}
     known = None
-    if traced and (not cross or "key_tokens" in traced):
+    if traced:
         known = {
             BATCH: traced["batch"],
             HEADS: traced["heads"],
@@ -170,6 +203,13 @@ def _costs(site: Site, shape: Shape, traced: dict[str, int]) -> dict[str, Any]:
             costs[f"flops_{name}"] = evaluate(cost.flops, known)
             costs[f"bytes_{name}"] = evaluate(cost.bytes, known)
     return costs
+
+
+def _forced(decision: Rewrite, traced: dict[str, int], block_k: int) -> int:
+    """Key blocks that are critical in every row, at the traced size."""
+    keys = traced.get("key_tokens", traced.get("tokens", 0))
+    touched = forced_blocks(list(decision.always_critical), keys, block_k)
+    return len({block for first, last in touched for block in range(first, last)})
 
 
 def _count(gate: Gate) -> int:
@@ -268,7 +308,7 @@ def _not_compiled(gate: Gate, owner: nn.Module) -> SiteReport:
         reason="prepared, not compiled yet",
         accepted='torch.compile(model, backend="sla") and a call',
         compiled=False,
-        settings={**gate.config.kernel_options(), "gate": gate.config.gate},
+        settings=_settings(gate.config),
         gate_path=gate.path,
         gate_parameters=_count(gate),
     )

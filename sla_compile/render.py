@@ -201,8 +201,8 @@ class ReportView:
         lines: dict[str, None] = {}
         for site in (row.first for row in self.rows):
             if site.formula_before:
-                keys = "" if "key_tokens" not in site.shape else " (L keys)"
-                lines[f"dense{keys}: {site.formula_before}"] = None
+                form = " (L keys)" * ("key_tokens" in site.shape) + " (causal)" * site.causal
+                lines[f"dense{form}: {site.formula_before}"] = None
         for site in (row.first for row in self.rows):
             if site.settings:
                 lines[_settings(site.settings)] = None
@@ -272,6 +272,10 @@ def _shape(site: SiteReport) -> Text:
     text = " x ".join(str(shape[name]) for name in names) + f" {shape['dtype']} on {shape['device']}"
     if "key_tokens" in shape:
         text += f", {shape['key_tokens']} keys"
+    if site.causal:
+        text += ", causal"
+    if site.mask:
+        text += f", mask {site.mask}"
     symbols = [f"{shape[name]} = {value}" for name, value in site.traced.items() if shape[name] != value]
     return Text(text + (f" (traced at {', '.join(symbols)})" if symbols else ""))
 
@@ -300,10 +304,13 @@ def _gate(site: SiteReport) -> Text:
 
 
 def _settings(settings: dict[str, Any]) -> str:
+    texts = [f"{start} to {'the end' if stop is None else stop}" for start, stop in settings["always_critical"]]
+    ranges = ", ".join(texts)
+    always = f", key tokens {ranges} always critical" if ranges else ""
     return (
         f"sparse-linear: topk {100 * settings['topk']:g}%, bottomk {100 * settings['bottomk']:g}%, blocks "
         f"{settings['block_q']}x{settings['block_k']}, feature map {settings['feature_map']}, "
-        f"linear {settings['linear']}"
+        f"linear {settings['linear']}{always}"
     )
 
 

@@ -20,7 +20,7 @@ from sla_compile.gate import Gate, gate_name, own_gates
 from sla_compile.passes.decide import Decision, Keep, Requirements, Rewrite, decide
 from sla_compile.passes.match import AttentionCall, Marker, find_attention, find_markers
 
-__all__ = ["PREPARED", "Settings", "Site", "find_sites"]
+__all__ = ["PREPARED", "Settings", "Site", "find_sites", "requirements"]
 
 PREPARED = "_sla_prepared"
 """Attribute of an owner: (SLAConfig, module path) that ``prepare`` saw it under; survives deepcopy and pickle."""
@@ -85,6 +85,17 @@ class Site:
         return f"{self.path}.{gate_name(self.ordinal)}" if self.path else gate_name(self.ordinal)
 
 
+def requirements(config: SLAConfig) -> Requirements:
+    """What the settings of a site ask of its attention."""
+    return Requirements(
+        config.min_tokens,
+        DTYPES,
+        per_head=config.gate == "per_head",
+        cross_attention=config.cross_attention,
+        always_critical=config.always_critical,
+    )
+
+
 def find_sites(gm: fx.GraphModule, settings: Settings, frame: Frame) -> tuple[list[Site], list[Marker]]:
     """Every attention call of ``gm`` as a site, decided; and every marker, to be erased.
 
@@ -137,7 +148,7 @@ def _site(
     elif owner is None:
         decision = Keep("no module owns this attention", "a plain function calls it", "a call in a forward")
     else:
-        decision = decide(call, Requirements(config.min_tokens, DTYPES, per_head=config.gate == "per_head"))
+        decision = decide(call, requirements(config))
     if isinstance(decision, Rewrite) and marker is not None and marker.module is not call.module:
         decision = Keep(
             "its gate is bound outside the region that holds the attention",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -125,7 +125,7 @@ def test_closed_form_on_random_numbers() -> None:
             return sparse, linear
 
     statistics = SiteStatistics(gate, linear.device)
-    statistics.add(Given("site", gate, dense, dense, dense, 1.0, dense))
+    statistics.add(Given("site", gate, dense, dense, dense, key_mask=None, decision=cast(Any, None), dense=dense))
     weight, bias = statistics.solve(0.0)
     for head in range(3):
         x = F.pad(linear[:, head].reshape(-1, 16), (0, 1), value=1.0)
@@ -250,7 +250,7 @@ class Inner(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, DIM)).permute(2, 0, 3, 1, 4)
-        masked = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        masked = F.scaled_dot_product_attention(q, k, v, q.new_ones(x.shape[1], x.shape[1]).tril())
         q = self.child(masked.transpose(1, 2).flatten(2)).unflatten(-1, (HEADS, DIM)).transpose(1, 2)
         return F.scaled_dot_product_attention(query=q, key=k, value=v, scale=0.3).transpose(1, 2).flatten(2)
 

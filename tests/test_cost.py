@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from sla_compile.blocks import num_blocks, num_critical, num_negligible
+from sla_compile.blocks import num_blocks, num_critical
 from sla_compile.kernels import cpu
 from sla_compile.passes.cost import (
     BATCH,
@@ -46,11 +46,9 @@ def by_stage(cost: Cost, values: dict[sympy.Symbol, int]) -> dict[str, int]:
     return {name: evaluate(cost.exact(stage), values) for name, stage in cost.stages.items()}
 
 
-def run_cpu(tokens: int, topk: float, block_q: int, block_k: int, linear: str) -> int:
-    batch, heads, dim = 2, 3, 16
-    key_blocks = num_blocks(tokens, block_k)
-    critical = num_critical(topk, key_blocks)
-    q, k, v = torch.randn(3, batch, heads, tokens, dim)
+def run_cpu(tokens: int, topk: float, block_q: int, block_k: int, linear: str, keys: int = 0, **form: Any) -> int:
+    dim = 16
+    q, k, v = (torch.randn(2, 3, length, dim) for length in (tokens, keys or tokens, keys or tokens))
     return counted(
         cpu.forward,
         q,
@@ -59,12 +57,13 @@ def run_cpu(tokens: int, topk: float, block_q: int, block_k: int, linear: str) -
         torch.zeros(dim, dim),
         torch.zeros(dim),
         scale=0.25,
-        critical=critical,
-        negligible=num_negligible(0.1, critical, key_blocks),
+        topk=topk,
+        bottomk=0.1 if topk < 1 else 0.0,
         block_q=block_q,
         block_k=block_k,
         feature_map="softmax",
         linear=linear,
+        **form,
     )
 
 
@@ -89,6 +88,37 @@ def test_sla_equals_what_the_cpu_kernels_multiply(
     assert flops == run_cpu(tokens, topk, block_q, block_k, linear)
 
 
+@pytest.mark.parametrize("linear", ["marginal", "none"])
+@pytest.mark.parametrize(("tokens", "keys"), [(256, 64), (64, 256)])
+def test_cross_attention_equals_what_the_cpu_kernels_multiply(tokens: int, keys: int, linear: str) -> None:
+    flops = evaluate(sla_cost(0.25, 16, 16, linear, cross=True).flops, {**sizes(2, 3, tokens, 16), KEY_TOKENS: keys})
+    assert flops == run_cpu(tokens, 0.25, 16, 16, linear, keys)
+
+
+@pytest.mark.parametrize(("ranges", "blocks"), [([0, 40], 3), ([8, 24, 200, 256], 6), ([0, 256], 16)])
+def test_blocks_that_are_always_critical_are_counted(ranges: list[int], blocks: int) -> None:
+    flops = evaluate(sla_cost(0.25, 16, 16, "marginal", forced=blocks).flops, sizes(2, 3, 256, 16))
+    assert flops == run_cpu(256, 0.25, 16, 16, "marginal", always_critical=ranges)
+
+
+@pytest.mark.parametrize(("topk", "block_q", "block_k"), [(0.25, 16, 16), (0.25, 64, 16), (0.05, 16, 32), (1, 16, 16)])
+def test_causal_attention_costs_its_mean_row(topk: float, block_q: int, block_k: int) -> None:
+    """Against the critical blocks that are there; each row rounds its share down."""
+    tokens = 1024
+    sparse = by_stage(sla_cost(topk, block_q, block_k, "none", causal=True), sizes(1, 1, tokens, 16))["sparse"]
+    q, k, v = torch.randn(3, 1, 1, tokens, 16)
+    options: dict[str, Any] = {"block_q": block_q, "block_k": block_k, "feature_map": "softmax", "linear": "none"}
+    *_, block_map = cpu.forward(q, k, v, None, None, scale=0.25, topk=topk, bottomk=0.0, causal=True, **options)
+    there = 4 * int((block_map == 1).sum()) * block_q * block_k * 16
+    assert there <= sparse <= there + 4 * (tokens // block_q) * block_q * block_k * 16
+
+
+def test_dense_causal_attention_has_the_pairs_below_the_diagonal() -> None:
+    values = sizes(2, 3, 100, 16)
+    assert evaluate(dense_cost(causal=True).flops, values) == 4 * 2 * 3 * 16 * sum(range(1, 101))
+    assert dense_cost(causal=True).formula == "B*H*(2*N^2*d + 2*N*d)"
+
+
 def test_short_last_blocks_cost_at_most_their_padding() -> None:
     tokens, block = 250, 16
     flops = evaluate(sla_cost(0.25, block, block, "marginal").flops, sizes(2, 3, tokens, 16))
@@ -108,7 +138,7 @@ def test_bytes_are_at_least_the_tensors_that_a_forward_returns_and_reads() -> No
     q, k, v = torch.randn(3, batch, heads, tokens, dim)
     blocks = tokens // block
     results = cpu.forward(
-        q, k, v, torch.zeros(dim, dim), None, scale=0.25, critical=4, negligible=1, block_q=block, block_k=block,
+        q, k, v, torch.zeros(dim, dim), None, scale=0.25, topk=0.25, bottomk=0.1, block_q=block, block_k=block,
         feature_map="softmax", linear="marginal",
     )  # fmt: skip
     rows = batch * heads
@@ -154,6 +184,8 @@ def test_formulas_say_what_the_expressions_say() -> None:
             "Tk": "ceil(N/bk)",
             "C": "max(1, floor(0.05*Tk))",
         }
+        crossing = sla_cost(0.05, 64, 32, linear, cross=True, forced=3)
+        assert crossing.where[3:] == ("Tk = ceil(L/bk)", "C = min(Tk, 3 + max(1, floor(0.05*Tk)))")
         assert {str(symbol) for symbol in cost.definitions} == set(definitions)
     assert readable(BATCH * HEADS * TOKENS) == "B*H*N"
 

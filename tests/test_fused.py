@@ -206,9 +206,9 @@ def test_functions_of_other_packages(form: str, packages: types.SimpleNamespace)
 
 FOREIGN_KEPT = {
     "window": (lambda f, q, k, v: f.flash(q, k, v, window_size=(8, 8)), "an option of flash_attn_func"),
-    "causal": (lambda f, q, k, v: f.flash(q, k, v, causal=True), "causal attention"),
     "dropout": (lambda f, q, k, v: f.flash(q, k, v, 0.1), "attention dropout"),
-    "bias": (lambda f, q, k, v: f.xformers(q, k, v, q[:, :, 0, :1]), "an option of memory_efficient_attention"),
+    "bias": (lambda f, q, k, v: f.xformers(q, k, v, q[:, :, 0, :1]), "attention mask of another shape"),
+    "no tensor": (lambda f, q, k, v: f.xformers(q, k, v, "lower"), "an option of memory_efficient_attention"),
 }
 
 

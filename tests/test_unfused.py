@@ -333,24 +333,24 @@ KEPT: dict[str, tuple[Callable[..., Any], str, str]] = {
         "a tensor (2, 1, 1)",
     ),
     "mask added": (
-        lambda q, k, v: (scores(q, k) * SCALE + q.new_zeros(TOKENS, TOKENS)).softmax(-1) @ v,
-        "attention mask",
+        lambda q, k, v: (scores(q, k) * SCALE + q[0, 0] @ k[0, 0].mT).softmax(-1) @ v,
+        "per-query attention mask",
         "a float32 tensor (96, 96)",
     ),
-    "mask added from the left": (
-        lambda q, k, v: (q.new_zeros(TOKENS) + scores(q, k)).softmax(-1) @ v,
-        "attention mask",
-        "a float32 tensor (96)",
+    "mask of one head": (
+        lambda q, k, v: (scores(q, k) + k[0, :, None, :, 0]).softmax(-1) @ v,
+        "per-head attention mask",
+        "a float32 tensor (2, 1, 96)",
     ),
     "masked_fill": (
-        lambda q, k, v: scores(q, k).masked_fill(q.new_ones(TOKENS) < 0, float("-inf")).softmax(-1) @ v,
-        "attention mask",
-        "a bool tensor (96)",
+        lambda q, k, v: scores(q, k).masked_fill(q[0, 0] @ k[0, 0].mT > 0, float("-inf")).softmax(-1) @ v,
+        "per-query attention mask",
+        "a bool tensor (96, 96)",
     ),
-    "baddbmm with a mask": (
-        lambda q, k, v: torch.baddbmm(q.new_zeros(2, 1, TOKENS), q[0], k[0].mT, alpha=SCALE).softmax(-1) @ v[0],
+    "a fill that is scaled up to where it leaves weight": (
+        lambda q, k, v: (scores(q, k).masked_fill(k[0, 0, :, 0] < 0, -1e4) * 1e-3).softmax(-1) @ v,
         "attention mask",
-        "a float32 tensor (2, 1, 1, 96)",
+        "in another layout than the scores",
     ),
     "two masks": (
         lambda q, k, v: (scores(q, k) + q.new_zeros(TOKENS) + q.new_zeros(1)).softmax(-1) @ v,

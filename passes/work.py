@@ -1,0 +1,107 @@
+"""How much of an attention can be skipped at all, against ``min_tokens``; and the key tokens that never are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["UnknownRange", "Work", "forced_tokens", "token_ranges"]
+
+
+class UnknownRange(ValueError):
+    """A range of key tokens that has no place among the keys of a site; its text says why."""
+
+
+END = 2**31 - 1
+"""A stop that lies beyond the last key of any site."""
+
+
+def token_ranges(ranges: Sequence[tuple[int, int | None]], keys: int | torch.SymInt) -> tuple[int, ...]:
+    """``ranges`` as start, stop, start, stop, ... as the op takes them.
+
+    They lie in 0 to ``keys`` and grow where that is a number, and follow the rules of slices where it is symbolic.
+    Raises UnknownRange where how many tokens a range has depends on a symbolic number of keys.
+    """
+    if not isinstance(keys, int):
+        for start, stop in ranges:
+            if (start < 0) != (stop is None or stop < 0):
+                raise UnknownRange(f"({start}, {stop}) of {keys} keys")
+        return tuple(bound for start, stop in ranges for bound in (start, END if stop is None else stop))
+    merged: list[int] = []
+    for first, last in sorted(slice(start, stop).indices(keys)[:2] for start, stop in ranges):
+        if first < last:
+            if merged and first <= merged[-1]:
+                merged[-1] = max(last, merged[-1])
+            else:
+                merged += [first, last]
+    return tuple(merged)
+
+
+def forced_tokens(ranges: Sequence[int]) -> int:
+    """How many tokens ``token_ranges`` has at most."""
+    pairs = zip(ranges[::2], ranges[1::2], strict=True)
+    return sum((0 if start < 0 and stop == END else stop) - start for start, stop in pairs)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Pairs of tokens that an attention may skip, against those of plain self-attention over ``min_tokens`` tokens."""
+
+    tokens: Any
+    keys: Any
+    """None where they are as many as the queries."""
+    causal: bool
+    forced: int
+    """Key tokens that are critical in every row."""
+    min_tokens: int
+
+    @property
+    def least(self) -> int:
+        """The fewest tokens of self-attention that are enough, exactly; ``min_tokens`` where it is plain."""
+        pairs = self.min_tokens**2 * (2 if self.causal else 1)  # causal attention has half the pairs
+        root = math.isqrt(self.forced**2 + 4 * pairs)
+        least = (self.forced + root) // 2
+        return least if least * (least - self.forced) >= pairs else least + 1
+
+    @property
+    def enough(self) -> Any:
+        """The condition, as a bool or a SymBool that no guard is made of yet."""
+        if self.keys is None:
+            return self.tokens >= self.least
+        return self.tokens * (self.keys - self.forced) >= self.min_tokens**2
+
+    @property
+    def known_short(self) -> bool:
+        """Whether it is too short at any size that the graph can have."""
+        enough = self.enough
+        return isinstance(enough, bool) and not enough
+
+    def condition(self, enough: bool) -> str | None:
+        """The guard that asking for ``enough`` makes; None where the sizes are fixed or nothing is asked."""
+        if isinstance(self.enough, bool) or self.min_tokens <= 1:
+            return None
+        relation = ">=" if enough else "<"
+        if self.keys is None:
+            return f"{self.tokens} {relation} {self.least}"
+        keys = f"({self.keys} - {self.forced})" if self.forced else f"{self.keys}"
+        return f"{self.tokens}*{keys} {relation} {self.min_tokens**2}"
+
+    @property
+    def value(self) -> str:
+        """What there is, in words."""
+        plain = f"{self.tokens} tokens" if self.keys is None else f"{self.tokens} queries, {self.keys} keys"
+        forced = f", {self.forced} keys always critical" if self.forced else ""
+        return f"{plain}{', causal' if self.causal else ''}{forced}"
+
+    @property
+    def accepted(self) -> str:
+        """What would be enough, in words."""
+        if self.keys is not None:
+            return f"queries x keys of at least min_tokens={self.min_tokens} squared"
+        if self.least == self.min_tokens:
+            return f"at least min_tokens={self.min_tokens}"
+        return f"at least {self.least} tokens, the work of min_tokens={self.min_tokens}"
