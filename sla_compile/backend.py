@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import fx, nn
 
 import sla_compile.ops  # noqa: F401  the library ops that a rewritten graph calls
-from sla_compile.compat import Frame, compiled_siblings, current_frame, user_errors
+from sla_compile.compat import Frame, compiled_siblings, current_frame, data_parallel, fully_sharded, user_errors
 from sla_compile.config import SLAConfig
 from sla_compile.gate import (
     attach_gate,
@@ -62,7 +64,8 @@ def sla(
         remember(sites, frame.code)
         remember_break(gm, frame.root_module())
     _warn_untrained(sites)
-    return _compile_inner(gm, example_inputs, settings.config)
+    compile_inner = partial(_compile_inner, config=settings.config)
+    return cast(CompiledFunction, (frame.in_buckets(compile_inner) if frame else compile_inner)(gm, example_inputs))
 
 
 def rewrite_graph(gm: fx.GraphModule, settings: Settings, frame: Frame | None) -> list[Site]:
@@ -79,6 +82,8 @@ def rewrite_graph(gm: fx.GraphModule, settings: Settings, frame: Frame | None) -
         return []
     with user_errors():
         sites, markers = find_sites(gm, settings, frame)
+        if (sites or markers) and frame.join_buckets():
+            frame.restart("sla_compile sees the graph before it is cut into DDP's buckets")
         injected = _inject(sites, frame)
     if injected:
         frame.drop_superseded()
@@ -111,6 +116,8 @@ def _inject(sites: list[Site], frame: Frame) -> int:
     ]
     for site, owner, _ in missing:
         refuse_taken_name(owner, site.ordinal, site.gate_path)
+        if site.gate is None:
+            _refuse_unsynchronised(site, owner)
     changed = []
     for site, owner, decision in missing:
         had_gate = site.gate is not None
@@ -123,6 +130,16 @@ def _inject(sites: list[Site], frame: Frame) -> int:
     if changed and root is not None:
         _inject_siblings(changed, root, frame)
     return len(changed)
+
+
+def _refuse_unsynchronised(site: Site, owner: nn.Module) -> None:
+    """Raise ValueError where a new gate's gradients would stay on this process: its wrapper has not seen it."""
+    wrapper = "DistributedDataParallel" if data_parallel() else "fully_shard" if fully_sharded(owner) else None
+    if wrapper is not None and torch.is_grad_enabled():
+        raise ValueError(
+            f"{site.gate_path}: the model is in {wrapper} already, so each process would train a gate made now on "
+            f"its own; call sla_compile.prepare(model, ...) first, {wrapper} after it"
+        )
 
 
 def _attach(site: Site, owner: nn.Module, decision: Rewrite) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -20,7 +21,9 @@ __all__ = [
     "Frame",
     "compiled_siblings",
     "current_frame",
+    "data_parallel",
     "forget_code",
+    "fully_sharded",
     "plain_module_path",
     "runs_forward_of",
     "size_hint",
@@ -110,6 +113,28 @@ class Frame:
         """Let nothing that this compiler made for this frame's code serve another call; a running one goes on."""
         _drop_entries(self.code, self.compiler, lambda guards: True)
 
+    def join_buckets(self) -> bool:
+        """Whether DDP's optimizer cut this frame's graph; if so it will not when the frame is analysed again.
+
+        It cuts by the parameters' sizes, so that a gate's marker can be in one part and its attention in another.
+        ``in_buckets`` then cuts what was rewritten. Goes when a backend can see the graph before it is cut.
+        """
+        optimizer = _ddp_optimizer(self.compiler)
+        if optimizer is None or len(optimizer.buckets) < 2:
+            return False
+        optimizer.sla_caps = (optimizer.bucket_bytes_cap, optimizer.first_bucket_cap)
+        optimizer.bucket_bytes_cap = optimizer.first_bucket_cap = sys.maxsize
+        return True
+
+    def in_buckets(self, compiler: Callable[..., Any]) -> Callable[..., Any]:
+        """``compiler``, or one that cuts its graph as DDP's optimizer would have and compiles each part by it."""
+        optimizer = _ddp_optimizer(self.compiler)
+        caps = getattr(optimizer, "sla_caps", None)
+        if optimizer is None or caps is None:
+            return compiler
+        cutting: Callable[..., Any] = type(optimizer)(caps[0], compiler, caps[1]).compile_fn
+        return cutting
+
     def restart(self, reason: str) -> NoReturn:
         """Make Dynamo analyse this frame again from its start, with the modules as they now are.
 
@@ -150,6 +175,31 @@ def current_frame() -> Frame | None:
         translator = translator.parent
     # In the words of the annotations, ``code`` and ``locals`` are those of the frame itself, not of an inlined call.
     return Frame(translator.f_code, dict(translator.f_locals), translator.output.compiler_fn, translator)
+
+
+def data_parallel() -> bool:
+    """Whether this runs inside the forward of a DistributedDataParallel."""
+    if not torch.distributed.is_available():
+        return False
+    active: Any = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    return active is not None
+
+
+def fully_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` (or another of torch's composable wrappers) holds ``module``.
+
+    Inside its forward the parameters are plain tensors, so only its own list tells. Goes when torch has a function
+    that says which wrapper owns a module.
+    """
+    composable = sys.modules.get("torch.distributed._composable_state")
+    wrapped = getattr(composable, "_module_state_mapping", ())
+    return any(module is inner for outer in list(wrapped) for inner in outer.modules())
+
+
+def _ddp_optimizer(compiler: Any) -> Any:
+    """The DDPOptimizer of torch that stands between Dynamo and the backend; None where there is none."""
+    owner = getattr(_innermost(compiler), "__self__", None)
+    return owner if type(owner).__name__ == "DDPOptimizer" else None
 
 
 def _innermost(compiler: Any) -> Any:

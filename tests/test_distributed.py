@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch import nn
 
@@ -43,17 +44,28 @@ def data_parallel(model: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model)
 
 
-def fully_sharded(model: nn.Module) -> nn.Module:
+def sharded(model: nn.Module) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     for block in model.blocks:
         fully_shard(block)
-    fully_shard(model)
-    compile_blocks(model)
+    return fully_shard(model)
+
+
+def fully_sharded(model: nn.Module) -> nn.Module:
+    compile_blocks(sharded(model))
     return model
 
 
-WRAPPERS = {"ddp": data_parallel, "fsdp2": fully_sharded}
+def compiled_data_parallel(model: nn.Module) -> nn.Module:
+    """Compiled as a whole, cut by torch's DDPOptimizer into buckets too small to hold an attention and its gate."""
+    # A real model's blocks are larger than these bytes, which torch reads anew for each frame.
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 1
+    wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.003)
+    return torch.compile(wrapped, backend="sla", options={"inner": "aot_eager"})  # type: ignore[return-value]
+
+
+WRAPPERS = {"ddp": data_parallel, "ddp, compiled whole": compiled_data_parallel, "fsdp2": fully_sharded}
 
 
 def work(rank: int, wrapper: str, folder: str) -> None:
@@ -68,11 +80,15 @@ def work(rank: int, wrapper: str, folder: str) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         wrapped(batch()[rank : rank + 1]).square().mean().backward()
         gradients = {name: _whole(p.grad) for name, p in model.named_parameters()}
+        dcp.save({"model": model.state_dict()}, checkpoint_id=f"{folder}/checkpoint")
         optimizer.step()
         state = {name: _whole(p.detach()) for name, p in model.named_parameters()}
-        sharded = [type(p).__name__ for p in sla_compile.gate_parameters(model)]
+        kinds = [type(p).__name__ for p in sla_compile.gate_parameters(model)]
+        rewritten = [site.rewritten for site in sla_compile.report(model).sites]
+        graphs = torch._dynamo.utils.counters["aot_autograd"]["total"]
         if rank == 0:
-            torch.save({"gradients": gradients, "state": state, "kinds": sharded}, f"{folder}/result.pt")
+            measured = {"kinds": kinds, "rewritten": rewritten, "graphs": graphs}
+            torch.save({"gradients": gradients, "state": state, **measured}, f"{folder}/result.pt")
     finally:
         dist.destroy_process_group()
 
@@ -87,6 +103,9 @@ def test_two_processes_give_the_gradients_of_one(wrapper: str, tmp_path: Path) -
     result = torch.load(tmp_path / "result.pt")
     if wrapper == "fsdp2":
         assert set(result["kinds"]) == {"DTensor"}, "gates are sharded like any parameter"
+    if wrapper == "ddp, compiled whole":
+        assert result["graphs"] > 3, "cut into buckets"
+    assert result["rewritten"] == [True, True]
     try:
         model = seeded_model()
         compile_blocks(model)
@@ -95,5 +114,35 @@ def test_two_processes_give_the_gradients_of_one(wrapper: str, tmp_path: Path) -
             assert parameter.grad is not None
             assert_close(f"gradient of {name}", result["gradients"][name], parameter.grad, 1e-10)
             assert_close(name, result["state"][name], parameter.detach() - parameter.grad, 1e-10)
+        # The sharded checkpoint goes into a model of one process.
+        other = sla_compile.prepare(Model(), (torch.zeros(1, 100, 32),), config=OPTIONS)
+        state = {"model": other.state_dict()}
+        dcp.load(state, checkpoint_id=tmp_path / "checkpoint")
+        other.load_state_dict(state["model"])
+        for name, parameter in model.named_parameters():
+            assert torch.equal(other.get_parameter(name), parameter), name
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def refused(rank: int, wrapper: str, folder: str) -> None:
+    warnings.simplefilter("ignore")
+    store = dist.FileStore(f"{folder}/store", 1)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=1)
+    try:
+        torch.set_default_dtype(torch.float64)
+        model = nn.parallel.DistributedDataParallel(Model()) if wrapper == "ddp" else sharded(Model())
+        wrapped = torch.compile(model, backend="sla", options={**OPTIONS, "inner": "aot_eager"})
+        with pytest.raises(ValueError, match=r"attention\.sla: the model is in .* already, .*call sla_compile\.prep"):
+            wrapped(batch())
+        with torch.no_grad():
+            wrapped(batch())
+        assert len(sla_compile.gates(wrapped)) == 2
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_no_gate_is_made_behind_the_wrappers_back(wrapper: str, tmp_path: Path) -> None:
+    """Its gradients would not be averaged over the processes; without gradients it does no harm."""
+    mp.spawn(refused, args=(wrapper, str(tmp_path)), nprocs=1)
