@@ -147,7 +147,9 @@ class Student:
     @torch.no_grad()
     def reset(self, checkpoint: dict[str, Tensor]) -> None:
         """Be the dense checkpoint again, with fresh gates."""
-        self.model.load_state_dict(checkpoint, strict=False)
+        unknown = self.model.load_state_dict(checkpoint, strict=False).unexpected_keys
+        if unknown:
+            raise ValueError(f"checkpoint: has {', '.join(unknown)}; accepted: parameters of the dense model")
         for gate, value in zip(self.gates, self.fresh, strict=True):
             gate.copy_(value)
         self.model.requires_grad_(True)
