@@ -10,15 +10,16 @@ from __future__ import annotations
 import torch
 import triton
 
-from sla_compile.blocks import num_blocks, num_critical, num_negligible
+from sla_compile.blocks import forced_blocks, num_critical, num_negligible
 
 from .triton_backward import (
     attention_backward_key_kernel,
     attention_backward_query_kernel,
     gate_gradient_kernel,
 )
-from .triton_classify import block_scores, classify_rows, critical_lists
+from .triton_classify import block_scores, classify_rows, classify_rows_with_options, critical_lists
 from .triton_forward import attention_forward
+from .triton_masks import batch_stride, block_tiers, key_bias
 from .triton_states import block_means, key_states, marginal_matrices, sum_of_states
 from .triton_tiles import (
     check_supported,
@@ -54,33 +55,41 @@ def forward(
     causal: bool = False,
     always_critical: list[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """O = O^s + O^l weight^T + bias of q, k, v (B, H, N, D), float32, float16 or bfloat16, any strides.
+    """O = O^s + O^l weight^T + bias of q (B, H, Lq, D), k, v (B, H, Lk, D), 16-bit or float32, any strides.
 
-    weight (D, D) or (H, D, D) and bias (D) or (H, D) in any floating dtype, or None. Returns out and
-    linear_out (B, H, N, D), in memory (B, N, H, D),
-    linear_out of shape (0,) without a linear branch; lse (B, H, N) float32; block_map (B, H, Tm, Tn) int8.
+    weight (D, D) or (H, D, D) and bias (D) or (H, D) in any floating dtype, or None; the options are those of
+    ``sla::forward``. Returns out and linear_out (B, H, Lq, D), in memory (B, Lq, H, D), linear_out of shape (0,)
+    without a linear branch; lse (B, H, Lq) float32, -inf for a query without a key; block_map (B, H, Tm, Tn) int8.
 
     Raises TypeError for a dtype and ValueError for a head dimension, block size, feature map or linear form
     that the kernels do not have.
     """
     check_supported(q, block_q, block_k, feature_map, linear)
-    _refuse(q, k, key_mask=key_mask, sparsity=sparsity, causal=causal, always_critical=always_critical)
-    key_blocks = num_blocks(k.shape[2], block_k)
-    critical = num_critical(topk, key_blocks)
-    negligible = num_negligible(bottomk, critical, key_blocks)
     with torch.cuda.device_of(q):
         q, k, v = vector_readable(q), vector_readable(k), vector_readable(v)
         has_linear = weight is not None and linear != "none"
         gate = gate_matrix(weight, q.dtype) if weight is not None and has_linear else None
+        logit_bias = None if key_mask is None else key_bias(key_mask)
         pooled_q = block_means(q, block_q)
         states = normalizers = None
         if has_linear:
-            states, normalizers, pooled_k = key_states(k, v, block_k, feature_map, pool=True)
+            states, normalizers, pooled_k = key_states(k, v, block_k, feature_map, logit_bias, pool=True)
         else:
-            pooled_k = block_means(k, block_k)
-        block_map, lists = classify_rows(block_scores(pooled_q, pooled_k, scale), critical, negligible)
+            pooled_k = block_means(k, block_k, logit_bias)
+        block_map, lists, counts = _classes(
+            block_scores(pooled_q, pooled_k, scale),
+            logit_bias,
+            sparsity,
+            (q.shape[2], k.shape[2]),
+            topk=topk,
+            bottomk=bottomk,
+            block_q=block_q,
+            block_k=block_k,
+            causal=causal,
+            always_critical=always_critical,
+        )
         if states is not None and normalizers is not None:
-            matrices = marginal_matrices(block_map, states.dtype) if linear == "marginal" else None
+            matrices = _summed_blocks(block_map, states.dtype, linear, block_q, block_k, causal)
             states, normalizers = _sum_over_keys(states, normalizers, matrices)
         out, linear_out, lse = attention_forward(
             q,
@@ -95,6 +104,9 @@ def forward(
             block_q=block_q,
             block_k=block_k,
             feature_map_name=feature_map,
+            counts=counts,
+            key_bias=logit_bias,
+            causal=causal,
         )
         return out, linear_out, lse, block_map
 
@@ -119,22 +131,22 @@ def backward(
     linear: str,
     causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `forward` at grad_out (B, H, N, D), any strides, from its inputs and outputs.
+    """Gradients of `forward` at grad_out (B, H, Lq, D), any strides, from its inputs and outputs.
 
-    Returns dq, dk, dv (B, H, N, D), in memory (B, N, H, D), and dweight and dbias in the shape and dtype of
+    Returns dq, dk, dv (B, H, L, D), in memory (B, L, H, D), and dweight and dbias in the shape and dtype of
     weight and bias, of shape (0,) where those are None. The same bits every time. Raises as `forward` does.
     """
     check_supported(q, block_q, block_k, feature_map, linear)
-    _refuse(q, k, key_mask=key_mask, causal=causal)
     with torch.cuda.device_of(q):
         grad_out, q, k, v, out = (vector_readable(x) for x in (grad_out, q, k, v, out))
         has_linear = weight is not None and linear != "none"
+        logit_bias = None if key_mask is None else key_bias(key_mask)
         gate = states = normalizers = matrices = None
         if weight is not None and has_linear:
             gate = gate_matrix(weight, q.dtype)
             linear_out = vector_readable(linear_out)
-            states, normalizers, _ = key_states(k, v, block_k, feature_map, pool=False)
-            matrices = marginal_matrices(block_map, states.dtype) if linear == "marginal" else None
+            states, normalizers, _ = key_states(k, v, block_k, feature_map, logit_bias, pool=False)
+            matrices = _summed_blocks(block_map, states.dtype, linear, block_q, block_k, causal)
             states, normalizers = _sum_over_keys(states, normalizers, matrices)
         dq, delta, grad_states, grad_normalizers = _query_side(
             grad_out,
@@ -149,14 +161,19 @@ def backward(
             states,
             normalizers,
             block_map,
+            logit_bias,
             scale=scale,
             block_q=block_q,
             block_k=block_k,
             feature_map=feature_map,
+            causal=causal,
         )
         del states, normalizers
         if grad_states is not None and grad_normalizers is not None:
-            grad_states, grad_normalizers = _sum_over_queries(grad_states, grad_normalizers, matrices, block_map)
+            repeat = grad_states.shape[2] // block_map.shape[2]
+            if repeat > 1:
+                matrices = _summed_blocks(block_map, grad_states.dtype, linear, block_q, block_k, causal, repeat)
+            grad_states, grad_normalizers = _sum_over_queries(grad_states, grad_normalizers, matrices)
         dk, dv = _key_side(
             grad_out,
             q,
@@ -167,21 +184,62 @@ def backward(
             grad_states,
             grad_normalizers,
             block_map,
+            logit_bias,
             scale=scale,
             block_q=block_q,
             block_k=block_k,
             feature_map=feature_map,
+            causal=causal,
         )
         dweight, dbias = _gate_side(grad_out, linear_out, weight, bias, has_linear)
         return dq, dk, dv, dweight, dbias
 
 
-def _refuse(q: torch.Tensor, k: torch.Tensor, **options: object) -> None:
-    for name, value in options.items():
-        if value is not None and value is not False:
-            raise NotImplementedError(f"sla on CUDA: {name} is given; accepted so far: none")
-    if q.shape[2] != k.shape[2]:
-        raise NotImplementedError(f"sla on CUDA: {q.shape[2]} queries, {k.shape[2]} keys; accepted so far: as many")
+def _classes(
+    scores: torch.Tensor,
+    logit_bias: torch.Tensor | None,
+    sparsity: torch.Tensor | None,
+    tokens: tuple[int, int],
+    *,
+    topk: float,
+    bottomk: float,
+    block_q: int,
+    block_k: int,
+    causal: bool,
+    always_critical: list[int] | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Block map, lists and, where rows may have unequal numbers of critical blocks, counts."""
+    tiers = block_tiers(logit_bias, always_critical, tokens[1], block_k, scores.device)
+    if tiers is None and sparsity is None and not causal:
+        critical = num_critical(topk, scores.shape[3])
+        return *classify_rows(scores, critical, num_negligible(bottomk, critical, scores.shape[3])), None
+    return classify_rows_with_options(
+        scores,
+        topk=topk,
+        bottomk=bottomk,
+        sparsity=sparsity,
+        tiers=tiers,
+        queries=tokens[0],
+        block_q=block_q,
+        block_k=block_k,
+        causal=causal,
+        always_critical=sum(last - first for first, last in forced_blocks(always_critical, tokens[1], block_k)),
+    )
+
+
+def _summed_blocks(
+    block_map: torch.Tensor,
+    dtype: torch.dtype,
+    linear: str,
+    block_q: int,
+    block_k: int,
+    causal: bool,
+    repeat: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`marginal_matrices` of the blocks that the linear branch sums; None where that is every block."""
+    if linear == "marginal":
+        return marginal_matrices(block_map, dtype, repeat)
+    return marginal_matrices(block_map, dtype, repeat, (block_q, block_k)) if causal else None
 
 
 def _sum_over_keys(
@@ -196,12 +254,8 @@ def _sum_over_queries(
     grad_states: torch.Tensor,
     grad_normalizers: torch.Tensor,
     matrices: tuple[torch.Tensor, torch.Tensor] | None,
-    block_map: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dh (B, H, Tn, D, D) and dz (B, H, Tn, D) from dH and dZ of each query tile; or one row for all."""
-    tiles_per_block = grad_states.shape[2] // block_map.shape[2]
-    if matrices is not None and tiles_per_block > 1:
-        matrices = marginal_matrices(block_map, grad_states.dtype, tiles_per_block)
     matrix, single = matrices or (None, None)
     return (
         sum_of_states(matrix, grad_states, transpose=True),
@@ -222,13 +276,15 @@ def _query_side(
     states: torch.Tensor | None,
     normalizers: torch.Tensor | None,
     block_map: torch.Tensor,
+    logit_bias: torch.Tensor | None,
     *,
     scale: float,
     block_q: int,
     block_k: int,
     feature_map: str,
+    causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """dq, D^s (B, H, N) float32, and of each query tile dH (B, H, tiles, D, D) and dZ (B, H, tiles, D)."""
+    """dq, D^s (B, H, Lq) float32, and of each query tile dH (B, H, tiles, D, D) and dZ (B, H, tiles, D)."""
     batch, heads, tokens, head_dim = q.shape
     launch = launch_for("backward_query", head_dim, q.dtype, block_q, block_k)
     tiles = block_map.shape[2] * (block_q // launch.tile_q)
@@ -255,6 +311,7 @@ def _query_side(
         normalizers if normalizers is not None else delta,
         lists,
         counts,
+        logit_bias if logit_bias is not None else delta,
         dq,
         delta,
         grad_states if grad_states is not None else q,
@@ -268,8 +325,10 @@ def _query_side(
         head_stride(weight, 2) // 8,
         head_stride(bias, 1),
         bias.stride(-1) if bias is not None else 0,
+        batch_stride(logit_bias),
         scale,
         tokens,
+        k.shape[2],
         tiles,
         heads,
         lists.shape[3],
@@ -284,6 +343,8 @@ def _query_side(
         FEATURE_MAP=feature_map,
         HAS_LINEAR=states is not None,
         HAS_BIAS=bias is not None,
+        HAS_KEY_BIAS=logit_bias is not None,
+        CAUSAL=causal,
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
@@ -300,18 +361,20 @@ def _key_side(
     grad_states: torch.Tensor | None,
     grad_normalizers: torch.Tensor | None,
     block_map: torch.Tensor,
+    logit_bias: torch.Tensor | None,
     *,
     scale: float,
     block_q: int,
     block_k: int,
     feature_map: str,
+    causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dk and dv (B, H, N, D) from D^s and, with a linear branch, dh and dz."""
+    """dk and dv (B, H, Lk, D) from D^s and, with a linear branch, dh and dz."""
     batch, heads, tokens, head_dim = q.shape
     launch = launch_for("backward_key", head_dim, q.dtype, block_q, block_k)
-    tiles = triton.cdiv(tokens, launch.tile_k)
+    tiles = triton.cdiv(k.shape[2], launch.tile_k)
     lists, counts = critical_lists(block_map, by_column=True)
-    dk, dv = (q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2) for _ in range(2))
+    dk, dv = (q.new_empty(batch, k.shape[2], heads, head_dim).transpose(1, 2) for _ in range(2))
     attention_backward_key_kernel[(tiles * batch * heads,)](
         grad_out,
         q,
@@ -323,14 +386,17 @@ def _key_side(
         grad_normalizers if grad_normalizers is not None else delta,
         lists,
         counts,
+        logit_bias if logit_bias is not None else delta,
         dk,
         dv,
         *vector_strides(grad_out),
         *vector_strides(q),
         *vector_strides(k),
         *vector_strides(v),
+        batch_stride(logit_bias),
         scale,
         tokens,
+        k.shape[2],
         tiles,
         heads,
         lists.shape[3],
@@ -344,6 +410,8 @@ def _key_side(
         CHUNK=launch.chunk,
         FEATURE_MAP=feature_map,
         HAS_LINEAR=grad_states is not None,
+        HAS_KEY_BIAS=logit_bias is not None,
+        CAUSAL=causal,
         num_warps=launch.warps,
         num_stages=launch.stages,
     )

@@ -18,6 +18,7 @@ from .triton_primitives import (
     feature_map,
     feature_map_backward,
     head_pointer,
+    load_key_bias,
     load_tile,
     locate_program,
     reciprocal_or_zero,
@@ -28,7 +29,17 @@ from .triton_primitives import (
 __all__ = ["attention_backward_key_kernel", "attention_backward_query_kernel", "gate_gradient_kernel"]
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_tiles", "num_heads", "num_columns", "state_rows"])
+@triton.jit(
+    do_not_specialize=[
+        "stride_key_bias",
+        "num_tokens",
+        "num_keys",
+        "num_tiles",
+        "num_heads",
+        "num_columns",
+        "state_rows",
+    ]
+)
 def attention_backward_query_kernel(
     grad_out,
     q,
@@ -43,6 +54,7 @@ def attention_backward_query_kernel(
     normalizers,
     lists,
     counts,
+    key_bias,
     grad_q,
     delta,
     grad_states,
@@ -68,8 +80,10 @@ def attention_backward_query_kernel(
     stride_wh,
     stride_bh,
     stride_bd,
+    stride_key_bias,
     scale,
     num_tokens,
+    num_keys,
     num_tiles,
     num_heads,
     num_columns,
@@ -84,6 +98,8 @@ def attention_backward_query_kernel(
     FEATURE_MAP: tl.constexpr,
     HAS_LINEAR: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_KEY_BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """dQ of one tile of queries, its D^s, and its share of dH and dZ: one (D, D) state a tile."""
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
@@ -157,19 +173,29 @@ def attention_backward_query_kernel(
     scale_log2 = scale * 1.4426950408889634
     row_lse = tl.load(lse + batch_head * num_tokens + first_query + rows, mask=row_mask, other=0.0)
     row_lse = row_lse * 1.4426950408889634
+    if HAS_KEY_BIAS or CAUSAL:
+        # a query without a key: every score is -inf
+        row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)
     scaled_delta = row_delta * scale
     k_base = head_pointer(k, batch, head, stride_kb, stride_kh)
     v_base = head_pointer(v, batch, head, stride_vb, stride_vh)
     row_list = lists + (batch_head * num_rows + block_row) * num_columns
     num_critical = tl.load(counts + batch_head * num_rows + block_row)
+    key_bias_base = key_bias + batch.to(tl.int64) * stride_key_bias
     for step in range(num_critical * PARTS):
         start = tl.load(row_list + step // PARTS) * BLOCK_K + (step % PARTS) * TILE_K
-        key = load_tile(k_base, start, keys, dims, stride_kn, num_tokens, PITCH, PADDED)
+        key = load_tile(k_base, start, keys, dims, stride_kn, num_keys, PITCH, PADDED)
         # [TILE_Q, PADDED_DIM] x [PADDED_DIM, TILE_K]
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-        probability = tl.exp2(scores * scale_log2 - row_lse[:, None])
-        probability = tl.where((start + keys < num_tokens)[None, :], probability, 0.0)
-        value = load_tile(v_base, start, keys, dims, stride_vn, num_tokens, PITCH, PADDED)
+        if HAS_KEY_BIAS:
+            shift = load_key_bias(key_bias_base, start, keys, num_keys) * 1.4426950408889634
+            probability = tl.exp2(scores * scale_log2 + shift[None, :] - row_lse[:, None])
+        else:
+            probability = tl.exp2(scores * scale_log2 - row_lse[:, None])
+            probability = tl.where((start + keys < num_keys)[None, :], probability, 0.0)
+        if CAUSAL:
+            probability = tl.where((first_query + rows)[:, None] >= (start + keys)[None, :], probability, 0.0)
+        value = load_tile(v_base, start, keys, dims, stride_vn, num_keys, PITCH, PADDED)
         grad_probability = tl.dot(grad, tl.trans(value), input_precision="ieee")
         grad_scores = probability * (grad_probability * scale - scaled_delta[:, None])
         # [TILE_Q, TILE_K] x [TILE_K, PADDED_DIM]
@@ -178,7 +204,9 @@ def attention_backward_query_kernel(
     store_tile(grad_q_base, accumulator, first_query, rows, dims, num_heads * HEAD_DIM, num_tokens, HEAD_DIM, PADDED)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_tiles", "num_heads", "num_rows", "state_rows"])
+@triton.jit(
+    do_not_specialize=["stride_key_bias", "num_tokens", "num_keys", "num_tiles", "num_heads", "num_rows", "state_rows"]
+)
 def attention_backward_key_kernel(
     grad_out,
     q,
@@ -190,6 +218,7 @@ def attention_backward_key_kernel(
     grad_normalizers,
     lists,
     counts,
+    key_bias,
     grad_k,
     grad_v,
     stride_gb,
@@ -204,8 +233,10 @@ def attention_backward_key_kernel(
     stride_vb,
     stride_vh,
     stride_vn,
+    stride_key_bias,
     scale,
     num_tokens,
+    num_keys,
     num_tiles,
     num_heads,
     num_rows,
@@ -219,6 +250,8 @@ def attention_backward_key_kernel(
     CHUNK: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     HAS_LINEAR: tl.constexpr,
+    HAS_KEY_BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """dK and dV of one tile of keys: the linear part from dh_j and dz_j, then its critical rows."""
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
@@ -228,15 +261,21 @@ def attention_backward_key_kernel(
     batch_head = batch.to(tl.int64) * num_heads + head
     first_key = tile * TILE_K
     block_column = first_key // BLOCK_K
-    num_columns = tl.cdiv(num_tokens, BLOCK_K)
+    num_columns = tl.cdiv(num_keys, BLOCK_K)
 
     keys = tl.arange(0, TILE_K)
     rows = tl.arange(0, TILE_Q)
     dims = tl.arange(0, PADDED_DIM)
     k_base = head_pointer(k, batch, head, stride_kb, stride_kh)
     v_base = head_pointer(v, batch, head, stride_vb, stride_vh)
-    key = load_tile(k_base, first_key, keys, dims, stride_kn, num_tokens, PITCH, PADDED)
-    value = load_tile(v_base, first_key, keys, dims, stride_vn, num_tokens, PITCH, PADDED)
+    key = load_tile(k_base, first_key, keys, dims, stride_kn, num_keys, PITCH, PADDED)
+    value = load_tile(v_base, first_key, keys, dims, stride_vn, num_keys, PITCH, PADDED)
+
+    if HAS_KEY_BIAS:
+        shift = load_key_bias(key_bias + batch.to(tl.int64) * stride_key_bias, first_key, keys, num_keys)
+        key_weight = tl.exp(shift)
+        # natural log -> log2
+        shift = shift * 1.4426950408889634
 
     value_accumulator = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
     if HAS_LINEAR:
@@ -248,13 +287,17 @@ def attention_backward_key_kernel(
         for first in tl.range(0, PADDED_DIM, CHUNK, num_stages=1):
             columns = first + tl.arange(0, CHUNK)
             grad_state = load_tile(state_base, origin, dims, columns, PITCH // 8, HEAD_DIM, PITCH, PADDED)
-            part = load_tile(v_base, first_key, keys, columns, stride_vn, num_tokens, PITCH, PADDED)
+            part = load_tile(v_base, first_key, keys, columns, stride_vn, num_keys, PITCH, PADDED)
             # [TILE_K, CHUNK] x [CHUNK, PADDED_DIM]
             grad_phi = tl.dot(part.to(state_type), tl.trans(grad_state), grad_phi, input_precision="ieee")
         normalizer_base = grad_normalizers + state_index * HEAD_DIM
         grad_phi += tl.load(normalizer_base + dims, mask=dims < HEAD_DIM, other=0.0)[None, :]
         phi = feature_map(key, dims, HEAD_DIM, PADDED, FEATURE_MAP)
+        if HAS_KEY_BIAS:
+            grad_phi *= key_weight[:, None]
         key_accumulator = feature_map_backward(key, phi, grad_phi, FEATURE_MAP)
+        if HAS_KEY_BIAS:
+            phi *= key_weight[:, None]
         phi = phi.to(state_type)
         for first in tl.range(0, PADDED_DIM, CHUNK, num_stages=1):
             columns = first + tl.arange(0, CHUNK)
@@ -282,7 +325,15 @@ def attention_backward_key_kernel(
         row_lse = tl.load(lse + vector_base + start + rows, mask=row_mask, other=0.0) * 1.4426950408889634
         # [TILE_K, PADDED_DIM] x [PADDED_DIM, TILE_Q]; keys past the end make rows that are never stored
         scores = tl.dot(key, tl.trans(query), input_precision="ieee")
-        probability = tl.exp2(scores * scale_log2 - row_lse[None, :])
+        if HAS_KEY_BIAS or CAUSAL:
+            # a query without a key: every score is -inf
+            row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)
+        if HAS_KEY_BIAS:
+            probability = tl.exp2(scores * scale_log2 + shift[:, None] - row_lse[None, :])
+        else:
+            probability = tl.exp2(scores * scale_log2 - row_lse[None, :])
+        if CAUSAL:
+            probability = tl.where((start + rows)[None, :] >= (first_key + keys)[:, None], probability, 0.0)
         grad = load_tile(grad_base, start, rows, dims, stride_gn, num_tokens, PITCH, PADDED)
         # [TILE_K, TILE_Q] x [TILE_Q, PADDED_DIM]
         value_accumulator = tl.dot(probability.to(grad.dtype), grad, value_accumulator, input_precision="ieee")
@@ -290,8 +341,8 @@ def attention_backward_key_kernel(
         scaled_delta = tl.load(delta + vector_base + start + rows, mask=row_mask, other=0.0) * scale
         grad_scores = probability * (grad_probability * scale - scaled_delta[None, :])
         key_accumulator = tl.dot(grad_scores.to(query.dtype), query, key_accumulator, input_precision="ieee")
-    grad_k_base = token_major_pointer(grad_k, batch, head, num_tokens, num_heads, HEAD_DIM)
-    grad_v_base = token_major_pointer(grad_v, batch, head, num_tokens, num_heads, HEAD_DIM)
+    grad_k_base = token_major_pointer(grad_k, batch, head, num_keys, num_heads, HEAD_DIM)
+    grad_v_base = token_major_pointer(grad_v, batch, head, num_keys, num_heads, HEAD_DIM)
     store_tile(
         grad_k_base,
         key_accumulator,
@@ -299,7 +350,7 @@ def attention_backward_key_kernel(
         keys,
         dims,
         num_heads * HEAD_DIM,
-        num_tokens,
+        num_keys,
         HEAD_DIM,
         PADDED,
     )
@@ -310,7 +361,7 @@ def attention_backward_key_kernel(
         keys,
         dims,
         num_heads * HEAD_DIM,
-        num_tokens,
+        num_keys,
         HEAD_DIM,
         PADDED,
     )

@@ -3,16 +3,23 @@
 The scores S = pool(Q) pool(K)^T * scale (B, H, Tm, Tn) come from float32 means by float32 products; each row
 is then split by threshold search over order-preserving integer keys: the ``critical`` largest are +1, what
 the largest ``Tn - negligible`` leave is -1, the rest 0, ties going to the lower key-block index first. No
-sort, no host sync.
+sort, no host sync. Options (dead and forced blocks, causal, shares read on the device) have a kernel of their own,
+in which rows have unequal numbers of critical blocks, and so counts.
 """
 
 from __future__ import annotations
+
+from fractions import Fraction
 
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["block_scores", "classify_rows", "critical_lists"]
+from sla_compile.blocks import exact_fraction, num_blocks, shares_of
+
+from .triton_masks import batch_stride
+
+__all__ = ["block_scores", "classify_rows", "classify_rows_with_options", "critical_lists"]
 
 _SCORE_TILE = 64
 
@@ -94,6 +101,96 @@ def classify_kernel(scores, block_map, lists, num_keys, critical, negligible, LA
     store_list(lists + row * critical, is_critical, lanes)
 
 
+@triton.jit
+def share_of(size, numerator, denominator):
+    """floor(size * numerator / denominator), exactly."""
+    return size.to(tl.int64) * numerator // denominator
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_queries",
+        "num_rows",
+        "num_keys",
+        "num_heads",
+        "list_width",
+        "stride_tiers",
+        "topk",
+        "topk_whole",
+        "bottomk",
+        "bottomk_whole",
+    ]
+)
+def classify_with_options_kernel(
+    scores,
+    block_map,
+    lists,
+    counts,
+    tiers,
+    sparsity,
+    num_queries,
+    num_rows,
+    num_keys,
+    num_heads,
+    list_width,
+    stride_tiers,
+    topk,
+    topk_whole,
+    bottomk,
+    bottomk_whole,
+    LANES: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_TIERS: tl.constexpr,
+    HAS_SPARSITY: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """Shares are topk / topk_whole and bottomk / bottomk_whole of the row's blocks, or of those below the diagonal."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, LANES)
+    valid = lanes < num_keys
+    live = valid
+    forced = lanes < 0
+    if HAS_TIERS:
+        batch = row // (num_rows * num_heads)
+        tier = tl.load(tiers + batch * stride_tiers + lanes, mask=valid, other=-1)
+        live = tier >= 0
+        forced = tier > 0
+    scope = valid
+    size = tl.zeros([], tl.int32) + num_keys
+    least = 1
+    if CAUSAL:
+        first_query = (row % num_rows).to(tl.int32) * BLOCK_Q
+        last_query = tl.minimum(first_query + BLOCK_Q, num_queries) - 1
+        scope = valid & ((lanes + 1) * BLOCK_K <= first_query)
+        size = first_query // BLOCK_K
+        least = 0
+        forced = (forced & scope) | (live & ~scope & (lanes * BLOCK_K <= last_query))
+    critical = share_of(size, topk, topk_whole)
+    negligible = share_of(size, bottomk, bottomk_whole)
+    if HAS_SPARSITY:
+        wanted = tl.maximum(tl.load(sparsity), 0)
+        critical = tl.minimum(critical, share_of(size, tl.minimum(wanted, 1000000), 1000000))
+        dropped = tl.minimum(tl.maximum(tl.load(sparsity + 1), 0), 1000000)
+        negligible = share_of(size, dropped, 1000000)
+    candidate = scope & live & ~forced
+    candidates = tl.sum(candidate.to(tl.int32), 0)
+    # dead blocks rank last, so they use up the negligible first
+    dead = tl.sum((scope & ~live).to(tl.int32), 0)
+    critical = tl.minimum(tl.maximum(critical.to(tl.int32), least), candidates)
+    kept = candidates - tl.maximum(negligible.to(tl.int32) - dead, 0)
+
+    score = tl.load(scores + row * num_keys + lanes, mask=valid, other=0.0)
+    # -0 equals +0 as a score but not as bits
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    is_critical = forced | take_largest(key, candidate, critical)
+    is_kept = take_largest(key, candidate, tl.maximum(kept, 0))
+    label = tl.where(is_critical, 1, tl.where(is_kept, 0, -1))
+    tl.store(block_map + row * num_keys + lanes, label.to(tl.int8), mask=valid)
+    tl.store(counts + row, store_list(lists + row * list_width, is_critical, lanes))
+
+
 @triton.jit(do_not_specialize=["num_lines", "num_items", "stride_matrix", "stride_line", "stride_item"])
 def critical_list_kernel(
     block_map,
@@ -150,6 +247,68 @@ def classify_rows(scores: torch.Tensor, critical: int, negligible: int) -> tuple
         scores, block_map, lists, num_keys, critical, negligible, LANES=lanes, num_warps=warps
     )
     return block_map, lists
+
+
+def classify_rows_with_options(
+    scores: torch.Tensor,
+    *,
+    topk: float,
+    bottomk: float,
+    sparsity: torch.Tensor | None,
+    tiers: torch.Tensor | None,
+    queries: int,
+    block_q: int,
+    block_k: int,
+    causal: bool,
+    always_critical: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`classify_rows` under the options of ``sla::forward``: the shares by its rules, ``tiers`` a `block_tiers`.
+
+    ``always_critical`` is the most blocks that ``tiers`` forces. Returns the block map, lists (B, H, Tm, width)
+    int32, as wide as the options allow, and counts (B, H, Tm) int32: of each list the first count entries are
+    written, ascending.
+    """
+    batch, heads, rows, columns = scores.shape
+    width = always_critical + shares_of(columns, topk, bottomk)[0]
+    if causal:
+        width += num_blocks(block_q, block_k) + 1
+    width = min(columns, width)
+    block_map = torch.empty(scores.shape, dtype=torch.int8, device=scores.device)
+    lists = torch.empty((batch, heads, rows, width), dtype=torch.int32, device=scores.device)
+    counts = torch.empty((batch, heads, rows), dtype=torch.int32, device=scores.device)
+    critical, negligible = (_within_32_bits(exact_fraction(share)) for share in (topk, bottomk))
+    lanes, warps = _lanes_and_warps(columns)
+    classify_with_options_kernel[(batch * heads * rows,)](
+        scores,
+        block_map,
+        lists,
+        counts,
+        tiers if tiers is not None else block_map,
+        sparsity if sparsity is not None else block_map,
+        queries,
+        rows,
+        columns,
+        heads,
+        width,
+        batch_stride(tiers),
+        critical.numerator,
+        critical.denominator,
+        negligible.numerator,
+        negligible.denominator,
+        LANES=lanes,
+        BLOCK_Q=block_q,
+        BLOCK_K=block_k,
+        HAS_TIERS=tiers is not None,
+        HAS_SPARSITY=sparsity is not None,
+        CAUSAL=causal,
+        num_warps=warps,
+    )
+    return block_map, lists, counts
+
+
+def _within_32_bits(share: Fraction) -> Fraction:
+    """``share`` itself where its decimals are up to nine, else the nearest that keeps products within 64 bits."""
+    return share.limit_denominator(2**31 - 1)
 
 
 def critical_lists(block_map: torch.Tensor, *, by_column: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,9 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .triton_masks import batch_stride
 from .triton_primitives import (
     feature_map,
     head_pointer,
+    load_key_bias,
     load_tile,
     locate_program,
     reciprocal_or_zero,
@@ -27,23 +29,39 @@ __all__ = ["attention_forward"]
 
 
 @triton.jit
-def online_softmax_update(scores, value, running_max, running_sum, accumulator):
+def online_softmax_update(scores, value, running_max, running_sum, accumulator, MASKED: tl.constexpr):
     """Fold one tile of base-2 scores [TILE_Q, TILE_K] and its values into the running softmax."""
     new_max = tl.maximum(running_max, tl.max(scores, 1))
-    rescale = tl.exp2(running_max - new_max)
-    weights = tl.exp2(scores - new_max[:, None])
+    shift = new_max
+    if MASKED:
+        # a row that has had no key so far
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    rescale = tl.exp2(running_max - shift)
+    weights = tl.exp2(scores - shift[:, None])
     running_sum = running_sum * rescale + tl.sum(weights, 1)
     accumulator = accumulator * rescale[:, None]
     accumulator = tl.dot(weights.to(value.dtype), value, accumulator, input_precision="ieee")
     return new_max, running_sum, accumulator
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_tiles", "num_heads", "num_critical", "state_rows"])
+@triton.jit(
+    do_not_specialize=[
+        "stride_key_bias",
+        "num_tokens",
+        "num_keys",
+        "num_tiles",
+        "num_heads",
+        "list_width",
+        "state_rows",
+    ]
+)
 def attention_forward_kernel(
     q,
     k,
     v,
     lists,
+    counts,
+    key_bias,
     states,
     normalizers,
     weight,
@@ -63,11 +81,13 @@ def attention_forward_kernel(
     stride_wh,
     stride_bh,
     stride_bd,
+    stride_key_bias,
     scale_log2,
     num_tokens,
+    num_keys,
     num_tiles,
     num_heads,
-    num_critical,
+    list_width,
     state_rows,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -79,10 +99,14 @@ def attention_forward_kernel(
     FEATURE_MAP: tl.constexpr,
     HAS_LINEAR: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
+    HAS_KEY_BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
     PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
     PARTS: tl.constexpr = BLOCK_K // TILE_K
+    MASKED: tl.constexpr = HAS_KEY_BIAS or CAUSAL
     tile, batch, head = locate_program(num_tiles, num_heads)
     batch_head = batch.to(tl.int64) * num_heads + head
     first_query = tile * TILE_Q
@@ -101,17 +125,30 @@ def attention_forward_kernel(
     running_max = tl.full([TILE_Q], float("-inf"), tl.float32)
     running_sum = tl.zeros([TILE_Q], tl.float32)
     accumulator = tl.zeros([TILE_Q, PADDED_DIM], tl.float32)
-    row_list = lists + (batch_head * num_rows + block_row) * num_critical
+    row_list = lists + (batch_head * num_rows + block_row) * list_width
+    num_critical = list_width
+    if HAS_COUNTS:
+        num_critical = tl.load(counts + batch_head * num_rows + block_row)
+    key_bias_base = key_bias + batch.to(tl.int64) * stride_key_bias
     for step in range(num_critical * PARTS):
         start = tl.load(row_list + step // PARTS) * BLOCK_K + (step % PARTS) * TILE_K
-        key = load_tile(k_base, start, keys, dims, stride_kn, num_tokens, PITCH, PADDED)
+        key = load_tile(k_base, start, keys, dims, stride_kn, num_keys, PITCH, PADDED)
         # [TILE_Q, PADDED_DIM] x [PADDED_DIM, TILE_K]
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
-        scores = tl.where((start + keys < num_tokens)[None, :], scores, float("-inf"))
-        value = load_tile(v_base, start, keys, dims, stride_vn, num_tokens, PITCH, PADDED)
+        if HAS_KEY_BIAS:
+            # natural log -> log2
+            scores += load_key_bias(key_bias_base, start, keys, num_keys)[None, :] * 1.4426950408889634
+        else:
+            scores = tl.where((start + keys < num_keys)[None, :], scores, float("-inf"))
+        if CAUSAL:
+            scores = tl.where((first_query + rows)[:, None] >= (start + keys)[None, :], scores, float("-inf"))
+        value = load_tile(v_base, start, keys, dims, stride_vn, num_keys, PITCH, PADDED)
         running_max, running_sum, accumulator = online_softmax_update(
-            scores, value, running_max, running_sum, accumulator
+            scores, value, running_max, running_sum, accumulator, MASKED
         )
+    if MASKED:
+        # a query without a key: its maximum, and so its lse, is -inf
+        running_sum = tl.where(running_sum > 0.0, running_sum, 1.0)
     accumulator = accumulator / running_sum[:, None]
     # log2 -> natural log
     row_lse = (running_max + tl.log2(running_sum)) * 0.6931471805599453
@@ -163,13 +200,18 @@ def attention_forward(
     block_q: int,
     block_k: int,
     feature_map_name: str,
+    counts: torch.Tensor | None = None,
+    key_bias: torch.Tensor | None = None,
+    causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention of q, k, v (B, H, N, D), `vector_readable`, over the critical ``lists`` (B, H, Tm, critical)
-    int32.
+    """Attention of q (B, H, Lq, D) to k, v (B, H, Lk, D), all `vector_readable`, over the critical ``lists``
+    (B, H, Tm, width) int32.
 
-    ``weight`` is a `gate_matrix`. ``states`` (B, H, Tm or 1, D, D up to a multiple of 8) and ``normalizers``
-    (B, H, Tm or 1, D) are H and Z, or None for no linear branch. Returns out and linear_out (B, H, N, D), in
-    memory (B, N, H, D), linear_out of shape (0,) without that branch, and lse (B, H, N) float32.
+    Of each list the first ``counts`` (B, H, Tm) int32 entries count, or all. ``key_bias`` (B or 1, Lk) float32 is
+    added to the logits; a query that it leaves no key has O^s = 0 and lse = -inf. ``weight`` is a `gate_matrix`.
+    ``states`` (B, H, Tm or 1, D, D up to a multiple of 8) and ``normalizers`` (B, H, Tm or 1, D) are H and Z, or
+    None for no linear branch. Returns out and linear_out (B, H, Lq, D), in memory (B, Lq, H, D), linear_out of
+    shape (0,) without that branch, and lse (B, H, Lq) float32.
     """
     batch, heads, tokens, head_dim = q.shape
     has_linear = states is not None
@@ -184,6 +226,8 @@ def attention_forward(
         k,
         v,
         lists,
+        counts if counts is not None else lists,
+        key_bias if key_bias is not None else lse,
         states if has_linear else q,
         normalizers if has_linear else lse,
         weight if has_linear else q,
@@ -197,8 +241,10 @@ def attention_forward(
         head_stride(weight, 2) // 8,
         head_stride(bias, 1),
         bias.stride(-1) if bias is not None else 0,
+        batch_stride(key_bias),
         scale * 1.4426950408889634,
         tokens,
+        k.shape[2],
         tiles,
         heads,
         lists.shape[3],
@@ -213,6 +259,9 @@ def attention_forward(
         FEATURE_MAP=feature_map_name,
         HAS_LINEAR=has_linear,
         HAS_BIAS=bias is not None,
+        HAS_COUNTS=counts is not None,
+        HAS_KEY_BIAS=key_bias is not None,
+        CAUSAL=causal,
         num_warps=launch.warps,
         num_stages=launch.stages,
     )

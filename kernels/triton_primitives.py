@@ -14,6 +14,7 @@ __all__ = [
     "feature_map",
     "feature_map_backward",
     "head_pointer",
+    "load_key_bias",
     "load_tile",
     "locate_program",
     "reciprocal_or_zero",
@@ -76,6 +77,12 @@ def load_tile(
     """
     mask = tile_mask(start, rows, columns, num_rows, NUM_COLUMNS, PADDED)
     return tl.load(tile_pointer(pointer, start, rows, columns, stride_row * 8), mask=mask, other=0.0)
+
+
+@triton.jit
+def load_key_bias(pointer, start, keys, num_keys):
+    """[keys] of one batch row's bias of the logits, float32; -inf past the end."""
+    return tl.load(pointer + start + keys, mask=start + keys < num_keys, other=float("-inf"))
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
 For key block j over its tokens: pooled_j = mean K_j; h_j = phi(K_j)^T V_j [D, D]; z_j = phi(K_j)^T 1 [D]. For
 query row i: H_i = sum over marginal j of h_j and Z_i likewise, one batched matrix product with the 0/1 matrix
-(M == 0). Its backward is the product with the transpose. States are bfloat16 for both 16-bit input types,
+(M == 0). Its backward is the product with the transpose. A key mask weighs K_j in the mean, and phi(K_j), by
+exp(b_j). States are bfloat16 for both 16-bit input types,
 because sums over tens of thousands of keys leave float16's range, and float32 for float32; z and Z are
 float32.
 """
@@ -13,25 +14,29 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_primitives import feature_map, head_pointer, load_tile, locate_program, store_tile
+from .triton_masks import batch_stride
+from .triton_primitives import feature_map, head_pointer, load_key_bias, load_tile, locate_program, store_tile
 from .triton_tiles import launch_for, padded_dim, row_pitch, vector_strides
 
 __all__ = ["block_means", "key_states", "marginal_matrices", "state_dtype", "sum_of_states"]
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "num_heads"])
+@triton.jit(do_not_specialize=["stride_bias", "num_tokens", "num_blocks", "num_heads"])
 def mean_kernel(
     x,
+    bias,
     pooled,
     stride_batch,
     stride_head,
     stride_token,
+    stride_bias,
     num_tokens,
     num_blocks,
     num_heads,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    HAS_KEY_BIAS: tl.constexpr,
 ):
     block, batch, head = locate_program(num_blocks, num_heads)
     rows = tl.arange(0, BLOCK)
@@ -41,15 +46,22 @@ def mean_kernel(
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
     PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
     tile = load_tile(base, start, rows, dims, stride_token, num_tokens, PITCH, PADDED)
+    tile = tile.to(tl.float32)
     count = tl.minimum(num_tokens - start, BLOCK).to(tl.float32)
-    mean = tl.div_rn(tl.sum(tile.to(tl.float32), 0), tl.zeros([PADDED_DIM], tl.float32) + count)
+    if HAS_KEY_BIAS:
+        key_weight = tl.exp(load_key_bias(bias + batch.to(tl.int64) * stride_bias, start, rows, num_tokens))
+        tile *= key_weight[:, None]
+        total = tl.sum(key_weight, 0)
+        count = tl.where(total > 0, total, 1.0)
+    mean = tl.div_rn(tl.sum(tile, 0), tl.zeros([PADDED_DIM], tl.float32) + count)
     tl.store(pooled + tl.program_id(0).to(tl.int64) * HEAD_DIM + dims, mean, mask=dims < HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "num_heads"])
+@triton.jit(do_not_specialize=["stride_bias", "num_tokens", "num_blocks", "num_heads"])
 def key_state_kernel(
     k,
     v,
+    bias,
     pooled,
     states,
     normalizers,
@@ -59,6 +71,7 @@ def key_state_kernel(
     stride_vb,
     stride_vh,
     stride_vn,
+    stride_bias,
     num_tokens,
     num_blocks,
     num_heads,
@@ -69,6 +82,7 @@ def key_state_kernel(
     CHUNK: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     STORE_POOLED: tl.constexpr,
+    HAS_KEY_BIAS: tl.constexpr,
 ):
     block, batch, head = locate_program(num_blocks, num_heads)
     first_column = tl.program_id(1) * CHUNK
@@ -84,15 +98,23 @@ def key_state_kernel(
 
     key_sum = tl.zeros([PADDED_DIM], tl.float32)
     normalizer = tl.zeros([PADDED_DIM], tl.float32)
+    total = tl.zeros([], tl.float32)
     state = tl.zeros([PADDED_DIM, CHUNK], tl.float32)
     for part in range(BLOCK_K // TILE_K):
         start = block * BLOCK_K + part * TILE_K
         key = load_tile(k_base, start, rows, dims, stride_kn, num_tokens, PITCH, PADDED)
         value = load_tile(v_base, start, rows, columns, stride_vn, num_tokens, PITCH, PADDED)
-        if STORE_POOLED:
-            key_sum += tl.sum(key.to(tl.float32), 0)
         phi = feature_map(key, dims, HEAD_DIM, PADDED, FEATURE_MAP)
-        phi = tl.where((start + rows < num_tokens)[:, None], phi, 0.0).to(state_type)
+        if HAS_KEY_BIAS:
+            key_weight = tl.exp(load_key_bias(bias + batch.to(tl.int64) * stride_bias, start, rows, num_tokens))
+            total += tl.sum(key_weight, 0)
+            if STORE_POOLED:
+                key_sum += tl.sum(key.to(tl.float32) * key_weight[:, None], 0)
+            phi = (phi * key_weight[:, None]).to(state_type)
+        else:
+            if STORE_POOLED:
+                key_sum += tl.sum(key.to(tl.float32), 0)
+            phi = tl.where((start + rows < num_tokens)[:, None], phi, 0.0).to(state_type)
         normalizer += tl.sum(phi.to(tl.float32), 0)
         # [PADDED_DIM, TILE_K] x [TILE_K, CHUNK]
         state = tl.dot(tl.trans(phi), value.to(state_type), state, input_precision="ieee")
@@ -105,17 +127,34 @@ def key_state_kernel(
         tl.store(normalizers + slot * HEAD_DIM + dims, normalizer, mask=dims < HEAD_DIM)
         if STORE_POOLED:
             count = tl.minimum(num_tokens - block * BLOCK_K, BLOCK_K).to(tl.float32)
+            if HAS_KEY_BIAS:
+                count = tl.where(total > 0, total, 1.0)
             mean = tl.div_rn(key_sum, tl.zeros([PADDED_DIM], tl.float32) + count)
             tl.store(pooled + slot * HEAD_DIM + dims, mean, mask=dims < HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["num_columns", "width", "repeat"])
-def marginal_kernel(block_map, matrix, single, num_columns, width, repeat, LANES: tl.constexpr):
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "width", "repeat"])
+def marginal_kernel(
+    block_map,
+    matrix,
+    single,
+    num_rows,
+    num_columns,
+    width,
+    repeat,
+    LANES: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ALL_BELOW: tl.constexpr,
+):
     program = tl.program_id(0).to(tl.int64)
     row = program // repeat
     lanes = tl.program_id(1) * LANES + tl.arange(0, LANES)
-    label = tl.load(block_map + row * num_columns + lanes, mask=lanes < num_columns, other=1)
-    value = tl.where(label == 0, 1.0, 0.0)
+    if ALL_BELOW:
+        value = tl.where((lanes + 1) * BLOCK_K <= (row % num_rows) * BLOCK_Q, 1.0, 0.0)
+    else:
+        label = tl.load(block_map + row * num_columns + lanes, mask=lanes < num_columns, other=1)
+        value = tl.where(label == 0, 1.0, 0.0)
     tl.store(matrix + program * width + lanes, value.to(matrix.dtype.element_ty), mask=lanes < width)
     tl.store(single + program * width + lanes, value, mask=lanes < width)
 
@@ -125,29 +164,41 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
 
-def block_means(x: torch.Tensor, block: int) -> torch.Tensor:
-    """Mean over each block's true length: (B, H, N, D), `vector_readable` -> float32 (B, H, T, D)."""
+def block_means(x: torch.Tensor, block: int, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over each block's true length: (B, H, N, D), `vector_readable` -> float32 (B, H, T, D).
+
+    A ``bias`` (`key_bias`) weighs the tokens by exp(bias); a block without weight has mean 0.
+    """
     batch, heads, tokens, head_dim = x.shape
     blocks = triton.cdiv(tokens, block)
     pooled = torch.empty((batch, heads, blocks, head_dim), dtype=torch.float32, device=x.device)
     mean_kernel[(blocks * batch * heads,)](
         x,
+        bias if bias is not None else pooled,
         pooled,
         *vector_strides(x),
+        batch_stride(bias),
         tokens,
         blocks,
         heads,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim),
         BLOCK=block,
+        HAS_KEY_BIAS=bias is not None,
     )
     return pooled
 
 
 def key_states(
-    k: torch.Tensor, v: torch.Tensor, block_k: int, feature_map_name: str, *, pool: bool
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_k: int,
+    feature_map_name: str,
+    bias: torch.Tensor | None = None,
+    *,
+    pool: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One pass over K and V (B, H, N, D), both `vector_readable`.
+    """One pass over K and V (B, H, N, D), both `vector_readable`, weighed by exp(bias) of a `key_bias`.
 
     Returns h (B, H, Tn, D, D up to a multiple of 8) in ``state_dtype``, z (B, H, Tn, D) float32, and the
     means of K (B, H, Tn, D) float32, of shape (0,) without ``pool``.
@@ -163,11 +214,13 @@ def key_states(
     key_state_kernel[grid](
         k,
         v,
+        bias if bias is not None else normalizers,
         pooled,
         states,
         normalizers,
         *vector_strides(k),
         *vector_strides(v),
+        batch_stride(bias),
         tokens,
         blocks,
         heads,
@@ -178,6 +231,7 @@ def key_states(
         CHUNK=launch.chunk,
         FEATURE_MAP=feature_map_name,
         STORE_POOLED=pool,
+        HAS_KEY_BIAS=bias is not None,
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
@@ -185,10 +239,10 @@ def key_states(
 
 
 def marginal_matrices(
-    block_map: torch.Tensor, dtype: torch.dtype, repeat: int = 1
+    block_map: torch.Tensor, dtype: torch.dtype, repeat: int = 1, below: tuple[int, int] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(M == 0) as 0/1, each row ``repeat`` times: (B, H, Tm, Tn) -> (B*H, Tm*repeat, Tn), in ``dtype`` and
-    float32.
+    float32. With ``below``, (block_q, block_k), 1 at every key block that ends before the row begins instead.
 
     Rows are padded in memory to 16 bytes: cuBLAS leaves its fast kernels at an odd row pitch.
     """
@@ -198,7 +252,21 @@ def marginal_matrices(
     matrix = single if dtype == torch.float32 else torch.empty_like(single, dtype=dtype)
     lanes = min(1024, max(32, triton.next_power_of_2(width)))
     grid = (batch * heads * rows * repeat, triton.cdiv(width, lanes))
-    marginal_kernel[grid](block_map, matrix, single, columns, width, repeat, LANES=lanes, num_warps=1)
+    block_q, block_k = below or (1, 1)
+    marginal_kernel[grid](
+        block_map,
+        matrix,
+        single,
+        rows,
+        columns,
+        width,
+        repeat,
+        LANES=lanes,
+        BLOCK_Q=block_q,
+        BLOCK_K=block_k,
+        ALL_BELOW=below is not None,
+        num_warps=1,
+    )
     return matrix[:, :, :columns], single[:, :, :columns]
 
 

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import relative_error
+from helpers import assert_close, relative_error
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from triton_cases import NAMES, Case, check, inputs, run_kernels, run_reference
+from triton_cases import (
+    NAMES,
+    OPTIONS,
+    Case,
+    check,
+    expected_classes,
+    inputs,
+    key_mask,
+    run_kernels,
+    run_reference,
+)
 
 from sla_compile.kernels import reference
 
@@ -230,3 +241,92 @@ def test_grad_out_of_any_strides(expanded: bool) -> None:
     assert grad_out is not None
     grad_out = grad_out[:, :, :, :1].expand_as(grad_out) if expanded else grad_out.contiguous()
     check(case, [*arguments, grad_out], 1e-5, 1e-5)
+
+
+def larger(case: Case) -> Case:
+    """A case for the interpreter at five times the tokens, still no multiple of a block."""
+    scaled = [start * 5 for start in case.always]
+    return replace(case, tokens=case.tokens * 5 + 3, keys=case.keys and case.keys * 5 + 1, always=tuple(scaled))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("case", OPTIONS, ids=str)
+def test_options(case: Case, dtype: torch.dtype) -> None:
+    case = larger(case)
+    tensors = inputs(case, dtype, "cuda")
+    block_map = check(case, tensors, *BUDGETS[dtype])
+    # only pairs of scores closer than float32 rounding may be ranked otherwise
+    assert (block_map != expected_classes(case, tensors)).float().mean().item() < 1e-2
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 72, 128, 256])
+@pytest.mark.parametrize("options", [{"mask": "-inf"}, {"causal": True}, {"keys": 777, "mask": "bool"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+def test_options_at_head_dims(dtype: torch.dtype, options: dict[str, object], head_dim: int) -> None:
+    for block_q, block_k in ((64, 64), (128, 64), (64, 128)):
+        case = replace(Case(tokens=1003, head_dim=head_dim, batch=2, block_q=block_q, block_k=block_k), **options)
+        check(case, inputs(case, dtype, "cuda"), *BUDGETS[dtype])
+
+
+@pytest.mark.parametrize("mask", ["bool", "dead row", "-inf", "-10000", "all -10000", "moderate", "causal"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_topk_one_is_dense_attention_under_the_mask(dtype: torch.dtype, mask: str) -> None:
+    case = Case(tokens=1003, batch=2, topk=1.0, bottomk=0.0, bias="none", causal=mask == "causal")
+    case = replace(case, mask="none" if case.causal else mask)
+    tensors = inputs(case, dtype, "cuda")
+    actual, _ = run_kernels(case, tensors)
+    q, k, v = (x.detach().double().requires_grad_() for x in tensors[:3] if x is not None)
+    given = key_mask(case, "cuda")
+    if given is not None and given.dtype != torch.bool:
+        given = given.double()
+    with sdpa_kernel(SDPBackend.MATH):
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=None if given is None else given[:, None, None], is_causal=case.causal
+        )
+    assert tensors[5] is not None
+    expected = (out, *torch.autograd.grad(out, (q, k, v), tensors[5].double()))
+    for name, value, budget in zip(NAMES, expected, (BUDGETS[dtype][0], *(BUDGETS[dtype][1],) * 3), strict=False):
+        assert_close(name, actual[name], value, budget)
+
+
+def test_options_wait_for_nothing_and_are_captured() -> None:
+    case = Case(tokens=1003, head_dim=64, batch=2, mask="bool", always=(0, 100))
+    q, k, v, weight, bias, grad_out = inputs(case, torch.bfloat16, "cuda")
+    mask = key_mask(case, "cuda")
+    assert mask is not None
+    sparsity = torch.tensor([100_000, 200_000], device="cuda")
+
+    def run() -> list[torch.Tensor]:
+        from sla_compile.kernels import triton_attention
+
+        arguments = (q, k, v, weight, bias, mask)
+        saved = triton_attention.forward(
+            *arguments, sparsity, topk=0.5, bottomk=0.5, always_critical=list(case.always), **case.options
+        )
+        return [*saved, *triton_attention.backward(grad_out, *arguments, *saved, **case.options)]
+
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    sparsity.copy_(torch.tensor([300_000, 100_000]))
+    mask.copy_(mask.flip(0))
+    graph.replay()
+    for name, a, b in zip(("out", "linear", "lse", "map", *NAMES[1:]), captured, run(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_sparsity_gives_the_classes_of_the_arguments() -> None:
+    case = Case(tokens=4001, head_dim=64, topk=0.1, bottomk=0.2)
+    tensors = inputs(case, torch.bfloat16, "cuda")
+    expected, expected_map = run_kernels(case, tensors)
+    actual, block_map = run_kernels(replace(case, topk=0.5, bottomk=0.0, sparsity=(100_000, 200_000)), tensors)
+    assert torch.equal(block_map, expected_map)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name

@@ -11,11 +11,12 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import assert_close
-from triton_cases import Case, check, inputs, run_kernels
+from triton_cases import OPTIONS, Case, check, expected_classes, inputs, run_kernels
 
 from sla_compile.kernels import reference
 
@@ -36,7 +37,7 @@ def why_not() -> str | None:
 
 
 # pieces of about equal time, so that two workers share them
-GROUPS = ("shapes", "gates", "classes")
+GROUPS = ("shapes", "gates", "classes", "masks", "options")
 
 if not INTERPRETED:
 
@@ -92,6 +93,30 @@ else:
     @pytest.mark.parametrize("case", GATES, ids=str)
     def test_gates(case: Case) -> None:
         check(case, inputs(case, torch.float32, "cpu"), 1e-5, 1e-5)
+
+    def check_smaller(case: Case) -> None:
+        case = replace(case, heads=1, tokens=case.tokens * 3 // 5, keys=case.keys and case.keys * 3 // 5)
+        tensors = inputs(case, torch.float32, "cpu")
+        assert torch.equal(check(case, tensors, 1e-5, 1e-5), expected_classes(case, tensors))
+
+    @pytest.mark.parametrize("case", [case for case in OPTIONS if case.mask != "none"], ids=str)
+    def test_masks(case: Case) -> None:
+        check_smaller(case)
+
+    @pytest.mark.parametrize("case", [case for case in OPTIONS if case.mask == "none"], ids=str)
+    def test_options(case: Case) -> None:
+        check_smaller(case)
+
+    @pytest.mark.parametrize("topk", [1 / 3, 0.3, 0.07, 1e-9])
+    def test_options_have_exact_shares_when_causal(topk: float) -> None:
+        case = Case(tokens=400, heads=1, block_q=32, block_k=16, head_dim=16, causal=True, topk=topk, bottomk=0.29)
+        tensors = inputs(replace(case, weight="none", bias="none", linear="none"), torch.float32, "cpu")
+        expected = expected_classes(case, tensors)
+        if topk == 1 / 3:
+            # 16 decimals are taken as the third that they stand for
+            expected = expected_classes(replace(case, topk=0.33333333333333337), tensors)
+        _, block_map = run_kernels(case, tensors)
+        assert torch.equal(block_map, expected)
 
     def test_gates_dense_identity() -> None:
         case = Case(topk=1.0, bottomk=0.0, bias="none", tokens=130, head_dim=32)
