@@ -1,0 +1,534 @@
+"""The forward attention kernel for Hopper, written in Gluon: one producer warp, one or two consumer warpgroups.
+
+The arithmetic is that of ``triton_forward``. The producer warp walks the critical lists and keeps rings of key
+and value tiles filled by TMA; each consumer warpgroup owns 64 queries. While a warpgroup's softmax of one tile
+runs, its product P V of the tile before and the next Q K^T are in flight (FlashAttention-3, arXiv 2407.08608,
+section 3.2). Programs are persistent: the producer reads ahead over the end of a tile of queries.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .triton_tiles import head_stride
+
+__all__ = ["attention_forward"]
+
+_ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Queries of one program, tiles in its rings, registers a thread, programs on one multiprocessor."""
+
+    tile_q: int
+    stages: int
+    matrices: int
+    registers: int
+    programs: int
+
+
+def padded_dim(head_dim: int) -> int:
+    """Head dimension in shared memory: 64 or 128."""
+    return 64 if head_dim <= 64 else 128
+
+
+def launch_for(block_q: int, block_k: int, padded: int) -> Launch:
+    """Two consumers share the lists of a block of 128 queries; a block of 64 has one, and two programs fit."""
+    narrow = padded * block_k <= 64 * 128
+    if block_q % 128 == 0:
+        return Launch(128, 4 if narrow else 2, 2, 168, 1)
+    return Launch(64, 2 if narrow else 1, 1, 128, 2)
+
+
+@gluon.jit
+def locate_tile(tile, tiles_per_head, num_heads):
+    """(query tile, batch, head) of a flat index; the tiles of one head are neighbours, so share L2."""
+    batch_head = tile // tiles_per_head
+    return tile % tiles_per_head, batch_head // num_heads, batch_head % num_heads
+
+
+@gluon.jit
+def forward_producer(
+    descriptors,
+    buffers,
+    barriers,
+    lists,
+    counts,
+    extents,
+    BLOCK_Q: gl.constexpr,
+    TILE_Q: gl.constexpr,
+    TILE_K: gl.constexpr,
+    HAS_LINEAR: gl.constexpr,
+    HAS_COUNTS: gl.constexpr,
+):
+    q_desc, k_desc, v_desc, state_desc, gate_desc = descriptors
+    q_buffer, k_ring, v_ring, matrix_ring = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, matrix_full, matrix_empty = barriers
+    num_rows, total_tiles, tiles_per_head, num_heads, list_width, state_rows, gate_heads = extents
+    STAGES: gl.constexpr = k_ring.type.shape[0]
+    MATRICES: gl.constexpr = matrix_ring.type.shape[0]
+
+    filled = 0
+    matrices = 0
+    turn = 0
+    for tile in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
+        query_tile, batch, head = locate_tile(tile, tiles_per_head, num_heads)
+        row = query_tile * TILE_Q // BLOCK_Q
+        line = (batch * num_heads + head) * num_rows + row
+        row_list = lists + line.to(gl.int64) * list_width
+        count = list_width
+        if HAS_COUNTS:
+            count = gl.load(counts + line)
+        block = gl.load(row_list + count - 1)
+
+        mbarrier.wait(q_empty, (turn & 1) ^ 1)
+        mbarrier.expect(q_full, q_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(q_desc, [batch, head, query_tile * TILE_Q, 0], q_full, q_buffer)
+        turn += 1
+        for step in range(count):
+            start = block * TILE_K
+            # from the last block to the first, so that the only partial one comes first; read one ahead
+            block = gl.load(row_list + gl.maximum(count - 2 - step, 0))
+            index = filled % STAGES
+            phase = (filled // STAGES & 1) ^ 1
+            mbarrier.wait(k_empty.index(index), phase)
+            mbarrier.expect(k_full.index(index), k_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                k_desc, [batch, head, start, 0], k_full.index(index), k_ring.index(index)
+            )
+            mbarrier.wait(v_empty.index(index), phase)
+            mbarrier.expect(v_full.index(index), v_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                v_desc, [batch, head, start, 0], v_full.index(index), v_ring.index(index)
+            )
+            filled += 1
+        if HAS_LINEAR:
+            state_row = (batch * num_heads + head) * state_rows + gl.minimum(row, state_rows - 1)
+            index = matrices % MATRICES
+            mbarrier.wait(matrix_empty.index(index), (matrices // MATRICES & 1) ^ 1)
+            mbarrier.expect(matrix_full.index(index), state_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                state_desc, [state_row, 0, 0], matrix_full.index(index), matrix_ring.index(index)
+            )
+            matrices += 1
+            index = matrices % MATRICES
+            mbarrier.wait(matrix_empty.index(index), (matrices // MATRICES & 1) ^ 1)
+            mbarrier.expect(matrix_full.index(index), gate_desc.block_type.nbytes)
+            gate_row = gl.minimum(head, gate_heads - 1)
+            tma.async_copy_global_to_shared(
+                gate_desc, [gate_row, 0, 0], matrix_full.index(index), matrix_ring.index(index)
+            )
+            matrices += 1
+
+
+@gluon.jit
+def softmax_over_dims(query, HEAD_DIM: gl.constexpr, PADDED_DIM: gl.constexpr, layout: gl.constexpr):
+    """Softmax of each row over its true head dimension; 0 past it."""
+    if HEAD_DIM != PADDED_DIM:
+        dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, layout))
+        query = gl.where((dims < HEAD_DIM)[None, :], query, float("-inf"))
+    weights = gl.exp2((query - gl.max(query, 1)[:, None]) * 1.4426950408889634)
+    return weights * (1.0 / gl.sum(weights, 1))[:, None]
+
+
+@gluon.jit
+def map_features(
+    query, HEAD_DIM: gl.constexpr, PADDED_DIM: gl.constexpr, FEATURE_MAP: gl.constexpr, layout: gl.constexpr
+):
+    """phi of float32 rows [rows, PADDED_DIM], 0 past the true head dimension."""
+    if FEATURE_MAP == "softmax":
+        phi = softmax_over_dims(query, HEAD_DIM, PADDED_DIM, layout)
+    else:
+        if FEATURE_MAP == "elu":
+            phi = gl.where(query > 0, query + 1.0, gl.exp2(gl.minimum(query, 0.0) * 1.4426950408889634))
+            if HEAD_DIM != PADDED_DIM:
+                dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, layout))
+                phi = gl.where((dims < HEAD_DIM)[None, :], phi, 0.0)
+        else:
+            phi = gl.maximum(query, 0.0)
+    return phi
+
+
+@gluon.jit
+def load_row(base, dims, HEAD_DIM: gl.constexpr, PADDED_DIM: gl.constexpr):
+    """One row of HEAD_DIM contiguous elements, 0 past it."""
+    if HEAD_DIM == PADDED_DIM:
+        row = gl.load(base + dims)
+    else:
+        row = gl.load(base + dims, mask=dims < HEAD_DIM, other=0.0)
+    return row
+
+
+@gluon.jit
+def forward_consumer(
+    buffers,
+    barriers,
+    lists,
+    counts,
+    normalizers,
+    bias,
+    out,
+    linear_out,
+    lse,
+    scale_log2,
+    stride_bh,
+    num_queries,
+    num_keys,
+    extents,
+    CONSUMER: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    TILE_Q: gl.constexpr,
+    TILE_K: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    PADDED_DIM: gl.constexpr,
+    FEATURE_MAP: gl.constexpr,
+    HAS_LINEAR: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_COUNTS: gl.constexpr,
+):
+    q_buffer, k_ring, v_ring, matrix_ring = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, matrix_full, matrix_empty = barriers
+    num_rows, total_tiles, tiles_per_head, num_heads, list_width, state_rows, gate_heads = extents
+    ROWS: gl.constexpr = 64
+    STAGES: gl.constexpr = k_ring.type.shape[0]
+    MATRICES: gl.constexpr = matrix_ring.type.shape[0]
+    dtype: gl.constexpr = k_ring.dtype
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_K, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED_DIM, 16])
+    weights_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
+    out_row_layout: gl.constexpr = gl.SliceLayout(1, out_layout)
+    dim_layout: gl.constexpr = gl.SliceLayout(0, out_layout)
+    key_lanes = gl.arange(0, TILE_K, layout=gl.SliceLayout(0, scores_layout))
+    row_lanes = gl.arange(0, ROWS, layout=out_row_layout)
+    dims = gl.arange(0, PADDED_DIM, layout=dim_layout)
+    query = q_buffer.reshape([TILE_Q, PADDED_DIM]).slice(CONSUMER * ROWS, ROWS)
+
+    taken = 0
+    matrices = 0
+    turn = 0
+    for tile in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
+        query_tile, batch, head = locate_tile(tile, tiles_per_head, num_heads)
+        batch_head = (batch * num_heads + head).to(gl.int64)
+        row = query_tile * TILE_Q // BLOCK_Q
+        line = batch_head * num_rows + row
+        count = list_width
+        if HAS_COUNTS:
+            count = gl.load(counts + line)
+        first_start = gl.load(lists + line * list_width + count - 1) * TILE_K
+
+        mbarrier.wait(q_full, turn & 1)
+        turn += 1
+        index = taken % STAGES
+        phase = taken // STAGES & 1
+        mbarrier.wait(k_full.index(index), phase)
+        zero_scores = gl.zeros([ROWS, TILE_K], gl.float32, scores_layout)
+        key = k_ring.index(index).reshape([TILE_K, PADDED_DIM])
+        scores = warpgroup_mma(query, key.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=(scores,))
+        mbarrier.arrive(k_empty.index(index), count=1)
+        scores = gl.where((first_start + key_lanes < num_keys)[None, :], scores, float("-inf"))
+        running_max = gl.max(scores, 1) * scale_log2
+        weights = gl.exp2(scores * scale_log2 - running_max[:, None])
+        running_sum = gl.sum(weights, 1)
+        operand = gl.convert_layout(weights.to(dtype), weights_layout)
+        accumulator = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
+
+        for step in range(count - 1):
+            next_index = (taken + 1) % STAGES
+            next_phase = (taken + 1) // STAGES & 1
+            mbarrier.wait(k_full.index(next_index), next_phase)
+            key = k_ring.index(next_index).reshape([TILE_K, PADDED_DIM])
+            scores = warpgroup_mma(query, key.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+            mbarrier.wait(v_full.index(index), phase)
+            value = v_ring.index(index).reshape([TILE_K, PADDED_DIM])
+            accumulating = warpgroup_mma(operand, value, accumulator, is_async=True)
+            scores = warpgroup_mma_wait(1, deps=(scores,))
+            mbarrier.arrive(k_empty.index(next_index), count=1)
+            new_max = gl.maximum(running_max, gl.max(scores, 1) * scale_log2)
+            rescale = gl.exp2(running_max - new_max)
+            weights = gl.exp2(scores * scale_log2 - new_max[:, None])
+            running_sum = running_sum * rescale + gl.sum(weights, 1)
+            running_max = new_max
+            accumulator, operand = warpgroup_mma_wait(0, deps=(accumulating, operand))
+            mbarrier.arrive(v_empty.index(index), count=1)
+            accumulator = accumulator * gl.convert_layout(rescale, out_row_layout)[:, None]
+            # only now, so that the 16-bit tile before is no longer in registers
+            operand = gl.convert_layout(weights.to(dtype), weights_layout)
+            taken += 1
+            index = next_index
+            phase = next_phase
+
+        mbarrier.wait(v_full.index(index), phase)
+        value = v_ring.index(index).reshape([TILE_K, PADDED_DIM])
+        accumulator = warpgroup_mma(operand, value, accumulator, is_async=True)
+        accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
+        mbarrier.arrive(v_empty.index(index), count=1)
+        taken += 1
+
+        rows = query_tile * TILE_Q + CONSUMER * ROWS + row_lanes
+        inside = rows < num_queries
+        accumulator = accumulator * gl.convert_layout(1.0 / running_sum, out_row_layout)[:, None]
+        # log2 -> natural log
+        row_lse = gl.convert_layout((running_max + gl.log2(running_sum)) * 0.6931471805599453, out_row_layout)
+        gl.store(lse + batch_head * num_queries + rows, row_lse, mask=inside)
+
+        token_row = num_heads * HEAD_DIM
+        base = (batch.to(gl.int64) * num_queries * num_heads + head) * HEAD_DIM
+        offsets = rows[:, None] * token_row + dims[None, :]
+        if HEAD_DIM == PADDED_DIM:
+            stored = inside[:, None]
+        else:
+            stored = inside[:, None] & (dims < HEAD_DIM)[None, :]
+        if HAS_LINEAR:
+            own = query.load(out_layout).to(gl.float32)
+            fence_async_shared()
+            mbarrier.arrive(q_empty, count=1)
+            phi = map_features(own, HEAD_DIM, PADDED_DIM, FEATURE_MAP, out_layout)
+            state_row = batch_head * state_rows + gl.minimum(row, state_rows - 1)
+            normalizer = load_row(normalizers + state_row * HEAD_DIM, dims, HEAD_DIM, PADDED_DIM)
+            denominator = gl.sum(phi * normalizer[None, :], 1)
+            inverse = gl.where(denominator > 0, 1.0 / denominator, 0.0)
+            phi_operand = gl.convert_layout(phi.to(matrix_ring.dtype), weights_layout)
+            slot = matrices % MATRICES
+            mbarrier.wait(matrix_full.index(slot), matrices // MATRICES & 1)
+            state = matrix_ring.index(slot).reshape([PADDED_DIM, PADDED_DIM])
+            zero = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
+            linear = warpgroup_mma(phi_operand, state, zero, use_acc=False, is_async=True)
+            linear = warpgroup_mma_wait(0, deps=(linear,))
+            mbarrier.arrive(matrix_empty.index(slot), count=1)
+            matrices += 1
+            linear = (linear * inverse[:, None]).to(dtype)
+            gl.store(linear_out + base + offsets, linear, mask=stored)
+            slot = matrices % MATRICES
+            mbarrier.wait(matrix_full.index(slot), matrices // MATRICES & 1)
+            gate = matrix_ring.index(slot).reshape([PADDED_DIM, PADDED_DIM])._reinterpret(
+                dtype, [PADDED_DIM, PADDED_DIM], matrix_ring.index(slot).reshape([PADDED_DIM, PADDED_DIM]).layout
+            )
+            linear_operand = gl.convert_layout(linear, weights_layout)
+            accumulator = warpgroup_mma(linear_operand, gate.permute((1, 0)), accumulator, is_async=True)
+            accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
+            mbarrier.arrive(matrix_empty.index(slot), count=1)
+            matrices += 1
+        else:
+            mbarrier.arrive(q_empty, count=1)
+        if HAS_BIAS:
+            shift = load_row(bias + head * stride_bh, dims, HEAD_DIM, PADDED_DIM)
+            accumulator += shift.to(gl.float32)[None, :]
+        gl.store(out + base + offsets, accumulator.to(dtype), mask=stored)
+
+
+@gluon.jit(do_not_specialize=["num_queries", "num_keys", "num_rows", "total_tiles", "list_width", "state_rows"])
+def attention_forward_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    state_desc,
+    gate_desc,
+    lists,
+    counts,
+    normalizers,
+    bias,
+    out,
+    linear_out,
+    lse,
+    scale_log2,
+    stride_bh,
+    num_queries,
+    num_keys,
+    num_rows,
+    total_tiles,
+    tiles_per_head,
+    num_heads,
+    list_width,
+    state_rows,
+    gate_heads,
+    BLOCK_Q: gl.constexpr,
+    TILE_Q: gl.constexpr,
+    TILE_K: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    PADDED_DIM: gl.constexpr,
+    STAGES: gl.constexpr,
+    MATRICES: gl.constexpr,
+    FEATURE_MAP: gl.constexpr,
+    HAS_LINEAR: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_COUNTS: gl.constexpr,
+):
+    CONSUMERS: gl.constexpr = TILE_Q // 64
+    q_buffer = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
+    k_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
+    v_ring = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
+    matrix_ring = gl.allocate_shared_memory(
+        state_desc.dtype, [MATRICES] + state_desc.block_type.shape, state_desc.layout
+    )
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    matrix_full = gl.allocate_shared_memory(gl.int64, [MATRICES, 1], mbarrier.MBarrierLayout())
+    matrix_empty = gl.allocate_shared_memory(gl.int64, [MATRICES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=CONSUMERS)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=CONSUMERS)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(v_empty.index(stage), count=CONSUMERS)
+    for stage in gl.static_range(MATRICES):
+        mbarrier.init(matrix_full.index(stage), count=1)
+        mbarrier.init(matrix_empty.index(stage), count=CONSUMERS)
+    fence_async_shared()
+    gl.thread_barrier()
+
+    buffers = (q_buffer, k_ring, v_ring, matrix_ring)
+    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, matrix_full, matrix_empty)
+    extents = (num_rows, total_tiles, tiles_per_head, num_heads, list_width, state_rows, gate_heads)
+    descriptors = (q_desc, k_desc, v_desc, state_desc, gate_desc)
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (forward_consumer, (
+                    buffers, barriers, lists, counts, normalizers, bias, out, linear_out, lse, scale_log2,
+                    stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
+                    PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_BIAS, HAS_COUNTS,
+                )),
+                (forward_producer, (
+                    descriptors, buffers, barriers, lists, counts, extents, BLOCK_Q, TILE_Q, TILE_K, HAS_LINEAR,
+                    HAS_COUNTS,
+                )),
+            ],
+            [1],
+            [24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (forward_consumer, (
+                    buffers, barriers, lists, counts, normalizers, bias, out, linear_out, lse, scale_log2,
+                    stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
+                    PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_BIAS, HAS_COUNTS,
+                )),
+                (forward_consumer, (
+                    buffers, barriers, lists, counts, normalizers, bias, out, linear_out, lse, scale_log2,
+                    stride_bh, num_queries, num_keys, extents, 1, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
+                    PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_BIAS, HAS_COUNTS,
+                )),
+                (forward_producer, (
+                    descriptors, buffers, barriers, lists, counts, extents, BLOCK_Q, TILE_Q, TILE_K, HAS_LINEAR,
+                    HAS_COUNTS,
+                )),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    """How many programs a device runs side by side, at one each."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def tile_descriptor(x: torch.Tensor, tile: int) -> TensorDescriptor:
+    """TMA over x (B, H, N, D), `vector_readable`, in tiles of ``tile`` tokens and the padded head dimension."""
+    block = [1, 1, tile, padded_dim(x.shape[3])]
+    layout = gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[x.dtype])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+
+
+def matrix_descriptor(matrix: torch.Tensor, head_dim: int) -> TensorDescriptor:
+    """TMA over a contiguous stack of (D, D) matrices whose rows are padded to 16 bytes, one matrix a tile."""
+    padded = padded_dim(head_dim)
+    block = [1, padded, padded]
+    pitch = matrix.stride(-2)
+    count = max(1, matrix.numel() // (head_dim * matrix.shape[-1]))
+    layout = gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[matrix.dtype])
+    return TensorDescriptor(matrix, [count, head_dim, head_dim], [head_dim * pitch, pitch, 1], block, layout)
+
+
+def attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    lists: torch.Tensor,
+    counts: torch.Tensor | None,
+    states: torch.Tensor | None,
+    normalizers: torch.Tensor | None,
+    *,
+    scale: float,
+    block_q: int,
+    block_k: int,
+    feature_map_name: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As ``triton_forward.attention_forward``, for what `supported` accepts."""
+    batch, heads, queries, head_dim = q.shape
+    padded = padded_dim(head_dim)
+    has_linear = states is not None
+    out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
+    linear_out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2) if has_linear else q.new_empty(0)
+    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+    launch = launch_for(block_q, block_k, padded)
+    tiles_per_head = triton.cdiv(queries, launch.tile_q)
+    total = tiles_per_head * batch * heads
+    programs = min(total, multiprocessors(q.device.index) * launch.programs)
+    bias = bias.contiguous() if bias is not None else None
+    # an absent tensor's place is taken by one that is there; the kernel does not touch it
+    attention_forward_kernel[(programs,)](
+        tile_descriptor(q, launch.tile_q),
+        tile_descriptor(k, block_k),
+        tile_descriptor(v, block_k),
+        matrix_descriptor(states if states is not None else out, head_dim),
+        matrix_descriptor(weight if weight is not None else out, head_dim),
+        lists,
+        counts if counts is not None else lists,
+        normalizers if normalizers is not None else lse,
+        bias if bias is not None else q,
+        out,
+        linear_out if has_linear else out,
+        lse,
+        scale * 1.4426950408889634,
+        head_stride(bias, 1),
+        queries,
+        k.shape[2],
+        triton.cdiv(queries, block_q),
+        total,
+        tiles_per_head,
+        heads,
+        lists.shape[3],
+        states.shape[2] if states is not None else 1,
+        weight.shape[0] if weight is not None and weight.dim() == 3 else 1,
+        BLOCK_Q=block_q,
+        TILE_Q=launch.tile_q,
+        TILE_K=block_k,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded,
+        STAGES=launch.stages,
+        MATRICES=launch.matrices,
+        FEATURE_MAP=feature_map_name,
+        HAS_LINEAR=has_linear,
+        HAS_BIAS=bias is not None,
+        HAS_COUNTS=counts is not None,
+        num_warps=4,
+        maxnreg=launch.registers,
+    )
+    return out, linear_out, lse
