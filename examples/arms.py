@@ -123,7 +123,10 @@ class Student:
         if arm.attention == "sla":
             backend = "sla"
             self._prepare(arm, sparsity)
-        self.gates = [p for name, p in self.model.named_parameters() if ".sla." in name or ".linear_" in name]
+        self.gates = list(sla_compile.gate_parameters(self.model))
+        for module in self.model.modules():
+            if isinstance(module, LinearAttention):
+                self.gates += [module.linear_weight, module.linear_bias]
         self.fresh = [gate.detach().clone() for gate in self.gates]
         if backend == "sla" or settings.inner == "inductor":
             options: dict[str, Any] = {"options": {"inner": settings.inner}} if backend == "sla" else {}
