@@ -188,8 +188,8 @@ def attention_backward_query_kernel(
         # [TILE_Q, PADDED_DIM] x [PADDED_DIM, TILE_K]
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         if HAS_KEY_BIAS:
-            shift = load_key_bias(key_bias_base, start, keys, num_keys) * 1.4426950408889634
-            probability = tl.exp2(scores * scale_log2 + shift[None, :] - row_lse[:, None])
+            logit_bias = load_key_bias(key_bias_base, start, keys, num_keys) * 1.4426950408889634
+            probability = tl.exp2(scores * scale_log2 + logit_bias[None, :] - row_lse[:, None])
         else:
             probability = tl.exp2(scores * scale_log2 - row_lse[:, None])
             probability = tl.where((start + keys < num_keys)[None, :], probability, 0.0)
@@ -272,10 +272,10 @@ def attention_backward_key_kernel(
     value = load_tile(v_base, first_key, keys, dims, stride_vn, num_keys, PITCH, PADDED)
 
     if HAS_KEY_BIAS:
-        shift = load_key_bias(key_bias + batch.to(tl.int64) * stride_key_bias, first_key, keys, num_keys)
-        key_weight = tl.exp(shift)
+        logit_bias = load_key_bias(key_bias + batch.to(tl.int64) * stride_key_bias, first_key, keys, num_keys)
+        key_weight = tl.exp(logit_bias)
         # natural log -> log2
-        shift = shift * 1.4426950408889634
+        logit_bias = logit_bias * 1.4426950408889634
 
     value_accumulator = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
     if HAS_LINEAR:
@@ -329,7 +329,7 @@ def attention_backward_key_kernel(
             # a query without a key: every score is -inf
             row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)
         if HAS_KEY_BIAS:
-            probability = tl.exp2(scores * scale_log2 + shift[:, None] - row_lse[None, :])
+            probability = tl.exp2(scores * scale_log2 + logit_bias[:, None] - row_lse[None, :])
         else:
             probability = tl.exp2(scores * scale_log2 - row_lse[None, :])
         if CAUSAL:
