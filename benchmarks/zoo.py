@@ -173,6 +173,14 @@ def run(name: str, timeout: float) -> Result:
     return result
 
 
+def sparse(result: Result) -> str:
+    """How many attentions are rewritten, and how many of these have a mask or are causal."""
+    found = [site for site in result.sites if site["rewritten"]]
+    kinds = {"masked": sum(bool(site["mask"]) for site in found), "causal": sum(site["causal"] for site in found)}
+    special = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+    return f"{len(found)} ({special})" if special else str(len(found))
+
+
 def kept(result: Result) -> str:
     """Reasons of the attentions that stay dense, each with its count and its values."""
     counts: Counter[str] = Counter()
@@ -180,8 +188,7 @@ def kept(result: Result) -> str:
     for site in result.sites:
         if site["rewritten"]:
             continue
-        cross = "key_tokens" in site["shape"] and site["reason"] != "cross-attention"
-        reason = f"cross-attention with {site['reason']}" if cross else site["reason"]
+        reason = site["reason"]
         counts[reason] += 1
         known = values.setdefault(reason, [])
         if site["value"] not in known:
@@ -211,7 +218,7 @@ def page(results: Sequence[Result], command: str, date: str) -> str:
     """docs/diffusers.md."""
     built = [result for result in results if not result.failure]
     good = [result for result in built if not result.faults]
-    sparse = [result for result in good if result.rewritten]
+    some = [result for result in good if result.rewritten]
     missing = sorted(transformer_classes().keys() - EXAMPLES.keys())
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers", "sla-compile"))
     total = len(transformer_classes())
@@ -219,7 +226,7 @@ def page(results: Sequence[Result], command: str, date: str) -> str:
         "# diffusers' transformer classes",
         "",
         f'{len(good)} of {total} classes compile with `backend="sla"`, equal eager at topk=1 to {BUDGET:.0e}, '
-        f"give every gate a gradient and add no graph break; in {len(sparse)} of them self-attention is rewritten.",
+        f"give every gate a gradient and add no graph break; in {len(some)} of them self-attention is rewritten.",
         "",
         f"Measured with {versions}, Python {platform.python_version()}, on the CPU, by `{command}` on {date}. "
         "Tiny random models, blocks of 16, `min_tokens=32`: tests/diffusers_zoo.py. "
@@ -230,7 +237,7 @@ def page(results: Sequence[Result], command: str, date: str) -> str:
     ]
     for result in sorted(built, key=lambda result: result.name):
         breaks = f"{sum(result.breaks.values())} / {sum(result.breaks_plain.values())}"
-        counts = f"{result.name} | {len(result.sites)} | {result.rewritten}"
+        counts = f"{result.name} | {len(result.sites)} | {sparse(result)}"
         lines.append(f"| {counts} | {kept(result)} | {result.error:.0e} | {breaks} |")
     lines += ["", "## Self-attention that stays dense", ""]
     lines += [f"- {result.name}: {'; '.join(why)}" for result in built if (why := dense_self_attention(result))]

@@ -48,9 +48,9 @@ def key_mask(call: AttentionCall) -> Source | Obstacle:
         return Obstacle("attention mask that needs a gradient", text, "a mask without one")
     if dims == 4 and not any(statically_known_true(value.shape[0] == size) for size in (1, batch)):
         return Obstacle("attention mask of another shape", text, f"a mask of {batch} or 1 in the batch")
-    for axis, name in ((-2, "query"), (-3, "head")):
+    for axis, reason in ((-2, "per-query attention mask"), (-3, "per-head attention mask")):
         if not constant_along(call.attn_mask, axis):
-            return Obstacle(f"per-{name} attention mask", text, ACCEPTED)
+            return Obstacle(reason, text, ACCEPTED)
     steps = [Step("select", (-2, 0))] * (dims >= 2) + [Step("select", (-2, 0))] * (dims >= 3)
     return after(call.attn_mask, *steps, *[Step("unsqueeze", (0,))] * (dims < 4))
 

@@ -287,6 +287,7 @@ def _decision(site: SiteReport) -> Text:
     kept = "kept: " if site.compiled else ""
     text = Text(f"{kept}{site.reason}", style=_STYLES["kept" if site.compiled else "prepared"])
     text.append(f": {site.value}" if site.value and site.value != site.path else "", style="default")
+    text.append(f", while {site.condition}" if site.condition else "", style="default")
     label = "accepted" if site.compiled else "next"
     return text.append(f" ({label}: {site.accepted})" if site.accepted else "", style="dim")
 

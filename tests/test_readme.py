@@ -64,6 +64,7 @@ def test_the_python_runs_from_top_to_bottom(tmp_path: Path) -> None:
     assert "['blocks.0.attn1.sla', 'blocks.1.attn1.sla']" in output
     assert "blocks.0.attn1 True self-attention 5120 tokens" in output
     assert "blocks.0.attn2 False cross-attention" in output
+    assert "4 of 4 attentions would be sparse-linear" in output
 
 
 def test_every_path_is_there() -> None:
@@ -123,10 +124,8 @@ def test_every_public_name_is_told_with_its_real_parameters() -> None:
 
 
 def test_every_common_reason_is_one_that_the_code_gives() -> None:
-    code = "".join(
-        (ROOT / name).read_text()
-        for name in ("passes/decide.py", "sla_compile/backend.py", "sla_compile/sites.py", "sla_compile/config.py")
-    )
+    files = ["passes/decide.py", "passes/masks.py", *(f"sla_compile/{name}.py" for name in ("backend", "sites", "config"))]
+    code = "".join((ROOT / name).read_text() for name in files)
     for cells in rows(section("What is kept dense")):
         for reason in cells[0].split(", "):
             pattern = re.escape(reason).replace("key", r"(?:key|\{name\})").replace("value", r"(?:value|\{name\})")
