@@ -124,8 +124,8 @@ def test_every_public_name_is_told_with_its_real_parameters() -> None:
 
 
 def test_every_common_reason_is_one_that_the_code_gives() -> None:
-    files = ["passes/decide.py", "passes/masks.py", *(f"sla_compile/{name}.py" for name in ("backend", "sites", "config"))]
-    code = "".join((ROOT / name).read_text() for name in files)
+    names = ("passes/decide", "passes/masks", "sla_compile/backend", "sla_compile/sites", "sla_compile/config")
+    code = "".join((ROOT / f"{name}.py").read_text() for name in names)
     for cells in rows(section("What is kept dense")):
         for reason in cells[0].split(", "):
             pattern = re.escape(reason).replace("key", r"(?:key|\{name\})").replace("value", r"(?:value|\{name\})")
