@@ -138,8 +138,8 @@ def attention_forward_kernel(
         if HAS_KEY_BIAS:
             # natural log -> log2
             scores += load_key_bias(key_bias_base, start, keys, num_keys)[None, :] * 1.4426950408889634
-        else:
-            scores = tl.where((start + keys < num_keys)[None, :], scores, float("-inf"))
+        # with a bias too: where only addresses need `start`, Triton 3.6 buffers the list, and fewer keys and values
+        scores = tl.where((start + keys < num_keys)[None, :], scores, float("-inf"))
         if CAUSAL:
             scores = tl.where((first_query + rows)[:, None] >= (start + keys)[None, :], scores, float("-inf"))
         value = load_tile(v_base, start, keys, dims, stride_vn, num_keys, PITCH, PADDED)
