@@ -52,13 +52,14 @@ _PARAMETERS: tuple[tuple[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Marker:
-    """One call of ``sla::gate``: these are the gate's parameters for the owner's attention ``ordinal``."""
+    """One call of ``sla::gate``: these are the gate's tensors for the owner's attention ``ordinal``."""
 
     node: fx.Node
     module: fx.GraphModule
     owner: tuple[ModuleCall, ...]
     weight: fx.Node
     bias: fx.Node
+    sparsity: fx.Node | None
     ordinal: int
     settings: str
     from_child: bool
@@ -104,7 +105,7 @@ def find_markers(root: fx.GraphModule) -> list[Marker]:
 
 
 def _marker(node: fx.Node, module: fx.GraphModule) -> Marker:
-    weight, bias, ordinal, settings, from_child = node.args
+    weight, bias, sparsity, ordinal, settings, from_child = node.args
     stack = module_stack(node)
     return Marker(
         node=node,
@@ -112,6 +113,7 @@ def _marker(node: fx.Node, module: fx.GraphModule) -> Marker:
         owner=stack[:-1] if from_child else stack,
         weight=_as_node(weight),
         bias=_as_node(bias),
+        sparsity=None if sparsity is None else _as_node(sparsity),
         ordinal=int(str(ordinal)),
         settings=str(settings),
         from_child=bool(from_child),
@@ -120,5 +122,5 @@ def _marker(node: fx.Node, module: fx.GraphModule) -> Marker:
 
 def _as_node(argument: Any) -> fx.Node:
     if not isinstance(argument, fx.Node):
-        raise TypeError(f"sla::gate takes graph nodes for weight and bias, got {argument!r}")
+        raise TypeError(f"sla::gate takes graph nodes for its tensors, got {argument!r}")
     return argument

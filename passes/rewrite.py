@@ -33,7 +33,7 @@ def replace_attention(
         query, key, value, *key_mask = build(graph, (*decision.operands(call), *masks))
         results = graph.call_function(
             torch.ops.sla.forward.default,
-            (query, key, value, marker.weight, marker.bias, key_mask[0] if key_mask else None, None),
+            (query, key, value, marker.weight, marker.bias, key_mask[0] if key_mask else None, marker.sparsity),
             {**decision.options(), **options},
         )
         output = graph.call_function(operator.getitem, (results, 0))

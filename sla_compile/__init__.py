@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sla_compile.preparation import prepare
     from sla_compile.projections import load_projections
     from sla_compile.reports import Report, explain, report
+    from sla_compile.sparsity import anneal, set_sparsity
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "Gate",
     "Report",
     "SLAConfig",
+    "anneal",
     "calibrate",
     "detach",
     "distill",
@@ -38,6 +40,7 @@ __all__ = [
     "prepare",
     "report",
     "save",
+    "set_sparsity",
     "sparse_linear_attention",
 ]
 
@@ -47,6 +50,7 @@ _HOMES = {
     "Gate": "gate",
     "Report": "reports",
     "SLAConfig": "config",
+    "anneal": "sparsity",
     "calibrate": "calibration",
     "detach": "gate",
     "distill": "distillation",
@@ -58,6 +62,7 @@ _HOMES = {
     "prepare": "preparation",
     "report": "reports",
     "save": "checkpoint",
+    "set_sparsity": "sparsity",
     "sparse_linear_attention": "ops",
 }
 

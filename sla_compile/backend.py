@@ -91,7 +91,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Settings, frame: Frame | None) -
     sites = [_settle(site, frame) for site in sites]
     for site in sites:
         if isinstance(site.decision, Rewrite) and site.marker is not None:
-            replace_attention(site.call, site.decision, site.marker, site.config.kernel_options())
+            replace_attention(site.call, site.decision, site.marker, site.config.compiled_options())
         elif site.owner is not None:
             remember_dense(site.owner, frame.code)
     erase_markers(markers)

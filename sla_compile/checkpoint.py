@@ -1,8 +1,8 @@
 """Gates on disk: one safetensors file with every gate, the configuration and the sites they were trained for.
 
-Tensors ``<gate path>.weight`` and ``<gate path>.bias``; metadata ``format``, ``version``, ``config`` (JSON of
-``SLAConfig``) and ``sites`` (JSON list of path, heads, head_dim and the site's settings). Nothing in the
-model changes before the whole file has been read and compared with it.
+Tensors ``<gate path>.weight``, ``<gate path>.bias`` and, with ``max_topk``, ``<gate path>.sparsity``; metadata
+``format``, ``version``, ``config`` (JSON of ``SLAConfig``) and ``sites`` (JSON list of path, heads, head_dim and the
+site's settings). Nothing in the model changes before the whole file has been read and compared with it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ __all__ = ["File", "Site", "load", "not_plain", "raise_listed", "read", "save"]
 FORMAT, VERSION = "sla_compile", "1"
 # How a graph is compiled changes nothing that a gate learns.
 COMPILE_FIELDS = ("inner", "inductor")
+SPARSITY = "sparsity"
 GATE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -44,9 +45,10 @@ class Site:
     tensors: dict[str, torch.Tensor]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes that heads, head_dim and the kind of gate ask for."""
+        """The shapes that heads, head_dim, the kind of gate and ``max_topk`` ask for."""
         lead = (self.heads,) if self.config.gate == "per_head" else ()
-        return {"weight": (*lead, self.head_dim, self.head_dim), "bias": (*lead, self.head_dim)}
+        shapes: dict[str, tuple[int, ...]] = {"weight": (*lead, self.head_dim, self.head_dim)}
+        return shapes | {"bias": (*lead, self.head_dim)} | ({} if self.config.max_topk is None else {SPARSITY: (2,)})
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     raise_listed(f"save to {os.fspath(path)!r}", problems)
     tensors, sites = {}, []
     for name, gate in found.items():
-        for part, parameter in (("weight", gate.weight), ("bias", gate.bias)):
-            tensors[f"{name}.{part}"] = parameter.detach().cpu().contiguous().clone()
+        for part, tensor in gate.state_dict().items():
+            tensors[f"{name}.{part}"] = tensor.detach().cpu().contiguous().clone()
         settings = {field: getattr(gate.config, field) for field in SITE_FIELDS}
         sites.append({"path": name, "heads": gate.heads, "head_dim": gate.head_dim, "config": settings})
     metadata = {"format": FORMAT, "version": VERSION, "config": config.to_json(), "sites": json.dumps(sites)}
@@ -179,8 +181,9 @@ def _parse(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> File:
                 problems.append(
                     f"{path}.{part}: shape {tuple(tensor.shape)} in the file, its site needs {shape}"
                 )
-            elif tensor.dtype not in GATE_DTYPES:
-                problems.append(f"{path}.{part}: {tensor.dtype} in the file; accepted: a floating dtype")
+            elif tensor.dtype not in ((torch.int64,) if part == SPARSITY else GATE_DTYPES):
+                accepted = "torch.int64" if part == SPARSITY else "a floating dtype"
+                problems.append(f"{path}.{part}: {tensor.dtype} in the file; accepted: {accepted}")
             else:
                 site.tensors[part] = tensor
         sites[path] = site
@@ -325,8 +328,8 @@ def _attach(file: File, modules: dict[str, nn.Module]) -> None:
 
 
 def _fill(gate: Gate, site: Site) -> None:
-    gate.weight.copy_(site.tensors["weight"])
-    gate.bias.copy_(site.tensors["bias"])
+    for part, tensor in site.tensors.items():
+        getattr(gate, part).copy_(tensor)
 
 
 def _home(modules: dict[str, nn.Module], path: str) -> tuple[torch.device, torch.dtype | None]:

@@ -16,7 +16,16 @@ from typing import Any
 from sla_compile.accepts import RANGES, Accepts, FrozenMapping, choice, nearest, patterns, refusal, share
 from sla_compile.blocks import exact_fraction
 
-__all__ = ["DEFAULT_MIN_TOKENS", "LATER_SITE_FIELDS", "MODES", "SITE_FIELDS", "VERSION", "FrozenMapping", "SLAConfig"]
+__all__ = [
+    "DEFAULT_MIN_TOKENS",
+    "LATER_SITE_FIELDS",
+    "MODES",
+    "SITE_FIELDS",
+    "VERSION",
+    "FrozenMapping",
+    "SLAConfig",
+    "check_shares",
+]
 
 VERSION = 1
 """Version of the JSON form."""
@@ -27,11 +36,11 @@ DEFAULT_MIN_TOKENS = 4096
 
 SITE_FIELDS = (
     *("topk", "bottomk", "feature_map", "linear", "gate", "min_tokens", "block_q", "block_k"),
-    *("always_critical", "cross_attention"),
+    *("always_critical", "cross_attention", "max_topk"),
 )
 """The fields that an override may set for one site."""
 
-LATER_SITE_FIELDS = ("always_critical", "cross_attention")
+LATER_SITE_FIELDS = ("always_critical", "cross_attention", "max_topk")
 """Site fields that the first files of this version do not have: there they are at their defaults."""
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -45,6 +54,11 @@ _MAPPING = Accepts(
 _OVERRIDES = Accepts(
     "a mapping of glob patterns to mappings of " + ", ".join(SITE_FIELDS),
     lambda value: isinstance(value, Mapping),
+)
+_MAX_TOPK = Accepts(
+    "None, or a number from topk up to 1",
+    lambda value: value is None or (type(value) in (int, float) and 0 < value <= 1),
+    lambda value: None if value is None else value + 0.0,
 )
 _BLOCK = Accepts(
     "a power of two from 16 to 256", lambda value: type(value) is int and value in (16, 32, 64, 128, 256)
@@ -96,6 +110,9 @@ class SLAConfig:
     cross_attention: bool = _setting(False, Accepts("True or False", lambda value: type(value) is bool))
     """Whether attention to another number of keys than queries is rewritten too. Range: True or False."""
 
+    max_topk: float | None = _setting(None, _MAX_TOPK)
+    """Most topk that ``set_sparsity`` may set with no recompilation; None: not at all. Range: from topk up to 1."""
+
     inner: str = _setting("inductor", choice("inductor", "aot_eager", "eager"))
     """What compiles the rewritten graph. Range: "inductor", "aot_eager", "eager"."""
 
@@ -120,14 +137,20 @@ class SLAConfig:
         for f in dataclasses.fields(self):
             value = f.metadata["accepts"].check(f"SLAConfig.{f.name}", getattr(self, f.name))
             object.__setattr__(self, f.name, value)
-        _check_shares("SLAConfig", self.topk, self.bottomk)
+        check_shares("SLAConfig", self.topk, self.bottomk, self.max_topk)
         object.__setattr__(self, "inductor", _frozen_inductor(self.inductor))
         if self.inductor and self.inner != "inductor":
             raise ValueError(
                 f"SLAConfig.inductor: got {dict(self.inductor)!r} with inner={self.inner!r}; "
                 f"accepted: Inductor options (torch.compile's mode gives some too) only with inner='inductor'"
             )
-        object.__setattr__(self, "overrides", _frozen_overrides(self.overrides, self.topk, self.bottomk))
+        object.__setattr__(self, "overrides", _frozen_overrides(self.overrides, self))
+
+    @classmethod
+    def check_value(cls, name: str, value: Any) -> Any:
+        """The stored form of ``value`` for the field ``name`` alone; ValueError where it is refused."""
+        accepts = {f.name: f.metadata["accepts"] for f in dataclasses.fields(cls)}
+        return accepts[name].check(name, value)
 
     def rejects(self, path: str) -> str | None:
         """Why the site at module path ``path`` is not selected, naming the pattern; None where it is."""
@@ -145,20 +168,24 @@ class SLAConfig:
     def for_site(self, path: str) -> SLAConfig:
         """The settings of the site at module path ``path``: overrides applied, and then empty.
 
-        Raises ValueError where overrides that match together ask for topk + bottomk above 1.
+        Raises ValueError where overrides that match together ask for topk + bottomk above 1, or topk above max_topk.
         """
         matching = [pattern for pattern in self.overrides if fnmatchcase(path, pattern)]
         changes: dict[str, Any] = {}
         for pattern in matching:
             changes.update(self.overrides[pattern])
-        topk, bottomk = changes.get("topk", self.topk), changes.get("bottomk", self.bottomk)
-        _check_shares(f"SLAConfig.overrides {matching} at {path!r}", topk, bottomk)
+        _check_changed_shares(f"SLAConfig.overrides {matching} at {path!r}", self, changes)
         return dataclasses.replace(self, overrides={}, **changes)
 
     def kernel_options(self) -> dict[str, Any]:
         """The keyword arguments of ``sparse_linear_attention``."""
         names = ("topk", "bottomk", "block_q", "block_k", "feature_map", "linear")
         return {name: getattr(self, name) for name in names}
+
+    def compiled_options(self) -> dict[str, Any]:
+        """``kernel_options`` as they stand in a graph: with ``max_topk``, the gate's buffer has topk and bottomk."""
+        compiled = {} if self.max_topk is None else {"topk": self.max_topk, "bottomk": 0.0}
+        return {**self.kernel_options(), **compiled}
 
     def to_dict(self) -> dict[str, Any]:
         """Every field and the version, in plain JSON types."""
@@ -230,13 +257,21 @@ def _refuse_unknown(owner: str, fields: Mapping[Any, Any], known: tuple[str, ...
             raise refusal(f"unknown field {name!r} of {owner}", value, ", ".join(known), hint)
 
 
-def _check_shares(owner: str, topk: float, bottomk: float) -> None:
+def check_shares(owner: str, topk: float, bottomk: float, max_topk: float | None) -> None:
+    """Raise ValueError, which begins with ``owner``, where the shares do not go together."""
     # Exact, as written: in binary floats some pairs of shares that add up to 1 come out above it.
     if exact_fraction(topk) + exact_fraction(bottomk) > 1:
         raise ValueError(f"{owner}: got topk={topk!r}, bottomk={bottomk!r}; accepted: topk + bottomk up to 1")
+    if max_topk is not None and topk > max_topk:
+        raise ValueError(f"{owner}: got topk={topk!r}; accepted: topk up to max_topk={max_topk!r}")
 
 
-def _frozen_overrides(overrides: Mapping[str, Any], topk: float, bottomk: float) -> FrozenMapping:
+def _check_changed_shares(owner: str, config: SLAConfig, changes: Mapping[str, Any]) -> None:
+    topk, bottomk, most = (changes.get(n, getattr(config, n)) for n in ("topk", "bottomk", "max_topk"))
+    check_shares(owner, topk, bottomk, most)
+
+
+def _frozen_overrides(overrides: Mapping[str, Any], config: SLAConfig) -> FrozenMapping:
     """Each override checked over the top-level fields alone; ``for_site`` checks those that meet."""
     accepts = {f.name: f.metadata["accepts"] for f in dataclasses.fields(SLAConfig)}
     frozen = {}
@@ -246,7 +281,7 @@ def _frozen_overrides(overrides: Mapping[str, Any], topk: float, bottomk: float)
             raise refusal(owner, changes, _OVERRIDES.text)
         _refuse_unknown(owner, changes, SITE_FIELDS)
         checked = {n: accepts[n].check(f"{owner}.{n}", changes[n]) for n in SITE_FIELDS if n in changes}
-        _check_shares(owner, checked.get("topk", topk), checked.get("bottomk", bottomk))
+        _check_changed_shares(owner, config, checked)
         frozen[pattern] = checked
     return FrozenMapping(frozen)
 

@@ -23,16 +23,21 @@ from sla_compile.config import SITE_FIELDS, SLAConfig
 
 __all__ = ["Gate", "attach_gate", "detach", "detach_gate", "gate_name", "gate_parameters", "gates", "model_config"]
 
+MILLION = 10**6
+"""The unit of a gate's ``sparsity``."""
+
 _GATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @torch.library.custom_op("sla::gate", mutates_args=())
-def _gate_marker(weight: Tensor, bias: Tensor, ordinal: int, settings: str, from_child: bool) -> None:
+def _gate_marker(
+    weight: Tensor, bias: Tensor, sparsity: Tensor | None, ordinal: int, settings: str, from_child: bool
+) -> None:
     """Marks the owner's attention call number ``ordinal`` in a traced graph; does nothing when it runs."""
 
 
 @_gate_marker.register_fake
-def _(weight: Tensor, bias: Tensor, ordinal: int, settings: str, from_child: bool) -> None:
+def _(weight: Tensor, bias: Tensor, sparsity: Tensor | None, ordinal: int, settings: str, from_child: bool) -> None:
     return None
 
 
@@ -42,6 +47,8 @@ class Gate(nn.Module):
     Attributes:
         weight: (D, D) shared by the heads, or (H, D, D) per head. Zero at start.
         bias: (D) or (H, D). Zero at start, so that an untuned SLA equals its sparse branch.
+        sparsity: int64 (2,), topk and bottomk in millionths, read whenever the attention runs; a buffer. None
+            where the settings have no ``max_topk``: they are constants of the compiled graph then.
         path: module path of the gate when it was made, for example ``"blocks.0.attn1.sla"``.
         config: the settings of this site.
         model_config: the settings the whole model was prepared with.
@@ -50,6 +57,7 @@ class Gate(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter
+    sparsity: Tensor | None
 
     def __init__(
         self,
@@ -71,6 +79,8 @@ class Gate(nn.Module):
             bias = torch.zeros(*lead, head_dim, device=device, dtype=dtype)
             self.weight = nn.Parameter(weight)
             self.bias = nn.Parameter(bias)
+            # Integers, which a move to another floating dtype leaves alone.
+            self.register_buffer("sparsity", _millionths(config, device))
         self.heads = heads
         self.head_dim = head_dim
         self.ordinal = ordinal
@@ -85,7 +95,15 @@ class Gate(nn.Module):
 
     def extra_repr(self) -> str:
         kind = "per head" if self.weight.dim() == 3 else "shared"
-        return f"heads={self.heads}, head_dim={self.head_dim}, {kind}, topk={self.config.topk}"
+        most = "" if self.config.max_topk is None else f" of at most {self.config.max_topk}"
+        return f"heads={self.heads}, head_dim={self.head_dim}, {kind}, topk={self.shares()[0]}{most}"
+
+    def shares(self) -> tuple[float, float]:
+        """topk and bottomk as they are now; reads the buffer where there is one, so it may wait for the device."""
+        if self.sparsity is None or self.sparsity.is_meta:
+            return self.config.topk, self.config.bottomk
+        topk, bottomk = (millionths / MILLION for millionths in self.sparsity.tolist())
+        return min(topk, self.config.max_topk or 1.0), bottomk
 
     def trained(self) -> bool:
         """Whether any parameter has left zero. Reads the values, so it waits for the device."""
@@ -113,7 +131,15 @@ class Gate(nn.Module):
 
 def settings_text(config: SLAConfig) -> str:
     """The settings that shape a rewritten site, as the canonical JSON that its marker carries."""
-    return json.dumps({name: getattr(config, name) for name in SITE_FIELDS}, sort_keys=True)
+    at_run_time = () if config.max_topk is None else ("topk", "bottomk")
+    return json.dumps({name: getattr(config, name) for name in SITE_FIELDS if name not in at_run_time}, sort_keys=True)
+
+
+def _millionths(config: SLAConfig, device: torch.device | str | None) -> Tensor | None:
+    if config.max_topk is None:
+        return None
+    shares = [round(config.topk * MILLION), round(config.bottomk * MILLION)]
+    return torch.tensor(shares, dtype=torch.int64, device=device)
 
 
 class GateMarker:
@@ -132,9 +158,8 @@ class GateMarker:
             owner = module if self.owner is None else self.owner
             for name in self.names:
                 gate = getattr(owner, name)
-                torch.ops.sla.gate(
-                    gate.weight, gate.bias, gate.ordinal, gate.settings, self.owner is not None
-                )
+                from_child = self.owner is not None
+                torch.ops.sla.gate(gate.weight, gate.bias, gate.sparsity, gate.ordinal, gate.settings, from_child)
 
 
 skip_as_root_frame(GateMarker.__call__)
@@ -196,6 +221,13 @@ def attach_gate(
             f"(gate={config.gate!r}, {heads} heads of {head_dim}) need {wanted}; "
             f"keep gate={existing.config.gate!r}, or remove the gate by sla_compile.detach(model)"
         )
+    if any(getattr(existing.config, name) != getattr(config, name) for name in ("topk", "bottomk", "max_topk")):
+        with torch.inference_mode(False), torch.no_grad():
+            wanted_shares = _millionths(config, existing.weight.device)
+            if existing.sparsity is None or wanted_shares is None:
+                existing.sparsity = wanted_shares
+            else:
+                existing.sparsity.copy_(wanted_shares)  # in place: a CUDA graph reads this memory
     existing.config, existing.path = config, path
     existing.model_config = model_config if model_config is not None else config
     existing.settings = settings_text(config)

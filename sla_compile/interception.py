@@ -56,8 +56,8 @@ class GatedCall:
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of the op for this call: its settings, and scale, key mask and the like."""
-        tensors = {"key_mask": self.key_mask, "sparsity": None}
-        return {**tensors, **self.gate.config.kernel_options(), **self.decision.options()}
+        tensors = {"key_mask": self.key_mask, "sparsity": self.gate.sparsity}
+        return {**tensors, **self.gate.config.compiled_options(), **self.decision.options()}
 
     def branches(self) -> tuple[Tensor, Tensor | None]:
         """O^s and O^l (B, H, N, D), before the gate; None for an O^l that the settings leave out."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
@@ -28,12 +28,14 @@ from sla_compile.passes.cost import (
     HEADS,
     KEY_TOKENS,
     TOKENS,
+    Cost,
     dense_cost,
     evaluate,
     sla_cost,
 )
 from sla_compile.passes.decide import Keep, Rewrite, Shape, example_shape
 from sla_compile.passes.operands import example
+from sla_compile.passes.work import token_ranges
 from sla_compile.sites import PREPARED, Site
 
 __all__ = [
@@ -78,7 +80,9 @@ class SiteReport:
     traced: dict[str, int] = field(default_factory=dict)
     """The sizes of ``shape`` while it was traced, which the numbers below are for; empty where unknown."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """topk, bottomk, block_q, block_k, feature_map, linear, gate, always_critical; empty where it was kept."""
+    """topk, bottomk, block_q, block_k, feature_map, linear, gate, always_critical, max_topk; empty where kept.
+
+    topk and bottomk are those of now where ``set_sparsity`` can change them."""
     gate_path: str = ""
     gate_parameters: int = 0
     """Numbers in the gate's weight and bias."""
@@ -141,7 +145,7 @@ def describe(site: Site) -> SiteReport:
 
 def _settings(config: SLAConfig) -> dict[str, Any]:
     ranges = [list(pair) for pair in config.always_critical]
-    return {**config.kernel_options(), "gate": config.gate, "always_critical": ranges}
+    return {**config.kernel_options(), "gate": config.gate, "always_critical": ranges, "max_topk": config.max_topk}
 
 
 def _kind(call: AttentionCall, shape: Shape | None) -> str:
@@ -180,13 +184,24 @@ def _costs(site: Site, shape: Shape, traced: dict[str, int]) -> dict[str, Any]:
     dense = dense_cost(**form)
     after = dense
     if isinstance(site.decision, Rewrite):
-        options = site.config.kernel_options()
-        forced = _forced(site.decision, traced, options["block_k"])
-        after = sla_cost(
-            options["topk"], options["block_q"], options["block_k"], options["linear"], forced=forced, **form
-        )
-    costs: dict[str, Any] = {"where": after.where}
-    known = None
+        after = _sparse_cost(_settings(site.config), traced, form)
+    numbers = {**_numbers("before", dense, traced, shape.dtype), **_numbers("after", after, traced, shape.dtype)}
+    return {"where": after.where, **numbers}
+
+
+def _sparse_cost(settings: Mapping[str, Any], traced: dict[str, int], form: dict[str, bool]) -> Cost:
+    """The cost with ``settings``, as ``_settings`` gives them; ``traced`` are the sizes, empty where unknown."""
+    keys = traced.get("key_tokens", traced.get("tokens", 0))
+    ranges = token_ranges([(start, stop) for start, stop in settings["always_critical"]], keys)
+    touched = forced_blocks(list(ranges), keys, settings["block_k"])
+    forced = len({block for first, last in touched for block in range(first, last)})
+    names = ("topk", "block_q", "block_k", "linear")
+    return sla_cost(*(settings[name] for name in names), forced=forced, **form)
+
+
+def _numbers(when: str, cost: Cost, traced: dict[str, int], dtype: torch.dtype) -> dict[str, Any]:
+    """The fields of a report that say ``cost``, before or after."""
+    numbers: dict[str, Any] = {f"formula_{when}": cost.formula, f"expression_{when}": str(cost.flops)}
     if traced:
         known = {
             BATCH: traced["batch"],
@@ -194,22 +209,26 @@ def _costs(site: Site, shape: Shape, traced: dict[str, int]) -> dict[str, Any]:
             TOKENS: traced["tokens"],
             KEY_TOKENS: traced.get("key_tokens", traced["tokens"]),
             HEAD_DIM: traced["head_dim"],
-            ELEMENT_BYTES: shape.dtype.itemsize,
+            ELEMENT_BYTES: dtype.itemsize,
         }
-    for name, cost in (("before", dense), ("after", after)):
-        costs[f"formula_{name}"] = cost.formula
-        costs[f"expression_{name}"] = str(cost.flops)
-        if known is not None:
-            costs[f"flops_{name}"] = evaluate(cost.flops, known)
-            costs[f"bytes_{name}"] = evaluate(cost.bytes, known)
-    return costs
+        numbers[f"flops_{when}"] = evaluate(cost.flops, known)
+        numbers[f"bytes_{when}"] = evaluate(cost.bytes, known)
+    return numbers
 
 
-def _forced(decision: Rewrite, traced: dict[str, int], block_k: int) -> int:
-    """Key blocks that are critical in every row, at the traced size."""
-    keys = traced.get("key_tokens", traced.get("tokens", 0))
-    touched = forced_blocks(list(decision.always_critical), keys, block_k)
-    return len({block for first, last in touched for block in range(first, last)})
+def _as_set_now(account: SiteReport, gate: Gate | None) -> SiteReport:
+    """``account`` with the topk and bottomk that ``set_sparsity`` has given ``gate``, and their cost."""
+    if gate is None or gate.sparsity is None or not account.settings:
+        return account
+    topk, bottomk = gate.shares()
+    settings = {**account.settings, "topk": topk, "bottomk": bottomk}
+    if not account.traced:
+        return dataclasses.replace(account, settings=settings)
+    form = {"cross": "key_tokens" in account.shape, "causal": account.causal}
+    after = _sparse_cost(settings, account.traced, form)
+    dtype = getattr(torch, str(account.shape["dtype"]))
+    numbers = _numbers("after", after, account.traced, dtype)
+    return dataclasses.replace(account, settings=settings, where=after.where, **numbers)
 
 
 def _count(gate: Gate) -> int:
@@ -286,7 +305,8 @@ def remembered(model: nn.Module) -> list[SiteReport]:
             if runs_forward_of(code, owner):
                 found += [_moved(account, full, account.ordinal) for account in cut_off]
         for ordinal, calls in sorted(accounts.items()):
-            found += [_moved(account, full, ordinal) for account in calls]
+            gate_now = own_gates(owner).get(gate_name(ordinal))
+            found += [_moved(_as_set_now(account, gate_now), full, ordinal) for account in calls]
     return found
 
 

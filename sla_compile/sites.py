@@ -49,11 +49,10 @@ class Settings:
             return cls(config, frozenset(SITE_FIELDS))
         return cls(config, frozenset(name.replace("-", "_") for name in options or ()) & {*SITE_FIELDS})
 
-    def conflicts(self, path: str, prepared: Mapping[str, Any]) -> list[str]:
+    def conflicts(self, path: str, there: SLAConfig) -> list[str]:
         """Site fields that were spelled out here and differ from what the gate at ``path`` was prepared with."""
         wanted = self.config.for_site(path)
         plain = replace(self.config, overrides={})
-        there = replace(plain, **prepared)
         named = {name for name in SITE_FIELDS if getattr(wanted, name) != getattr(plain, name)} | self.explicit
         return [
             f"{name}={getattr(wanted, name)!r} here, {getattr(there, name)!r} in its gate"
@@ -131,16 +130,15 @@ def _site(
     model_config, path = prepared if prepared is not None else (settings.config, local_path)
     config = model_config.for_site(path)
     if marker is not None:
-        fields = json.loads(marker.settings)
-        if conflicts := settings.conflicts(path, fields):
+        config = replace(config, overrides={}, **json.loads(marker.settings))
+        if conflicts := settings.conflicts(path, config):
             raise ValueError(
                 f"{path or 'the compiled module'}: the options of torch.compile contradict its gate: "
                 f"{'; '.join(conflicts)}. Call prepare(model, ..., config=...) to change the gate, or leave "
                 f"these options out"
             )
         if "min_tokens" in settings.explicit:  # when to be sparse may differ from compile to compile
-            fields["min_tokens"] = settings.config.for_site(path).min_tokens
-        config = replace(config, overrides={}, **fields)
+            config = replace(config, min_tokens=settings.config.for_site(path).min_tokens)
     rejected = settings.config.rejects(path) or (None if marker is not None else model_config.rejects(path))
     decision: Decision
     if rejected is not None:

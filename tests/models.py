@@ -147,7 +147,7 @@ def defined(model: nn.Module) -> Iterator[None]:
         count[0] += 1
         if not isinstance(gate, Gate):
             return original(q, k, v, **arguments)
-        options = gate.config.kernel_options()
+        options = {**gate.config.kernel_options(), **dict(zip(("topk", "bottomk"), gate.shares(), strict=True))}
         scale = arguments.get("scale")
         return reference.sparse_linear_attention(q, k, v, gate.weight, gate.bias, scale=scale, **options)
 

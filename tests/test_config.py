@@ -31,6 +31,7 @@ TOKENS = "accepted: an integer of at least 0"
 FULL: dict[str, Any] = {
     "always_critical": ((0, 128), (-64, None)),
     "cross_attention": True,
+    "max_topk": 0.75,
     "topk": 0.125,
     "bottomk": 0.25,
     "block_q": 128,
