@@ -131,7 +131,7 @@ def _repeated(
     if name == "repeat_interleave":
         given = dict(zip(("input", "repeats", "dim"), args, strict=False)) | kwargs
         count = example(given.get("repeats"))
-        if len(shape) != len(before) or type(given.get("dim")) is not int:
+        if type(given.get("dim")) is not int:  # of all axes, flattened
             return None
         same = given["dim"] % len(shape) == axis % len(shape)
         if same and isinstance(count, int | torch.SymInt) and group and statically_known_true(count == group):

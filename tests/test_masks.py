@@ -183,6 +183,18 @@ KEPT: dict[str, tuple[Callable[..., Tensor], str]] = {
         "per-head attention mask",
     ),
     "heads by repeat": (one_head_off, "per-head attention mask"),
+    "heads by a repetition of another count": (
+        lambda q, k, v, m: attention(
+            q, k, v, torch.cat([m, ~m]).repeat_interleave(1, dim=0).view(BATCH, HEADS, 1, TOKENS)
+        ),
+        "per-head attention mask",
+    ),
+    "heads by a repetition that is cut": (
+        lambda q, k, v, m: attention(
+            q, k, v, torch.cat([m, ~m[:1]]).repeat_interleave(HEADS, dim=0)[1:5].view(BATCH, HEADS, 1, TOKENS)
+        ),
+        "per-head attention mask",
+    ),
     "transposed": (
         lambda q, k, v, m: attention(q, k, v, m[:, None, None].expand(-1, -1, TOKENS, -1).transpose(2, 3)),
         "per-query attention mask",
