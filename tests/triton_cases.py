@@ -123,6 +123,9 @@ def key_mask(case: Case, device: str) -> torch.Tensor | None:
     if case.mask == "dead row":
         live[-1] = False
         return live
+    if case.mask == "front":
+        live[:, : keys * 2 // 5] = False
+        return live
     if case.mask == "-inf":
         return moderate.masked_fill(~live, -math.inf)
     if case.mask == "-10000":
@@ -232,6 +235,9 @@ OPTIONS = [
     Case(tokens=150, batch=2, block_k=16, head_dim=32, mask="-inf", linear="all", feature_map="relu"),
     Case(tokens=150, batch=2, block_k=16, head_dim=32, mask="moderate", linear="none", bias="none"),
     Case(tokens=150, batch=2, block_k=16, head_dim=32, mask="all -10000", weight="none"),
+    # a first tile without a key; with causal, queries without one in a row of blocks that has some
+    Case(tokens=200, batch=2, block_q=32, block_k=64, head_dim=32, mask="front", topk=0.5),
+    Case(tokens=200, batch=2, block_q=32, block_k=16, head_dim=32, mask="front", causal=True),
     Case(tokens=90, keys=250, batch=2, block_q=32, block_k=16, head_dim=32),
     Case(tokens=250, keys=40, batch=2, block_q=64, block_k=32, head_dim=40, linear="all"),
     Case(tokens=70, keys=333, batch=2, block_q=16, block_k=64, head_dim=72, mask="bool"),
