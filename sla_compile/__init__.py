@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sla_compile.allocation import AllocationReport, allocate
     from sla_compile.calibration import CalibrationReport, calibrate
     from sla_compile.checkpoint import load, save
     from sla_compile.config import SLAConfig
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AllocationReport",
     "CalibrationReport",
     "DistillationReport",
     "Gate",
     "Report",
     "SLAConfig",
+    "allocate",
     "anneal",
     "calibrate",
     "detach",
@@ -45,11 +48,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AllocationReport": "allocation",
     "CalibrationReport": "calibration",
     "DistillationReport": "distillation",
     "Gate": "gate",
     "Report": "reports",
     "SLAConfig": "config",
+    "allocate": "allocation",
     "anneal": "sparsity",
     "calibrate": "calibration",
     "detach": "gate",

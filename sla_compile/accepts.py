@@ -110,7 +110,7 @@ def refusal(name: str, value: Any, accepted: str, hint: str = "") -> ValueError:
 
 
 def nearest(value: Any, *known: tuple[str, ...], always: bool = False) -> str:
-    """``; nearest known: ...`` for a string; names of an earlier group win unless a later one has one clearly closer."""
+    """``; nearest known: ...`` for a string; an earlier group's win, unless a later one has one clearly closer."""
     if not isinstance(value, str):
         return ""
     for names, cutoff in [(group, least) for least in (0.8, 0.6) for group in known] + [(sum(known, ()), 0.0)] * always:

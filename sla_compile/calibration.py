@@ -170,7 +170,7 @@ class CalibrationReport:
         return json.dumps(self.to_dict(), indent=indent)
 
     def __rich__(self) -> Any:
-        from sla_compile.render import ErrorsView
+        from sla_compile.render_errors import ErrorsView
 
         return ErrorsView(self.title, self.sites, self.unreached)
 

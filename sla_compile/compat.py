@@ -181,8 +181,8 @@ def data_parallel() -> bool:
     """Whether this runs inside the forward of a DistributedDataParallel."""
     if not torch.distributed.is_available():
         return False
-    active: Any = nn.parallel.DistributedDataParallel._get_active_ddp_module()
-    return active is not None
+    wrapper: Any = nn.parallel.DistributedDataParallel
+    return wrapper._get_active_ddp_module() is not None
 
 
 def fully_sharded(module: nn.Module) -> bool:

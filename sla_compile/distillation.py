@@ -70,7 +70,7 @@ class DistillationReport:
         return json.dumps(self.to_dict(), indent=indent)
 
     def __rich__(self) -> Any:
-        from sla_compile.render import ErrorsView
+        from sla_compile.render_errors import ErrorsView
 
         return ErrorsView(self.title, self.sites, self.unreached)
 

@@ -70,9 +70,14 @@ class GatedCall:
         """The output (B, H, N, D) of Sparse-Linear Attention with this gate, in the dtype of the dense one."""
         return self._forward(weight, bias)[0].to(self.dense.dtype)
 
-    def _forward(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def at(self, topk: float, bottomk: float) -> Tensor:
+        """The output (B, H, N, D) with the gate as it is, but with another topk and bottomk than its settings'."""
+        shares = {"sparsity": None, "topk": topk, "bottomk": bottomk}
+        return self._forward(self.gate.weight, self.gate.bias, **shares)[0].to(self.dense.dtype)
+
+    def _forward(self, weight: Tensor | None, bias: Tensor | None, **changes: Any) -> tuple[Tensor, Tensor]:
         out, linear, _, _ = torch.ops.sla.forward.default(
-            self.query, self.key, self.value, weight, bias, **self.options()
+            self.query, self.key, self.value, weight, bias, **{**self.options(), **changes}
         )
         return out, linear
 

@@ -19,10 +19,19 @@ from rich.text import Text
 from sla_compile.record import SiteReport
 
 if TYPE_CHECKING:
-    from sla_compile.calibration import SiteError
     from sla_compile.reports import Report
 
-__all__ = ["ErrorsView", "GatesView", "ReportView", "Row", "group_sites", "path_pattern", "plain_text", "quantity"]
+__all__ = [
+    "TABLE_WIDTH",
+    "GatesView",
+    "ReportView",
+    "Row",
+    "group_sites",
+    "grouped_paths",
+    "path_pattern",
+    "plain_text",
+    "quantity",
+]
 
 TABLE_WIDTH = 88
 """Below this many columns a table is a list."""
@@ -230,7 +239,7 @@ class ReportView:
             return
         text = Text(overflow="fold")
         text.append(f"{len(paths)} gate(s) still zero: ")
-        text.append(", ".join(_grouped_paths(paths)))
+        text.append(", ".join(grouped_paths(paths)))
         text.append(". Fine-tune the model or load trained gates; until then only the sparse branch counts.")
         yield Panel(text, title="untrained gates", border_style="red")
 
@@ -249,7 +258,8 @@ class ReportView:
             yield Padding(lines, (0, 0, 1, 0))
 
 
-def _grouped_paths(paths: Sequence[str]) -> list[str]:
+def grouped_paths(paths: Sequence[str]) -> list[str]:
+    """``path_pattern`` of each group of ``paths`` that are alike but for numbers."""
     groups: dict[Any, list[str]] = {}
     for path in paths:
         groups.setdefault(tuple("" if part.isdigit() else part for part in path.split(".")), []).append(path)
@@ -351,35 +361,3 @@ def _gate_cells(gate: dict[str, Any]) -> tuple[str, str, str]:
         f"weight {gate['weight_norm']:.4g}, bias {gate['bias_norm']:.4g}",
         f"topk {100 * config['topk']:g}%, {config['gate'].replace('_', ' ')}, {gate['heads']} heads",
     )
-
-
-class ErrorsView:
-    """The attention error of each site before and after its gate was fitted or trained."""
-
-    def __init__(self, title: str, sites: Sequence[SiteError], unreached: Sequence[str]) -> None:
-        self.title = title
-        self.sites = sites
-        self.unreached = unreached
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        yield Text(self.title, style="bold", overflow="fold")
-        if options.max_width >= TABLE_WIDTH:
-            table = Table(caption="relative attention error; closed: share of the sparse branch's that is gone")
-            table.add_column("gate", overflow="fold")
-            for name in ("sparse only", "before", "after", "closed"):
-                table.add_column(name, justify="right")
-            for site in self.sites:
-                table.add_row(Text(site.path, style="bold"), *map(Text, _error_cells(site)))
-            yield table
-        else:
-            for site in self.sites:
-                sparse, before, after, closed = _error_cells(site)
-                text = Text(site.path, style="bold", overflow="fold")
-                yield text.append(f"\n  {sparse} sparse only, {before} -> {after}, {closed} closed", style="not bold")
-        if self.unreached:
-            text = Text("not reached, left as they were: ", style="yellow", overflow="fold")
-            yield text.append(", ".join(_grouped_paths(self.unreached)))
-
-
-def _error_cells(site: SiteError) -> tuple[str, str, str, str]:
-    return f"{site.sparse_only:.4f}", f"{site.before:.4f}", f"{site.after:.4f}", f"{100 * site.closed:.1f}%"

@@ -1,0 +1,327 @@
+"""``allocate``: a topk for each attention, chosen from data, so that hard layers get more blocks at the same total.
+
+Each attention's output error is measured at a small ladder of topk values. Then every attention starts at the lowest
+rung, and the raise that takes away most error for its cost is made as long as the budget has room for one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sla_compile.blocks import num_blocks, num_critical
+from sla_compile.config import SLAConfig
+from sla_compile.gate import MILLION, Gate, gates, model_config
+from sla_compile.interception import Arguments, GatedCall, first_of, gated_calls, nothing_gated, prepared_for
+from sla_compile.preparation import prepare, unwrapped
+from sla_compile.sparsity import millionths
+
+__all__ = ["AllocationReport", "SiteAllocation", "allocate"]
+
+LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+"""Rungs, in units of the budget."""
+
+_TOKENS_PER_CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class SiteAllocation:
+    """What one attention was given; errors are ||O - dense|| / ||dense|| over all tokens of the batches."""
+
+    path: str
+    """Module path of the gate."""
+    topk_before: float
+    topk: float
+    before: float
+    """Error with the topk it had."""
+    uniform: float
+    """Error with the budget as the topk of every attention."""
+    after: float
+    work: float
+    """Its share of the work of all attentions, if all were dense."""
+    calls: int
+
+
+@dataclass(frozen=True, repr=False)
+class AllocationReport:
+    """Which topk each attention was given, and its error before and after; prints as a table, ``to_dict`` for tools."""
+
+    model: str
+    """Class of the model."""
+    batches: int
+    budget: float
+    critical_uniform: float
+    """Share of all pairs of blocks that is critical with the budget as topk everywhere."""
+    critical: float
+    """The same as allocated: at most that of ``critical_uniform``."""
+    sites: tuple[SiteAllocation, ...]
+    """In the order in which a forward calls them."""
+    unreached: tuple[str, ...] = ()
+    """Gates whose attention no batch reached; they are as they were."""
+
+    @property
+    def mean_topk(self) -> float:
+        """Mean of the topks, weighted by each attention's work."""
+        return sum(site.topk * site.work for site in self.sites)
+
+    def mean(self, name: str) -> float:
+        """Root mean square over the sites of ``before``, ``uniform`` or ``after``: what was made small."""
+        return math.sqrt(sum(getattr(site, name) ** 2 for site in self.sites) / len(self.sites))
+
+    @property
+    def title(self) -> str:
+        """One line: the budget, and the error it leaves spread evenly and as allocated."""
+        return (
+            f"{self.model}: {len(self.sites)} attention(s), topk {self.budget:g} on average, {self.batches} batch(es): "
+            f"error {self.mean('uniform'):.4f} spread evenly, {self.mean('after'):.4f} as allocated"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types: the fields, ``mean_topk`` and the mean errors."""
+        means = {name: self.mean(name) for name in ("before", "uniform", "after")}
+        lists = {"sites": [dataclasses.asdict(site) for site in self.sites], "unreached": list(self.unreached)}
+        return {**dataclasses.asdict(self), **lists, "mean_topk": self.mean_topk, "mean": means}
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """``to_dict`` as JSON text."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def __rich__(self) -> Any:
+        from sla_compile.render_errors import AllocationView
+
+        return AllocationView(self.title, self.sites, self.unreached)
+
+    def __str__(self) -> str:
+        from sla_compile.render import plain_text
+
+        return plain_text(self.__rich__(), width=100)
+
+    def __repr__(self) -> str:
+        uniform, after = self.mean("uniform"), self.mean("after")
+        return f"<AllocationReport of {self.model}: attention error {uniform:.3g} spread evenly, {after:.3g} allocated>"
+
+
+def allocate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    budget: float = 0.05,
+    config: SLAConfig | Mapping[str, Any] | None = None,
+    max_batches: int | None = None,
+    ladder: Sequence[float] = LADDER,
+) -> AllocationReport:
+    """Give each attention of ``model`` the topk that makes most of ``budget``; no training.
+
+    The model runs eagerly and dense, in the mode (train or eval) it is in. At each attention that has a gate, the
+    output with the gate as it is, at each rung of the ladder, is compared with the dense one; numbers per rung are
+    all that is kept. What is made small is the sum over attentions of the squared relative error, with no more
+    critical blocks in all than ``topk=budget`` everywhere has. If no allocation found is better than that, that it is.
+
+    In a model prepared with ``max_topk`` the topks go to the gates' buffers, as `set_sparsity` does. Otherwise the
+    model is prepared again with an override for each module, and compiles anew at its next call. Two attentions of
+    one module then get one topk.
+
+    Args:
+        model: any module, prepared, compiled, or neither; without gates it is prepared with the first batch.
+        batches: an iterable of tuples of positional, or mappings of keyword, arguments of the model, on its
+            device.
+        budget: mean topk, weighted by each attention's work (its pairs of tokens).
+        config: settings for ``prepare``; by default those the model has been prepared with.
+        max_batches: how many batches to use at most; None: all of them.
+        ladder: topks to choose from, in units of the budget; those beyond a site's range are left out.
+
+    Raises:
+        TypeError: ``model`` is no module, or a batch is neither a tuple nor a mapping.
+        ValueError: a refused setting, a budget that a site's ``max_topk`` or ``bottomk`` has no room for, no batch,
+            no attention with a gate was reached, or numbers that are not finite. The model is then as it was.
+    """
+    SLAConfig.check_value("topk", budget)
+    if not ladder or not all(0 < rung < math.inf for rung in ladder):
+        raise ValueError(f"ladder: got {ladder!r}; accepted: at least one finite number above 0")
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches: got {max_batches}; accepted: an integer of at least 1, or None")
+    model = unwrapped(model)
+    first, stream = first_of(batches, max_batches)
+    with prepared_for(model, first, config):
+        at_run_time = all(gate.sparsity is not None for gate in gates(model).values())
+        measured = {path: _Measured.of(path, gate, budget, ladder) for path, gate in gates(model).items()}
+        count = _measure(model, stream, measured)
+        reached = {path: site for path, site in measured.items() if site.calls}
+        if not reached:
+            raise ValueError(nothing_gated(model, first))
+        chosen = _water_fill(list(reached.values()), budget, at_run_time)
+        report = _report(model, count, budget, reached, chosen, tuple(measured.keys() - reached.keys()))
+        _set(model, first, chosen, at_run_time)
+    return report
+
+
+@dataclass
+class _Measured:
+    """One attention: its rungs, and for each the squared error and the critical share of the work."""
+
+    path: str
+    topk_before: float
+    bottomk: float
+    rungs: tuple[float, ...]
+    squared: Tensor
+    block_k: int
+    dense: float = 0.0
+    work: float = 0.0
+    critical: list[float] = field(default_factory=list)
+    calls: int = 0
+
+    @classmethod
+    def of(cls, path: str, gate: Gate, budget: float, ladder: Sequence[float]) -> _Measured:
+        topk, bottomk = gate.shares()
+        most = min(1.0 if gate.config.max_topk is None else gate.config.max_topk, 1 - bottomk)
+        if budget > most:
+            raise ValueError(f"{path}: got budget={budget}; accepted: up to {most}, for its max_topk and bottomk")
+        wanted = {round(rung * budget * MILLION) / MILLION for rung in ladder}
+        rungs = sorted({rung for rung in wanted if 0 < rung <= most} | {topk, budget})
+        zeros = torch.zeros(len(rungs), dtype=torch.float64, device=gate.weight.device)
+        return cls(path, topk, bottomk, tuple(rungs), zeros, gate.config.block_k, critical=[0.0] * len(rungs))
+
+    def add(self, call: GatedCall) -> None:
+        """Measure ``call`` at every rung."""
+        batch, heads, queries, _ = call.query.shape
+        blocks = num_blocks(call.key.shape[2], self.block_k)
+        work = float(batch * heads * queries * call.key.shape[2])
+        for i, rung in enumerate(self.rungs):
+            self.squared[i] += _distance(call.at(rung, min(self.bottomk, 1 - rung)), call.dense)
+            self.critical[i] += work * num_critical(rung, blocks) / blocks
+        self.dense += _distance(call.dense, None).item()
+        self.work += work
+        self.calls += 1
+
+    def losses(self) -> list[float]:
+        """||O - dense||^2 / ||dense||^2 at each rung."""
+        found: list[float] = (self.squared / max(self.dense, torch.finfo(torch.float64).tiny)).tolist()
+        if not all(map(math.isfinite, found)):
+            raise ValueError(f"{self.path}: attention, dense or sparse, is not finite on these batches")
+        return found
+
+
+def _distance(a: Tensor, b: Tensor | None) -> Tensor:
+    """||a - b||^2 of tensors (B, H, N, D) in float64, a chunk at a time; ||a||^2 without b."""
+    total = torch.zeros((), dtype=torch.float64, device=a.device)
+    for start in range(0, a.shape[2], _TOKENS_PER_CHUNK):
+        rows = slice(start, start + _TOKENS_PER_CHUNK)
+        part = a[:, :, rows].double()
+        total += (part if b is None else part - b[:, :, rows].double()).square().sum()
+    return total
+
+
+@torch.no_grad()
+def _measure(model: nn.Module, batches: Iterable[Arguments], measured: Mapping[str, _Measured]) -> int:
+    def observe(call: GatedCall) -> Tensor:
+        measured[call.path].add(call)
+        return call.dense
+
+    count = 0
+    with gated_calls(model, observe):
+        for args, kwargs in batches:
+            model(*args, **kwargs)
+            count += 1
+    return count
+
+
+@dataclass
+class _Group:
+    """Attentions that share one topk: loss and cost at each rung, and the rung they are on."""
+
+    members: list[_Measured]
+    rungs: tuple[float, ...]
+    loss: list[float]
+    cost: list[float]
+    rung: int = 0
+
+    @classmethod
+    def of(cls, members: list[_Measured]) -> _Group:
+        shared = set(members[0].rungs).intersection(*(member.rungs for member in members))
+        rungs = tuple(sorted(shared))
+        places = [[member.rungs.index(rung) for rung in rungs] for member in members]
+        losses = [member.losses() for member in members]
+        loss = [sum(own[p[i]] for own, p in zip(losses, places, strict=True)) for i in range(len(rungs))]
+        cost = [sum(m.critical[p[i]] for m, p in zip(members, places, strict=True)) for i in range(len(rungs))]
+        return cls(members, rungs, loss, cost)
+
+    def best_raise(self, room: float) -> tuple[float, int] | None:
+        """Loss taken away per cost, and the rung, of the best raise that costs at most ``room``."""
+        raises: list[tuple[float, int]] = []
+        for rung in range(self.rung + 1, len(self.rungs)):
+            gain, cost = self.loss[self.rung] - self.loss[rung], self.cost[rung] - self.cost[self.rung]
+            if gain > 0 and cost <= room:
+                raises.append((gain / cost if cost > 0 else math.inf, rung))
+        return max(raises, default=None)
+
+
+def _water_fill(sites: list[_Measured], budget: float, at_run_time: bool) -> dict[str, float]:
+    """topk by gate path."""
+    together: dict[str, list[_Measured]] = {}
+    for site in sites:
+        together.setdefault(site.path if at_run_time else site.path.rpartition(".")[0], []).append(site)
+    groups = [_Group.of(members) for members in together.values()]
+    room = sum(group.cost[group.rungs.index(budget)] for group in groups)
+    slack = 1e-9 * room  # sums of the same numbers in another order
+    room += slack - sum(group.cost[0] for group in groups)
+    while True:
+        raises = [(found, group) for group in groups if (found := group.best_raise(room)) is not None]
+        if not raises:
+            break
+        (_, rung), group = max(raises, key=lambda item: item[0][0])
+        room -= group.cost[rung] - group.cost[group.rung]
+        group.rung = rung
+    uniform = sum(group.loss[group.rungs.index(budget)] for group in groups)
+    if sum(group.loss[group.rung] for group in groups) > uniform:
+        return {site.path: budget for site in sites}
+    return {site.path: group.rungs[group.rung] for group in groups for site in group.members}
+
+
+def _report(
+    model: nn.Module,
+    count: int,
+    budget: float,
+    reached: Mapping[str, _Measured],
+    chosen: Mapping[str, float],
+    unreached: tuple[str, ...],
+) -> AllocationReport:
+    total = sum(site.work for site in reached.values())
+    sites, uniform, critical = [], 0.0, 0.0
+    for path, site in reached.items():
+        error = {rung: math.sqrt(loss) for rung, loss in zip(site.rungs, site.losses(), strict=True)}
+        share = dict(zip(site.rungs, site.critical, strict=True))
+        uniform += share[budget] / total
+        critical += share[chosen[path]] / total
+        errors = (error[site.topk_before], error[budget], error[chosen[path]])
+        sites.append(
+            SiteAllocation(path, site.topk_before, chosen[path], *errors, work=site.work / total, calls=site.calls)
+        )
+    return AllocationReport(type(model).__name__, count, budget, uniform, critical, tuple(sites), unreached)
+
+
+def _set(model: nn.Module, first: Arguments, chosen: Mapping[str, float], at_run_time: bool) -> None:
+    found, config = gates(model), model_config(model)
+    if at_run_time:
+        with torch.no_grad():
+            for path, topk in chosen.items():
+                sparsity = found[path].sparsity
+                if sparsity is not None:
+                    sparsity[0] = millionths(topk)
+        return
+    assert config is not None  # a gate has one
+    overrides = {pattern: dict(fields) for pattern, fields in config.overrides.items()}
+    for path, topk in chosen.items():
+        site = path.rpartition(".")[0]
+        pattern = glob.escape(site)
+        # The last override wins, so this one keeps what the others have made of the fields it had.
+        kept = {name: getattr(config.for_site(site), name) for name in overrides.pop(pattern, {})}
+        overrides[pattern] = {**kept, "topk": topk}
+    prepare(model, *first, config=dataclasses.replace(config, overrides=overrides))

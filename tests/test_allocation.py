@@ -1,0 +1,246 @@
+"""allocate: the topk of each attention from data; measured against the definition."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sla_compile
+from sla_compile.blocks import num_critical
+from sla_compile.interception import GatedCall, gated_calls
+from sla_compile.kernels import reference
+from sla_compile.render import plain_text
+from tests.models import HEADS, OPTIONS, WIDTH, CalledTwice, Model, TwoAttentions, assert_follows_definition
+
+EAGER = {"inner": "aot_eager"}
+TOKENS, BLOCK = 320, 16  # 20 blocks
+BUDGET = 0.2
+
+
+@pytest.fixture(autouse=True)
+def float64_and_fresh_dynamo() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    torch.set_default_dtype(torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+    torch.set_default_dtype(torch.float32)
+
+
+def uneven(blocks: int = 4) -> nn.Module:
+    """Even blocks attend to their own neighbourhood, which few critical blocks hold; odd ones to everything."""
+    model = Model(blocks)
+    for i, block in enumerate(model.blocks):
+        with torch.no_grad():
+            query, key, _ = block.attention.qkv.weight.view(3, WIDTH, WIDTH)
+            query.copy_(torch.eye(WIDTH) * (4.0 if i % 2 == 0 else 0.3))
+            key.copy_(torch.eye(WIDTH) * (1.0 if i % 2 == 0 else 0.3))
+    return model
+
+
+def batches(count: int = 2) -> list[tuple[Tensor]]:
+    """Neighbouring tokens are alike, as in a video."""
+    around = torch.randn(count, 1, TOKENS // BLOCK, 1, WIDTH).expand(-1, -1, -1, BLOCK, -1)
+    return [(x,) for x in (around + 0.3 * torch.randn_like(around)).reshape(count, 1, TOKENS, WIDTH)]
+
+
+def prepared(model: nn.Module, **settings: Any) -> nn.Module:
+    return sla_compile.prepare(model, batches()[0], config={**OPTIONS, "topk": BUDGET, "bottomk": 0.1, **settings})
+
+
+def errors(model: nn.Module, data: list[tuple[Tensor]], topks: dict[str, float]) -> dict[str, float]:
+    """||O - dense|| / ||dense|| at each attention by the definition."""
+    sums: dict[str, list[float]] = {}
+
+    def observe(call: GatedCall) -> Tensor:
+        gate, options = call.gate, call.gate.config.kernel_options()
+        options |= {"topk": topks[call.path], "bottomk": gate.shares()[1], "scale": call.scale}
+        out = reference.sparse_linear_attention(
+            call.query, call.key, call.value, gate.weight.detach(), gate.bias.detach(), **options
+        )
+        total = sums.setdefault(call.path, [0.0, 0.0])
+        total[0] += (out - call.dense).square().sum().item()
+        total[1] += call.dense.square().sum().item()
+        return call.dense
+
+    with gated_calls(model, observe), torch.no_grad():
+        for batch in data:
+            model(*batch)
+    return {path: math.sqrt(error / dense) for path, (error, dense) in sums.items()}
+
+
+def topks(model: nn.Module) -> dict[str, float]:
+    return {path: gate.shares()[0] for path, gate in sla_compile.gates(model).items()}
+
+
+def refused(*parts: str) -> Any:
+    return pytest.raises(ValueError, match="(?s)" + ".*".join(re.escape(part) for part in parts))
+
+
+@pytest.mark.parametrize("at_run_time", [False, True], ids=["constants", "run time"])
+def test_less_error_at_the_same_total(at_run_time: bool) -> None:
+    model = prepared(uneven(), **({"max_topk": 1.0} if at_run_time else {}))
+    data = batches()
+    uniform = errors(model, data, dict.fromkeys(sla_compile.gates(model), BUDGET))
+    report = sla_compile.allocate(model, iter(data), budget=BUDGET)
+    given = topks(model)
+    after = errors(model, data, given)
+
+    blocks = TOKENS // BLOCK
+    assert sum(num_critical(topk, blocks) for topk in given.values()) <= 4 * num_critical(BUDGET, blocks)
+    assert report.critical <= report.critical_uniform == pytest.approx(BUDGET)
+    assert 0.9 * BUDGET < report.mean_topk <= BUDGET + 1e-12
+    assert sum(e**2 for e in after.values()) < 0.8 * sum(e**2 for e in uniform.values())
+    assert given["blocks.0.attention.sla"] < BUDGET < given["blocks.1.attention.sla"]
+    assert [site.path for site in report.sites] == list(sla_compile.gates(model))
+    for site in report.sites:
+        assert site.topk == given[site.path]
+        assert site.uniform == site.before == pytest.approx(uniform[site.path], rel=1e-9)
+        assert site.after == pytest.approx(after[site.path], rel=1e-9)
+        assert (site.work, site.calls) == (0.25, 2)
+    assert report.mean("after") == pytest.approx(math.sqrt(sum(e**2 for e in after.values()) / 4))
+
+    with torch.no_grad():
+        for parameter in sla_compile.gate_parameters(model):
+            parameter.normal_(std=0.5)
+    run = torch.compile(model, backend="sla", options=EAGER)
+    assert_follows_definition(run, model, data[0][0])
+
+
+def test_gates_count_in_the_error() -> None:
+    """A gate that makes up for a layer's missing blocks leaves them to others."""
+    model, data = prepared(uneven(2)), batches()
+    before = sla_compile.allocate(model, data, budget=BUDGET)
+    sla_compile.calibrate(model, data)
+    after = sla_compile.allocate(model, data, budget=BUDGET)
+    assert after.mean("uniform") < 0.9 * before.mean("uniform")
+    given = topks(model)
+    expected = errors(model, data, given)
+    assert [site.after for site in after.sites] == pytest.approx(list(expected.values()), rel=1e-9)
+
+
+def test_larger_attentions_cost_more() -> None:
+    """Work counts, not the number of attentions: over a quarter of the tokens, a raise costs a sixteenth."""
+
+    class Pooled(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.blocks[0](x)
+            short = self.blocks[1](x[:, : TOKENS // 2])
+            return torch.cat([short, x[:, TOKENS // 2 :]], dim=1)
+
+    model = Pooled(2)
+    sla_compile.prepare(model, batches()[0], config={**OPTIONS, "topk": BUDGET, "bottomk": 0.0})
+    report = sla_compile.allocate(model, batches(), budget=BUDGET)
+    assert [site.work for site in report.sites] == pytest.approx([0.8, 0.2])
+    blocks = [TOKENS // BLOCK, TOKENS // BLOCK // 2]
+    shares = [num_critical(site.topk, n) / n for site, n in zip(report.sites, blocks, strict=True)]
+    assert report.critical == pytest.approx(0.8 * shares[0] + 0.2 * shares[1])
+    assert report.critical <= report.critical_uniform
+
+
+def test_unprepared_model_and_overrides() -> None:
+    """An override of the user's stays, the topk of each module comes after it."""
+    settings = {**OPTIONS, "overrides": {"blocks.0.attention": {"linear": "none"}, "blocks.*": {"topk": 0.25}}}
+    model, data = uneven(2), batches()
+    report = sla_compile.allocate(model, data, budget=BUDGET, config=settings)
+    gates = sla_compile.gates(model)
+    assert [gate.config.linear for gate in gates.values()] == ["none", "marginal"]
+    assert [gate.config.topk for gate in gates.values()] == [site.topk for site in report.sites]
+    assert [site.topk_before for site in report.sites] == [0.25, 0.25]
+    config = next(iter(gates.values())).model_config
+    assert [config.for_site(path.removesuffix(".sla")).topk for path in gates] == list(topks(model).values())
+    again = sla_compile.allocate(model, data, budget=BUDGET)
+    assert [site.topk for site in again.sites] == [site.topk for site in report.sites]
+
+
+def test_two_attentions_of_one_module() -> None:
+    """One override is for both; buffers are for each."""
+    data = [(x[0, :, :WIDTH],) for x in [b[0][None] for b in batches()]]
+    constants = prepared(TwoAttentions())
+    report = sla_compile.allocate(constants, data, budget=BUDGET)
+    assert len({site.topk for site in report.sites}) == 1
+    at_run_time = prepared(TwoAttentions(), max_topk=1.0)
+    sla_compile.allocate(at_run_time, data, budget=BUDGET)
+    assert len(topks(at_run_time)) == 2
+
+
+def test_a_module_called_twice() -> None:
+    model = prepared(CalledTwice())
+    report = sla_compile.allocate(model, batches(), budget=BUDGET)
+    assert [site.calls for site in report.sites] == [4]
+
+
+def test_even_layers_are_left_even() -> None:
+    model = prepared(uneven(1))
+    report = sla_compile.allocate(model, batches(), budget=BUDGET)
+    assert topks(model) == {"blocks.0.attention.sla": BUDGET}
+    assert report.mean("after") == report.mean("uniform")
+
+
+def test_numbers_do_not_grow_with_tokens_or_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    original = sla_compile.allocation._Measured.add
+
+    def spy(self: Any, call: GatedCall) -> None:
+        original(self, call)
+        kept.append(sum(v.numel() for v in vars(self).values() if isinstance(v, Tensor)) + len(self.critical))
+
+    monkeypatch.setattr(sla_compile.allocation._Measured, "add", spy)
+    sla_compile.allocate(prepared(uneven(1)), batches(3), budget=BUDGET)
+    assert len(set(kept)) == 1
+    assert kept[0] < 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget": 0.0}, "topk: got 0.0 (float); accepted: a number above 0 and up to 1"),
+        ({"budget": 0.5}, "blocks.0.attention.sla: got budget=0.5; accepted: up to 0.4, for its max_topk and bottomk"),
+        ({"ladder": ()}, "ladder: got (); accepted: at least one finite number above 0"),
+        ({"ladder": (1.0, -1.0)}, "ladder: got (1.0, -1.0)"),
+        ({"max_batches": 0}, "max_batches: got 0"),
+        ({"batches": []}, "batches: empty"),
+        ({"batches": [(math.nan * torch.ones(1, TOKENS, WIDTH).double(),)]}, "is not finite on these batches"),
+    ],
+)
+def test_what_is_refused_changes_nothing(arguments: dict[str, Any], message: str) -> None:
+    model = prepared(uneven(), max_topk=0.4)
+    data = arguments.pop("batches", batches())
+    with refused(message):
+        sla_compile.allocate(model, data, **{"budget": BUDGET, **arguments})
+    assert set(topks(model).values()) == {BUDGET}
+
+
+def test_an_exception_leaves_an_unprepared_model_without_gates() -> None:
+    model = uneven()
+    with pytest.raises(TypeError, match="batches: item 1 is a Tensor"):
+        sla_compile.allocate(model, [*batches(1), batches(1)[0][0]], budget=BUDGET, config=OPTIONS)  # type: ignore[list-item]
+    assert not sla_compile.gates(model)
+    with refused("no attention with a gate was reached"):
+        sla_compile.allocate(prepared(uneven()), [(torch.randn(1, 8, WIDTH),)], budget=0.1, config={"min_tokens": 64})
+
+
+def test_report_renders() -> None:
+    model = prepared(uneven())
+    report = sla_compile.allocate(model, batches(), budget=BUDGET)
+    data = json.loads(report.to_json())
+    assert data["mean"]["after"] == report.mean("after")
+    assert data["sites"][1]["topk"] == report.sites[1].topk
+    assert len(data["sites"]) == HEADS * 2
+    assert "blocks.1.attention.sla" in str(report)
+    for width in (60, 120):
+        text = plain_text(dataclasses.replace(report, unreached=("blocks.9.sla",)).__rich__(), width)
+        assert all(len(line) <= width for line in text.splitlines())
+        assert "not reached, left as they were: blocks.9.sla" in text
+        assert f"-> {100 * report.sites[1].topk:.3g}%" in text
+    assert "AllocationReport of Model" in repr(report)
