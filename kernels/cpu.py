@@ -264,7 +264,8 @@ def _summed_blocks(
     if linear == "marginal":
         return (block_map == 0).to(dtype)
     if causal:
-        return wholly_below(*block_map.shape[1:], block_q, block_k).to(dtype).expand(block_map.shape)
+        below = wholly_below(block_map.shape[1], block_map.shape[2], block_q, block_k)
+        return below.to(dtype).expand(block_map.shape)
     return torch.ones_like(block_map, dtype=dtype)
 
 
