@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["EXAMPLES", "Parts", "build", "call", "example", "grid", "randn", "transformer_classes"]
+__all__ = ["EXAMPLES", "Parts", "build", "call", "example", "grid", "padded", "randn", "transformer_classes"]
 
 Parts = tuple[dict[str, Any], dict[str, Any]]
 """The configuration of a model, and the keyword arguments of one call."""
@@ -37,6 +37,11 @@ def grid(*sizes: int) -> torch.Tensor:
     """Coordinates of a grid in row-major order, (product of sizes, number of sizes) float32."""
     axes = torch.meshgrid(*(torch.arange(size, dtype=torch.float32) for size in sizes), indexing="ij")
     return torch.stack([axis.flatten() for axis in axes], dim=-1)
+
+
+def padded(tokens: int, missing: int = 3, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A mask (1, tokens) whose last ``missing`` tokens are padding: 1 or True elsewhere."""
+    return (torch.arange(tokens) < tokens - missing)[None].to(dtype)
 
 
 def build(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:

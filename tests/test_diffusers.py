@@ -39,6 +39,13 @@ DENSE_ONLY = {
     "Kandinsky5Transformer3DModel": 1,
     "ZImageTransformer2DModel": 4,
     "SkyReelsV2Transformer3DModel": 1,
+    "HunyuanVideoTransformer3DModel": 2,
+    "HunyuanImageTransformer2DModel": 2,
+    "ErnieImageTransformer2DModel": 1,
+    "Krea2Transformer2DModel": 1,
+    "LongCatAudioDiTTransformer": 1,
+    "LuminaNextDiT2DModel": 1,
+    "MiniMaxMusic3RVQDepthDecoder": 1,
 }
 """The same of each class tested at topk=1 alone."""
 
@@ -92,6 +99,45 @@ def test_cross_attention_of_wan_stays_dense_with_its_reason() -> None:
         "blocks.1.attn2": (False, "cross-attention"),
     }
     assert not sla_compile.gates(model)
+
+
+CROSS = {
+    "WanTransformer3DModel": (4, 0),
+    "LTXVideoTransformer3DModel": (2, 1),  # its mask is repeated for every head
+    "CosmosTransformer3DModel": (2, 1),
+    "AceStepTransformer1DModel": (3, 0),  # grouped heads
+}
+"""Attentions rewritten with cross_attention=True, and how many of them have a mask."""
+
+
+@pytest.mark.parametrize("name", CROSS)
+def test_cross_attention_on_request(name: str) -> None:
+    model, inputs = build(name)
+    options = {**OPTIONS, "min_tokens": 0, "cross_attention": True}
+    compiled = torch.compile(model, backend="sla", options={**options, "topk": 1.0, "bottomk": 0.0})
+    with torch.no_grad():
+        dense, sparse = call(model, inputs), call(compiled, inputs)
+    rewritten = [site for site in sla_compile.report(model).sites if site.rewritten]
+    assert (len(rewritten), sum(bool(site.mask) for site in rewritten)) == CROSS[name]
+    assert_close(name, sparse, dense, 1e-5)
+
+
+MASKS = {
+    "HunyuanVideoTransformer3DModel": ["bool (1, 1, 1, 204)"] * 2,
+    "LuminaNextDiT2DModel": ["bool (1, 4, 144, 144)"],
+    "HunyuanVideo15Transformer3DModel": [],
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_of_text_that_is_padded(name: str) -> None:
+    """HunyuanVideo's is over keys, Lumina's an expand of one; HunyuanVideo1.5's is an outer product, and stays."""
+    model, inputs = build(name)
+    sites = sla_compile.explain(model, (), inputs, config=OPTIONS).sites
+    assert [site.mask for site in sites if site.rewritten and site.mask] == MASKS[name]
+    if not MASKS[name]:
+        (kept,) = (site for site in sites if site.shape["tokens"] == 141)
+        assert kept.reason == "per-query attention mask"
 
 
 def test_compile_repeated_blocks() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.diffusers_zoo import Parts, example, grid, randn
+from tests.diffusers_zoo import Parts, example, grid, padded, randn
 
 
 def flux_config(**changes: Any) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def qwen_inputs() -> dict[str, Any]:
     return {
         "hidden_states": randn(1, 100, 16),
         "encoder_hidden_states": randn(1, 12, 16),
-        "encoder_hidden_states_mask": torch.ones(1, 12, dtype=torch.long),
+        "encoder_hidden_states_mask": padded(12, dtype=torch.long),
         "timestep": torch.tensor([0.5]),
         "img_shapes": [(1, 10, 10)],
     }
@@ -106,8 +106,7 @@ def qwen_inputs() -> dict[str, Any]:
 
 @example("QwenImageTransformer2DModel")
 def qwen_image() -> Parts:
-    # The pipeline passes no mask where no prompt is padded.
-    return qwen_config(), {**qwen_inputs(), "encoder_hidden_states_mask": None}
+    return qwen_config(), qwen_inputs()
 
 
 @example("NucleusMoEImageTransformer2DModel")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.diffusers_zoo import Parts, example, randn
+from tests.diffusers_zoo import Parts, example, padded, randn
 
 
 @example("SD3Transformer2DModel")
@@ -168,7 +168,7 @@ def hunyuan_image() -> Parts:
         "rope_axes_dim": (8, 8),
     }
     inputs = {**caption_inputs(), "timestep": torch.tensor([500.0])}
-    return config, {**inputs, "encoder_attention_mask": torch.ones(1, 12)}
+    return config, {**inputs, "encoder_attention_mask": padded(12)}
 
 
 @example("LuminaNextDiT2DModel")
@@ -189,7 +189,7 @@ def lumina_next() -> Parts:
     inputs = {
         **caption_inputs(),
         "timestep": torch.tensor([0.5]),
-        "encoder_mask": torch.ones(1, 12),
+        "encoder_mask": padded(12),
         "image_rotary_emb": torch.polar(torch.ones(32, 32, 8), randn(32, 32, 8)),
         "cross_attention_kwargs": {},
     }
@@ -213,7 +213,7 @@ def lumina2() -> Parts:
         "cap_feat_dim": 16,
     }
     inputs = {**caption_inputs(), "timestep": torch.tensor([0.5])}
-    return config, {**inputs, "encoder_attention_mask": torch.ones(1, 12, dtype=torch.bool)}
+    return config, {**inputs, "encoder_attention_mask": padded(12, dtype=torch.bool)}
 
 
 @example("ZImageTransformer2DModel")
@@ -359,7 +359,7 @@ def ernie_image() -> Parts:
         "hidden_states": randn(1, 4, 12, 12),
         "timestep": torch.tensor([1.0]),
         "text_bth": randn(1, 12, 16),
-        "text_lens": torch.tensor([12]),
+        "text_lens": torch.tensor([9]),
     }
     return config, inputs
 

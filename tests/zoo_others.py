@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.diffusers_zoo import Parts, example, grid, randn
+from tests.diffusers_zoo import Parts, example, grid, padded, randn
 
 
 def kandinsky_config(**changes: Any) -> dict[str, Any]:
@@ -135,8 +135,8 @@ def longcat_audio() -> Parts:
     inputs = {
         "hidden_states": randn(1, 100, 8),
         "encoder_hidden_states": randn(1, 10, 32),
-        "encoder_attention_mask": torch.ones(1, 10, dtype=torch.bool),
-        "attention_mask": torch.ones(1, 100, dtype=torch.bool),
+        "encoder_attention_mask": padded(10, dtype=torch.bool),
+        "attention_mask": padded(100, dtype=torch.bool),
         "timestep": torch.ones(1),
     }
     return config, inputs
@@ -312,6 +312,6 @@ def krea2() -> Parts:
         "encoder_hidden_states": randn(1, 12, 2, 32),
         "timestep": torch.tensor([0.5]),
         "position_ids": torch.cat([torch.zeros(12, 3), grid(1, 10, 10)]),
-        "encoder_attention_mask": torch.ones(1, 12, dtype=torch.bool),
+        "encoder_attention_mask": padded(12, dtype=torch.bool),
     }
     return config, inputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.diffusers_zoo import Parts, example, grid, randn
+from tests.diffusers_zoo import Parts, example, grid, padded, randn
 
 
 @example("MiniMaxH3Transformer3DModel")
@@ -167,7 +167,7 @@ def sana_wm_refiner() -> Parts:
         "encoder_hidden_states": randn(1, 12, 16),
         "timestep": torch.full((1, 128), 500.0),
         "video_rotary_emb": (randn(1, 128, 32).cos(), randn(1, 128, 32).sin()),
-        "encoder_attention_mask": torch.ones(1, 12),
+        "encoder_attention_mask": padded(12),
     }
     return config, inputs
 

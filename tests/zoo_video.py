@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.diffusers_zoo import Parts, example, grid, randn
+from tests.diffusers_zoo import Parts, example, grid, padded, randn
 
 
 @example("CogVideoXTransformer3DModel")
@@ -84,7 +84,7 @@ def hunyuan_video_inputs() -> dict[str, Any]:
         "hidden_states": randn(1, 4, 3, 16, 16),
         "timestep": torch.tensor([500]),
         "encoder_hidden_states": randn(1, 12, 16),
-        "encoder_attention_mask": torch.ones(1, 12),
+        "encoder_attention_mask": padded(12),
         "pooled_projections": randn(1, 8),
         "guidance": torch.tensor([1000.0]),
     }
@@ -124,8 +124,8 @@ def hunyuan_video_15() -> Parts:
         "timestep": torch.tensor([1.0]),
         "encoder_hidden_states": randn(1, 6, 16),
         "encoder_hidden_states_2": randn(1, 4, 8),
-        "encoder_attention_mask": torch.ones(1, 6),
-        "encoder_attention_mask_2": torch.ones(1, 4),
+        "encoder_attention_mask": padded(6),
+        "encoder_attention_mask_2": padded(4),
         "image_embeds": torch.zeros(1, 3, 16),
     }
     return config, inputs
@@ -146,7 +146,7 @@ def ltx() -> Parts:
         "hidden_states": randn(1, 128, 4),
         "encoder_hidden_states": randn(1, 12, 16),
         "timestep": torch.tensor([500]),
-        "encoder_attention_mask": torch.ones(1, 12, dtype=torch.bool),
+        "encoder_attention_mask": padded(12, dtype=torch.bool),
         "num_frames": 2,
         "height": 8,
         "width": 8,
@@ -179,7 +179,7 @@ def ltx2() -> Parts:
         "encoder_hidden_states": randn(1, 12, 16),
         "audio_encoder_hidden_states": randn(1, 12, 16),
         "timestep": torch.tensor([500.0]),
-        "encoder_attention_mask": torch.ones(1, 12, dtype=torch.bool),
+        "encoder_attention_mask": padded(12, dtype=torch.bool),
         "num_frames": 2,
         "height": 8,
         "width": 8,
@@ -206,7 +206,7 @@ def mochi() -> Parts:
         "hidden_states": randn(1, 4, 2, 16, 16),
         "encoder_hidden_states": randn(1, 16, 16),
         "timestep": torch.tensor([500]),
-        "encoder_attention_mask": torch.ones(1, 16, dtype=torch.bool),
+        "encoder_attention_mask": padded(16, dtype=torch.bool),
     }
     return config, inputs
 
@@ -283,7 +283,7 @@ def cosmos() -> Parts:
         "hidden_states": randn(1, 4, 2, 16, 16),
         "timestep": torch.tensor([500]),
         "encoder_hidden_states": randn(1, 12, 16),
-        "attention_mask": torch.ones(1, 12),
+        "attention_mask": padded(12),
         "fps": 30,
     }
     return config, inputs
