@@ -53,8 +53,8 @@ class Choice:
         columns = num_blocks(keys, block_k)
         least = 0 if causal else 1
         if live is None and not causal and not always_critical:
-            critical, negligible = shares_of(columns, topk, bottomk, sparsity, least)
-            return cls(None, None, torch.tensor([[critical]]), torch.tensor([[negligible]]))
+            alike = torch.tensor(shares_of(columns, topk, bottomk, sparsity, least)).view(2, 1, 1)
+            return cls(None, None, alike[0], alike[1])
         live = torch.ones(columns, dtype=torch.bool) if live is None else live
         scope, crossed = torch.ones(1, columns, dtype=torch.bool), torch.zeros(1, columns, dtype=torch.bool)
         if causal:
@@ -76,7 +76,7 @@ class Choice:
 def classify(scores: Tensor, choice: Choice) -> Tensor:
     """The block map (G, Tm, Tn) int8 of scores (G, Tm, Tn): ties go to the lower key block."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices
-    if choice.candidates is None:
+    if choice.candidates is None or choice.forced is None:
         critical, negligible = int(choice.critical), int(choice.negligible)
         block_map = torch.zeros_like(scores, dtype=torch.int8)
         block_map.scatter_(-1, order[..., order.shape[-1] - min(negligible, order.shape[-1] - critical) :], -1)

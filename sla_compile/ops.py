@@ -73,7 +73,8 @@ def sparse_linear_attention(
         always_critical: token ranges [start, stop, start, stop, ...] of k, as in slices, whose blocks are critical
             beside the topk share.
     """
-    tensors = {"q": q, "k": k, "v": v, "weight": weight, "bias": bias, "key_mask": key_mask, "sparsity": sparsity}
+    tensors: dict[str, Any] = {"q": q, "k": k, "v": v, "weight": weight, "bias": bias}
+    tensors |= {"key_mask": key_mask, "sparsity": sparsity}
     options: dict[str, Any] = {"scale": scale, "topk": topk, "bottomk": bottomk, "block_q": block_q, "block_k": block_k}
     options |= {"feature_map": feature_map, "linear": linear, "causal": causal, "always_critical": always_critical}
     check_types(tensors, options)
