@@ -90,6 +90,14 @@ class Gate(nn.Module):
         # What the traced graph depends on, and so what Dynamo guards on: nothing in it differs from site to site.
         self.settings = settings_text(config)
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Zero, and the settings' topk and bottomk: for a model that got its memory by ``to_empty``."""
+        self.weight.zero_()
+        self.bias.zero_()
+        if (shares := _millionths(self.config, self.weight.device)) is not None and self.sparsity is not None:
+            self.sparsity.copy_(shares)
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         raise TypeError(f"gate {self.path!r} is not called: the compiled attention reads its weight and bias")
 

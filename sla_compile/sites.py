@@ -30,8 +30,9 @@ BROKEN = "graph break between the owner's start and its attention"
 DTYPES = {
     "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "meta": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
 }
-"""Dtypes that the kernels of a device take."""
+"""Dtypes that the kernels of a device take; a model without values, on meta, is prepared for another device."""
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,35 @@ def test_topk_of_one_is_dense_attention(dtype: torch.dtype) -> None:
     assert_close("output", sparse, exact, 2 * dense)
 
 
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_sparsity_at_run_time(mode: str | None) -> None:
+    """Also under a CUDA graph, which reads the gates' buffers anew at each replay; and with no wait for the device."""
+    model = Model().cuda()
+    x = torch.randn(2, 700, 32, device="cuda")
+    sla_compile.prepare(model, (x,), config={**OPTIONS, "max_topk": 0.9})
+    randomize_gates(model)
+    compiled = torch.compile(model, backend="sla", mode=mode)
+    cotangent = torch.randn_like(x)
+    for topk, bottomk in ((0.3, 0.2), (0.3, 0.2), (0.3, 0.2), (0.8, 0.1), (0.1, 0.5), (0.9, 0.0)):
+        sla_compile.set_sparsity(model, topk=topk, bottomk=bottomk)
+        torch.compiler.cudagraph_mark_step_begin()
+        output = compiled(x)
+        got = {name: g.clone() for name, g in gradients(model, output, cotangent).items()}
+        with defined(model):
+            expected = model(x)
+            wanted = gradients(model, expected, cotangent)
+        assert_close(f"output at {topk}", output, expected, 1e-3)
+        for name, gradient in wanted.items():
+            assert_close(f"{name} at {topk}", got[name], gradient, 1e-2)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sla_compile.set_sparsity(model, topk=0.4)
+        compiled(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_autocast_trains_float32_gates() -> None:
     model = Model().cuda()
     x = torch.randn(2, 700, 32, device="cuda")

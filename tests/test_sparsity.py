@@ -288,6 +288,24 @@ def test_report_shows_what_is_set_now() -> None:
     assert "topk=0.9 of at most 0.9" in repr(model)
 
 
+def test_prepared_on_meta() -> None:
+    """As large models are built for FSDP: without values, then memory, then a checkpoint."""
+    trained, x = prepared(), random_input()
+    with torch.device("meta"):
+        model = Model()
+    sla_compile.prepare(model, (x.to("meta"),), config=AT_RUN_TIME)
+    assert {gate.weight.device.type for gate in sla_compile.gates(model).values()} == {"meta"}
+    model.to_empty(device="cpu")
+    for gate in sla_compile.gates(model).values():
+        gate.reset_parameters()
+    assert shares(model) == [(0.3, 0.2)] * 2
+    assert not any(gate.trained() for gate in sla_compile.gates(model).values())
+    sla_compile.set_sparsity(trained, topk=0.7)
+    model.load_state_dict(trained.state_dict())
+    assert shares(model) == [(0.7, 0.2)] * 2
+    assert_follows_definition(torch.compile(model, backend="sla", options=EAGER), model, x)
+
+
 def test_anneal() -> None:
     values = list(sla_compile.anneal(1.0, 0.05, 5))
     assert len(values) == 5
