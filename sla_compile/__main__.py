@@ -106,7 +106,6 @@ def _explain(options: argparse.Namespace) -> str:
 
 def _show(options: argparse.Namespace) -> str:
     from sla_compile.checkpoint import read
-    from sla_compile.config import SITE_FIELDS
     from sla_compile.render import GatesView
 
     try:
@@ -124,7 +123,7 @@ def _show(options: argparse.Namespace) -> str:
             "dtype": str(site.tensors["weight"].dtype).removeprefix("torch."),
             "weight_norm": site.tensors["weight"].double().norm().item(),
             "bias_norm": site.tensors["bias"].double().norm().item(),
-            "config": {name: getattr(site.config, name) for name in SITE_FIELDS},
+            "config": site.settings(),
         }
         for path, site in file.sites.items()
     ]

@@ -23,7 +23,7 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from sla_compile.config import LATER_SITE_FIELDS, SITE_FIELDS, SLAConfig
-from sla_compile.gate import Gate, attach_gate, detach_gate, gates, model_config
+from sla_compile.gate import MILLION, Gate, attach_gate, detach_gate, gates, model_config
 
 __all__ = ["File", "Site", "load", "not_plain", "raise_listed", "read", "save"]
 
@@ -49,6 +49,14 @@ class Site:
         lead = (self.heads,) if self.config.gate == "per_head" else ()
         shapes: dict[str, tuple[int, ...]] = {"weight": (*lead, self.head_dim, self.head_dim)}
         return shapes | {"bias": (*lead, self.head_dim)} | ({} if self.config.max_topk is None else {SPARSITY: (2,)})
+
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of ``SITE_FIELDS``; topk and bottomk as they were last set."""
+        settings = {name: getattr(self.config, name) for name in SITE_FIELDS}
+        if SPARSITY in self.tensors:
+            settings["topk"], settings["bottomk"] = (part / MILLION for part in self.tensors[SPARSITY].tolist())
+        return settings
 
 
 @dataclass(frozen=True)

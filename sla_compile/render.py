@@ -318,8 +318,9 @@ def _settings(settings: dict[str, Any]) -> str:
     texts = [f"{start} to {'the end' if stop is None else stop}" for start, stop in settings["always_critical"]]
     ranges = ", ".join(texts)
     always = f", key tokens {ranges} always critical" if ranges else ""
+    most = "" if settings["max_topk"] is None else f" (at most {100 * settings['max_topk']:g}%)"
     return (
-        f"sparse-linear: topk {100 * settings['topk']:g}%, bottomk {100 * settings['bottomk']:g}%, blocks "
+        f"sparse-linear: topk {100 * settings['topk']:g}%{most}, bottomk {100 * settings['bottomk']:g}%, blocks "
         f"{settings['block_q']}x{settings['block_k']}, feature map {settings['feature_map']}, "
         f"linear {settings['linear']}{always}"
     )

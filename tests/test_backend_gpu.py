@@ -99,6 +99,25 @@ def test_sparsity_at_run_time(mode: str | None) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_allocate_makes_the_error_smaller() -> None:
+    """One layer attends to a few tokens, the other to all of them."""
+    model = Model().cuda().bfloat16()
+    with torch.no_grad():
+        for block, factor in zip(model.blocks, (6.0, 0.3), strict=True):
+            query, key, _ = block.attention.qkv.weight.view(3, 32, 32)
+            query.copy_(torch.eye(32) * factor)
+            key.copy_(torch.eye(32))
+    around = torch.randn(2, 32, 1, 32, device="cuda").expand(-1, -1, 64, -1)
+    batches = [((around + 0.3 * torch.randn_like(around)).reshape(2, 2048, 32).bfloat16(),) for _ in range(2)]
+    for max_topk in (None, 1.0):
+        sla_compile.prepare(model, batches[0], config={"topk": 0.125, "min_tokens": 0, "max_topk": max_topk})
+        report = sla_compile.allocate(model, batches, budget=0.125)
+        assert report.critical <= report.critical_uniform
+        assert report.mean("after") < 0.9 * report.mean("uniform")
+        assert report.sites[0].topk < 0.125 < report.sites[1].topk
+        torch.compile(model, backend="sla")(*batches[0])
+
+
 def test_autocast_trains_float32_gates() -> None:
     model = Model().cuda()
     x = torch.randn(2, 700, 32, device="cuda")

@@ -191,6 +191,17 @@ def test_show_lists_the_gates_of_a_file(capsys: pytest.CaptureFixture[str], tmp_
         assert max(map(len, out.splitlines())) <= int(width)
 
 
+def test_show_has_the_sparsity_that_was_set(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = sla_compile.prepare(Model(2), (torch.randn(1, 100, 32),), config={**OPTIONS, "max_topk": 1.0})
+    sla_compile.set_sparsity(model, topk=0.625, bottomk=0.0, sites="blocks.1.*")
+    sla_compile.save(model, tmp_path / "gates.safetensors")
+    _, out, _ = run(capsys, "show", "gates.safetensors", "--json")
+    configs = [gate["config"] for gate in json.loads(out)["gates"]]
+    assert [(c["topk"], c["bottomk"]) for c in configs] == [(OPTIONS["topk"], OPTIONS["bottomk"]), (0.625, 0.0)]
+    _, out, _ = run(capsys, "show", "gates.safetensors", "--width", "200")
+    assert "topk 62.5% (at most 100%), bottomk 0%" in out
+
+
 def test_as_typed_by_a_user(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import torch\n"

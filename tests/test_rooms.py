@@ -56,7 +56,8 @@ def forbidden(room: str, path: Path) -> tuple[str, ...]:
             named = [p.stem for p in path.parent.glob("*.py") if p.stem not in ("__init__", "reference")]
             return (*others, "triton", *(f"sla_compile.kernels.{name}" for name in named))
         return (*others, "sla_compile.kernels.reference")
-    return ("sla_compile.kernels.reference", *(() if path.stem in ("render", "render_errors", "__main__") else ("rich",)))
+    draws = path.stem in ("render", "render_errors", "__main__")
+    return ("sla_compile.kernels.reference", *(() if draws else ("rich",)))
 
 
 @pytest.mark.parametrize(("room", "path"), FILES, ids=IDS)
