@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import sla_compile
+from sla_compile.allocation import _Measured, _water_fill
 from sla_compile.blocks import num_critical
 from sla_compile.interception import GatedCall, gated_calls
 from sla_compile.kernels import reference
@@ -187,15 +188,30 @@ def test_even_layers_are_left_even() -> None:
     assert report.mean("after") == report.mean("uniform")
 
 
+def test_never_worse_than_the_budget_spread_evenly() -> None:
+    """The best raise first can leave room that no other fits: 2.5 + 10 then, against 5.1 + 5.1."""
+
+    def site(path: str, rungs: tuple[float, ...], cost: list[float], loss: list[float]) -> Any:
+        return _Measured(path, 0.2, 0.0, rungs, torch.tensor(loss), BLOCK, dense=1.0, critical=cost)
+
+    tempting = site("a.sla", (0.1, 0.2, 0.25), [1.0, 2.0, 2.5], [10.0, 5.1, 2.5])
+    plain = site("b.sla", (0.1, 0.2), [1.0, 2.0], [10.0, 5.1])
+    assert _water_fill([tempting, plain], 0.2, True) == {"a.sla": 0.2, "b.sla": 0.2}
+    roomy = site("b.sla", (0.1, 0.2), [0.5, 1.5], [10.0, 5.1])
+    assert _water_fill([tempting, roomy], 0.2, True) == {"a.sla": 0.2, "b.sla": 0.2}
+    worthless = site("b.sla", (0.1, 0.2), [1.0, 2.0], [10.0, 9.9])
+    assert _water_fill([tempting, worthless], 0.2, True) == {"a.sla": 0.25, "b.sla": 0.1}
+
+
 def test_numbers_do_not_grow_with_tokens_or_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[int] = []
-    original = sla_compile.allocation._Measured.add
+    original = _Measured.add
 
     def spy(self: Any, call: GatedCall) -> None:
         original(self, call)
         kept.append(sum(v.numel() for v in vars(self).values() if isinstance(v, Tensor)) + len(self.critical))
 
-    monkeypatch.setattr(sla_compile.allocation._Measured, "add", spy)
+    monkeypatch.setattr(_Measured, "add", spy)
     sla_compile.allocate(prepared(uneven(1)), batches(3), budget=BUDGET)
     assert len(set(kept)) == 1
     assert kept[0] < 40
