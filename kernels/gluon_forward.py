@@ -8,7 +8,6 @@ section 3.2). Programs are persistent: the producer reads ahead over the end of 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -18,17 +17,26 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .gluon_primitives import (
+    all_threads,
+    load_row,
+    load_tile,
+    locate_tile,
+    map_features,
+    matrix_descriptor,
+    multiprocessors,
+    padded_dim,
+    reciprocal_or_zero,
+    tile_descriptor,
+    view_as,
+)
 from .triton_tiles import head_stride
 
 __all__ = ["attention_forward"]
-
-_ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -42,24 +50,12 @@ class Launch:
     programs: int
 
 
-def padded_dim(head_dim: int) -> int:
-    """Head dimension in shared memory: 64 or 128."""
-    return 64 if head_dim <= 64 else 128
-
-
 def launch_for(block_q: int, block_k: int, padded: int) -> Launch:
     """Two consumers share the lists of a block of 128 queries; a block of 64 has one, and two programs fit."""
     narrow = padded * block_k <= 64 * 128
     if block_q % 128 == 0:
         return Launch(128, 4 if narrow else 2, 2, 168, 1)
     return Launch(64, 2 if narrow else 1, 1, 128, 2)
-
-
-@gluon.jit
-def locate_tile(tile, tiles_per_head, num_heads):
-    """(query tile, batch, head) of a flat index; the tiles of one head are neighbours, so share L2."""
-    batch_head = tile // tiles_per_head
-    return tile % tiles_per_head, batch_head // num_heads, batch_head % num_heads
 
 
 @gluon.jit
@@ -98,7 +94,7 @@ def forward_producer(
 
         mbarrier.wait(q_empty, (turn & 1) ^ 1)
         mbarrier.expect(q_full, q_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(q_desc, [batch, head, query_tile * TILE_Q, 0], q_full, q_buffer)
+        load_tile(q_desc, [batch, head, query_tile * TILE_Q, 0], q_full, q_buffer)
         turn += 1
         for step in range(count):
             start = block * TILE_K
@@ -108,70 +104,29 @@ def forward_producer(
             phase = (filled // STAGES & 1) ^ 1
             mbarrier.wait(k_empty.index(index), phase)
             mbarrier.expect(k_full.index(index), k_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                k_desc, [batch, head, start, 0], k_full.index(index), k_ring.index(index)
-            )
+            load_tile(k_desc, [batch, head, start, 0], k_full.index(index), k_ring.index(index))
             mbarrier.wait(v_empty.index(index), phase)
             mbarrier.expect(v_full.index(index), v_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                v_desc, [batch, head, start, 0], v_full.index(index), v_ring.index(index)
-            )
+            load_tile(v_desc, [batch, head, start, 0], v_full.index(index), v_ring.index(index))
             filled += 1
         if HAS_LINEAR:
             state_row = (batch * num_heads + head) * state_rows + gl.minimum(row, state_rows - 1)
             index = matrices % MATRICES
             mbarrier.wait(matrix_empty.index(index), (matrices // MATRICES & 1) ^ 1)
             mbarrier.expect(matrix_full.index(index), state_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                state_desc, [state_row, 0, 0], matrix_full.index(index), matrix_ring.index(index)
-            )
+            load_tile(state_desc, [state_row, 0, 0], matrix_full.index(index), matrix_ring.index(index))
             matrices += 1
             index = matrices % MATRICES
             mbarrier.wait(matrix_empty.index(index), (matrices // MATRICES & 1) ^ 1)
             mbarrier.expect(matrix_full.index(index), gate_desc.block_type.nbytes)
             gate_row = gl.minimum(head, gate_heads - 1)
-            tma.async_copy_global_to_shared(
-                gate_desc, [gate_row, 0, 0], matrix_full.index(index), matrix_ring.index(index)
-            )
+            # states are bfloat16 beside float16 inputs
+            shape: gl.constexpr = gate_desc.block_type.shape
+            layout: gl.constexpr = gate_desc.layout
+            dtype: gl.constexpr = gate_desc.dtype
+            gate = view_as(matrix_ring.index(index), dtype, shape, layout)
+            load_tile(gate_desc, [gate_row, 0, 0], matrix_full.index(index), gate)
             matrices += 1
-
-
-@gluon.jit
-def softmax_over_dims(query, HEAD_DIM: gl.constexpr, PADDED_DIM: gl.constexpr, layout: gl.constexpr):
-    """Softmax of each row over its true head dimension; 0 past it."""
-    if HEAD_DIM != PADDED_DIM:
-        dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, layout))
-        query = gl.where((dims < HEAD_DIM)[None, :], query, float("-inf"))
-    weights = gl.exp2((query - gl.max(query, 1)[:, None]) * 1.4426950408889634)
-    return weights * (1.0 / gl.sum(weights, 1))[:, None]
-
-
-@gluon.jit
-def map_features(
-    query, HEAD_DIM: gl.constexpr, PADDED_DIM: gl.constexpr, FEATURE_MAP: gl.constexpr, layout: gl.constexpr
-):
-    """phi of float32 rows [rows, PADDED_DIM], 0 past the true head dimension."""
-    if FEATURE_MAP == "softmax":
-        phi = softmax_over_dims(query, HEAD_DIM, PADDED_DIM, layout)
-    else:
-        if FEATURE_MAP == "elu":
-            phi = gl.where(query > 0, query + 1.0, gl.exp2(gl.minimum(query, 0.0) * 1.4426950408889634))
-            if HEAD_DIM != PADDED_DIM:
-                dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, layout))
-                phi = gl.where((dims < HEAD_DIM)[None, :], phi, 0.0)
-        else:
-            phi = gl.maximum(query, 0.0)
-    return phi
-
-
-@gluon.jit
-def load_row(base, dims, HEAD_DIM: gl.constexpr, PADDED_DIM: gl.constexpr):
-    """One row of HEAD_DIM contiguous elements, 0 past it."""
-    if HEAD_DIM == PADDED_DIM:
-        row = gl.load(base + dims)
-    else:
-        row = gl.load(base + dims, mask=dims < HEAD_DIM, other=0.0)
-    return row
 
 
 @gluon.jit
@@ -211,7 +166,6 @@ def forward_consumer(
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_K, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED_DIM, 16])
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
-    row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
     out_row_layout: gl.constexpr = gl.SliceLayout(1, out_layout)
     dim_layout: gl.constexpr = gl.SliceLayout(0, out_layout)
     key_lanes = gl.arange(0, TILE_K, layout=gl.SliceLayout(0, scores_layout))
@@ -249,7 +203,7 @@ def forward_consumer(
         operand = gl.convert_layout(weights.to(dtype), weights_layout)
         accumulator = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
 
-        for step in range(count - 1):
+        for _step in range(count - 1):
             next_index = (taken + 1) % STAGES
             next_phase = (taken + 1) // STAGES & 1
             mbarrier.wait(k_full.index(next_index), next_phase)
@@ -290,7 +244,7 @@ def forward_consumer(
 
         token_row = num_heads * HEAD_DIM
         base = (batch.to(gl.int64) * num_queries * num_heads + head) * HEAD_DIM
-        offsets = rows[:, None] * token_row + dims[None, :]
+        row_offsets = rows.to(gl.int64) * token_row
         if HEAD_DIM == PADDED_DIM:
             stored = inside[:, None]
         else:
@@ -303,7 +257,7 @@ def forward_consumer(
             state_row = batch_head * state_rows + gl.minimum(row, state_rows - 1)
             normalizer = load_row(normalizers + state_row * HEAD_DIM, dims, HEAD_DIM, PADDED_DIM)
             denominator = gl.sum(phi * normalizer[None, :], 1)
-            inverse = gl.where(denominator > 0, 1.0 / denominator, 0.0)
+            inverse = reciprocal_or_zero(denominator)
             phi_operand = gl.convert_layout(phi.to(matrix_ring.dtype), weights_layout)
             slot = matrices % MATRICES
             mbarrier.wait(matrix_full.index(slot), matrices // MATRICES & 1)
@@ -314,12 +268,12 @@ def forward_consumer(
             mbarrier.arrive(matrix_empty.index(slot), count=1)
             matrices += 1
             linear = (linear * inverse[:, None]).to(dtype)
-            gl.store(linear_out + base + offsets, linear, mask=stored)
+            gl.store((linear_out + base + row_offsets)[:, None] + dims[None, :], linear, mask=stored)
             slot = matrices % MATRICES
             mbarrier.wait(matrix_full.index(slot), matrices // MATRICES & 1)
-            gate = matrix_ring.index(slot).reshape([PADDED_DIM, PADDED_DIM])._reinterpret(
-                dtype, [PADDED_DIM, PADDED_DIM], matrix_ring.index(slot).reshape([PADDED_DIM, PADDED_DIM]).layout
-            )
+            gate = matrix_ring.index(slot).reshape([PADDED_DIM, PADDED_DIM])
+            gate_layout: gl.constexpr = gate.layout
+            gate = view_as(gate, dtype, [PADDED_DIM, PADDED_DIM], gate_layout)
             linear_operand = gl.convert_layout(linear, weights_layout)
             accumulator = warpgroup_mma(linear_operand, gate.permute((1, 0)), accumulator, is_async=True)
             accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
@@ -330,7 +284,7 @@ def forward_consumer(
         if HAS_BIAS:
             shift = load_row(bias + head * stride_bh, dims, HEAD_DIM, PADDED_DIM)
             accumulator += shift.to(gl.float32)[None, :]
-        gl.store(out + base + offsets, accumulator.to(dtype), mask=stored)
+        gl.store((out + base + row_offsets)[:, None] + dims[None, :], accumulator.to(dtype), mask=stored)
 
 
 @gluon.jit(do_not_specialize=["num_queries", "num_keys", "num_rows", "total_tiles", "list_width", "state_rows"])
@@ -396,7 +350,7 @@ def attention_forward_kernel(
         mbarrier.init(matrix_full.index(stage), count=1)
         mbarrier.init(matrix_empty.index(stage), count=CONSUMERS)
     fence_async_shared()
-    gl.thread_barrier()
+    all_threads()
 
     buffers = (q_buffer, k_ring, v_ring, matrix_ring)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, matrix_full, matrix_empty)
@@ -441,29 +395,6 @@ def attention_forward_kernel(
         )  # fmt: skip
 
 
-@functools.cache
-def multiprocessors(device: int) -> int:
-    """How many programs a device runs side by side, at one each."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def tile_descriptor(x: torch.Tensor, tile: int) -> TensorDescriptor:
-    """TMA over x (B, H, N, D), `vector_readable`, in tiles of ``tile`` tokens and the padded head dimension."""
-    block = [1, 1, tile, padded_dim(x.shape[3])]
-    layout = gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[x.dtype])
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
-
-
-def matrix_descriptor(matrix: torch.Tensor, head_dim: int) -> TensorDescriptor:
-    """TMA over a contiguous stack of (D, D) matrices whose rows are padded to 16 bytes, one matrix a tile."""
-    padded = padded_dim(head_dim)
-    block = [1, padded, padded]
-    pitch = matrix.stride(-2)
-    count = max(1, matrix.numel() // (head_dim * matrix.shape[-1]))
-    layout = gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[matrix.dtype])
-    return TensorDescriptor(matrix, [count, head_dim, head_dim], [head_dim * pitch, pitch, 1], block, layout)
-
-
 def attention_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -471,16 +402,15 @@ def attention_forward(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     lists: torch.Tensor,
-    counts: torch.Tensor | None,
     states: torch.Tensor | None,
     normalizers: torch.Tensor | None,
-    *,
+    counts: torch.Tensor | None,
     scale: float,
     block_q: int,
     block_k: int,
-    feature_map_name: str,
+    feature_map: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As ``triton_forward.attention_forward``, for what `supported` accepts."""
+    """As ``triton_forward.attention_forward``, for what ``hopper.usable`` accepts; every count at least 1."""
     batch, heads, queries, head_dim = q.shape
     padded = padded_dim(head_dim)
     has_linear = states is not None
@@ -491,14 +421,15 @@ def attention_forward(
     tiles_per_head = triton.cdiv(queries, launch.tile_q)
     total = tiles_per_head * batch * heads
     programs = min(total, multiprocessors(q.device.index) * launch.programs)
+    # a handful of numbers; a stride of its own would cost the kernel registers
     bias = bias.contiguous() if bias is not None else None
     # an absent tensor's place is taken by one that is there; the kernel does not touch it
     attention_forward_kernel[(programs,)](
         tile_descriptor(q, launch.tile_q),
         tile_descriptor(k, block_k),
         tile_descriptor(v, block_k),
-        matrix_descriptor(states if states is not None else out, head_dim),
-        matrix_descriptor(weight if weight is not None else out, head_dim),
+        matrix_descriptor(states if states is not None else q, head_dim),
+        matrix_descriptor(weight if weight is not None else q, head_dim),
         lists,
         counts if counts is not None else lists,
         normalizers if normalizers is not None else lse,
@@ -524,7 +455,7 @@ def attention_forward(
         PADDED_DIM=padded,
         STAGES=launch.stages,
         MATRICES=launch.matrices,
-        FEATURE_MAP=feature_map_name,
+        FEATURE_MAP=feature_map,
         HAS_LINEAR=has_linear,
         HAS_BIAS=bias is not None,
         HAS_COUNTS=counts is not None,

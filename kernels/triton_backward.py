@@ -1,19 +1,20 @@
-"""The backward kernels: one over tiles of queries, one over tiles of keys, one for the gate.
+"""The backward's two hot kernels: dQ by tiles of queries, dK and dV by tiles of keys.
 
 With P = exp(S - lse) on critical blocks and D^s = rowsum(dO * O^s):
-    dS = P * (dO V^T - D^s) * scale;  dQ += dS K;  dK += dS^T Q;  dV += P^T dO.
-With dO^l = dO W, den = phi(Q) Z, D^l = rowsum(dO^l * O^l), all gradients 0 where den is 0:
-    dphi(Q) = (dO^l H^T - D^l Z^T) / den;  dH = (phi(Q)/den)^T dO^l;  dZ = -(phi(Q)/den)^T D^l;
-    dphi(K_j) = V_j dh_j^T + 1 dz_j^T;  dV_j += phi(K_j) dh_j;  dW = dO^T O^l;  db = sum of dO.
-D^s needs no O^s: D^s = rowsum(dO * O) - D^l - dO b. Each program owns its outputs and sums in a fixed order:
-no atomics, the same bits every time.
+    dS = P * (dO V^T - D^s) * scale;  dQ += dS K;  dK += dS^T Q;  dV += P^T dO;
+and of the linear branch
+    dphi(K_j) = V_j dh_j^T + 1 dz_j^T;  dV_j += phi(K_j) dh_j.
+Its part of dQ, and lse and D^s as ``statistics``, come from ``triton_linear_backward``. Each program owns its
+outputs and sums in a fixed order: no atomics, the same bits every time.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
+from .triton_masks import batch_stride
 from .triton_primitives import (
     feature_map,
     feature_map_backward,
@@ -21,12 +22,14 @@ from .triton_primitives import (
     load_key_bias,
     load_tile,
     locate_program,
-    reciprocal_or_zero,
     store_tile,
+    tile_mask,
+    tile_pointer,
     token_major_pointer,
 )
+from .triton_tiles import launch_for, padded_dim, vector_strides
 
-__all__ = ["attention_backward_key_kernel", "attention_backward_query_kernel", "gate_gradient_kernel"]
+__all__ = ["attention_backward_key", "attention_backward_query"]
 
 
 @triton.jit(
@@ -37,7 +40,6 @@ __all__ = ["attention_backward_key_kernel", "attention_backward_query_kernel", "
         "num_tiles",
         "num_heads",
         "num_columns",
-        "state_rows",
     ]
 )
 def attention_backward_query_kernel(
@@ -45,20 +47,11 @@ def attention_backward_query_kernel(
     q,
     k,
     v,
-    out,
-    linear_out,
-    lse,
-    weight,
-    bias,
-    states,
-    normalizers,
     lists,
     counts,
+    statistics,
     key_bias,
     grad_q,
-    delta,
-    grad_states,
-    grad_normalizers,
     stride_gb,
     stride_gh,
     stride_gn,
@@ -71,15 +64,6 @@ def attention_backward_query_kernel(
     stride_vb,
     stride_vh,
     stride_vn,
-    stride_ob,
-    stride_oh,
-    stride_on,
-    stride_lb,
-    stride_lh,
-    stride_ln,
-    stride_wh,
-    stride_bh,
-    stride_bd,
     stride_key_bias,
     scale,
     num_tokens,
@@ -87,21 +71,17 @@ def attention_backward_query_kernel(
     num_tiles,
     num_heads,
     num_columns,
-    state_rows,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
-    CHUNK: tl.constexpr,
-    FEATURE_MAP: tl.constexpr,
     HAS_LINEAR: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     HAS_KEY_BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """dQ of one tile of queries, its D^s, and its share of dH and dZ: one (D, D) state a tile."""
+    """dQ of one tile of queries: the linear branch's part, which is in ``grad_q``, then its critical keys."""
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
     PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
     PARTS: tl.constexpr = BLOCK_K // TILE_K
@@ -110,73 +90,27 @@ def attention_backward_query_kernel(
     first_query = tile * TILE_Q
     block_row = first_query // BLOCK_Q
     num_rows = tl.cdiv(num_tokens, BLOCK_Q)
-    origin = tl.zeros([], tl.int32)
 
     rows = tl.arange(0, TILE_Q)
     keys = tl.arange(0, TILE_K)
     dims = tl.arange(0, PADDED_DIM)
-    row_mask = first_query + rows < num_tokens
     grad_base = head_pointer(grad_out, batch, head, stride_gb, stride_gh)
-    out_base = head_pointer(out, batch, head, stride_ob, stride_oh)
     q_base = head_pointer(q, batch, head, stride_qb, stride_qh)
     grad = load_tile(grad_base, first_query, rows, dims, stride_gn, num_tokens, PITCH, PADDED)
-    output = load_tile(out_base, first_query, rows, dims, stride_on, num_tokens, PITCH, PADDED)
     query = load_tile(q_base, first_query, rows, dims, stride_qn, num_tokens, PITCH, PADDED)
 
-    row_delta = tl.sum(grad.to(tl.float32) * output.to(tl.float32), 1)
-    if HAS_BIAS:
-        bias_base = bias + head.to(tl.int64) * stride_bh
-        shift = tl.load(bias_base + dims * stride_bd, mask=dims < HEAD_DIM, other=0.0).to(tl.float32)
-        row_delta -= tl.sum(grad.to(tl.float32) * shift[None, :], 1)
-
+    scale_log2 = scale * 1.4426950408889634
+    row_pitch = num_rows * BLOCK_Q
+    row_statistics = statistics + batch_head * 2 * row_pitch + first_query + rows
+    row_lse = tl.load(row_statistics)
+    row_delta = tl.load(row_statistics + row_pitch)
+    grad_q_base = token_major_pointer(grad_q, batch, head, num_tokens, num_heads, HEAD_DIM)
     if HAS_LINEAR:
-        state_index = batch_head * state_rows + tl.minimum(block_row, state_rows - 1)
-        state_base = states + state_index * HEAD_DIM * PITCH
-        slot = tl.program_id(0).to(tl.int64)
-        grad_state_base = grad_states + slot * HEAD_DIM * PITCH
-        weight_base = weight + head.to(tl.int64) * stride_wh * 8
-        linear_base = head_pointer(linear_out, batch, head, stride_lb, stride_lh)
-        state_type = states.dtype.element_ty
-
-        phi = feature_map(query, dims, HEAD_DIM, PADDED, FEATURE_MAP)
-        normalizer = tl.load(normalizers + state_index * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
-        inverse = reciprocal_or_zero(tl.sum(phi * normalizer[None, :], 1))
-        share = tl.trans((phi * inverse[:, None]).to(state_type))
-        linear_delta = tl.zeros([TILE_Q], tl.float32)
-        grad_phi = tl.zeros([TILE_Q, PADDED_DIM], tl.float32)
-        for first in tl.range(0, PADDED_DIM, CHUNK, num_stages=1):
-            columns = first + tl.arange(0, CHUNK)
-            gate = load_tile(weight_base, origin, dims, columns, PITCH // 8, HEAD_DIM, PITCH, PADDED)
-            # [TILE_Q, PADDED_DIM] x [PADDED_DIM, CHUNK]
-            grad_linear = tl.dot(grad, gate, input_precision="ieee")
-            linear = load_tile(linear_base, first_query, rows, columns, stride_ln, num_tokens, PITCH, PADDED)
-            linear_delta += tl.sum(grad_linear * linear.to(tl.float32), 1)
-            grad_linear = grad_linear.to(state_type)
-            state = load_tile(state_base, origin, dims, columns, PITCH // 8, HEAD_DIM, PITCH, PADDED)
-            # [TILE_Q, CHUNK] x [CHUNK, PADDED_DIM]
-            grad_phi = tl.dot(grad_linear, tl.trans(state), grad_phi, input_precision="ieee")
-            # [PADDED_DIM, TILE_Q] x [TILE_Q, CHUNK]
-            grad_state = tl.dot(share, grad_linear, input_precision="ieee")
-            store_tile(grad_state_base, grad_state, origin, dims, columns, PITCH, HEAD_DIM, PITCH, PADDED)
-        # loaded and mapped again: kept in registers they would make the loop above spill
-        query = load_tile(q_base, first_query, rows, dims, stride_qn, num_tokens, PITCH, PADDED)
-        phi = feature_map(query, dims, HEAD_DIM, PADDED, FEATURE_MAP)
-        grad_normalizer = -tl.sum(phi * (inverse * linear_delta)[:, None], 0)
-        tl.store(grad_normalizers + slot * HEAD_DIM + dims, grad_normalizer, mask=dims < HEAD_DIM)
-        grad_phi = (grad_phi - linear_delta[:, None] * normalizer[None, :]) * inverse[:, None]
-        accumulator = feature_map_backward(query, phi, grad_phi, FEATURE_MAP)
-        row_delta -= linear_delta
+        mask = tile_mask(first_query, rows, dims, num_tokens, HEAD_DIM, PADDED)
+        address = tile_pointer(grad_q_base, first_query, rows, dims, num_heads * HEAD_DIM)
+        accumulator = tl.load(address, mask=mask, other=0.0).to(tl.float32)
     else:
         accumulator = tl.zeros([TILE_Q, PADDED_DIM], tl.float32)
-    tl.store(delta + batch_head * num_tokens + first_query + rows, row_delta, mask=row_mask)
-
-    scale_log2 = scale * 1.4426950408889634
-    row_lse = tl.load(lse + batch_head * num_tokens + first_query + rows, mask=row_mask, other=0.0)
-    row_lse = row_lse * 1.4426950408889634
-    if HAS_KEY_BIAS or CAUSAL:
-        # a query without a key: every score is -inf
-        row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)
-    scaled_delta = row_delta * scale
     k_base = head_pointer(k, batch, head, stride_kb, stride_kh)
     v_base = head_pointer(v, batch, head, stride_vb, stride_vh)
     row_list = lists + (batch_head * num_rows + block_row) * num_columns
@@ -197,10 +131,9 @@ def attention_backward_query_kernel(
             probability = tl.where((first_query + rows)[:, None] >= (start + keys)[None, :], probability, 0.0)
         value = load_tile(v_base, start, keys, dims, stride_vn, num_keys, PITCH, PADDED)
         grad_probability = tl.dot(grad, tl.trans(value), input_precision="ieee")
-        grad_scores = probability * (grad_probability * scale - scaled_delta[:, None])
+        grad_scores = probability * (grad_probability * scale - row_delta[:, None])
         # [TILE_Q, TILE_K] x [TILE_K, PADDED_DIM]
         accumulator = tl.dot(grad_scores.to(key.dtype), key, accumulator, input_precision="ieee")
-    grad_q_base = token_major_pointer(grad_q, batch, head, num_tokens, num_heads, HEAD_DIM)
     store_tile(grad_q_base, accumulator, first_query, rows, dims, num_heads * HEAD_DIM, num_tokens, HEAD_DIM, PADDED)
 
 
@@ -212,8 +145,7 @@ def attention_backward_key_kernel(
     q,
     k,
     v,
-    lse,
-    delta,
+    statistics,
     grad_states,
     grad_normalizers,
     lists,
@@ -315,19 +247,16 @@ def attention_backward_key_kernel(
     scale_log2 = scale * 1.4426950408889634
     q_base = head_pointer(q, batch, head, stride_qb, stride_qh)
     grad_base = head_pointer(grad_out, batch, head, stride_gb, stride_gh)
-    vector_base = batch_head * num_tokens
+    row_pitch = tl.cdiv(num_tokens, BLOCK_Q) * BLOCK_Q
+    row_statistics = statistics + batch_head * 2 * row_pitch
     column_list = lists + (batch_head * num_columns + block_column) * num_rows
     num_critical = tl.load(counts + batch_head * num_columns + block_column)
     for step in range(num_critical * PARTS):
         start = tl.load(column_list + step // PARTS) * BLOCK_Q + (step % PARTS) * TILE_Q
-        row_mask = start + rows < num_tokens
         query = load_tile(q_base, start, rows, dims, stride_qn, num_tokens, PITCH, PADDED)
-        row_lse = tl.load(lse + vector_base + start + rows, mask=row_mask, other=0.0) * 1.4426950408889634
+        row_lse = tl.load(row_statistics + start + rows)
         # [TILE_K, PADDED_DIM] x [PADDED_DIM, TILE_Q]; keys past the end make rows that are never stored
         scores = tl.dot(key, tl.trans(query), input_precision="ieee")
-        if HAS_KEY_BIAS or CAUSAL:
-            # a query without a key: every score is -inf
-            row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)
         if HAS_KEY_BIAS:
             probability = tl.exp2(scores * scale_log2 + logit_bias[:, None] - row_lse[None, :])
         else:
@@ -338,8 +267,8 @@ def attention_backward_key_kernel(
         # [TILE_K, TILE_Q] x [TILE_Q, PADDED_DIM]
         value_accumulator = tl.dot(probability.to(grad.dtype), grad, value_accumulator, input_precision="ieee")
         grad_probability = tl.dot(value, tl.trans(grad), input_precision="ieee")
-        scaled_delta = tl.load(delta + vector_base + start + rows, mask=row_mask, other=0.0) * scale
-        grad_scores = probability * (grad_probability * scale - scaled_delta[None, :])
+        row_delta = tl.load(row_statistics + row_pitch + start + rows)
+        grad_scores = probability * (grad_probability * scale - row_delta[None, :])
         key_accumulator = tl.dot(grad_scores.to(query.dtype), query, key_accumulator, input_precision="ieee")
     grad_k_base = token_major_pointer(grad_k, batch, head, num_keys, num_heads, HEAD_DIM)
     grad_v_base = token_major_pointer(grad_v, batch, head, num_keys, num_heads, HEAD_DIM)
@@ -367,51 +296,125 @@ def attention_backward_key_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_splits", "num_heads", "tiles_per_split"])
-def gate_gradient_kernel(
-    grad_out,
-    linear_out,
-    grad_weight,
-    grad_bias,
-    stride_gb,
-    stride_gh,
-    stride_gn,
-    stride_lb,
-    stride_lh,
-    stride_ln,
-    num_tokens,
-    num_splits,
-    num_heads,
-    tiles_per_split,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    HAS_LINEAR: tl.constexpr,
-):
-    """dO^T O^l and the sum of dO over one stretch of tokens of one head, in float32."""
-    PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
-    PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
-    split, batch, head = locate_program(num_splits, num_heads)
-    slot = tl.program_id(0).to(tl.int64)
-    rows = tl.arange(0, TILE)
-    dims = tl.arange(0, PADDED_DIM)
-    columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    grad_base = head_pointer(grad_out, batch, head, stride_gb, stride_gh)
-    linear_base = head_pointer(linear_out, batch, head, stride_lb, stride_lh)
-    weight_sum = tl.zeros([PADDED_DIM, CHUNK], tl.float32)
-    bias_sum = tl.zeros([PADDED_DIM], tl.float32)
-    for step in range(tiles_per_split):
-        start = (split * tiles_per_split + step) * TILE
-        grad = load_tile(grad_base, start, rows, dims, stride_gn, num_tokens, PITCH, PADDED)
-        bias_sum += tl.sum(grad.to(tl.float32), 0)
-        if HAS_LINEAR:
-            linear = load_tile(linear_base, start, rows, columns, stride_ln, num_tokens, PITCH, PADDED)
-            # [PADDED_DIM, TILE] x [TILE, CHUNK]
-            weight_sum = tl.dot(tl.trans(grad), linear, weight_sum, input_precision="ieee")
-    if HAS_LINEAR:
-        base = grad_weight + slot * HEAD_DIM * HEAD_DIM
-        origin = tl.zeros([], tl.int32)
-        store_tile(base, weight_sum, origin, dims, columns, HEAD_DIM, HEAD_DIM, HEAD_DIM, PADDED)
-    if tl.program_id(1) == 0:
-        tl.store(grad_bias + slot * HEAD_DIM + dims, bias_sum, mask=dims < HEAD_DIM)
+def attention_backward_query(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lists: torch.Tensor,
+    counts: torch.Tensor,
+    statistics: torch.Tensor,
+    grad_q: torch.Tensor,
+    *,
+    scale: float,
+    block_q: int,
+    block_k: int,
+    has_linear: bool,
+    key_bias: torch.Tensor | None = None,
+    causal: bool = False,
+) -> None:
+    """Add dQ of the critical ``lists`` (B, H, Tm, width) to ``grad_q`` (B, H, Lq, D), or without a linear branch
+    write it. ``statistics`` as `linear_backward` returns them; ``grad_q`` in memory (B, Lq, H, D)."""
+    batch, heads, tokens, head_dim = q.shape
+    launch = launch_for("backward_query", head_dim, q.dtype, block_q, block_k)
+    tiles = lists.shape[2] * (block_q // launch.tile_q)
+    # an absent tensor's place is taken by one that is there; the kernel does not touch it
+    attention_backward_query_kernel[(tiles * batch * heads,)](
+        grad_out,
+        q,
+        k,
+        v,
+        lists,
+        counts,
+        statistics,
+        key_bias if key_bias is not None else statistics,
+        grad_q,
+        *vector_strides(grad_out),
+        *vector_strides(q),
+        *vector_strides(k),
+        *vector_strides(v),
+        batch_stride(key_bias),
+        scale,
+        tokens,
+        k.shape[2],
+        tiles,
+        heads,
+        lists.shape[3],
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim(head_dim),
+        BLOCK_Q=block_q,
+        BLOCK_K=block_k,
+        TILE_Q=launch.tile_q,
+        TILE_K=launch.tile_k,
+        HAS_LINEAR=has_linear,
+        HAS_KEY_BIAS=key_bias is not None,
+        CAUSAL=causal,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+
+
+def attention_backward_key(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lists: torch.Tensor,
+    counts: torch.Tensor,
+    statistics: torch.Tensor,
+    grad_states: torch.Tensor | None,
+    grad_normalizers: torch.Tensor | None,
+    *,
+    scale: float,
+    block_q: int,
+    block_k: int,
+    feature_map: str,
+    key_bias: torch.Tensor | None = None,
+    causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dK and dV (B, H, Lk, D), in memory (B, Lk, H, D), of the critical rows ``lists`` (B, H, Tn, width) of each
+    column and, with a linear branch, of dh (B, H, Tn or 1, D, D up to a multiple of 8) and dz (B, H, Tn or 1, D)."""
+    batch, heads, tokens, head_dim = q.shape
+    launch = launch_for("backward_key", head_dim, q.dtype, block_q, block_k)
+    tiles = triton.cdiv(k.shape[2], launch.tile_k)
+    dk, dv = (q.new_empty(batch, k.shape[2], heads, head_dim).transpose(1, 2) for _ in range(2))
+    attention_backward_key_kernel[(tiles * batch * heads,)](
+        grad_out,
+        q,
+        k,
+        v,
+        statistics,
+        grad_states if grad_states is not None else q,
+        grad_normalizers if grad_normalizers is not None else statistics,
+        lists,
+        counts,
+        key_bias if key_bias is not None else statistics,
+        dk,
+        dv,
+        *vector_strides(grad_out),
+        *vector_strides(q),
+        *vector_strides(k),
+        *vector_strides(v),
+        batch_stride(key_bias),
+        scale,
+        tokens,
+        k.shape[2],
+        tiles,
+        heads,
+        lists.shape[3],
+        grad_states.shape[2] if grad_states is not None else 1,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim(head_dim),
+        BLOCK_Q=block_q,
+        BLOCK_K=block_k,
+        TILE_Q=launch.tile_q,
+        TILE_K=launch.tile_k,
+        CHUNK=launch.chunk,
+        FEATURE_MAP=feature_map,
+        HAS_LINEAR=grad_states is not None,
+        HAS_KEY_BIAS=key_bias is not None,
+        CAUSAL=causal,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+    return dk, dv

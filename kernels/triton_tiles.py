@@ -25,7 +25,7 @@ __all__ = [
     "vector_strides",
 ]
 
-KERNELS = ("states", "forward", "backward_query", "backward_key", "gate")
+KERNELS = ("states", "forward", "linear_backward", "backward_query", "backward_key", "gate")
 FEATURE_MAPS = ("softmax", "elu", "relu")
 LINEAR_FORMS = ("marginal", "all", "none")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -86,11 +86,14 @@ def head_stride(gate: torch.Tensor | None, shared_dims: int) -> int:
 # (kernel, head dimension in registers up to) -> launch, for 16-bit inputs
 _HALF: dict[tuple[str, int], Launch] = {
     ("states", 64): Launch(64, 64, 64, 4, 2),
-    ("states", 128): Launch(64, 64, 128, 8, 2),
+    ("states", 128): Launch(64, 64, 128, 4, 2),
     ("states", 256): Launch(64, 64, 64, 8, 2),
     ("forward", 64): Launch(64, 64, 64, 4, 3),
     ("forward", 128): Launch(64, 64, 64, 4, 3),
     ("forward", 256): Launch(64, 32, 32, 4, 2),
+    ("linear_backward", 64): Launch(64, 64, 64, 4, 2),
+    ("linear_backward", 128): Launch(64, 64, 64, 8, 2),
+    ("linear_backward", 256): Launch(32, 32, 32, 4, 1),
     ("backward_query", 64): Launch(64, 64, 64, 4, 2),
     ("backward_query", 128): Launch(64, 64, 32, 4, 2),
     ("backward_query", 256): Launch(32, 32, 32, 4, 1),

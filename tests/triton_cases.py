@@ -106,6 +106,8 @@ def activation(case: Case, generator: torch.Generator, dtype: torch.dtype) -> to
 
 def key_mask(case: Case, device: str) -> torch.Tensor | None:
     """The case's mask, (B, Lk) or (1, Lk): the first batch row attends to more than the last."""
+    if case.mask == "none":
+        return None
     generator = torch.Generator(device).manual_seed(zlib.crc32(str(case).encode()))
     keys = case.num_keys
     live = torch.ones(case.batch, keys, dtype=torch.bool, device=device)
@@ -114,8 +116,6 @@ def key_mask(case: Case, device: str) -> torch.Tensor | None:
     live[-1, ::3] = False
     live[-1, -keys // 8 :] = False
     moderate = torch.randn(live.shape, generator=generator, device=device) * 2
-    if case.mask == "none":
-        return None
     if case.mask == "bool":
         return live
     if case.mask == "one row":

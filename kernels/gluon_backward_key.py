@@ -1,0 +1,278 @@
+"""dK and dV for Hopper, written in Gluon: one producer warp, one or two consumer warpgroups of 64 keys each.
+
+The arithmetic is that of ``triton_backward``, on S^T, so that P^T and dS^T are made in the registers in which the
+next product reads them. Each warpgroup owns its outputs: no atomics, the same bits every time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .gluon_pairs import make_buffers, pair_producer, statistics_descriptor
+from .gluon_primitives import (
+    feature_map_backward,
+    load_row,
+    locate_tile,
+    map_features,
+    matrix_descriptor,
+    multiprocessors,
+    padded_dim,
+    tile_descriptor,
+    view_as,
+)
+
+__all__ = ["attention_backward_key"]
+
+
+@gluon.jit
+def key_consumer(
+    buffers,
+    barriers,
+    counts,
+    grad_normalizers,
+    grad_k,
+    grad_v,
+    scale,
+    num_keys,
+    extents,
+    CONSUMER: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    TILE_K: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    TILE_Q: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    PADDED_DIM: gl.constexpr,
+    FEATURE_MAP: gl.constexpr,
+    HAS_LINEAR: gl.constexpr,
+):
+    """dK and dV of 64 keys: the linear branch's part from dh and dz, then one step for each tile of queries."""
+    own_k, own_v, q_ring, grad_ring, matrix, statistics_ring = buffers
+    own_full, own_empty, ring_full, ring_empty, matrix_full, matrix_empty = barriers
+    num_columns, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows = extents
+    ROWS: gl.constexpr = 64
+    STAGES: gl.constexpr = q_ring.type.shape[0]
+    PARTS: gl.constexpr = BLOCK_Q // TILE_Q
+    dtype: gl.constexpr = q_ring.dtype
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED_DIM, 16])
+    operand_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    query_layout: gl.constexpr = gl.SliceLayout(0, scores_layout)
+    vector_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    row_lanes = gl.arange(0, ROWS, layout=gl.SliceLayout(1, out_layout))
+    dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, out_layout))
+    key = own_k.reshape([TILE_K, PADDED_DIM]).slice(CONSUMER * ROWS, ROWS)
+    value = own_v.reshape([TILE_K, PADDED_DIM]).slice(CONSUMER * ROWS, ROWS)
+    scale_log2 = scale * 1.4426950408889634
+
+    taken = 0
+    turn = 0
+    for tile in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
+        key_tile, batch, head = locate_tile(tile, tiles_per_head, num_heads)
+        batch_head = (batch * num_heads + head).to(gl.int64)
+        block = key_tile * TILE_K // BLOCK_K
+        count = gl.load(counts + batch_head * num_columns + block)
+
+        mbarrier.wait(own_full, turn & 1)
+        zero = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
+        if HAS_LINEAR:
+            mbarrier.wait(matrix_full, turn & 1)
+            grad_state = matrix.reshape([PADDED_DIM, PADDED_DIM])
+            if matrix.dtype == dtype:
+                grad_phi = warpgroup_mma(value, grad_state.permute((1, 0)), zero, use_acc=False, is_async=True)
+            else:
+                # states are bfloat16 beside float16 inputs
+                value_operand = gl.convert_layout(value.load(out_layout).to(matrix.dtype), operand_layout)
+                grad_phi = warpgroup_mma(value_operand, grad_state.permute((1, 0)), zero, use_acc=False, is_async=True)
+            grad_phi = warpgroup_mma_wait(0, deps=(grad_phi,))
+            state_row = batch_head * matrix_rows + gl.minimum(block, matrix_rows - 1)
+            normalizer = load_row(grad_normalizers + state_row * HEAD_DIM, dims, HEAD_DIM, PADDED_DIM)
+            grad_phi += normalizer[None, :]
+            own = key.load(out_layout).to(gl.float32)
+            phi = map_features(own, HEAD_DIM, PADDED_DIM, FEATURE_MAP, out_layout)
+            key_accumulator = feature_map_backward(own, phi, grad_phi, FEATURE_MAP)
+            phi_operand = gl.convert_layout(phi.to(matrix.dtype), operand_layout)
+            value_accumulator = warpgroup_mma(phi_operand, grad_state, zero, use_acc=False, is_async=True)
+            value_accumulator = warpgroup_mma_wait(0, deps=(value_accumulator,))
+            fence_async_shared()
+            mbarrier.arrive(matrix_empty, count=1)
+        else:
+            key_accumulator = zero
+            value_accumulator = zero
+        turn += 1
+
+        for _step in range(count * PARTS):
+            index = taken % STAGES
+            query = q_ring.index(index).reshape([TILE_Q, PADDED_DIM])
+            grad = grad_ring.index(index).reshape([TILE_Q, PADDED_DIM])
+            zero_scores = gl.zeros([ROWS, TILE_Q], gl.float32, scores_layout)
+            mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
+            # [keys, dims] x [dims, queries]
+            scores = warpgroup_mma(key, query.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+            grad_weights = warpgroup_mma(value, grad.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(1, deps=(scores,))
+            lse = view_as(statistics_ring.index(index * 2), gl.float32, [TILE_Q], vector_layout)
+            weights = gl.exp2(scores * scale_log2 - lse.load(query_layout)[None, :])
+            weights_operand = gl.convert_layout(weights.to(dtype), operand_layout)
+            # [keys, queries] x [queries, dims]
+            value_accumulator = warpgroup_mma(weights_operand, grad, value_accumulator, is_async=True)
+            grad_weights = warpgroup_mma_wait(1, deps=(grad_weights,))
+            delta = view_as(statistics_ring.index(index * 2 + 1), gl.float32, [TILE_Q], vector_layout)
+            grad_scores = weights * (grad_weights * scale - delta.load(query_layout)[None, :])
+            scores_operand = gl.convert_layout(grad_scores.to(dtype), operand_layout)
+            key_accumulator = warpgroup_mma(scores_operand, query, key_accumulator, is_async=True)
+            value_accumulator, key_accumulator, _, _ = warpgroup_mma_wait(
+                0, deps=(value_accumulator, key_accumulator, weights_operand, scores_operand)
+            )
+            fence_async_shared()
+            mbarrier.arrive(ring_empty.index(index), count=1)
+            taken += 1
+        mbarrier.arrive(own_empty, count=1)
+
+        rows = key_tile * TILE_K + CONSUMER * ROWS + row_lanes
+        base = (batch.to(gl.int64) * num_keys * num_heads + head) * HEAD_DIM
+        row_offsets = rows.to(gl.int64) * (num_heads * HEAD_DIM)
+        if HEAD_DIM == PADDED_DIM:
+            stored = (rows < num_keys)[:, None]
+        else:
+            stored = (rows < num_keys)[:, None] & (dims < HEAD_DIM)[None, :]
+        gl.store((grad_k + base + row_offsets)[:, None] + dims[None, :], key_accumulator.to(dtype), mask=stored)
+        gl.store((grad_v + base + row_offsets)[:, None] + dims[None, :], value_accumulator.to(dtype), mask=stored)
+
+
+@gluon.jit(do_not_specialize=["num_keys", "num_columns", "total_tiles", "list_width", "matrix_rows"])
+def key_kernel(
+    k_desc,
+    v_desc,
+    q_desc,
+    grad_desc,
+    matrix_desc,
+    statistics_desc,
+    lists,
+    counts,
+    grad_normalizers,
+    grad_k,
+    grad_v,
+    scale,
+    num_keys,
+    num_columns,
+    total_tiles,
+    tiles_per_head,
+    num_heads,
+    list_width,
+    matrix_rows,
+    BLOCK_K: gl.constexpr,
+    TILE_K: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    TILE_Q: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    PADDED_DIM: gl.constexpr,
+    STAGES: gl.constexpr,
+    FEATURE_MAP: gl.constexpr,
+    HAS_LINEAR: gl.constexpr,
+):
+    CONSUMERS: gl.constexpr = TILE_K // 64
+    buffers, barriers = make_buffers(k_desc, q_desc, matrix_desc, statistics_desc, STAGES, CONSUMERS)
+    extents = (num_columns, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows)
+    descriptors = (k_desc, v_desc, q_desc, grad_desc, matrix_desc, statistics_desc)
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (key_consumer, (
+                    buffers, barriers, counts, grad_normalizers, grad_k, grad_v, scale, num_keys, extents, 0,
+                    BLOCK_K, TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR,
+                )),
+                (pair_producer, (
+                    descriptors, buffers, barriers, lists, counts, extents, BLOCK_K, TILE_K, BLOCK_Q, TILE_Q,
+                    HAS_LINEAR, True,
+                )),
+            ],
+            [1],
+            [24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (key_consumer, (
+                    buffers, barriers, counts, grad_normalizers, grad_k, grad_v, scale, num_keys, extents, 0,
+                    BLOCK_K, TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR,
+                )),
+                (key_consumer, (
+                    buffers, barriers, counts, grad_normalizers, grad_k, grad_v, scale, num_keys, extents, 1,
+                    BLOCK_K, TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR,
+                )),
+                (pair_producer, (
+                    descriptors, buffers, barriers, lists, counts, extents, BLOCK_K, TILE_K, BLOCK_Q, TILE_Q,
+                    HAS_LINEAR, True,
+                )),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+
+
+def attention_backward_key(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    statistics: torch.Tensor,
+    scale: float,
+    block_q: int,
+    block_k: int,
+    lists: torch.Tensor,
+    counts: torch.Tensor,
+    grad_states: torch.Tensor | None,
+    grad_normalizers: torch.Tensor | None,
+    feature_map: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``triton_backward.attention_backward_key``, for what ``hopper.usable`` accepts."""
+    batch, heads, keys, head_dim = k.shape
+    padded = padded_dim(head_dim)
+    tile_k = 128 if block_k % 128 == 0 else 64
+    tile_q = 64
+    tiles_per_head = triton.cdiv(keys, tile_k)
+    total = tiles_per_head * batch * heads
+    programs = min(total, multiprocessors(q.device.index) * (2 if tile_k == 64 else 1))
+    grad_k, grad_v = (k.new_empty(batch, keys, heads, head_dim).transpose(1, 2) for _ in range(2))
+    key_kernel[(programs,)](
+        tile_descriptor(k, tile_k),
+        tile_descriptor(v, tile_k),
+        tile_descriptor(q, tile_q),
+        tile_descriptor(grad_out, tile_q),
+        matrix_descriptor(grad_states if grad_states is not None else q, head_dim),
+        statistics_descriptor(statistics, tile_q),
+        lists,
+        counts,
+        grad_normalizers if grad_normalizers is not None else statistics,
+        grad_k,
+        grad_v,
+        scale,
+        keys,
+        triton.cdiv(keys, block_k),
+        total,
+        tiles_per_head,
+        heads,
+        lists.shape[3],
+        grad_states.shape[2] if grad_states is not None else 1,
+        BLOCK_K=block_k,
+        TILE_K=tile_k,
+        BLOCK_Q=block_q,
+        TILE_Q=tile_q,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded,
+        STAGES=(3 if tile_k == 128 else 1) * (128 // padded),
+        FEATURE_MAP=feature_map,
+        HAS_LINEAR=grad_states is not None,
+        num_warps=4,
+        maxnreg=168 if tile_k == 128 else 128,
+    )
+    return grad_k, grad_v

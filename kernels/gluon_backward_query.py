@@ -1,0 +1,232 @@
+"""dQ for Hopper, written in Gluon: one producer warp, one or two consumer warpgroups of 64 queries each.
+
+The arithmetic is that of ``triton_backward``; dS is made in the registers in which the next product reads it. The
+linear branch's part of dQ is in the output already.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .gluon_pairs import make_buffers, pair_producer, statistics_descriptor
+from .gluon_primitives import locate_tile, matrix_descriptor, multiprocessors, padded_dim, tile_descriptor
+
+__all__ = ["attention_backward_query"]
+
+
+@gluon.jit
+def query_consumer(
+    buffers,
+    barriers,
+    counts,
+    statistics,
+    grad_q,
+    scale,
+    num_queries,
+    row_pitch,
+    extents,
+    CONSUMER: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    TILE_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    TILE_K: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    PADDED_DIM: gl.constexpr,
+    HAS_LINEAR: gl.constexpr,
+):
+    """dQ of 64 queries; the linear branch's part is already in ``grad_q``."""
+    own_q, own_grad, k_ring, v_ring, matrix, statistics_ring = buffers
+    own_full, own_empty, ring_full, ring_empty, matrix_full, matrix_empty = barriers
+    num_rows, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows = extents
+    ROWS: gl.constexpr = 64
+    STAGES: gl.constexpr = k_ring.type.shape[0]
+    PARTS: gl.constexpr = BLOCK_K // TILE_K
+    dtype: gl.constexpr = k_ring.dtype
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_K, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED_DIM, 16])
+    operand_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    score_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, scores_layout))
+    row_lanes = gl.arange(0, ROWS, layout=gl.SliceLayout(1, out_layout))
+    dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, out_layout))
+    query = own_q.reshape([TILE_Q, PADDED_DIM]).slice(CONSUMER * ROWS, ROWS)
+    grad = own_grad.reshape([TILE_Q, PADDED_DIM]).slice(CONSUMER * ROWS, ROWS)
+    scale_log2 = scale * 1.4426950408889634
+
+    taken = 0
+    turn = 0
+    for tile in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
+        query_tile, batch, head = locate_tile(tile, tiles_per_head, num_heads)
+        batch_head = (batch * num_heads + head).to(gl.int64)
+        count = gl.load(counts + batch_head * num_rows + query_tile * TILE_Q // BLOCK_Q)
+        first = query_tile * TILE_Q + CONSUMER * ROWS
+        row_statistics = statistics + batch_head * row_pitch * 2 + first
+        lse = gl.load(row_statistics + score_rows)
+        delta = gl.load(row_statistics + row_pitch + score_rows)
+
+        rows = first + row_lanes
+        base = (batch.to(gl.int64) * num_queries * num_heads + head) * HEAD_DIM
+        row_offsets = rows.to(gl.int64) * (num_heads * HEAD_DIM)
+        if HEAD_DIM == PADDED_DIM:
+            stored = (rows < num_queries)[:, None]
+        else:
+            stored = (rows < num_queries)[:, None] & (dims < HEAD_DIM)[None, :]
+        if HAS_LINEAR:
+            accumulator = gl.load((grad_q + base + row_offsets)[:, None] + dims[None, :], mask=stored, other=0.0).to(
+                gl.float32
+            )
+        else:
+            accumulator = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
+
+        mbarrier.wait(own_full, turn & 1)
+        turn += 1
+        for _step in range(count * PARTS):
+            index = taken % STAGES
+            key = k_ring.index(index).reshape([TILE_K, PADDED_DIM])
+            value = v_ring.index(index).reshape([TILE_K, PADDED_DIM])
+            zero_scores = gl.zeros([ROWS, TILE_K], gl.float32, scores_layout)
+            mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
+            scores = warpgroup_mma(query, key.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+            grad_weights = warpgroup_mma(grad, value.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(1, deps=(scores,))
+            # at most 1 by the definition of lse; past the last key, where K is 0, it could be infinite
+            weights = gl.exp2(gl.minimum(scores * scale_log2 - lse[:, None], 0.0))
+            grad_weights = warpgroup_mma_wait(0, deps=(grad_weights,))
+            grad_scores = weights * (grad_weights * scale - delta[:, None])
+            operand = gl.convert_layout(grad_scores.to(dtype), operand_layout)
+            accumulator = warpgroup_mma(operand, key, accumulator, is_async=True)
+            accumulator, _ = warpgroup_mma_wait(0, deps=(accumulator, operand))
+            mbarrier.arrive(ring_empty.index(index), count=1)
+            taken += 1
+        mbarrier.arrive(own_empty, count=1)
+        gl.store((grad_q + base + row_offsets)[:, None] + dims[None, :], accumulator.to(dtype), mask=stored)
+
+
+@gluon.jit(do_not_specialize=["num_queries", "row_pitch", "num_rows", "total_tiles", "list_width"])
+def query_kernel(
+    q_desc,
+    grad_desc,
+    k_desc,
+    v_desc,
+    matrix_desc,
+    statistics_desc,
+    lists,
+    counts,
+    statistics,
+    grad_q,
+    scale,
+    num_queries,
+    row_pitch,
+    num_rows,
+    total_tiles,
+    tiles_per_head,
+    num_heads,
+    list_width,
+    BLOCK_Q: gl.constexpr,
+    TILE_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    TILE_K: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    PADDED_DIM: gl.constexpr,
+    STAGES: gl.constexpr,
+    HAS_LINEAR: gl.constexpr,
+):
+    CONSUMERS: gl.constexpr = TILE_Q // 64
+    buffers, barriers = make_buffers(q_desc, k_desc, matrix_desc, statistics_desc, STAGES, CONSUMERS)
+    extents = (num_rows, total_tiles, tiles_per_head, num_heads, list_width, 1)
+    descriptors = (q_desc, grad_desc, k_desc, v_desc, matrix_desc, statistics_desc)
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (query_consumer, (
+                    buffers, barriers, counts, statistics, grad_q, scale, num_queries, row_pitch, extents, 0,
+                    BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM, HAS_LINEAR,
+                )),
+                (pair_producer, (
+                    descriptors, buffers, barriers, lists, counts, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, False,
+                    False,
+                )),
+            ],
+            [1],
+            [24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (query_consumer, (
+                    buffers, barriers, counts, statistics, grad_q, scale, num_queries, row_pitch, extents, 0,
+                    BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM, HAS_LINEAR,
+                )),
+                (query_consumer, (
+                    buffers, barriers, counts, statistics, grad_q, scale, num_queries, row_pitch, extents, 1,
+                    BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM, HAS_LINEAR,
+                )),
+                (pair_producer, (
+                    descriptors, buffers, barriers, lists, counts, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, False,
+                    False,
+                )),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+
+
+def attention_backward_query(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    statistics: torch.Tensor,
+    scale: float,
+    block_q: int,
+    block_k: int,
+    lists: torch.Tensor,
+    counts: torch.Tensor,
+    grad_q: torch.Tensor,
+    has_linear: bool,
+) -> None:
+    """As ``triton_backward.attention_backward_query``, for what ``hopper.usable`` accepts."""
+    batch, heads, queries, head_dim = q.shape
+    padded = padded_dim(head_dim)
+    tile_q = 128 if block_q % 128 == 0 else 64
+    tile_k = 64
+    tiles_per_head = triton.cdiv(queries, tile_q)
+    total = tiles_per_head * batch * heads
+    programs = min(total, multiprocessors(q.device.index) * (2 if tile_q == 64 else 1))
+    query_kernel[(programs,)](
+        tile_descriptor(q, tile_q),
+        tile_descriptor(grad_out, tile_q),
+        tile_descriptor(k, tile_k),
+        tile_descriptor(v, tile_k),
+        matrix_descriptor(q, head_dim),
+        statistics_descriptor(statistics, tile_q),
+        lists,
+        counts,
+        statistics,
+        grad_q,
+        scale,
+        queries,
+        statistics.shape[3],
+        triton.cdiv(queries, block_q),
+        total,
+        tiles_per_head,
+        heads,
+        lists.shape[3],
+        BLOCK_Q=block_q,
+        TILE_Q=tile_q,
+        BLOCK_K=block_k,
+        TILE_K=tile_k,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded,
+        STAGES=(4 if tile_q == 128 else 2) * (128 // padded),
+        HAS_LINEAR=has_linear,
+        num_warps=4,
+        maxnreg=168 if tile_q == 128 else 128,
+    )

@@ -1,0 +1,136 @@
+"""What the Gluon kernels share: tile order, feature maps, and TMA descriptors on the host."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+__all__ = [
+    "all_threads",
+    "feature_map_backward",
+    "load_row",
+    "load_tile",
+    "locate_tile",
+    "map_features",
+    "matrix_descriptor",
+    "multiprocessors",
+    "padded_dim",
+    "reciprocal_or_zero",
+    "tile_descriptor",
+    "view_as",
+]
+
+# names of later Tritons, or those of 3.6, torch 2.11's
+all_threads = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+_ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+@gluon.jit
+def view_as(buffer, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
+    """The bytes of a shared buffer under another type, shape and layout."""
+    if RENAMED:
+        return buffer.reinterpret(dtype, shape, layout)
+    else:  # noqa: RET505 - a branch that is not taken is not compiled
+        return buffer._reinterpret(dtype, shape, layout)
+
+
+@gluon.jit
+def locate_tile(tile, tiles_per_head, num_heads):
+    """(query tile, batch, head) of a flat index; the tiles of one head are neighbours, so share L2."""
+    batch_head = tile // tiles_per_head
+    return tile % tiles_per_head, batch_head // num_heads, batch_head % num_heads
+
+
+@gluon.jit
+def softmax_over_dims(query, HEAD_DIM: gl.constexpr, PADDED_DIM: gl.constexpr, layout: gl.constexpr):
+    """Softmax of each row over its true head dimension; 0 past it."""
+    if HEAD_DIM != PADDED_DIM:
+        dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, layout))
+        query = gl.where((dims < HEAD_DIM)[None, :], query, float("-inf"))
+    weights = gl.exp2((query - gl.max(query, 1)[:, None]) * 1.4426950408889634)
+    return weights * (1.0 / gl.sum(weights, 1))[:, None]
+
+
+@gluon.jit
+def map_features(
+    query, HEAD_DIM: gl.constexpr, PADDED_DIM: gl.constexpr, FEATURE_MAP: gl.constexpr, layout: gl.constexpr
+):
+    """phi of float32 rows [rows, PADDED_DIM], 0 past the true head dimension."""
+    if FEATURE_MAP == "softmax":
+        phi = softmax_over_dims(query, HEAD_DIM, PADDED_DIM, layout)
+    else:
+        if FEATURE_MAP == "elu":
+            phi = gl.where(query > 0, query + 1.0, gl.exp2(gl.minimum(query, 0.0) * 1.4426950408889634))
+            if HEAD_DIM != PADDED_DIM:
+                dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, layout))
+                phi = gl.where((dims < HEAD_DIM)[None, :], phi, 0.0)
+        else:
+            phi = gl.maximum(query, 0.0)
+    return phi
+
+
+@gluon.jit
+def load_row(base, dims, HEAD_DIM: gl.constexpr, PADDED_DIM: gl.constexpr):
+    """One row of HEAD_DIM contiguous elements, 0 past it."""
+    if HEAD_DIM == PADDED_DIM:
+        row = gl.load(base + dims)
+    else:
+        row = gl.load(base + dims, mask=dims < HEAD_DIM, other=0.0)
+    return row
+
+
+@gluon.jit
+def feature_map_backward(x, phi, grad_phi, FEATURE_MAP: gl.constexpr):
+    """Gradient of x [rows, columns] in float32 from that of phi = feature_map(x)."""
+    if FEATURE_MAP == "softmax":
+        grad = phi * (grad_phi - gl.sum(phi * grad_phi, 1)[:, None])
+    else:
+        if FEATURE_MAP == "elu":
+            grad = gl.where(x > 0, grad_phi, grad_phi * phi)
+        else:
+            grad = gl.where(x > 0, grad_phi, 0.0)
+    return grad
+
+
+@gluon.jit
+def reciprocal_or_zero(denominator):
+    """1 / denominator, or 0 where that could overflow: exactly 0 is a row without marginal keys."""
+    return gl.where(denominator > 1e-30, 1.0 / denominator, 0.0)
+
+
+def padded_dim(head_dim: int) -> int:
+    """Head dimension in shared memory: 64 or 128."""
+    return 64 if head_dim <= 64 else 128
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    """How many programs a device runs side by side, at one each."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def tile_descriptor(x: torch.Tensor, tile: int) -> TensorDescriptor:
+    """TMA over x (B, H, N, D), `vector_readable`, in tiles of ``tile`` tokens and the padded head dimension."""
+    block = [1, 1, tile, padded_dim(x.shape[3])]
+    layout = gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[x.dtype])
+    # an axis of one element may have any stride; TMA wants whole vectors
+    strides = [stride if size > 1 else block[3] for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
+
+
+def matrix_descriptor(matrix: torch.Tensor, head_dim: int) -> TensorDescriptor:
+    """TMA over a contiguous stack of (D, D) matrices whose rows are padded to 16 bytes, one matrix a tile."""
+    padded = padded_dim(head_dim)
+    block = [1, padded, padded]
+    pitch = matrix.stride(-2)
+    count = max(1, matrix.numel() // (head_dim * matrix.shape[-1]))
+    layout = gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[matrix.dtype])
+    return TensorDescriptor(matrix, [count, head_dim, head_dim], [head_dim * pitch, pitch, 1], block, layout)
