@@ -16,6 +16,7 @@ from sla_compile.passes.call import AttentionCall, Obstacle
 from sla_compile.passes.masks import key_mask
 from sla_compile.passes.operands import Source, Step, after
 from sla_compile.passes.operands import example as _example
+from sla_compile.passes.origins import of_different_tensors
 from sla_compile.passes.work import UnknownRange, Work, forced_tokens, token_ranges
 
 __all__ = ["Decision", "Keep", "Requirements", "Rewrite", "Shape", "decide", "example_shape"]
@@ -203,6 +204,9 @@ def _refuse_lengths(call: AttentionCall, cross_attention: bool) -> Keep | None:
     if not cross_attention and not statically_known_true(query.shape[2] == key.shape[2]):
         got = f"{query.shape[2]} queries, {key.shape[2]} keys"
         return Keep("cross-attention", got, "as many queries as keys, provably, or cross_attention=True")
+    if not cross_attention and of_different_tensors(call.query, call.key):
+        got = f"{query.shape[2]} queries, as many keys of another tensor"
+        return Keep("cross-attention", got, "queries and keys of one tensor, or cross_attention=True")
     heads = key.shape[1]
     grouped = call.enable_gqa is True and isinstance(heads, int) and heads > 0 and query.shape[1] % heads == 0
     wanted = (query.shape[0], heads if grouped else query.shape[1], key.shape[2], query.shape[3])

@@ -108,7 +108,7 @@ class SLAConfig:
     """Key tokens whose blocks are critical in every row, beside ``topk``. Range: (start, stop) pairs, see README."""
 
     cross_attention: bool = _setting(False, Accepts("True or False", lambda value: type(value) is bool))
-    """Whether attention to another number of keys than queries is rewritten too. Range: True or False."""
+    """Whether attention to other tokens than the queries' own is rewritten too. Range: True or False."""
 
     max_topk: float | None = _setting(None, _MAX_TOPK)
     """Most topk that ``set_sparsity`` may set with no recompilation; None: not at all. Range: from topk up to 1."""

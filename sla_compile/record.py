@@ -35,6 +35,7 @@ from sla_compile.passes.cost import (
 )
 from sla_compile.passes.decide import Keep, Rewrite, Shape, example_shape
 from sla_compile.passes.operands import example
+from sla_compile.passes.origins import of_different_tensors
 from sla_compile.passes.work import token_ranges
 from sla_compile.sites import PREPARED, Site
 
@@ -149,7 +150,7 @@ def _settings(config: SLAConfig) -> dict[str, Any]:
 
 
 def _kind(call: AttentionCall, shape: Shape | None) -> str:
-    if shape is not None and shape.keys is not None:
+    if (shape is not None and shape.keys is not None) or of_different_tensors(call.query, call.key):
         return "cross-attention"
     return "causal self-attention" if call.is_causal is True else "self-attention"
 
