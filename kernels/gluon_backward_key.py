@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_pairs import make_buffers, pair_producer, statistics_descriptor
+from .gluon_pairs import make_buffers, pair_producer, split_pair, statistics_descriptor
 from .gluon_primitives import (
     feature_map_backward,
     load_row,
@@ -55,17 +55,19 @@ def key_consumer(
     HAS_LINEAR: gl.constexpr,
 ):
     """dK and dV of 64 keys: the linear branch's part from dh and dz, then one step for each tile of queries."""
-    own_k, own_v, q_ring, grad_ring, matrix, statistics_ring = buffers
-    own_full, own_empty, ring_full, ring_empty, matrix_full, matrix_empty = barriers
+    own_k, own_v, ring, statistics_ring = buffers
+    own_full, own_empty, ring_full, ring_empty = barriers
     num_columns, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows = extents
     ROWS: gl.constexpr = 64
-    STAGES: gl.constexpr = q_ring.type.shape[0]
+    STAGES: gl.constexpr = ring.type.shape[0]
     PARTS: gl.constexpr = BLOCK_Q // TILE_Q
-    dtype: gl.constexpr = q_ring.dtype
+    dtype: gl.constexpr = ring.dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED_DIM, 16])
     operand_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     query_layout: gl.constexpr = gl.SliceLayout(0, scores_layout)
+    tile_layout: gl.constexpr = own_k.layout
+    matrix_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, PADDED_DIM, PADDED_DIM], gl.bfloat16)
     vector_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     row_lanes = gl.arange(0, ROWS, layout=gl.SliceLayout(1, out_layout))
     dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, out_layout))
@@ -84,13 +86,15 @@ def key_consumer(
         mbarrier.wait(own_full, turn & 1)
         zero = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
         if HAS_LINEAR:
-            mbarrier.wait(matrix_full, turn & 1)
-            grad_state = matrix.reshape([PADDED_DIM, PADDED_DIM])
-            if matrix.dtype == dtype:
+            index = taken % STAGES
+            mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
+            grad_state = view_as(ring.index(index), gl.bfloat16, [1, PADDED_DIM, PADDED_DIM], matrix_layout)
+            grad_state = grad_state.reshape([PADDED_DIM, PADDED_DIM])
+            if dtype == gl.bfloat16:
                 grad_phi = warpgroup_mma(value, grad_state.permute((1, 0)), zero, use_acc=False, is_async=True)
             else:
                 # states are bfloat16 beside float16 inputs
-                value_operand = gl.convert_layout(value.load(out_layout).to(matrix.dtype), operand_layout)
+                value_operand = gl.convert_layout(value.load(out_layout).to(gl.bfloat16), operand_layout)
                 grad_phi = warpgroup_mma(value_operand, grad_state.permute((1, 0)), zero, use_acc=False, is_async=True)
             grad_phi = warpgroup_mma_wait(0, deps=(grad_phi,))
             state_row = batch_head * matrix_rows + gl.minimum(block, matrix_rows - 1)
@@ -99,11 +103,12 @@ def key_consumer(
             own = key.load(out_layout).to(gl.float32)
             phi = map_features(own, HEAD_DIM, PADDED_DIM, FEATURE_MAP, out_layout)
             key_accumulator = feature_map_backward(own, phi, grad_phi, FEATURE_MAP)
-            phi_operand = gl.convert_layout(phi.to(matrix.dtype), operand_layout)
+            phi_operand = gl.convert_layout(phi.to(gl.bfloat16), operand_layout)
             value_accumulator = warpgroup_mma(phi_operand, grad_state, zero, use_acc=False, is_async=True)
             value_accumulator = warpgroup_mma_wait(0, deps=(value_accumulator,))
             fence_async_shared()
-            mbarrier.arrive(matrix_empty, count=1)
+            mbarrier.arrive(ring_empty.index(index), count=1)
+            taken += 1
         else:
             key_accumulator = zero
             value_accumulator = zero
@@ -111,8 +116,9 @@ def key_consumer(
 
         for _step in range(count * PARTS):
             index = taken % STAGES
-            query = q_ring.index(index).reshape([TILE_Q, PADDED_DIM])
-            grad = grad_ring.index(index).reshape([TILE_Q, PADDED_DIM])
+            query, grad = split_pair(ring.index(index), TILE_Q, tile_layout)
+            query = query.reshape([TILE_Q, PADDED_DIM])
+            grad = grad.reshape([TILE_Q, PADDED_DIM])
             zero_scores = gl.zeros([ROWS, TILE_Q], gl.float32, scores_layout)
             mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
             # [keys, dims] x [dims, queries]
@@ -180,7 +186,7 @@ def key_kernel(
     HAS_LINEAR: gl.constexpr,
 ):
     CONSUMERS: gl.constexpr = TILE_K // 64
-    buffers, barriers = make_buffers(k_desc, q_desc, matrix_desc, statistics_desc, STAGES, CONSUMERS)
+    buffers, barriers = make_buffers(k_desc, q_desc, statistics_desc, STAGES, CONSUMERS)
     extents = (num_columns, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows)
     descriptors = (k_desc, v_desc, q_desc, grad_desc, matrix_desc, statistics_desc)
     if CONSUMERS == 1:
@@ -269,7 +275,7 @@ def attention_backward_key(
         TILE_Q=tile_q,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded,
-        STAGES=(3 if tile_k == 128 else 1) * (128 // padded),
+        STAGES=(4 if tile_k == 128 else 2) * (128 // padded),
         FEATURE_MAP=feature_map,
         HAS_LINEAR=grad_states is not None,
         num_warps=4,

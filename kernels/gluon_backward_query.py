@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_pairs import make_buffers, pair_producer, statistics_descriptor
+from .gluon_pairs import make_buffers, pair_producer, split_pair, statistics_descriptor
 from .gluon_primitives import locate_tile, matrix_descriptor, multiprocessors, padded_dim, tile_descriptor
 
 __all__ = ["attention_backward_query"]
@@ -43,13 +43,14 @@ def query_consumer(
     HAS_LINEAR: gl.constexpr,
 ):
     """dQ of 64 queries; the linear branch's part is already in ``grad_q``."""
-    own_q, own_grad, k_ring, v_ring, matrix, statistics_ring = buffers
-    own_full, own_empty, ring_full, ring_empty, matrix_full, matrix_empty = barriers
+    own_q, own_grad, ring, statistics_ring = buffers
+    own_full, own_empty, ring_full, ring_empty = barriers
     num_rows, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows = extents
     ROWS: gl.constexpr = 64
-    STAGES: gl.constexpr = k_ring.type.shape[0]
+    STAGES: gl.constexpr = ring.type.shape[0]
     PARTS: gl.constexpr = BLOCK_K // TILE_K
-    dtype: gl.constexpr = k_ring.dtype
+    tile_layout: gl.constexpr = own_q.layout
+    dtype: gl.constexpr = ring.dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_K, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED_DIM, 16])
     operand_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
@@ -89,8 +90,9 @@ def query_consumer(
         turn += 1
         for _step in range(count * PARTS):
             index = taken % STAGES
-            key = k_ring.index(index).reshape([TILE_K, PADDED_DIM])
-            value = v_ring.index(index).reshape([TILE_K, PADDED_DIM])
+            key, value = split_pair(ring.index(index), TILE_K, tile_layout)
+            key = key.reshape([TILE_K, PADDED_DIM])
+            value = value.reshape([TILE_K, PADDED_DIM])
             zero_scores = gl.zeros([ROWS, TILE_K], gl.float32, scores_layout)
             mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
             scores = warpgroup_mma(query, key.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
@@ -139,7 +141,7 @@ def query_kernel(
     HAS_LINEAR: gl.constexpr,
 ):
     CONSUMERS: gl.constexpr = TILE_Q // 64
-    buffers, barriers = make_buffers(q_desc, k_desc, matrix_desc, statistics_desc, STAGES, CONSUMERS)
+    buffers, barriers = make_buffers(q_desc, k_desc, statistics_desc, STAGES, CONSUMERS)
     extents = (num_rows, total_tiles, tiles_per_head, num_heads, list_width, 1)
     descriptors = (q_desc, grad_desc, k_desc, v_desc, matrix_desc, statistics_desc)
     if CONSUMERS == 1:

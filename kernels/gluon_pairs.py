@@ -8,9 +8,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .gluon_primitives import all_threads, load_tile, locate_tile
+from .gluon_primitives import all_threads, load_tile, locate_tile, view_as
 
-__all__ = ["make_buffers", "pair_producer", "statistics_descriptor"]
+__all__ = ["make_buffers", "pair_producer", "split_pair", "statistics_descriptor"]
 
 
 @gluon.jit
@@ -28,14 +28,18 @@ def pair_producer(
     HAS_MATRIX: gl.constexpr,
     HAS_STATISTICS: gl.constexpr,
 ):
-    """Load a pair of own tiles (and a matrix), then a ring of pairs of tiles (and their rows' statistics) of the
+    """Load a pair of own tiles, then through the ring (a matrix and) pairs of tiles (and their rows' statistics) of the
     listed blocks."""
     own_a_desc, own_b_desc, listed_a_desc, listed_b_desc, matrix_desc, statistics_desc = descriptors
-    own_a, own_b, ring_a, ring_b, matrix, statistics_ring = buffers
-    own_full, own_empty, ring_full, ring_empty, matrix_full, matrix_empty = barriers
+    own_a, own_b, ring, statistics_ring = buffers
+    own_full, own_empty, ring_full, ring_empty = barriers
     num_lines, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows = extents
-    STAGES: gl.constexpr = ring_a.type.shape[0]
+    STAGES: gl.constexpr = ring.type.shape[0]
     PARTS: gl.constexpr = LISTED_BLOCK // LISTED_TILE
+    tile_layout: gl.constexpr = listed_a_desc.layout
+    matrix_dtype: gl.constexpr = matrix_desc.dtype
+    matrix_shape: gl.constexpr = matrix_desc.block_type.shape
+    matrix_layout: gl.constexpr = matrix_desc.layout
 
     filled = 0
     turn = 0
@@ -53,10 +57,13 @@ def pair_producer(
         load_tile(own_a_desc, [batch, head, own_tile * TILE, 0], own_full, own_a)
         load_tile(own_b_desc, [batch, head, own_tile * TILE, 0], own_full, own_b)
         if HAS_MATRIX:
-            mbarrier.wait(matrix_empty, (turn & 1) ^ 1)
-            mbarrier.expect(matrix_full, matrix_desc.block_type.nbytes)
+            index = filled % STAGES
+            mbarrier.wait(ring_empty.index(index), (filled // STAGES & 1) ^ 1)
+            mbarrier.expect(ring_full.index(index), matrix_desc.block_type.nbytes)
             matrix_row = batch_head * matrix_rows + gl.minimum(block, matrix_rows - 1)
-            load_tile(matrix_desc, [matrix_row, 0, 0], matrix_full, matrix)
+            matrix = view_as(ring.index(index), matrix_dtype, matrix_shape, matrix_layout)
+            load_tile(matrix_desc, [matrix_row, 0, 0], ring_full.index(index), matrix)
+            filled += 1
         turn += 1
         for step in range(count):
             first = entry * LISTED_BLOCK
@@ -83,9 +90,19 @@ def pair_producer(
                         )
                 else:
                     mbarrier.expect(full, listed_a_desc.block_type.nbytes + listed_b_desc.block_type.nbytes)
-                load_tile(listed_a_desc, [batch, head, start, 0], full, ring_a.index(index))
-                load_tile(listed_b_desc, [batch, head, start, 0], full, ring_b.index(index))
+                tile_a, tile_b = split_pair(ring.index(index), LISTED_TILE, tile_layout)
+                load_tile(listed_a_desc, [batch, head, start, 0], full, tile_a)
+                load_tile(listed_b_desc, [batch, head, start, 0], full, tile_b)
                 filled += 1
+
+
+@gluon.jit
+def split_pair(unit, TILE: gl.constexpr, layout: gl.constexpr):
+    """The two tiles [1, 1, TILE, dims] of one stage of the ring."""
+    dtype: gl.constexpr = unit.dtype
+    shape: gl.constexpr = [2, 1, 1, TILE, unit.type.shape[2]]
+    pair = view_as(unit, dtype, shape, layout)
+    return pair.index(0), pair.index(1)
 
 
 @gluon.jit
@@ -97,13 +114,14 @@ def make_barrier_ring(STAGES: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def make_buffers(own_desc, listed_desc, matrix_desc, statistics_desc, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
-    """Shared memory and barriers: two own tiles, a ring of pairs of listed tiles, one matrix."""
+def make_buffers(own_desc, listed_desc, statistics_desc, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Shared memory and barriers: two own tiles, and a ring whose stages hold a pair of listed tiles or a matrix."""
     own_a = gl.allocate_shared_memory(own_desc.dtype, own_desc.block_type.shape, own_desc.layout)
     own_b = gl.allocate_shared_memory(own_desc.dtype, own_desc.block_type.shape, own_desc.layout)
-    ring_a = gl.allocate_shared_memory(listed_desc.dtype, [STAGES] + listed_desc.block_type.shape, listed_desc.layout)
-    ring_b = gl.allocate_shared_memory(listed_desc.dtype, [STAGES] + listed_desc.block_type.shape, listed_desc.layout)
-    matrix = gl.allocate_shared_memory(matrix_desc.dtype, matrix_desc.block_type.shape, matrix_desc.layout)
+    tile: gl.constexpr = listed_desc.block_type.shape[2]
+    dims: gl.constexpr = listed_desc.block_type.shape[3]
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 2 * tile, dims], listed_desc.dtype)
+    ring = gl.allocate_shared_memory(listed_desc.dtype, [STAGES, 1, 2 * tile, dims], layout)
     statistics_ring = gl.allocate_shared_memory(
         gl.float32, [STAGES * 2] + statistics_desc.block_type.shape, statistics_desc.layout
     )
@@ -111,19 +129,10 @@ def make_buffers(own_desc, listed_desc, matrix_desc, statistics_desc, STAGES: gl
     own_empty = make_barrier_ring(1, CONSUMERS)
     ring_full = make_barrier_ring(STAGES, 1)
     ring_empty = make_barrier_ring(STAGES, CONSUMERS)
-    matrix_full = make_barrier_ring(1, 1)
-    matrix_empty = make_barrier_ring(1, CONSUMERS)
     fence_async_shared()
     all_threads()
-    buffers = (own_a, own_b, ring_a, ring_b, matrix, statistics_ring)
-    barriers = (
-        own_full.index(0),
-        own_empty.index(0),
-        ring_full,
-        ring_empty,
-        matrix_full.index(0),
-        matrix_empty.index(0),
-    )
+    buffers = (own_a, own_b, ring, statistics_ring)
+    barriers = (own_full.index(0), own_empty.index(0), ring_full, ring_empty)
     return buffers, barriers
 
 

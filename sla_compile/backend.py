@@ -219,9 +219,14 @@ def _compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], config: SL
     if config.inner == "eager":
         return gm.forward
     if config.inner == "inductor":
-        from torch._inductor.compile_fx import compile_fx
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-        compiled: Any = compile_fx(gm, inputs, config_patches=dict(config.inductor) or None)
+        from sla_compile.cache_key import in_cache_key
+
+        # Also around the inner one, which a backward may reach only after this has returned.
+        inner = in_cache_key(compile_fx_inner)
+        patches = dict(config.inductor) or None
+        compiled: Any = in_cache_key(compile_fx)(gm, inputs, inner_compile=inner, config_patches=patches)
         return cast(CompiledFunction, compiled)
     from torch._dynamo import lookup_backend
 
