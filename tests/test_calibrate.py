@@ -251,7 +251,7 @@ class Inner(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, DIM)).permute(2, 0, 3, 1, 4)
         masked = F.scaled_dot_product_attention(q, k, v, q.new_ones(x.shape[1], x.shape[1]).tril())
-        q = self.child(masked.transpose(1, 2).flatten(2)).unflatten(-1, (HEADS, DIM)).transpose(1, 2)
+        q = q + self.child(masked.transpose(1, 2).flatten(2)).unflatten(-1, (HEADS, DIM)).transpose(1, 2)
         return F.scaled_dot_product_attention(query=q, key=k, value=v, scale=0.3).transpose(1, 2).flatten(2)
 
 
