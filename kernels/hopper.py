@@ -23,23 +23,22 @@ def available(device: int) -> bool:
     return known and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def usable(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, block_q: int, block_k: int, *, masked: bool
-) -> bool:
+def usable(*tensors: torch.Tensor, scale: float, block_q: int, block_k: int, masked: bool) -> bool:
     """Whether the Gluon kernels take this call: 16-bit, head dimension up to 128, blocks of 64 or more, no mask.
 
-    q, k, v (B, H, L, D) are `vector_readable`. A scale below zero would turn the maximum into a minimum.
+    ``tensors`` (B, H, L, D) are `vector_readable`. A scale below zero would turn the maximum into a minimum.
     """
+    first = tensors[0]
     return (
-        q.is_cuda
+        first.is_cuda
         and not masked
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and q.shape[3] <= 128
+        and first.dtype in (torch.float16, torch.bfloat16)
+        and first.shape[3] <= 128
         and block_q in (64, 128, 256)
         and block_k in (64, 128)
         and scale > 0
-        and all(stride > 0 for x in (q, k, v) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1)
-        and available(q.device.index)
+        and all(stride > 0 for x in tensors for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1)
+        and available(first.device.index)
     )
 
 
@@ -56,3 +55,8 @@ def attention_backward_query(*arguments: Any) -> None:
 def attention_backward_key(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """`gluon_backward_key.attention_backward_key`, likewise."""
     return import_module("sla_compile.kernels.gluon_backward_key").attention_backward_key(*arguments)  # type: ignore[no-any-return]
+
+
+def linear_backward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`gluon_linear_backward.linear_backward`, likewise."""
+    return import_module("sla_compile.kernels.gluon_linear_backward").linear_backward(*arguments)  # type: ignore[no-any-return]

@@ -79,7 +79,8 @@ def forward(
             matrices = _summed_blocks(block_map, states.dtype, linear, block_q, block_k, causal)
             states, normalizers = _sum_over_keys(states, normalizers, matrices)
         tensors = (q, k, v, gate, bias, lists, states, normalizers)
-        if hopper.usable(q, k, v, scale, block_q, block_k, masked=logit_bias is not None or causal):
+        masked = logit_bias is not None or causal
+        if hopper.usable(q, k, v, scale=scale, block_q=block_q, block_k=block_k, masked=masked):
             results = hopper.attention_forward(*tensors, counts, scale, block_q, block_k, feature_map)
         else:
             results = attention_forward(
@@ -132,28 +133,25 @@ def backward(
             states, normalizers, _ = key_states(k, v, block_k, feature_map, logit_bias, pool=False)
             matrices = _summed_blocks(block_map, states.dtype, linear, block_q, block_k, causal)
             states, normalizers = _sum_over_keys(states, normalizers, matrices)
-        dq, statistics, grad_states, grad_normalizers = linear_backward(
-            grad_out,
-            q,
-            gate,
-            bias,
-            out,
-            linear_out,
-            lse,
-            states,
-            normalizers,
-            scale=scale,
-            block_q=block_q,
-            feature_map=feature_map,
-        )
-        del states, normalizers
+        masked = logit_bias is not None or causal
+        fast = hopper.usable(grad_out, q, k, v, scale=scale, block_q=block_q, block_k=block_k, masked=masked)
+        queries = (grad_out, q, gate, bias, out, linear_out, lse, states, normalizers)
+        if fast and has_linear and block_q >= 128:
+            dq, statistics, grad_states, grad_normalizers = hopper.linear_backward(
+                *queries, scale, block_q, feature_map
+            )
+        else:
+            dq, statistics, grad_states, grad_normalizers = linear_backward(
+                *queries, scale=scale, block_q=block_q, feature_map=feature_map
+            )
+        del states, normalizers, queries
         if grad_states is not None and grad_normalizers is not None:
             repeat = grad_states.shape[2] // block_map.shape[2]
             if repeat > 1:
                 matrices = _summed_blocks(block_map, grad_states.dtype, linear, block_q, block_k, causal, repeat)
             grad_states, grad_normalizers = _sum_over_queries(grad_states, grad_normalizers, matrices)
         rows, columns = (critical_lists(block_map, by_column=by_column) for by_column in (False, True))
-        if hopper.usable(q, k, v, scale, block_q, block_k, masked=logit_bias is not None or causal):
+        if fast:
             side = (grad_out, q, k, v, statistics, scale, block_q, block_k)
             hopper.attention_backward_query(*side, *rows, dq, has_linear)
             dk, dv = hopper.attention_backward_key(*side, *columns, grad_states, grad_normalizers, feature_map)

@@ -1,0 +1,314 @@
+"""The linear branch's backward for Hopper, written in Gluon: statistics, dQ, dH and dZ of 128 queries of one block.
+
+The arithmetic is that of ``triton_linear_backward.linear_backward_kernel``. A producer warp loads by TMA; each of two
+warpgroups owns 64 queries. dH sums over all 128: what it is made of goes back to shared memory, where queries and
+gradients lay, and each warpgroup makes half of its rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .gluon_primitives import (
+    all_threads,
+    feature_map_backward,
+    load_row,
+    load_tile,
+    locate_tile,
+    map_features,
+    matrix_descriptor,
+    multiprocessors,
+    padded_dim,
+    reciprocal_or_zero,
+    tile_descriptor,
+    view_as,
+)
+from .triton_tiles import head_stride
+
+__all__ = ["linear_backward"]
+
+
+@gluon.jit
+def linear_producer(descriptors, buffers, barriers, extents, BLOCK_Q: gl.constexpr):
+    """Load a tile of queries, its gradients and outputs, the states of its blocks and the gate."""
+    q_desc, grad_desc, out_desc, linear_desc, state_desc, gate_desc = descriptors
+    q_buffer, grad_buffer, out_buffer, linear_buffer, state_buffer, gate_buffer = buffers[:6]
+    full, empty, _joint = barriers
+    total_tiles, tiles_per_head, num_heads, state_rows, gate_heads = extents
+    turn = 0
+    for tile in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
+        query_tile, batch, head = locate_tile(tile, tiles_per_head, num_heads)
+        batch_head = batch * num_heads + head
+        at = [batch, head, query_tile * 128, 0]
+        mbarrier.wait(empty, (turn & 1) ^ 1)
+        mbarrier.expect(
+            full,
+            4 * q_desc.block_type.nbytes + state_desc.block_type.nbytes + gate_desc.block_type.nbytes,
+        )
+        load_tile(grad_desc, at, full, grad_buffer)
+        load_tile(gate_desc, [gl.minimum(head, gate_heads - 1), 0, 0], full, gate_buffer)
+        load_tile(out_desc, at, full, out_buffer)
+        load_tile(linear_desc, at, full, linear_buffer)
+        load_tile(q_desc, at, full, q_buffer)
+        state_row = batch_head * state_rows + gl.minimum(query_tile * 128 // BLOCK_Q, state_rows - 1)
+        load_tile(state_desc, [state_row, 0, 0], full, state_buffer)
+        turn += 1
+
+
+@gluon.jit
+def linear_consumer(
+    buffers,
+    barriers,
+    lse,
+    bias,
+    normalizers,
+    grad_q,
+    statistics,
+    grad_states,
+    grad_normalizers,
+    scale,
+    stride_bh,
+    num_queries,
+    row_pitch,
+    extents,
+    CONSUMER: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    PADDED_DIM: gl.constexpr,
+    PITCH: gl.constexpr,
+    FEATURE_MAP: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):
+    q_buffer, grad_buffer, out_buffer, linear_buffer, state_buffer, gate_buffer, sums = buffers
+    full, empty, joint = barriers
+    total_tiles, tiles_per_head, num_heads, state_rows, _gate_heads = extents
+    ROWS: gl.constexpr = 64
+    # with 64 dimensions both make all of dH, the same bits
+    HALF: gl.constexpr = CONSUMER * 64 % PADDED_DIM
+    dtype: gl.constexpr = q_buffer.dtype
+    state_dtype: gl.constexpr = state_buffer.dtype
+    tile_layout: gl.constexpr = q_buffer.layout
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED_DIM, 16])
+    dim_layout: gl.constexpr = gl.SliceLayout(0, layout)
+    row_lanes = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    dims = gl.arange(0, PADDED_DIM, layout=dim_layout)
+    query = q_buffer.reshape([128, PADDED_DIM]).slice(CONSUMER * ROWS, ROWS)
+    grad = grad_buffer.reshape([128, PADDED_DIM]).slice(CONSUMER * ROWS, ROWS)
+    output = out_buffer.reshape([128, PADDED_DIM]).slice(CONSUMER * ROWS, ROWS)
+    linear = linear_buffer.reshape([128, PADDED_DIM]).slice(CONSUMER * ROWS, ROWS)
+    gate = gate_buffer.reshape([PADDED_DIM, PADDED_DIM])
+    state = state_buffer.reshape([PADDED_DIM, PADDED_DIM])
+    # what dH is made of lies where queries and gradients lay, in the type of the states
+    shares = view_as(q_buffer, state_dtype, [1, 1, 128, PADDED_DIM], tile_layout).reshape([128, PADDED_DIM])
+    grads = view_as(grad_buffer, state_dtype, [1, 1, 128, PADDED_DIM], tile_layout).reshape([128, PADDED_DIM])
+    own_grads = grads.slice(CONSUMER * ROWS, ROWS)
+
+    turn = 0
+    for tile in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
+        query_tile, batch, head = locate_tile(tile, tiles_per_head, num_heads)
+        batch_head = (batch * num_heads + head).to(gl.int64)
+        first = query_tile * 128 + CONSUMER * ROWS
+        rows = first + row_lanes
+        block = first // BLOCK_Q
+        state_row = batch_head * state_rows + gl.minimum(block, state_rows - 1)
+
+        mbarrier.wait(full, turn & 1)
+        zero = gl.zeros([ROWS, PADDED_DIM], gl.float32, layout)
+        # [queries, out] x [out, in]
+        grad_linear = warpgroup_mma(grad, gate, zero, use_acc=False, is_async=True)
+        grad_rows = grad.load(layout).to(gl.float32)
+        delta = gl.sum(grad_rows * output.load(layout).to(gl.float32), 1)
+        if HAS_BIAS:
+            shift = load_row(bias + head * stride_bh, dims, HEAD_DIM, PADDED_DIM).to(gl.float32)
+            delta -= gl.sum(grad_rows * shift[None, :], 1)
+        grad_linear = warpgroup_mma_wait(0, deps=(grad_linear,))
+        linear_delta = gl.sum(grad_linear * linear.load(layout).to(gl.float32), 1)
+        delta -= linear_delta
+        own_grads.store(grad_linear.to(state_dtype))
+        fence_async_shared()
+        # [queries, in] x [in, dims]
+        grad_phi = warpgroup_mma(own_grads, state.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+        row_lse = gl.load(lse + batch_head * num_queries + rows, mask=rows < num_queries, other=float("inf"))
+        # a query without a key: every score is -inf
+        row_lse = gl.where(row_lse == float("-inf"), 0.0, row_lse * 1.4426950408889634)
+        row_statistics = statistics + batch_head * 2 * row_pitch + rows
+        gl.store(row_statistics, row_lse, mask=rows < row_pitch)
+        scaled = gl.where(rows < num_queries, delta * scale, 0.0)
+        gl.store(row_statistics + row_pitch, scaled, mask=rows < row_pitch)
+
+        own = query.load(layout).to(gl.float32)
+        phi = map_features(own, HEAD_DIM, PADDED_DIM, FEATURE_MAP, layout)
+        normalizer = load_row(normalizers + state_row * HEAD_DIM, dims, HEAD_DIM, PADDED_DIM)
+        inverse = reciprocal_or_zero(gl.sum(phi * normalizer[None, :], 1))
+        grad_phi = warpgroup_mma_wait(0, deps=(grad_phi,))
+        grad_phi = (grad_phi - linear_delta[:, None] * normalizer[None, :]) * inverse[:, None]
+        grad_query = feature_map_backward(own, phi, grad_phi, FEATURE_MAP)
+        base = (batch.to(gl.int64) * num_queries * num_heads + head) * HEAD_DIM
+        row_offsets = rows.to(gl.int64) * (num_heads * HEAD_DIM)
+        if HEAD_DIM == PADDED_DIM:
+            stored = (rows < num_queries)[:, None]
+        else:
+            stored = (rows < num_queries)[:, None] & (dims < HEAD_DIM)[None, :]
+        gl.store((grad_q + base + row_offsets)[:, None] + dims[None, :], grad_query.to(dtype), mask=stored)
+
+        share = phi * inverse[:, None]
+        grad_normalizer = -gl.sum(share * linear_delta[:, None], 0)
+        shares.slice(CONSUMER * ROWS, ROWS).store(share.to(state_dtype))
+        sums.index(CONSUMER).store(grad_normalizer)
+        fence_async_shared()
+        mbarrier.arrive(joint, count=1)
+        mbarrier.wait(joint, turn & 1)
+        slot = batch_head * tiles_per_head + query_tile
+        if CONSUMER == 0:
+            grad_normalizer = sums.index(0).load(dim_layout) + sums.index(1).load(dim_layout)
+            gl.store(grad_normalizers + slot * HEAD_DIM + dims, grad_normalizer, mask=dims < HEAD_DIM)
+        # [dims, queries] x [queries, in]
+        left = shares.slice(HALF, 64, dim=1).permute((1, 0))
+        grad_state = warpgroup_mma(left, grads, zero, use_acc=False, is_async=True)
+        grad_state = warpgroup_mma_wait(0, deps=(grad_state,))
+        state_dims = HALF + row_lanes
+        pointers = grad_states + slot * (HEAD_DIM * PITCH) + state_dims * PITCH
+        inside = (state_dims < HEAD_DIM)[:, None] & (dims < HEAD_DIM)[None, :]
+        gl.store(pointers[:, None] + dims[None, :], grad_state.to(state_dtype), mask=inside)
+        fence_async_shared()
+        mbarrier.arrive(empty, count=1)
+        turn += 1
+
+
+@gluon.jit(do_not_specialize=["num_queries", "row_pitch", "total_tiles", "tiles_per_head", "state_rows"])
+def linear_kernel(
+    q_desc,
+    grad_desc,
+    out_desc,
+    linear_desc,
+    state_desc,
+    gate_desc,
+    lse,
+    bias,
+    normalizers,
+    grad_q,
+    statistics,
+    grad_states,
+    grad_normalizers,
+    scale,
+    stride_bh,
+    num_queries,
+    row_pitch,
+    total_tiles,
+    tiles_per_head,
+    num_heads,
+    state_rows,
+    gate_heads,
+    BLOCK_Q: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    PADDED_DIM: gl.constexpr,
+    PITCH: gl.constexpr,
+    FEATURE_MAP: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):
+    q_buffer = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
+    grad_buffer = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
+    out_buffer = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
+    linear_buffer = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
+    state_buffer = gl.allocate_shared_memory(state_desc.dtype, state_desc.block_type.shape, state_desc.layout)
+    gate_buffer = gl.allocate_shared_memory(gate_desc.dtype, gate_desc.block_type.shape, gate_desc.layout)
+    sums = gl.allocate_shared_memory(gl.float32, [2, PADDED_DIM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    joint = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(full, count=1)
+    mbarrier.init(empty, count=2)
+    mbarrier.init(joint, count=2)
+    fence_async_shared()
+    all_threads()
+    buffers = (q_buffer, grad_buffer, out_buffer, linear_buffer, state_buffer, gate_buffer, sums)
+    barriers = (full, empty, joint)
+    extents = (total_tiles, tiles_per_head, num_heads, state_rows, gate_heads)
+    descriptors = (q_desc, grad_desc, out_desc, linear_desc, state_desc, gate_desc)
+    gl.warp_specialize(
+        [
+            (linear_consumer, (
+                buffers, barriers, lse, bias, normalizers, grad_q, statistics, grad_states, grad_normalizers, scale,
+                stride_bh, num_queries, row_pitch, extents, 0, BLOCK_Q, HEAD_DIM, PADDED_DIM, PITCH, FEATURE_MAP,
+                HAS_BIAS,
+            )),
+            (linear_consumer, (
+                buffers, barriers, lse, bias, normalizers, grad_q, statistics, grad_states, grad_normalizers, scale,
+                stride_bh, num_queries, row_pitch, extents, 1, BLOCK_Q, HEAD_DIM, PADDED_DIM, PITCH, FEATURE_MAP,
+                HAS_BIAS,
+            )),
+            (linear_producer, (descriptors, buffers, barriers, extents, BLOCK_Q)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def linear_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    linear_out: torch.Tensor,
+    lse: torch.Tensor,
+    states: torch.Tensor,
+    normalizers: torch.Tensor,
+    scale: float,
+    block_q: int,
+    feature_map: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As ``triton_linear_backward.linear_backward`` with a linear branch, where ``hopper.usable``; block_q at least 128."""
+    batch, heads, queries, head_dim = q.shape
+    rows = triton.cdiv(queries, block_q)
+    tiles_per_head = rows * (block_q // 128)
+    total = tiles_per_head * batch * heads
+    dq = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
+    statistics = torch.empty((batch, heads, 2, rows * block_q), dtype=torch.float32, device=q.device)
+    grad_states = states.new_empty(batch, heads, tiles_per_head, *states.shape[3:])
+    grad_normalizers = statistics.new_empty(batch, heads, tiles_per_head, head_dim)
+    # a handful of numbers; a stride of its own would cost the kernel registers
+    bias = bias.contiguous() if bias is not None else None
+    linear_kernel[(min(total, multiprocessors(q.device.index)),)](
+        tile_descriptor(q, 128),
+        tile_descriptor(grad_out, 128),
+        tile_descriptor(out, 128),
+        tile_descriptor(linear_out, 128),
+        matrix_descriptor(states, head_dim),
+        matrix_descriptor(weight, head_dim),
+        lse,
+        bias if bias is not None else q,
+        normalizers,
+        dq,
+        statistics,
+        grad_states,
+        grad_normalizers,
+        scale,
+        head_stride(bias, 1),
+        queries,
+        statistics.shape[3],
+        total,
+        tiles_per_head,
+        heads,
+        states.shape[2],
+        weight.shape[0] if weight.dim() == 3 else 1,
+        BLOCK_Q=block_q,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim(head_dim),
+        PITCH=states.shape[4],
+        FEATURE_MAP=feature_map,
+        HAS_BIAS=bias is not None,
+        num_warps=4,
+        maxnreg=168,
+    )
+    return dq, statistics, grad_states, grad_normalizers
