@@ -1,7 +1,8 @@
 """``allocate``: a topk for each attention, chosen from data, so that hard layers get more blocks at the same total.
 
-Each attention's output error is measured at a small ladder of topk values. Then every attention starts at the lowest
-rung, and the raise that takes away most error for its cost is made as long as the budget has room for one.
+Each attention's error is measured at a small ladder of topk values, and how much of it reaches the model's output. Then
+every attention starts at the lowest rung, and the raise that takes away most error for its cost is made as long as the
+budget has room for one.
 """
 
 from __future__ import annotations
@@ -11,25 +12,25 @@ import glob
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sla_compile.blocks import num_blocks, num_critical
 from sla_compile.config import SLAConfig
-from sla_compile.gate import MILLION, Gate, gates, model_config
-from sla_compile.interception import Arguments, GatedCall, first_of, gated_calls, nothing_gated, prepared_for
+from sla_compile.gate import gates, model_config
+from sla_compile.interception import Arguments, first_of, nothing_gated, prepared_for
+from sla_compile.measures import Measured, Outputs, measure
 from sla_compile.preparation import prepare, unwrapped
 from sla_compile.sparsity import millionths
 
 __all__ = ["AllocationReport", "SiteAllocation", "allocate"]
 
+OBJECTIVES = ("output", "attention")
+
 LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Rungs, in units of the budget."""
-
-_TOKENS_PER_CHUNK = 2048
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class SiteAllocation:
     work: float
     """Its share of the work of all attentions, if all were dense."""
     calls: int
+    effect: float | None = None
+    """||output - dense output||^2 / ||dense output||^2 of the model for each unit of this attention's squared error."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,6 +65,11 @@ class AllocationReport:
     """Share of all pairs of blocks that is critical with the budget as topk everywhere."""
     critical: float
     """The same as allocated: at most that of ``critical_uniform``."""
+    objective: str
+    output_uniform: float
+    """||output - dense output|| / ||dense output|| on the first batch with the budget as topk everywhere."""
+    output: float
+    """The same as allocated."""
     sites: tuple[SiteAllocation, ...]
     """In the order in which a forward calls them."""
     unreached: tuple[str, ...] = ()
@@ -73,15 +81,15 @@ class AllocationReport:
         return sum(site.topk * site.work for site in self.sites)
 
     def mean(self, name: str) -> float:
-        """Root mean square over the sites of ``before``, ``uniform`` or ``after``: what was made small."""
+        """Root mean square over the sites of ``before``, ``uniform`` or ``after``."""
         return math.sqrt(sum(getattr(site, name) ** 2 for site in self.sites) / len(self.sites))
 
     @property
     def title(self) -> str:
-        """One line: the budget, and the error it leaves spread evenly and as allocated."""
+        """One line: the budget, and the error of the output that it leaves spread evenly and as allocated."""
         return (
             f"{self.model}: {len(self.sites)} attention(s), topk {self.budget:g} on average, {self.batches} batch(es): "
-            f"error {self.mean('uniform'):.4f} spread evenly, {self.mean('after'):.4f} as allocated"
+            f"output error {self.output_uniform:.4f} spread evenly, {self.output:.4f} as allocated"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,8 +113,8 @@ class AllocationReport:
         return plain_text(self.__rich__(), width=100)
 
     def __repr__(self) -> str:
-        uniform, after = self.mean("uniform"), self.mean("after")
-        return f"<AllocationReport of {self.model}: attention error {uniform:.3g} spread evenly, {after:.3g} allocated>"
+        errors = f"{self.output_uniform:.3g} spread evenly, {self.output:.3g} allocated"
+        return f"<AllocationReport of {self.model}: output error {errors}>"
 
 
 def allocate(
@@ -117,13 +125,18 @@ def allocate(
     config: SLAConfig | Mapping[str, Any] | None = None,
     max_batches: int | None = None,
     ladder: Sequence[float] = LADDER,
+    objective: str = "output",
 ) -> AllocationReport:
     """Give each attention of ``model`` the topk that makes most of ``budget``; no training.
 
     The model runs eagerly and dense, in the mode (train or eval) it is in. At each attention that has a gate, the
     output with the gate as it is, at each rung of the ladder, is compared with the dense one; numbers per rung are
-    all that is kept. What is made small is the sum over attentions of the squared relative error, with no more
-    critical blocks in all than ``topk=budget`` everywhere has. If no allocation found is better than that, that it is.
+    all that is kept. There are never more critical blocks in all than ``topk=budget`` everywhere has, and where no
+    allocation that is found is better than that, that it is.
+
+    - ``objective="output"``: the model's output error is made small. How much of an attention's error reaches the
+      output is measured on the first batch, at one forward for each attention, with that one alone sparse.
+    - ``objective="attention"``: the sum over attentions of the squared relative error is.
 
     In a model prepared with ``max_topk`` the topks go to the gates' buffers, as `set_sparsity` does. Otherwise the
     model is prepared again with an override for each module, and compiles anew at its next call. Two attentions of
@@ -137,6 +150,7 @@ def allocate(
         config: settings for ``prepare``; by default those the model has been prepared with.
         max_batches: how many batches to use at most; None: all of them.
         ladder: topks to choose from, in units of the budget; those beyond a site's range are left out.
+        objective: "output" or "attention".
 
     Raises:
         TypeError: ``model`` is no module, or a batch is neither a tuple nor a mapping.
@@ -146,109 +160,49 @@ def allocate(
     SLAConfig.check_value("topk", budget)
     if not ladder or not all(0 < rung < math.inf for rung in ladder):
         raise ValueError(f"ladder: got {ladder!r}; accepted: at least one finite number above 0")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective: got {objective!r}; accepted: one of {OBJECTIVES}")
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches: got {max_batches}; accepted: an integer of at least 1, or None")
     model = unwrapped(model)
     first, stream = first_of(batches, max_batches)
     with prepared_for(model, first, config):
         at_run_time = all(gate.sparsity is not None for gate in gates(model).values())
-        measured = {path: _Measured.of(path, gate, budget, ladder) for path, gate in gates(model).items()}
-        count = _measure(model, stream, measured)
+        measured = {path: Measured.of(path, gate, budget, ladder) for path, gate in gates(model).items()}
+        count = measure(model, stream, measured)
         reached = {path: site for path, site in measured.items() if site.calls}
         if not reached:
             raise ValueError(nothing_gated(model, first))
+        evenly = dict.fromkeys(reached, budget)
+        outputs = Outputs(model, first, reached)
+        if objective == "output":
+            outputs.weigh(budget)
         chosen = _water_fill(list(reached.values()), budget, at_run_time)
-        report = _report(model, count, budget, reached, chosen, tuple(measured.keys() - reached.keys()))
+        errors = outputs.squared(evenly), outputs.squared(chosen)
+        if objective == "output" and errors[1] > errors[0]:
+            chosen, errors = evenly, (errors[0], errors[0])
+        report = _report(model, count, budget, objective, errors, reached, chosen, measured)
         _set(model, first, chosen, at_run_time)
     return report
-
-
-@dataclass
-class _Measured:
-    """One attention: its rungs, and for each the squared error and the critical share of the work."""
-
-    path: str
-    topk_before: float
-    bottomk: float
-    rungs: tuple[float, ...]
-    squared: Tensor
-    block_k: int
-    dense: float = 0.0
-    work: float = 0.0
-    critical: list[float] = field(default_factory=list)
-    calls: int = 0
-
-    @classmethod
-    def of(cls, path: str, gate: Gate, budget: float, ladder: Sequence[float]) -> _Measured:
-        topk, bottomk = gate.shares()
-        most = min(1.0 if gate.config.max_topk is None else gate.config.max_topk, 1 - bottomk)
-        if budget > most:
-            raise ValueError(f"{path}: got budget={budget}; accepted: up to {most}, for its max_topk and bottomk")
-        wanted = {round(rung * budget * MILLION) / MILLION for rung in ladder}
-        rungs = sorted({rung for rung in wanted if 0 < rung <= most} | {topk, budget})
-        zeros = torch.zeros(len(rungs), dtype=torch.float64, device=gate.weight.device)
-        return cls(path, topk, bottomk, tuple(rungs), zeros, gate.config.block_k, critical=[0.0] * len(rungs))
-
-    def add(self, call: GatedCall) -> None:
-        """Measure ``call`` at every rung."""
-        batch, heads, queries, _ = call.query.shape
-        blocks = num_blocks(call.key.shape[2], self.block_k)
-        work = float(batch * heads * queries * call.key.shape[2])
-        for i, rung in enumerate(self.rungs):
-            self.squared[i] += _distance(call.at(rung, min(self.bottomk, 1 - rung)), call.dense)
-            self.critical[i] += work * num_critical(rung, blocks) / blocks
-        self.dense += _distance(call.dense, None).item()
-        self.work += work
-        self.calls += 1
-
-    def losses(self) -> list[float]:
-        """||O - dense||^2 / ||dense||^2 at each rung."""
-        found: list[float] = (self.squared / max(self.dense, torch.finfo(torch.float64).tiny)).tolist()
-        if not all(map(math.isfinite, found)):
-            raise ValueError(f"{self.path}: attention, dense or sparse, is not finite on these batches")
-        return found
-
-
-def _distance(a: Tensor, b: Tensor | None) -> Tensor:
-    """||a - b||^2 of tensors (B, H, N, D) in float64, a chunk at a time; ||a||^2 without b."""
-    total = torch.zeros((), dtype=torch.float64, device=a.device)
-    for start in range(0, a.shape[2], _TOKENS_PER_CHUNK):
-        rows = slice(start, start + _TOKENS_PER_CHUNK)
-        part = a[:, :, rows].double()
-        total += (part if b is None else part - b[:, :, rows].double()).square().sum()
-    return total
-
-
-@torch.no_grad()
-def _measure(model: nn.Module, batches: Iterable[Arguments], measured: Mapping[str, _Measured]) -> int:
-    def observe(call: GatedCall) -> Tensor:
-        measured[call.path].add(call)
-        return call.dense
-
-    count = 0
-    with gated_calls(model, observe):
-        for args, kwargs in batches:
-            model(*args, **kwargs)
-            count += 1
-    return count
 
 
 @dataclass
 class _Group:
     """Attentions that share one topk: loss and cost at each rung, and the rung they are on."""
 
-    members: list[_Measured]
+    members: list[Measured]
     rungs: tuple[float, ...]
     loss: list[float]
     cost: list[float]
     rung: int = 0
 
     @classmethod
-    def of(cls, members: list[_Measured]) -> _Group:
+    def of(cls, members: list[Measured]) -> _Group:
         shared = set(members[0].rungs).intersection(*(member.rungs for member in members))
         rungs = tuple(sorted(shared))
         places = [[member.rungs.index(rung) for rung in rungs] for member in members]
-        losses = [member.losses() for member in members]
+        weights = [1.0 if member.effect is None else member.effect for member in members]
+        losses = [[w * loss for loss in member.losses()] for w, member in zip(weights, members, strict=True)]
         loss = [sum(own[p[i]] for own, p in zip(losses, places, strict=True)) for i in range(len(rungs))]
         cost = [sum(m.critical[p[i]] for m, p in zip(members, places, strict=True)) for i in range(len(rungs))]
         return cls(members, rungs, loss, cost)
@@ -263,9 +217,9 @@ class _Group:
         return max(raises, default=None)
 
 
-def _water_fill(sites: list[_Measured], budget: float, at_run_time: bool) -> dict[str, float]:
+def _water_fill(sites: list[Measured], budget: float, at_run_time: bool) -> dict[str, float]:
     """topk by gate path."""
-    together: dict[str, list[_Measured]] = {}
+    together: dict[str, list[Measured]] = {}
     for site in sites:
         together.setdefault(site.path if at_run_time else site.path.rpartition(".")[0], []).append(site)
     groups = [_Group.of(members) for members in together.values()]
@@ -289,9 +243,11 @@ def _report(
     model: nn.Module,
     count: int,
     budget: float,
-    reached: Mapping[str, _Measured],
+    objective: str,
+    outputs: tuple[float, float],
+    reached: Mapping[str, Measured],
     chosen: Mapping[str, float],
-    unreached: tuple[str, ...],
+    known: Iterable[str],
 ) -> AllocationReport:
     total = sum(site.work for site in reached.values())
     sites, uniform, critical = [], 0.0, 0.0
@@ -302,9 +258,20 @@ def _report(
         critical += share[chosen[path]] / total
         errors = (error[site.topk_before], error[budget], error[chosen[path]])
         sites.append(
-            SiteAllocation(path, site.topk_before, chosen[path], *errors, work=site.work / total, calls=site.calls)
+            SiteAllocation(path, site.topk_before, chosen[path], *errors, site.work / total, site.calls, site.effect)
         )
-    return AllocationReport(type(model).__name__, count, budget, uniform, critical, tuple(sites), unreached)
+    return AllocationReport(
+        model=type(model).__name__,
+        batches=count,
+        budget=budget,
+        critical_uniform=uniform,
+        critical=critical,
+        objective=objective,
+        output_uniform=math.sqrt(outputs[0]),
+        output=math.sqrt(outputs[1]),
+        sites=tuple(sites),
+        unreached=tuple(path for path in known if path not in reached),
+    )
 
 
 def _set(model: nn.Module, first: Arguments, chosen: Mapping[str, float], at_run_time: bool) -> None:

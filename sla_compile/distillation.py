@@ -25,7 +25,7 @@ from sla_compile.gate import gates, model_config
 from sla_compile.interception import Arguments, call_arguments, nothing_gated, prepared_for
 from sla_compile.preparation import unwrapped
 
-__all__ = ["LOSSES", "DistillationReport", "distill"]
+__all__ = ["LOSSES", "DistillationReport", "distill", "floating"]
 
 LOSSES = ("attention", "output")
 _MEASURED_BATCHES = 4
@@ -297,10 +297,10 @@ class _OutputLoss:
     def _distance(self, batch: Arguments) -> tuple[Tensor, Tensor]:
         args, kwargs = batch
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            wanted = list(_floating(self.model(*args, **kwargs)))
+            wanted = list(floating(self.model(*args, **kwargs)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UntrainedGatesWarning)  # they are being trained
-            got = list(_floating(self.student(*args, **kwargs)))
+            got = list(floating(self.student(*args, **kwargs)))
         if not wanted or [t.shape for t in got] != [t.shape for t in wanted]:
             raise ValueError(
                 f"{type(self.model).__name__}: its output has no floating-point tensors that compare with the dense "
@@ -315,18 +315,18 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _floating(output: Any) -> Iterator[Tensor]:
+def floating(output: Any) -> Iterator[Tensor]:
     """Every floating-point tensor in ``output``: a tensor, or tuples, lists, mappings and dataclasses of them."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
     elif isinstance(output, Mapping):
-        yield from _floating(list(output.values()))
+        yield from floating(list(output.values()))
     elif isinstance(output, tuple | list):
         for part in output:
-            yield from _floating(part)
+            yield from floating(part)
     elif dataclasses.is_dataclass(output):
-        yield from _floating([getattr(output, field.name) for field in dataclasses.fields(output)])
+        yield from floating([getattr(output, field.name) for field in dataclasses.fields(output)])
 
 
 def _gradients(loss: Tensor, tensors: list[Any]) -> list[Tensor]:

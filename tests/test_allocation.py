@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import sla_compile
-from sla_compile.allocation import _Measured, _water_fill
+from sla_compile.allocation import _water_fill
 from sla_compile.blocks import num_critical
 from sla_compile.interception import GatedCall, gated_calls
 from sla_compile.kernels import reference
+from sla_compile.measures import Measured
 from sla_compile.render import plain_text
 from tests.models import HEADS, OPTIONS, WIDTH, CalledTwice, Model, TwoAttentions, assert_follows_definition
 
@@ -93,7 +94,7 @@ def test_less_error_at_the_same_total(at_run_time: bool) -> None:
     model = prepared(uneven(), **({"max_topk": 1.0} if at_run_time else {}))
     data = batches()
     uniform = errors(model, data, dict.fromkeys(sla_compile.gates(model), BUDGET))
-    report = sla_compile.allocate(model, iter(data), budget=BUDGET)
+    report = sla_compile.allocate(model, iter(data), budget=BUDGET, objective="attention")
     given = topks(model)
     after = errors(model, data, given)
 
@@ -118,12 +119,52 @@ def test_less_error_at_the_same_total(at_run_time: bool) -> None:
     assert_follows_definition(run, model, data[0][0])
 
 
+def output_error(model: nn.Module, data: list[tuple[Tensor]]) -> float:
+    """Of the first batch, compiled, against the dense model."""
+    run = torch.compile(model, backend="sla", options={**EAGER})
+    with torch.no_grad():
+        dense = model(*data[0])
+        return ((run(*data[0]) - dense).norm() / dense.norm()).item()
+
+
+@pytest.mark.parametrize("at_run_time", [False, True], ids=["constants", "run time"])
+def test_what_reaches_the_output_counts(at_run_time: bool) -> None:
+    """The layer with the largest error of its own hardly reaches the output, so its blocks go to others."""
+    model = uneven()
+    with torch.no_grad():
+        model.blocks[1].attention.out.weight.mul_(0.02)
+    prepared(model, **({"max_topk": 1.0} if at_run_time else {}))
+    data = batches()
+    even = output_error(model, data)
+    report = sla_compile.allocate(model, data, budget=BUDGET)
+    assert report.output_uniform == pytest.approx(even, rel=1e-6)
+    assert report.output == pytest.approx(output_error(model, data), rel=1e-6)
+    assert report.output < 0.9 * even
+    assert report.critical <= report.critical_uniform
+    effects = {site.path: site.effect for site in report.sites}
+    assert min(effects, key=effects.__getitem__) == "blocks.1.attention.sla"  # type: ignore[arg-type]
+    given = topks(model)
+    assert given["blocks.1.attention.sla"] < BUDGET < given["blocks.3.attention.sla"]
+    attention = sla_compile.allocate(prepared(model, max_topk=1.0), data, budget=BUDGET, objective="attention")
+    assert report.output < attention.output
+    assert attention.sites[1].effect is None
+
+
+def test_an_output_that_no_attention_reaches() -> None:
+    model = uneven(2)
+    for block in model.blocks:
+        nn.init.zeros_(block.attention.out.weight)
+    report = sla_compile.allocate(prepared(model), batches(), budget=BUDGET)
+    assert report.output == report.output_uniform == 0
+    assert [site.effect for site in report.sites] == [None, None]
+
+
 def test_gates_count_in_the_error() -> None:
     """A gate that makes up for a layer's missing blocks leaves them to others."""
     model, data = prepared(uneven(2)), batches()
-    before = sla_compile.allocate(model, data, budget=BUDGET)
+    before = sla_compile.allocate(model, data, budget=BUDGET, objective="attention")
     sla_compile.calibrate(model, data)
-    after = sla_compile.allocate(model, data, budget=BUDGET)
+    after = sla_compile.allocate(model, data, budget=BUDGET, objective="attention")
     assert after.mean("uniform") < 0.9 * before.mean("uniform")
     given = topks(model)
     expected = errors(model, data, given)
@@ -192,7 +233,7 @@ def test_never_worse_than_the_budget_spread_evenly() -> None:
     """The best raise first can leave room that no other fits: 2.5 + 10 then, against 5.1 + 5.1."""
 
     def site(path: str, rungs: tuple[float, ...], cost: list[float], loss: list[float]) -> Any:
-        return _Measured(path, 0.2, 0.0, rungs, torch.tensor(loss), BLOCK, dense=1.0, critical=cost)
+        return Measured(path, 0.2, 0.0, rungs, torch.tensor(loss), BLOCK, dense=1.0, critical=cost)
 
     tempting = site("a.sla", (0.1, 0.2, 0.25), [1.0, 2.0, 2.5], [10.0, 5.1, 2.5])
     plain = site("b.sla", (0.1, 0.2), [1.0, 2.0], [10.0, 5.1])
@@ -205,13 +246,13 @@ def test_never_worse_than_the_budget_spread_evenly() -> None:
 
 def test_numbers_do_not_grow_with_tokens_or_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[int] = []
-    original = _Measured.add
+    original = Measured.add
 
     def spy(self: Any, call: GatedCall) -> None:
         original(self, call)
         kept.append(sum(v.numel() for v in vars(self).values() if isinstance(v, Tensor)) + len(self.critical))
 
-    monkeypatch.setattr(_Measured, "add", spy)
+    monkeypatch.setattr(Measured, "add", spy)
     sla_compile.allocate(prepared(uneven(1)), batches(3), budget=BUDGET)
     assert len(set(kept)) == 1
     assert kept[0] < 40
@@ -225,6 +266,7 @@ def test_numbers_do_not_grow_with_tokens_or_batches(monkeypatch: pytest.MonkeyPa
         ({"ladder": ()}, "ladder: got (); accepted: at least one finite number above 0"),
         ({"ladder": (1.0, -1.0)}, "ladder: got (1.0, -1.0)"),
         ({"max_batches": 0}, "max_batches: got 0"),
+        ({"objective": "loss"}, "objective: got 'loss'; accepted: one of ('output', 'attention')"),
         ({"batches": []}, "batches: empty"),
         ({"batches": [(math.nan * torch.ones(1, TOKENS, WIDTH).double(),)]}, "is not finite on these batches"),
     ],
@@ -260,3 +302,4 @@ def test_report_renders() -> None:
         assert "not reached, left as they were: blocks.9.sla" in text
         assert f"-> {100 * report.sites[1].topk:.3g}%" in text
     assert "AllocationReport of Model" in repr(report)
+    assert f"output error {report.output_uniform:.4f} spread evenly, {report.output:.4f} as allocated" in report.title
