@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import sla_compile
 from sla_compile.calibration import gather
-from sla_compile.distillation import _AttentionLoss, _Copies, _floating, _OutputLoss
+from sla_compile.distillation import _AttentionLoss, _Copies, floating, _OutputLoss
 from sla_compile.interception import GatedCall, gated_calls
 from sla_compile.kernels import reference
 from tests.helpers import assert_close, relative_error
@@ -297,7 +297,7 @@ def test_outputs_of_any_form(kind: str) -> None:
     model, (batch,) = made(Outputs()), batches(1)
     report = sla_compile.distill(model, [{"x": batch[0], "kind": kind}], steps=8, loss="output")
     assert report.losses[-1] < report.losses[0]
-    assert len(list(_floating(model(batch[0], kind)))) == (2 if kind == "tuple" else 1)
+    assert len(list(floating(model(batch[0], kind)))) == (2 if kind == "tuple" else 1)
 
 
 def test_an_output_without_floating_tensors_is_refused() -> None:
