@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import sla_compile
 from sla_compile.calibration import gather
-from sla_compile.distillation import _AttentionLoss, _Copies, floating, _OutputLoss
+from sla_compile.distillation import _AttentionLoss, _Copies, _OutputLoss, floating
 from sla_compile.interception import GatedCall, gated_calls
 from sla_compile.kernels import reference
 from tests.helpers import assert_close, relative_error
