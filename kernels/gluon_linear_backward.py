@@ -268,7 +268,7 @@ def linear_backward(
     block_q: int,
     feature_map: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As ``triton_linear_backward.linear_backward`` with a linear branch, where ``hopper.usable``; block_q at least 128."""
+    """As ``triton_linear_backward.linear_backward`` with a linear branch, where ``hopper.usable``, block_q >= 128."""
     batch, heads, queries, head_dim = q.shape
     rows = triton.cdiv(queries, block_q)
     tiles_per_head = rows * (block_q // 128)
