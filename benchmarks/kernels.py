@@ -1,0 +1,125 @@
+"""The CUDA kernels by themselves: both directions beside SDPA, Gluon beside Triton, and where the time goes.
+
+    python benchmarks/kernels.py [--tokens 32760] [--blocks 128x128 64x64]
+
+The launchers are called without the library op around them, so no autograd or checks are timed; everything else is:
+classification, block states, attention, gate, every gradient. Milliseconds by CUDA events after a warm-up, the L2
+cache flushed before each call: median, and the 20th and 80th percentile. Correctness is `tests/test_triton_gpu.py`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.testing import do_bench
+
+from sla_compile.kernels import hopper, triton_attention
+
+BATCH, HEADS, HEAD_DIM = 1, 12, 128
+
+
+def milliseconds(call: Callable[[], Any]) -> str:
+    median, low, high = do_bench(call, warmup=10, rep=60, quantiles=[0.5, 0.2, 0.8])
+    return f"{median:.3f} ({low:.3f}-{high:.3f})"
+
+
+@contextmanager
+def without_gluon() -> Iterator[None]:
+    usable = hopper.usable
+    hopper.usable = lambda *tensors, **settings: False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        hopper.usable = usable
+
+
+def tensors(tokens: int) -> list[torch.Tensor]:
+    """q, k, v and grad_out in (B, N, H, D) memory, a weight and a bias."""
+    shape = (BATCH, tokens, HEADS, HEAD_DIM)
+    activations = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(4)]
+    weight = torch.randn(HEAD_DIM, HEAD_DIM, device="cuda", dtype=torch.bfloat16) * 0.05
+    bias = torch.randn(HEAD_DIM, device="cuda", dtype=torch.bfloat16) * 0.1
+    return [*activations, weight, bias]
+
+
+def ours(inputs: list[torch.Tensor], block_q: int, block_k: int) -> tuple[str, str]:
+    q, k, v, grad_out, weight, bias = inputs
+    settings = {
+        "scale": HEAD_DIM**-0.5,
+        "block_q": block_q,
+        "block_k": block_k,
+        "feature_map": "softmax",
+        "linear": "marginal",
+    }
+
+    def forward() -> tuple[torch.Tensor, ...]:
+        return triton_attention.forward(q, k, v, weight, bias, topk=0.05, bottomk=0.10, **settings)
+
+    saved = forward()
+    return milliseconds(forward), milliseconds(
+        lambda: triton_attention.backward(grad_out, q, k, v, weight, bias, None, *saved, **settings)
+    )
+
+
+def dense(inputs: list[torch.Tensor], backend: SDPBackend) -> tuple[str, str]:
+    q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
+    with sdpa_kernel(backend):
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        forward = milliseconds(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))
+        return forward, milliseconds(lambda: torch.autograd.grad(out, (q, k, v), inputs[3], retain_graph=True))
+
+
+def stages(inputs: list[torch.Tensor], block_q: int, block_k: int, console: Console) -> None:
+    """Time of each kernel of one call in each direction, by the profiler."""
+    q, k, v, grad_out, weight, bias = inputs
+    settings = {
+        "scale": HEAD_DIM**-0.5,
+        "block_q": block_q,
+        "block_k": block_k,
+        "feature_map": "softmax",
+        "linear": "marginal",
+    }
+    calls = 10
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            saved = triton_attention.forward(q, k, v, weight, bias, topk=0.05, bottomk=0.10, **settings)
+            triton_attention.backward(grad_out, q, k, v, weight, bias, None, *saved, **settings)
+        torch.cuda.synchronize()
+    table = Table("kernel", "ms a call of both", title=f"blocks {block_q}x{block_k}")
+    rows = sorted(profile.key_averages(), key=lambda row: -row.device_time_total)
+    for row in rows:
+        table.add_row(row.key[:80], f"{row.device_time_total / calls / 1000:.3f}")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=32760)
+    parser.add_argument("--blocks", nargs="+", default=["128x128", "128x64", "64x64"])
+    parser.add_argument("--stages", action="store_true", help="also the time of each kernel")
+    options = parser.parse_args()
+    console = Console()
+    inputs = tensors(options.tokens)
+    table = Table("", "forward, ms", "backward, ms", title=f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    blocks = [tuple(int(size) for size in name.split("x")) for name in options.blocks]
+    for block_q, block_k in blocks:
+        table.add_row(f"SLA {block_q}x{block_k}", *ours(inputs, block_q, block_k))
+        with without_gluon():
+            table.add_row(f"SLA {block_q}x{block_k}, Triton alone", *ours(inputs, block_q, block_k))
+    table.add_row("cuDNN SDPA", *dense(inputs, SDPBackend.CUDNN_ATTENTION))
+    table.add_row("flash SDPA", *dense(inputs, SDPBackend.FLASH_ATTENTION))
+    console.print(table)
+    if options.stages:
+        for block_q, block_k in blocks:
+            stages(inputs, block_q, block_k, console)
+
+
+if __name__ == "__main__":
+    main()
