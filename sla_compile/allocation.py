@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from sla_compile.sparsity import millionths
 __all__ = ["AllocationReport", "SiteAllocation", "allocate"]
 
 OBJECTIVES = ("output", "attention")
+_HELD_BATCHES = 4
 
 LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Rungs, in units of the budget."""
@@ -67,7 +69,7 @@ class AllocationReport:
     """The same as allocated: at most that of ``critical_uniform``."""
     objective: str
     output_uniform: float
-    """||output - dense output|| / ||dense output|| on the first batch with the budget as topk everywhere."""
+    """||output - dense output|| / ||dense output|| on the first four batches with the budget as topk."""
     output: float
     """The same as allocated."""
     sites: tuple[SiteAllocation, ...]
@@ -134,8 +136,8 @@ def allocate(
     all that is kept. There are never more critical blocks in all than ``topk=budget`` everywhere has, and where no
     allocation that is found is better than that, that it is.
 
-    - ``objective="output"``: the model's output error is made small. How much of an attention's error reaches the
-      output is measured on the first batch, at one forward for each attention, with that one alone sparse.
+    - ``objective="output"``: the model's output error is made small. How much of an attention's error reaches it is
+      measured on the first four batches, which should differ in their diffusion times, at a forward per attention.
     - ``objective="attention"``: the sum over attentions of the squared relative error is.
 
     In a model prepared with ``max_topk`` the topks go to the gates' buffers, as `set_sparsity` does. Otherwise the
@@ -144,37 +146,30 @@ def allocate(
 
     Args:
         model: any module, prepared, compiled, or neither; without gates it is prepared with the first batch.
-        batches: an iterable of tuples of positional, or mappings of keyword, arguments of the model, on its
-            device.
+        batches: an iterable of tuples of positional, or mappings of keyword, arguments of the model.
         budget: mean topk, weighted by each attention's work (its pairs of tokens).
         config: settings for ``prepare``; by default those the model has been prepared with.
         max_batches: how many batches to use at most; None: all of them.
         ladder: topks to choose from, in units of the budget; those beyond a site's range are left out.
-        objective: "output" or "attention".
+        objective: as above.
 
     Raises:
         TypeError: ``model`` is no module, or a batch is neither a tuple nor a mapping.
         ValueError: a refused setting, a budget that a site's ``max_topk`` or ``bottomk`` has no room for, no batch,
             no attention with a gate was reached, or numbers that are not finite. The model is then as it was.
     """
-    SLAConfig.check_value("topk", budget)
-    if not ladder or not all(0 < rung < math.inf for rung in ladder):
-        raise ValueError(f"ladder: got {ladder!r}; accepted: at least one finite number above 0")
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective: got {objective!r}; accepted: one of {OBJECTIVES}")
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches: got {max_batches}; accepted: an integer of at least 1, or None")
+    _check(budget, ladder, objective, max_batches)
     model = unwrapped(model)
     first, stream = first_of(batches, max_batches)
+    held = list(islice(stream, _HELD_BATCHES))
     with prepared_for(model, first, config):
         at_run_time = all(gate.sparsity is not None for gate in gates(model).values())
         measured = {path: Measured.of(path, gate, budget, ladder) for path, gate in gates(model).items()}
-        count = measure(model, stream, measured)
+        count = measure(model, chain(held, stream), measured)
         reached = {path: site for path, site in measured.items() if site.calls}
         if not reached:
             raise ValueError(nothing_gated(model, first))
-        evenly = dict.fromkeys(reached, budget)
-        outputs = Outputs(model, first, reached)
+        evenly, outputs = dict.fromkeys(reached, budget), Outputs(model, held, reached)
         if objective == "output":
             outputs.weigh(budget)
         chosen = _water_fill(list(reached.values()), budget, at_run_time)
@@ -215,6 +210,16 @@ class _Group:
             if gain > 0 and cost <= room:
                 raises.append((gain / cost if cost > 0 else math.inf, rung))
         return max(raises, default=None)
+
+
+def _check(budget: float, ladder: Sequence[float], objective: str, max_batches: int | None) -> None:
+    SLAConfig.check_value("topk", budget)
+    if not ladder or not all(0 < rung < math.inf for rung in ladder):
+        raise ValueError(f"ladder: got {ladder!r}; accepted: at least one finite number above 0")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective: got {objective!r}; accepted: one of {OBJECTIVES}")
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches: got {max_batches}; accepted: an integer of at least 1, or None")
 
 
 def _water_fill(sites: list[Measured], budget: float, at_run_time: bool) -> dict[str, float]:

@@ -91,10 +91,10 @@ def measure(model: nn.Module, batches: Iterable[Arguments], measured: Mapping[st
 
 
 class Outputs:
-    """The model's output on one batch while some attentions are sparse, against its dense output."""
+    """The model's outputs on a few batches while some attentions are sparse, against its dense outputs."""
 
-    def __init__(self, model: nn.Module, batch: Arguments, sites: Mapping[str, Measured]) -> None:
-        self.model, self.batch, self.sites = model, batch, sites
+    def __init__(self, model: nn.Module, batches: Sequence[Arguments], sites: Mapping[str, Measured]) -> None:
+        self.model, self.batches, self.sites = model, batches, sites
         self.dense = self._run(lambda call: call.dense)
         self.norm = sum(float(_wide(d).square().sum()) for d in self.dense)
 
@@ -110,7 +110,7 @@ class Outputs:
         moved = self._run(attend)
         total = sum(float((_wide(m) - _wide(d)).square().sum()) for m, d in zip(moved, self.dense, strict=True))
         if not math.isfinite(total):
-            raise ValueError(f"{type(self.model).__name__}: its output is not finite on the first batch")
+            raise ValueError(f"{type(self.model).__name__}: its output is not finite on the first batches")
         return total / self.norm if self.norm > 0 else total
 
     def weigh(self, budget: float) -> None:
@@ -125,11 +125,10 @@ class Outputs:
 
     @torch.no_grad()
     def _run(self, attend: Callable[[GatedCall], Tensor]) -> list[Tensor]:
-        args, kwargs = self.batch
         devices = {p.device.index or 0 for p in self.model.parameters() if p.device.type == "cuda"}
         with torch.random.fork_rng(sorted(devices)), gated_calls(self.model, attend):
             torch.manual_seed(0)  # dropout, say, is the same in every run
-            return list(floating(self.model(*args, **kwargs)))
+            return [part for args, kwargs in self.batches for part in floating(self.model(*args, **kwargs))]
 
 
 def _wide(x: Tensor) -> Tensor:
