@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import os
 import sys
@@ -29,9 +30,15 @@ TYPES = {
 }
 
 
+def descriptor_type(descriptor: Any) -> str:
+    """A tensor descriptor as Triton's signatures spell it."""
+    return f"tensordesc<{TYPES[descriptor.base.dtype][1:]}{list(descriptor.block_shape)},{descriptor.layout!r}>"
+
+
 def source_of(kernel: Any, arguments: dict[str, Any]) -> Any:
-    """What Triton would compile for these arguments of a launch."""
+    """What Triton, or Gluon, would compile for these arguments of a launch."""
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -47,13 +54,19 @@ def source_of(kernel: Any, arguments: dict[str, Any]) -> Any:
             attributes[i,] = [["tt.divisibility", 16]]
         if isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
+        elif hasattr(value, "block_shape"):
+            signature[name] = descriptor_type(value)
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
         else:
             assert isinstance(value, float), name
             signature[name] = "fp32"
-    return ASTSource(kernel, signature, constants, attributes)
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    return source(kernel, signature, constants, attributes)
 
+
+SHARED_MEMORY = 232448
+"""Bytes that one program may have on an H100."""
 
 CASES = [
     Case(tokens=70),
@@ -64,9 +77,17 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_launch_compiles(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+HOPPER_CASES = [
+    Case(tokens=300, head_dim=128, block_q=128, block_k=128),
+    Case(tokens=300, head_dim=128),
+    Case(tokens=300, head_dim=72, block_q=256, block_k=128, feature_map="elu", linear="all"),
+    Case(tokens=300, head_dim=64, block_q=128, feature_map="relu", sparsity=(100_000, 100_000)),
+    Case(tokens=300, keys=200, head_dim=128, block_k=128, weight="none"),
+]
+
+
+def compile_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """From now on a launch compiles for an H100, and goes no further; the names of the kernels launched."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
@@ -74,17 +95,46 @@ def test_every_launch_compiles(case: Case, dtype: torch.dtype, monkeypatch: pyte
     compiled: list[str] = []
 
     def launcher(kernel: Any, grid: Any) -> Any:
-        def launch(*arguments: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
+        def launch(
+            *arguments: Any, num_warps: int = 4, num_stages: int = 3, maxnreg: int | None = None, **constants: Any
+        ) -> None:
             source = source_of(kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | constants)
-            options = {"num_warps": num_warps, "num_stages": num_stages}
-            triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
+            binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            assert binary.metadata.shared <= SHARED_MEMORY, kernel.fn.__name__
             compiled.append(kernel.fn.__name__)
 
         return launch
 
     monkeypatch.setattr(JITFunction, "__getitem__", launcher)
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+    return compiled
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_launch_compiles(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = compile_launches(monkeypatch)
     run_kernels(case, inputs(case, dtype, "cpu"))
     assert {"attention_forward_kernel", "attention_backward_query_kernel", "attention_backward_key_kernel"} <= {
         *compiled
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
+def test_every_launch_of_gluon_compiles(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sla_compile.kernels import gluon_primitives, hopper
+
+    compiled = compile_launches(monkeypatch)
+    monkeypatch.setattr(hopper, "usable", lambda *tensors, **settings: True)
+    for user in ("gluon_forward", "gluon_backward_query", "gluon_backward_key", "gluon_linear_backward"):
+        module = importlib.import_module(f"sla_compile.kernels.{user}")
+        assert module.multiprocessors is gluon_primitives.multiprocessors
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
+    run_kernels(case, inputs(case, dtype, "cpu"))
+    expected = {"attention_forward_kernel", "query_kernel", "key_kernel"}
+    if case.block_q >= 128 and case.weight != "none":
+        expected.add("linear_kernel")
+    assert expected <= {*compiled}
+    assert "attention_backward_key_kernel" not in compiled

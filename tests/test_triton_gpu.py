@@ -22,7 +22,7 @@ from triton_cases import (
     run_reference,
 )
 
-from sla_compile.kernels import reference
+from sla_compile.kernels import hopper, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -89,6 +89,25 @@ CASES = [
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_id)
+LARGE_BLOCKS = [
+    Case(tokens=999, head_dim=128, block_q=128, block_k=128, batch=2, topk=0.2, bottomk=0.2),
+    Case(tokens=999, head_dim=72, block_q=256, block_k=128, topk=0.3, feature_map="elu", linear="all"),
+    Case(tokens=999, head_dim=64, block_q=128, topk=0.2, feature_map="relu"),
+    Case(tokens=999, keys=700, head_dim=128, block_k=128, topk=0.3, weight="none"),
+]
+
+
+@pytest.mark.parametrize("gluon", [True, False], ids=["gluon", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("case", [*LARGE_BLOCKS, Case(tokens=999, head_dim=128, batch=2, topk=0.2)], ids=str)
+def test_gluon_and_triton(case: Case, dtype: torch.dtype, gluon: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if gluon and not hopper.available(0):
+        pytest.skip("needs a Hopper GPU and a Triton whose Gluon is known")
+    if not gluon:
+        monkeypatch.setattr(hopper, "usable", lambda *tensors, **settings: False)
+    check(case, inputs(case, dtype, "cuda"), *BUDGETS[dtype])
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_settings(case: Case, dtype: torch.dtype) -> None:
     check(case, inputs(case, dtype, "cuda"), *BUDGETS[dtype])
