@@ -88,7 +88,6 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_id)
 LARGE_BLOCKS = [
     Case(tokens=999, head_dim=128, block_q=128, block_k=128, batch=2, topk=0.2, bottomk=0.2),
     Case(tokens=999, head_dim=72, block_q=256, block_k=128, topk=0.3, feature_map="elu", linear="all"),
@@ -108,6 +107,7 @@ def test_gluon_and_triton(case: Case, dtype: torch.dtype, gluon: bool, monkeypat
     check(case, inputs(case, dtype, "cuda"), *BUDGETS[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_id)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_settings(case: Case, dtype: torch.dtype) -> None:
     check(case, inputs(case, dtype, "cuda"), *BUDGETS[dtype])
