@@ -1,0 +1,77 @@
+"""Which calls the Gluon kernels take; what they compute is tested on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from sla_compile.kernels import hopper
+
+SETTINGS = {"scale": 0.1, "block_q": 64, "block_k": 64, "masked": False}
+
+
+class OnCuda(Tensor):
+    """A CPU tensor that says it lies on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+def on_cuda(x: Tensor) -> Tensor:
+    return x.as_subclass(OnCuda)
+
+
+@pytest.fixture(autouse=True)
+def a_hopper_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "available", lambda device: True)
+
+
+def activations(head_dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return on_cuda(torch.zeros(1, 128, 2, head_dim, dtype=dtype).transpose(1, 2))
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_takes(head_dim: int, dtype: torch.dtype) -> None:
+    x = activations(head_dim, dtype)
+    for block_q, block_k in ((64, 64), (128, 64), (256, 128)):
+        assert hopper.usable(x, x, x, **{**SETTINGS, "block_q": block_q, "block_k": block_k})
+
+
+@pytest.mark.parametrize(
+    "change", [{"masked": True}, {"scale": -0.1}, {"scale": 0.0}, {"block_q": 32}, {"block_k": 256}, {"block_k": 16}]
+)
+def test_leaves_settings(change: dict[str, object]) -> None:
+    x = activations()
+    assert not hopper.usable(x, x, x, **{**SETTINGS, **change})  # type: ignore[arg-type]
+
+
+def test_leaves_tensors() -> None:
+    x = activations()
+    for other in (activations(head_dim=256), activations(dtype=torch.float32), torch.zeros(1, 2, 128, 64).bfloat16()):
+        assert not hopper.usable(other, other, other, **SETTINGS)
+    # TMA wants strides above zero
+    expanded = on_cuda(torch.zeros(1, 2, 128, 64, dtype=torch.bfloat16).expand(3, 2, 128, 64))
+    assert not hopper.usable(expanded, x, x, **SETTINGS)
+    assert not hopper.usable(x, x, expanded, **SETTINGS)
+
+
+def test_leaves_other_gpus_and_unknown_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    monkeypatch.undo()
+    for capability, version, expected in (
+        ((9, 0), "3.6.0", True),
+        ((9, 0), "3.9.1", True),
+        ((9, 0), "3.5.1", False),
+        ((9, 0), "4.0.0", False),
+        ((8, 0), "3.6.0", False),
+        ((10, 0), "3.6.0", False),
+    ):
+        hopper.available.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        monkeypatch.setattr(triton, "__version__", version)
+        assert hopper.available(0) is expected, (capability, version)
+    hopper.available.cache_clear()
