@@ -35,7 +35,7 @@ def of_different_tensors(query: Any, key: Any) -> bool:
 
 
 def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "").partition(".")[0]
 
 
 def _projected(side: Any) -> set[fx.Node] | None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sla_compile.checkpoint import load, save
     from sla_compile.config import SLAConfig
     from sla_compile.distillation import DistillationReport, distill
+    from sla_compile.exporting import export
     from sla_compile.gate import Gate, detach, gate_parameters, gates
     from sla_compile.ops import sparse_linear_attention
     from sla_compile.preparation import prepare
@@ -36,6 +37,7 @@ __all__ = [
     "detach",
     "distill",
     "explain",
+    "export",
     "gate_parameters",
     "gates",
     "load",
@@ -60,6 +62,7 @@ _HOMES = {
     "detach": "gate",
     "distill": "distillation",
     "explain": "reports",
+    "export": "exporting",
     "gate_parameters": "gate",
     "gates": "gate",
     "load": "checkpoint",

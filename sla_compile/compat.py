@@ -10,7 +10,7 @@ import re
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ from torch import nn
 
 __all__ = [
     "Frame",
+    "always_holds",
     "compiled_siblings",
     "current_frame",
     "data_parallel",
@@ -292,6 +293,21 @@ def size_hint(size: int | torch.SymInt) -> int | None:
         return size
     hint = size.node.hint
     return None if hint is None else int(hint)
+
+
+def always_holds(condition: str, ranges: Mapping[Any, Any]) -> bool:
+    """Whether ``condition``, a comparison by >= or <, holds all over an exported program's ``range_constraints``.
+
+    Goes when torch tells publicly whether the ranges of an exported program imply something.
+    """
+    import sympy
+    from torch.utils._sympy.value_ranges import bound_sympy
+
+    relation = sympy.sympify(condition, locals={str(symbol): symbol for symbol in ranges})
+    if relation in (sympy.true, sympy.false):
+        return bool(relation)
+    bounds = bound_sympy(relation.lhs - relation.rhs, dict(ranges))
+    return bool(bounds.upper < 0 if isinstance(relation, sympy.StrictLessThan) else bounds.lower >= 0)
 
 
 _MODULES_ENTRY = re.compile(r"\.__dict__\['_modules'\]\['([^']+)'\]|\._modules\['([^']+)'\]")

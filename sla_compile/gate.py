@@ -9,6 +9,7 @@ arguments and erases it. A prepared model that is not compiled is exactly the de
 
 from __future__ import annotations
 
+import contextlib
 import json
 import weakref
 from collections.abc import Iterator
@@ -162,7 +163,7 @@ class GateMarker:
         self.owner = owner
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling() or _MARK_EXPORTS[0]:
             owner = module if self.owner is None else self.owner
             for name in self.names:
                 gate = getattr(owner, name)
@@ -171,6 +172,18 @@ class GateMarker:
 
 
 skip_as_root_frame(GateMarker.__call__)
+
+_MARK_EXPORTS = [False]
+
+
+@contextlib.contextmanager
+def marked_exports() -> Iterator[None]:
+    """Within this, markers also appear where ``torch.export`` traces without Dynamo."""
+    _MARK_EXPORTS[0] = True
+    try:
+        yield
+    finally:
+        _MARK_EXPORTS[0] = False
 
 
 def gate_name(ordinal: int) -> str:

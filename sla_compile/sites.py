@@ -151,8 +151,8 @@ def _site(
     if isinstance(decision, Rewrite) and marker is not None and marker.module is not call.module:
         decision = Keep(
             "its gate is bound outside the region that holds the attention",
-            "a checkpointed part of the owner's forward",
-            "checkpointing the whole owner",
+            "a part of the owner's forward that is traced by itself, as a checkpoint is",
+            "such a part that holds the whole owner",
         )
     return Site(call, path, owner, ordinal, marker, config, model_config, decision)
 

@@ -207,3 +207,13 @@ def test_size_hint_adds_no_guard() -> None:
 )
 def test_plain_module_path(source: str, path: str) -> None:
     assert compat.plain_module_path(source) == path
+
+
+def test_conditions_over_the_ranges_of_an_exported_program() -> None:
+    shapes = ({0: torch.export.Dim("tokens", min=50, max=100)},)
+    ranges = torch.export.export(Outer(), (torch.ones(70, 4),), dynamic_shapes=shapes).range_constraints
+    (tokens,) = ranges
+    relations = {">= 50": True, ">= 51": False, "< 101": True, "< 100": False, "*2 >= 100": True, "+ 5 >= 56": False}
+    for relation, holds in relations.items():
+        assert compat.always_holds(f"{tokens} {relation}".replace(" *", "*"), ranges) is holds, relation
+    assert compat.always_holds("7 >= 7", ranges)
