@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_pairs import make_buffers, pair_producer, split_pair, statistics_descriptor
+from .gluon_pairs import make_buffers, matrix_of, pair_producer, split_pair, statistics_descriptor
 from .gluon_primitives import (
     feature_map_backward,
     load_row,
@@ -88,8 +88,7 @@ def key_consumer(
         if HAS_LINEAR:
             index = taken % STAGES
             mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
-            grad_state = view_as(ring.index(index), gl.bfloat16, [1, PADDED_DIM, PADDED_DIM], matrix_layout)
-            grad_state = grad_state.reshape([PADDED_DIM, PADDED_DIM])
+            grad_state = matrix_of(ring.index(index), gl.bfloat16, matrix_layout).reshape([PADDED_DIM, PADDED_DIM])
             if dtype == gl.bfloat16:
                 grad_phi = warpgroup_mma(value, grad_state.permute((1, 0)), zero, use_acc=False, is_async=True)
             else:

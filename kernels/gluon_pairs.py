@@ -10,7 +10,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .gluon_primitives import all_threads, load_tile, locate_tile, view_as
 
-__all__ = ["make_buffers", "pair_producer", "split_pair", "statistics_descriptor"]
+__all__ = ["make_buffers", "matrix_of", "pair_producer", "split_pair", "statistics_descriptor"]
 
 
 @gluon.jit
@@ -38,7 +38,6 @@ def pair_producer(
     PARTS: gl.constexpr = LISTED_BLOCK // LISTED_TILE
     tile_layout: gl.constexpr = listed_a_desc.layout
     matrix_dtype: gl.constexpr = matrix_desc.dtype
-    matrix_shape: gl.constexpr = matrix_desc.block_type.shape
     matrix_layout: gl.constexpr = matrix_desc.layout
 
     filled = 0
@@ -61,7 +60,7 @@ def pair_producer(
             mbarrier.wait(ring_empty.index(index), (filled // STAGES & 1) ^ 1)
             mbarrier.expect(ring_full.index(index), matrix_desc.block_type.nbytes)
             matrix_row = batch_head * matrix_rows + gl.minimum(block, matrix_rows - 1)
-            matrix = view_as(ring.index(index), matrix_dtype, matrix_shape, matrix_layout)
+            matrix = matrix_of(ring.index(index), matrix_dtype, matrix_layout)
             load_tile(matrix_desc, [matrix_row, 0, 0], ring_full.index(index), matrix)
             filled += 1
         turn += 1
@@ -103,6 +102,14 @@ def split_pair(unit, TILE: gl.constexpr, layout: gl.constexpr):
     shape: gl.constexpr = [2, 1, 1, TILE, unit.type.shape[2]]
     pair = view_as(unit, dtype, shape, layout)
     return pair.index(0), pair.index(1)
+
+
+@gluon.jit
+def matrix_of(unit, dtype: gl.constexpr, layout: gl.constexpr):
+    """The matrix [1, dims, dims] that one stage of the ring begins with: a stage has room for one or two."""
+    dims: gl.constexpr = unit.type.shape[2]
+    shape: gl.constexpr = [unit.type.shape[1] // dims, 1, dims, dims]
+    return view_as(unit, dtype, shape, layout).index(0)
 
 
 @gluon.jit

@@ -117,10 +117,16 @@ def multiprocessors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@functools.cache
+def shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """The widest swizzle for tiles of this shape; kept, because finding it takes longer than the descriptor."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), _ELEMENTS[dtype])
+
+
 def tile_descriptor(x: torch.Tensor, tile: int) -> TensorDescriptor:
     """TMA over x (B, H, N, D), `vector_readable`, in tiles of ``tile`` tokens and the padded head dimension."""
     block = [1, 1, tile, padded_dim(x.shape[3])]
-    layout = gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[x.dtype])
+    layout = shared_layout(tuple(block), x.dtype)
     # an axis of one element may have any stride; TMA wants whole vectors
     strides = [stride if size > 1 else block[3] for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True)]
     return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
@@ -132,5 +138,5 @@ def matrix_descriptor(matrix: torch.Tensor, head_dim: int) -> TensorDescriptor:
     block = [1, padded, padded]
     pitch = matrix.stride(-2)
     count = max(1, matrix.numel() // (head_dim * matrix.shape[-1]))
-    layout = gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[matrix.dtype])
+    layout = shared_layout(tuple(block), matrix.dtype)
     return TensorDescriptor(matrix, [count, head_dim, head_dim], [head_dim * pitch, pitch, 1], block, layout)
