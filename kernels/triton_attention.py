@@ -135,6 +135,8 @@ def backward(
             states, normalizers = _sum_over_keys(states, normalizers, matrices)
         masked = logit_bias is not None or causal
         fast = hopper.usable(grad_out, q, k, v, scale=scale, block_q=block_q, block_k=block_k, masked=masked)
+        grad_states: torch.Tensor | None
+        grad_normalizers: torch.Tensor | None
         queries = (grad_out, q, gate, bias, out, linear_out, lse, states, normalizers)
         if fast and has_linear and block_q >= 128:
             dq, statistics, grad_states, grad_normalizers = hopper.linear_backward(
