@@ -25,7 +25,7 @@ from sla_compile.gate import (
 from sla_compile.passes.decide import Keep, Rewrite
 from sla_compile.passes.rewrite import erase_markers, replace_attention
 from sla_compile.record import remember, remember_break
-from sla_compile.sites import BROKEN, Settings, Site, find_sites
+from sla_compile.sites import BROKEN, Settings, Site, find_sites, remember_calls
 
 __all__ = ["UntrainedGatesWarning", "rewrite_graph", "sla"]
 
@@ -82,6 +82,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Settings, frame: Frame | None) -
         return []
     with user_errors():
         sites, markers = find_sites(gm, settings, frame)
+        remember_calls(sites, frame)
         if (sites or markers) and frame.join_buckets():
             frame.restart("sla_compile sees the graph before it is cut into DDP's buckets")
         injected = _inject(sites, frame)

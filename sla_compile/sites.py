@@ -6,21 +6,23 @@ This is where the passes (which know graphs) meet the modules (which own gates).
 from __future__ import annotations
 
 import json
+import weakref
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from sla_compile.compat import Frame, plain_module_path
+from sla_compile.compat import Frame, plain_module_path, runs_forward_of
 from sla_compile.config import SITE_FIELDS, SLAConfig
 from sla_compile.gate import Gate, gate_name, own_gates
 from sla_compile.passes.decide import Decision, Keep, Requirements, Rewrite, decide
 from sla_compile.passes.match import AttentionCall, Marker, find_attention, find_markers
 
-__all__ = ["PREPARED", "Settings", "Site", "find_sites", "requirements"]
+__all__ = ["PREPARED", "Settings", "Site", "find_sites", "remember_calls", "requirements"]
 
 PREPARED = "_sla_prepared"
 """Attribute of an owner: (SLAConfig, module path) that ``prepare`` saw it under; survives deepcopy and pickle."""
@@ -106,17 +108,35 @@ def find_sites(gm: fx.GraphModule, settings: Settings, frame: Frame) -> tuple[li
     paths = _module_paths(frame)
     counts: Counter[Any] = Counter()
     sites = []
+    root = frame.root_module()
+    earlier = _calls_before(frame, root) if frame.resumed and root is not None else 0
     for call in find_attention(gm):
         calling = _identities(call.stack)
-        ordinal = counts[calling]
+        owner = frame.module(call.stack[-1].identity) if call.stack else root
+        ordinal = counts[calling] + (earlier if owner is root else 0)
         counts[calling] += 1
-        owner = frame.module(call.stack[-1].identity) if call.stack else frame.root_module()
         local_path = paths.get(id(owner), plain_module_path(call.stack[-1].source) if call.stack else "")
         site = _site(call, owner, local_path, ordinal, marked.get((calling, ordinal)), settings)
         if owner is None and frame.resumed and isinstance(site.decision, Keep):
             site = replace(site, decision=Keep(BROKEN, frame.code.co_name, "an attention without a break before it"))
         sites.append(site)
     return sites, markers
+
+
+# How many attention calls a graph compiled for this code has that are those of the frame's own module.
+_CALLS: weakref.WeakKeyDictionary[CodeType, int] = weakref.WeakKeyDictionary()
+
+
+def remember_calls(sites: list[Site], frame: Frame) -> None:
+    """Note how many calls come before those of a frame that resumes this one after a graph break."""
+    _CALLS[frame.code] = sum(site.owner is frame.root_module() for site in sites if site.owner is not None)
+
+
+def _calls_before(frame: Frame, root: nn.Module) -> int:
+    """Attention calls of ``root`` in the part of its forward that ran before the graph break."""
+    first = frame.code.co_firstlineno  # of a frame that resumes, the line of the break
+    parts = {(code.co_name, code.co_firstlineno): n for code, n in _CALLS.items() if runs_forward_of(code, root)}
+    return sum(n for (_, line), n in parts.items() if line < first)
 
 
 def _site(
