@@ -117,7 +117,6 @@ def test_finetune_smoke_runs_every_arm(tmp_path: Path) -> None:
     ("key", "saved"),
     [
         ("dense training, seed 0", []),
-        ("SLA 95%, seed 0", ["dense/-/0"]),
         ("SLA, calibrated, trained 95%, seed 0", ["dense/-/0", "sla/0.95/0"]),
     ],
 )
