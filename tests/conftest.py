@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 _FRESH = (
     (torch, ("empty", "empty_like", "empty_strided")),
@@ -27,6 +28,8 @@ def nan_fresh_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return fresh
 
+    # it keeps what it finds at its first call: found here, `with torch.device(...)` would miss torch.empty ever after
+    _device_constructors()
     for owner, names in _FRESH:
         for name in names:
             monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
