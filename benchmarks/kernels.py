@@ -49,15 +49,19 @@ def tensors(tokens: int) -> list[torch.Tensor]:
     return [*activations, weight, bias]
 
 
-def ours(inputs: list[torch.Tensor], block_q: int, block_k: int) -> tuple[str, str]:
-    q, k, v, grad_out, weight, bias = inputs
-    settings = {
+def settings_of(block_q: int, block_k: int) -> dict[str, Any]:
+    return {
         "scale": HEAD_DIM**-0.5,
         "block_q": block_q,
         "block_k": block_k,
         "feature_map": "softmax",
         "linear": "marginal",
     }
+
+
+def ours(inputs: list[torch.Tensor], block_q: int, block_k: int) -> tuple[str, str]:
+    q, k, v, grad_out, weight, bias = inputs
+    settings = settings_of(block_q, block_k)
 
     def forward() -> tuple[torch.Tensor, ...]:
         return triton_attention.forward(q, k, v, weight, bias, topk=0.05, bottomk=0.10, **settings)
@@ -79,13 +83,7 @@ def dense(inputs: list[torch.Tensor], backend: SDPBackend) -> tuple[str, str]:
 def stages(inputs: list[torch.Tensor], block_q: int, block_k: int, console: Console) -> None:
     """Time of each kernel of one call in each direction, by the profiler."""
     q, k, v, grad_out, weight, bias = inputs
-    settings = {
-        "scale": HEAD_DIM**-0.5,
-        "block_q": block_q,
-        "block_k": block_k,
-        "feature_map": "softmax",
-        "linear": "marginal",
-    }
+    settings = settings_of(block_q, block_k)
     calls = 10
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(calls):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 
-__all__ = ["usable"]
+__all__ = ["attention_backward_key", "attention_backward_query", "attention_forward", "linear_backward", "usable"]
 
 TRITON_VERSIONS = ((3, 6), (3, 9))
 """First and last minor version whose Gluon these kernels were compiled with: Gluon is experimental."""
