@@ -47,7 +47,7 @@ def set_sparsity(
         for gate in chosen.values():
             for place, value in enumerate((topk, bottomk)):
                 if value is not None and gate.sparsity is not None:
-                    gate.sparsity[place] = millionths(value)
+                    gate.sparsity[place].fill_(millionths(value))  # an assignment would wait for the device
 
 
 def millionths(share: float) -> int:

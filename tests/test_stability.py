@@ -151,19 +151,21 @@ def check_situation(
 def rounding(case: Case, tensors: Tensors, name: str, wanted: torch.Tensor) -> float:
     """What float32 in a backward of FlashAttention's form costs, in the norm of the whole gradient.
 
-    Probabilities come from the logits and their stored log-sum-exp again, so they are off by the rounding of these;
-    and dP - D, where one key has all the weight, is the difference of two equal numbers.
+    Probabilities come from the logits and their stored log-sum-exp again, so they are off by the rounding of these,
+    of a sum over the head's dimensions each; and dP - D, where one key has all the weight, is the difference of two
+    equal numbers, of which D comes from the stored output: on a GPU in its own precision, as in FlashAttention.
     """
     if name in ("out", "dweight", "dbias"):
         return 0.0
     eps = torch.finfo(torch.float32).eps
+    stored = torch.finfo(tensors[0].dtype).eps if tensors[0].is_cuda else eps
     q, k, v, _, _, grad_out = (x.double() for x in tensors)
     scale = case.options["scale"]
     largest = {key: x.norm(dim=-1).max().item() for key, x in (("q", q), ("k", k), ("v", v), ("dO", grad_out))}
     logit = (q @ k.mT).abs().max().item() * scale
     other = {"dq": largest["k"], "dk": largest["q"], "dv": 0.0}[name]
     cancelled = largest["dO"] * largest["v"] * other * scale * (wanted.numel() / wanted.shape[-1]) ** 0.5
-    return eps * (2 * logit * wanted.norm().item() + 4 * cancelled)
+    return 8 * eps * logit * wanted.norm().item() + max(stored, 4 * eps) * cancelled
 
 
 def definition(case: Case, tensors: Tensors, block_map: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
