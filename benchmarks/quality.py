@@ -1,9 +1,10 @@
 """The arms of examples/finetune.py for several seeds: mean and spread, and whether SLA keeps a dense model's quality.
 
-    python benchmarks/quality.py --out runs/quality --seconds 540    # again, until it says that all is done
-    python benchmarks/quality.py --out runs/quality --report         # writes benchmarks/quality.md, .csv, .png, .gif
+    python benchmarks/quality.py --out runs/quality --seconds 540 --workers 3    # again, until it says that all is done
+    python benchmarks/quality.py --out runs/quality --report    # writes benchmarks/quality.md, .csv, .png, .gif
 
 It stops by itself in time, with what is done in ``--out``, and goes on from there. The most telling arms come first.
+``--workers`` processes share the device: while one compiles, another trains.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import contextlib
 import dataclasses
 import json
 import math
+import multiprocessing
+import os
 import statistics
 import sys
 import textwrap
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +33,7 @@ from rich.console import Console
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 
-from arms import ARMS  # noqa: E402
+from arms import ARMS, MAIN  # noqa: E402
 from experiment import Experiment, Job, jobs_of  # noqa: E402
 from pictures import aggregate, save_csv, save_plot, save_samples  # noqa: E402
 from settings import PRESETS, Settings  # noqa: E402
@@ -37,13 +42,16 @@ from training import OutOfTime  # noqa: E402
 from sla_compile.backend import UntrainedGatesWarning  # noqa: E402
 from sla_compile.blocks import num_blocks, num_critical  # noqa: E402
 
-ROUNDS: tuple[tuple[tuple[str, ...], tuple[float, ...]], ...] = (
-    (tuple(ARMS), (0.95,)),
-    (("sparse", "sla", "calibrated"), (0.90, 0.80)),
-    (("all",), (0.90, 0.80)),
-    (("calibrated-tuned",), (0.90, 0.80)),
+ROUNDS: tuple[tuple[tuple[str, ...], tuple[float, ...], int], ...] = (
+    (MAIN, (0.95,), 99),
+    (("sla-long",), (0.95,), 1),
+    (("sparse", "sla"), (0.90, 0.80), 99),
+    (("sla-wide",), (0.95, 0.90), 99),
+    (("calibrated", "sparse-wide"), (0.90,), 99),
+    (("calibrated",), (0.80,), 99),
+    (("all", "calibrated-tuned"), (0.90, 0.80), 99),
 )
-"""Arms and sparsities, in the order in which they are run."""
+"""Arms, sparsities and the most seeds, in the order in which they are run."""
 
 Row = Mapping[str, Any]
 Groups = Mapping[tuple[str, float | None], Sequence[Row]]
@@ -51,7 +59,7 @@ Groups = Mapping[tuple[str, float | None], Sequence[Row]]
 
 def jobs_for(seeds: Sequence[int]) -> list[Job]:
     """All jobs in their order, each once."""
-    return list(dict.fromkeys(job for arms, shares in ROUNDS for job in jobs_of(arms, shares, seeds)))
+    return list(dict.fromkeys(job for arms, shares, most in ROUNDS for job in jobs_of(arms, shares, seeds[:most])))
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
@@ -64,20 +72,86 @@ def settings_of(options: argparse.Namespace) -> Settings:
 def measure(options: argparse.Namespace, began: float, console: Console) -> None:
     """Do as much as the seconds allow."""
     device = torch.device(options.device)
-    seconds = options.seconds - (time.monotonic() - began) - options.reserve
-    experiment = Experiment(settings_of(options), options.out, device, console, seconds=seconds)
+    options.out.mkdir(parents=True, exist_ok=True)
     machine = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "torch": torch.__version__,
         "command": " ".join(["python", "benchmarks/quality.py", *sys.argv[1:]]),
+        "workers": options.workers,
     }
     (options.out / "machine.json").write_text(json.dumps(machine, indent=1))
     jobs = jobs_for(range(options.seeds))
+    missing = [job for job in jobs if job.key not in results_in(options.out)]
+    ends = began + options.seconds - options.reserve
+    if options.workers == 1:
+        work(missing, experiment_of(options, ends, console))
+    elif missing:
+        share(missing, options, ends, console)
+    results = results_in(options.out)
+    missing = [job for job in jobs if job.key not in results]
+    state = "all is done" if not missing else f"{len(missing)} left, call again; the next is {missing[0].label}"
+    console.print(f"{len(jobs) - len(missing)} of {len(jobs)} arms done in {time.time() - began:.0f} s: {state}")
+
+
+def results_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """The rows that are there, by the keys of their jobs."""
+    path = folder / "results.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def experiment_of(options: argparse.Namespace, ends: float, console: Console, lock: Any = None) -> Experiment:
+    """The experiment in the folder ``--out``, until ``time.time()`` is ``ends``."""
+    warnings.filterwarnings("ignore", category=UntrainedGatesWarning)  # training them is next
+    device, seconds = torch.device(options.device), ends - time.time()
+    settings, graphs = settings_of(options), not options.no_graphs
+    return Experiment(settings, options.out, device, console, seconds=seconds, capture=graphs, lock=lock)
+
+
+def work(jobs: Sequence[Job], experiment: Experiment) -> None:
+    """Run ``jobs`` as far as the time goes."""
     with contextlib.suppress(OutOfTime):
         experiment.run(jobs)
-    missing = [job for job in jobs if job.key not in experiment.results]
-    state = "all is done" if not missing else f"{len(missing)} left, call again; the next is {missing[0].label}"
-    console.print(f"{len(jobs) - len(missing)} of {len(jobs)} arms done in {time.monotonic() - began:.0f} s: {state}")
+
+
+_mine: list[Experiment] = []
+"""The experiment of this process, where it is one of several workers."""
+
+
+def _begin(options: argparse.Namespace, ends: float, lock: Any) -> None:
+    torch.set_num_threads(threads_of(options.workers))
+    _mine.append(experiment_of(options, ends, Console(width=140, force_terminal=False), lock))
+
+
+def _ready(seed: int | None) -> None:
+    """The dense training of ``seed``; for None, the network of the Fréchet distance."""
+    with contextlib.suppress(OutOfTime):
+        if seed is None:
+            _mine[0].learn_features()
+        else:
+            _mine[0].pretrain(seed)
+
+
+def _work(jobs: Sequence[Job]) -> None:
+    work(jobs, _mine[0])
+
+
+def threads_of(workers: int) -> int:
+    """For each of them."""
+    return max(1, (os.cpu_count() or 1) // workers)
+
+
+def share(jobs: Sequence[Job], options: argparse.Namespace, ends: float, console: Console) -> None:
+    """Let workers take the jobs, all seeds of an arm at a time, once what every job needs is there."""
+    for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        os.environ.setdefault(name, str(threads_of(options.workers)))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, spawn, _begin, (options, ends, spawn.Lock())) as pool:
+        list(pool.map(_ready, [*sorted({job.seed for job in jobs}), None]))
+        groups = [list(group) for _, group in groupby(jobs, key=lambda job: (job.arm, job.sparsity))]
+        running = [pool.submit(_work, group) for group in groups]
+    for group, future in zip(groups, running, strict=True):
+        if (error := future.exception()) is not None:  # the other arms are none the worse for it
+            console.print(f"{group[0].label}, or a later seed: {type(error).__name__}: {error}")
 
 
 def spread(values: Sequence[float], form: str = ".4f") -> str:
@@ -100,7 +174,6 @@ def excess(row: Row, base: Row) -> float:
 def main_table(groups: Groups, tokens: int, block: int) -> list[str]:
     """Every arm: losses, Frechet distance, time."""
     dense = groups.get(("dense", None), [])
-    blocks = num_blocks(tokens, block)
     lines = [
         "| arm | sparsity | critical blocks of a row | loss before | loss after | above dense, % | Fréchet | ms/step |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -108,6 +181,7 @@ def main_table(groups: Groups, tokens: int, block: int) -> list[str]:
     for (arm, share), rows in groups.items():
         critical = "all" if ARMS[arm].attention == "dense" else "none"
         if share is not None:
+            blocks = num_blocks(tokens, block * ARMS[arm].wide)
             critical = f"{num_critical(round(1 - share, 6), blocks)} of {blocks}"
         times = [row["step_ms"] for row in rows if row["step_ms"]]
         above = paired(rows, dense, excess)
@@ -168,7 +242,25 @@ def bars(groups: Groups) -> list[str]:
     return lines
 
 
-def what_was_done(settings: Settings, real: float) -> list[str]:
+def stability(rows: Sequence[Row]) -> list[str]:
+    """How the losses of the long training went: whether they stayed finite, and fell."""
+    lines = []
+    for row in rows:
+        losses = [loss for _, loss in row["losses"]]
+        size = max(1, len(losses) // 10)
+        tenths = [statistics.fmean(losses[i : i + size]) for i in range(0, size * (len(losses) // size), size)]
+        calm = all(math.isfinite(loss) for loss in losses) and max(tenths) <= 1.1 * tenths[0]
+        shown = ", ".join(f"{mean:.4f}" for mean in tenths)
+        lines += [
+            f"Seed {row['seed']}, {row['sparsity']:.0%}, {row['losses'][-1][0]} steps: "
+            f"{'no NaN and no divergence' if calm else '**it diverged**'}; largest noted loss {max(losses):.4f}, "
+            f"held-out loss {row['before']:.4f} -> {row['after']:.4f}. Mean training loss of each tenth:",
+            f"{shown}.",
+        ]
+    return lines
+
+
+def what_was_done(settings: Settings, real: float, workers: int) -> list[str]:
     """The settings, in sentences."""
     grid = "x".join(str(size // step) for size, step in zip(settings.size, settings.patch, strict=True))
     sentences = (
@@ -184,19 +276,22 @@ def what_was_done(settings: Settings, real: float) -> list[str]:
         f"as many real videos have {real:.3f}.",
         "Mean (least to most) over seeds.",
         '"Above dense" compares, seed by seed, with the dense model trained on for as many steps.',
+        *([f"{workers} trainings shared the device, so step times are no measure of the arms."] * (workers > 1)),
     )
     return textwrap.wrap(" ".join(sentences), 118)
 
 
 def report(options: argparse.Namespace) -> None:
     """Write the table and the pictures of what is in ``--out``."""
-    results = json.loads((options.out / "results.json").read_text())
+    results = results_in(options.out)
     settings = json.loads((options.out / "settings.json").read_text())
     machine = json.loads((options.out / "machine.json").read_text())
     known = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
     samples = torch.load(options.out / "samples.pt", weights_only=True)
-    shown = {key: video for key, video in samples.items() if key.split("/")[1] in ("-", "0.95")}
-    groups = aggregate(results)
+    shown = {job.key: samples[job.key] for job in jobs_of(MAIN, [0.95], [0]) if job.key in samples}
+    long = [row for row in results.values() if row.get("arm") == "sla-long"]
+    compared = {key: row for key, row in results.items() if row.get("arm") != "sla-long"}
+    groups = aggregate(compared)
     seeds = sorted({row["seed"] for rows in groups.values() for row in rows})
     text = [
         "# Quality after the switch",
@@ -205,7 +300,7 @@ def report(options: argparse.Namespace) -> None:
         "",
         f"    {machine['command']}",
         "",
-        *what_was_done(known, results["real"]["frechet"]),
+        *what_was_done(known, results["real"]["frechet"], machine["workers"]),
         "",
         *main_table(groups, known.tokens, known.block),
         "",
@@ -217,6 +312,7 @@ def report(options: argparse.Namespace) -> None:
         "",
         *time_table(groups),
         "",
+        *(["A longer training of SLA, with autocast to bf16 on a GPU:", "", *stability(long), ""] if long else []),
         "![held-out loss and Fréchet distance against sparsity](quality.png)",
         "",
         "Samples of the first seed at 95% sparsity, from the same noise; in reading order:",
@@ -228,18 +324,20 @@ def report(options: argparse.Namespace) -> None:
     folder = options.report_to
     (folder / "quality.md").write_text("\n".join(text))
     save_csv(results, folder / "quality.csv")
-    save_plot(results, folder / "quality.png")
+    save_plot(compared, folder / "quality.png")
     save_samples(shown, folder, "quality_samples", scale=1)
 
 
 def main() -> None:
     """Measure, or report what was measured."""
-    began = time.monotonic()
+    began = time.time()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of results: gone on with where it has some")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop by then")
     parser.add_argument("--reserve", type=float, default=10.0, help="seconds of these to end in")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the device")
+    parser.add_argument("--no-graphs", action="store_true", help="launch every kernel by itself on a GPU")
     parser.add_argument("--preset", choices=list(PRESETS), default="gpu")
     parser.add_argument("--dense-steps", type=int)
     parser.add_argument("--steps", type=int)
@@ -252,7 +350,6 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="write the table and the pictures instead")
     parser.add_argument("--report-to", type=Path, default=HERE, help="folder of the table and the pictures")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore", category=UntrainedGatesWarning)  # training them is next
     if options.report:
         report(options)
     else:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from captured import Captured
 from settings import Settings
 from torch import Tensor, nn
 from video_dit import SelfAttention, VideoDiT, VideoDiTConfig
 
 import sla_compile
 
-__all__ = ["ARMS", "Arm", "LinearAttention", "Student", "Wan"]
+__all__ = ["ARMS", "MAIN", "Arm", "LinearAttention", "Student", "Wan"]
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,20 @@ class Arm:
     """``SLAConfig.linear``, for "sla"."""
     calibrated: bool = False
     trained: bool = True
+    wide: int = 1
+    """Tokens in a block, in units of ``Settings.block``."""
+    longer: int = 1
+    """Steps of training, in units of ``Settings.steps``."""
 
     @property
     def sparse(self) -> bool:
         """Whether the arm has a sparsity."""
         return self.attention == "sla"
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What is compiled, besides the sparsity: arms that have it in common share a ``Student``."""
+        return self.attention, self.branch, self.wide
 
 
 ARMS = {
@@ -46,6 +56,14 @@ ARMS = {
     "sla": Arm("SLA"),
     "calibrated": Arm("SLA, calibrated only", calibrated=True, trained=False),
     "calibrated-tuned": Arm("SLA, calibrated, trained", calibrated=True),
+}
+MAIN = tuple(ARMS)
+"""The arms of the comparison; the other ones are variants of them."""
+
+ARMS |= {
+    "sla-wide": Arm("SLA, blocks twice as long", wide=2),
+    "sparse-wide": Arm("sparse only, blocks twice as long", branch="none", wide=2),
+    "sla-long": Arm("SLA, trained four times as long", longer=4),
 }
 
 
@@ -114,10 +132,17 @@ def build(settings: Settings, attention: str = "dense") -> nn.Module:
 
 
 class Student:
-    """A model with one kind of attention, its blocks compiled; call it with a noisy video and its time."""
+    """A model with one kind of attention, its blocks compiled; call it with a noisy video and its time.
 
-    def __init__(self, settings: Settings, arm: Arm, sparsity: float | None, device: torch.device) -> None:
+    ``capture``: whether, on a GPU, training steps and ``velocity`` are to be replayed as CUDA graphs.
+    """
+
+    def __init__(
+        self, settings: Settings, arm: Arm, sparsity: float | None, device: torch.device, *, capture: bool = True
+    ) -> None:
         self.settings, self.device = settings, device
+        self.captured = capture and device.type == "cuda"
+        self._velocity = Captured(self._forward, self.captured)
         self.model = build(settings, arm.attention).to(device)
         backend = "inductor"
         if arm.attention == "sla":
@@ -138,8 +163,8 @@ class Student:
         config = sla_compile.SLAConfig(
             topk=round(1 - (sparsity or 0.0), 6),
             bottomk=settings.bottomk,
-            block_q=settings.block,
-            block_k=settings.block,
+            block_q=arm.wide * settings.block,
+            block_k=arm.wide * settings.block,
             linear=arm.branch,
             min_tokens=0,  # short videos too
             inner=settings.inner,
@@ -164,11 +189,15 @@ class Student:
         rest = [parameter for parameter in self.model.parameters() if id(parameter) not in known]
         for parameter in rest:
             parameter.requires_grad_(train == "all")
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": rest, "peak_lr": lr, "weight_decay": 0.01},
             {"params": self.gates, "peak_lr": gate_lr, "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.98), fused=True)
+        for group in groups:  # a CUDA graph would keep a number
+            group["lr"] = torch.tensor(group["peak_lr"], device=self.device)
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]], betas=(0.9, 0.98), fused=True, capturable=self.captured
+        )
 
     def rewritten(self) -> bool:
         """Whether every gate is in use by what was compiled."""
@@ -188,5 +217,8 @@ class Student:
 
     def velocity(self, noisy: Tensor, time: Tensor) -> Tensor:
         """The same without a graph of gradients, by the very code that training runs: nothing else is compiled."""
+        return self._velocity(noisy, time).clone()
+
+    def _forward(self, noisy: Tensor, time: Tensor) -> Tensor:
         with torch.enable_grad():
             return self(noisy, time).detach()

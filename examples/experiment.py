@@ -1,7 +1,7 @@
 """Dense training, then each arm from the same checkpoint: resumable after a kill at any moment, and in pieces.
 
 A folder holds all of it: ``settings.json``, ``results.json`` (a row for each arm that is done), ``pretrained-S.pt``
-of each seed S, ``features.pt``, ``samples.pt`` and, in the middle of a training, ``running.pt``. Each file is
+of each seed S, ``features.pt``, ``samples.pt`` and, in the middle of a training, ``running-NAME.pt``. Each file is
 written beside itself and moved into place.
 """
 
@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,12 +20,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from arms import ARMS, Student, build
-from frechet import FeatureNet, distance, moments, train_features
+from frechet import FeatureNet, Moments, distance, moments, train_features
 from rich.console import Console
 from settings import Settings
 from torch import Tensor
-from training import OutOfTime, Trainer, flow_target, write
-from videos import Batch, Data
+from training import OutOfTime, Trainer, write
+from videos import Data
 
 import sla_compile
 from sla_compile.calibration import gather
@@ -69,7 +70,8 @@ class Experiment:
 
     ``seconds``: raise ``OutOfTime`` about then. ``save_every``: steps between checkpoints within a training; None:
     only when the time is used up. ``keep``: leave the weights of each trained arm in the folder, and print what was
-    compiled.
+    compiled. ``capture``: replay training steps as CUDA graphs, on a GPU. ``lock``: held while a file that others
+    write too is changed.
     Raises ValueError where the folder is another experiment's.
     """
 
@@ -83,11 +85,14 @@ class Experiment:
         seconds: float = math.inf,
         save_every: int | None = None,
         keep: bool = False,
+        capture: bool = True,
+        lock: AbstractContextManager[Any] | None = None,
     ) -> None:
         self.settings, self.folder, self.device, self.console = settings, folder, device, console
         self.deadline = time.monotonic() + seconds
-        self.trainer = Trainer(folder / "running.pt", console, self.deadline, save_every)
-        self.keep, self.reported = keep, False
+        self.trainer = Trainer(folder, console, self.deadline, save_every)
+        self.keep, self.reported, self.capture = keep, False, capture
+        self.lock = lock or nullcontext()
         folder.mkdir(parents=True, exist_ok=True)
         known = self._json("settings.json", settings.to_dict())
         if known != settings.to_dict():
@@ -98,11 +103,13 @@ class Experiment:
             )
         write(folder / "settings.json", lambda path: path.write_text(json.dumps(known, indent=1)))
         self.results: dict[str, dict[str, Any]] = self._json("results.json", {})
+        """A row for each arm that is done, by its key; and what is known of real videos."""
         self.data = Data(settings.size, settings.batch, device, settings.shift)
         self.held_out = self.data.held_out(settings.held_out)
         self.noise = list(self.data.noise(settings.sampled, seed=NOISE_SEED))
         self.students: dict[tuple[Any, ...], Student] = {}
         self.checkpoints: dict[int, dict[str, Tensor]] = {}
+        self.looks: tuple[FeatureNet, Moments] | None = None
 
     def _json(self, name: str, default: dict[str, Any]) -> dict[str, Any]:
         path = self.folder / name
@@ -115,19 +122,27 @@ class Experiment:
             return
         for seed in sorted({job.seed for job in missing}):
             self.pretrain(seed)
-        self._learn_features()
+        self.learn_features()
         for job in missing:
+            if time.monotonic() > self.deadline:
+                raise OutOfTime
             row = self._job(job)
-            self.results[job.key] = row
-            write(self.folder / "results.json", lambda path: path.write_text(json.dumps(self.results, indent=1)))
-            (self.folder / "running.pt").unlink(missing_ok=True)
+            self._add_result(job.key, row)
+            self.trainer.running(job.label).unlink(missing_ok=True)
             self.console.print(
                 f"{job.label}: held-out loss {row['before']:.5f} -> {row['after']:.5f}, Fréchet {row['frechet']:.4f}, "
                 f"{row['step_ms']:.1f} ms/step, {row['seconds']:.1f} s"
             )
 
+    def _add_result(self, key: str, row: dict[str, Any]) -> None:
+        with self.lock:
+            self.results = {**self._json("results.json", {}), key: row}
+            write(self.folder / "results.json", lambda path: path.write_text(json.dumps(self.results, indent=1)))
+
     def pretrain(self, seed: int) -> None:
         """Train the dense model of ``seed``, unless its checkpoint is there."""
+        if seed in self.checkpoints:
+            return
         path = self.folder / f"pretrained-{seed}.pt"
         if not path.exists():
             settings = self.settings
@@ -136,18 +151,19 @@ class Experiment:
             torch.manual_seed(seed)
             student.reset(build(settings).state_dict())
             optimizer = student.optimizer(settings.dense_lr, settings.dense_lr, "all")
+            label = f"dense training, seed {seed}"
             self.trainer.fit(
-                f"dense training, seed {seed}",
+                label,
                 student,
                 optimizer,
                 settings.dense_steps,
-                lambda step: self.data(seed * SEED_STRIDE + step),
-                flow_target,
+                lambda step: self.data.draw(seed * SEED_STRIDE + step),
+                self._objective(student, None),
             )
             write(path, lambda path: torch.save(student.model.state_dict(), path))
-            (self.folder / "running.pt").unlink(missing_ok=True)
+            self.trainer.running(label).unlink(missing_ok=True)
             loss, seconds = self._loss(student)["after"], time.monotonic() - began
-            self.console.print(f"dense training, seed {seed}: held-out loss {loss:.5f}, {seconds:.1f} s")
+            self.console.print(f"{label}: held-out loss {loss:.5f}, {seconds:.1f} s")
         self.checkpoints[seed] = torch.load(path, map_location=self.device, weights_only=True)
 
     def _job(self, job: Job) -> dict[str, Any]:
@@ -172,16 +188,16 @@ class Experiment:
                 job.label,
                 student,
                 optimizer,
-                settings.steps,
-                lambda step: self.data(job.seed * SEED_STRIDE + settings.dense_steps + step),
-                self._target(job.seed),
+                arm.longer * settings.steps,
+                lambda step: self.data.draw(job.seed * SEED_STRIDE + settings.dense_steps + step),
+                self._objective(student, job.seed if settings.loss == "teacher" else None),
             )
         row |= self._loss(student)
         row |= self._attention_errors(student) if arm.sparse and not arm.trained else {}
         samples = self._samples(student)
-        row["frechet"] = distance(moments(self.features, samples), self.reference)
-        if job.seed == min(self.checkpoints):
-            self._keep_samples(job, samples[0][:1])
+        features, reference = self.learn_features()
+        row["frechet"] = distance(moments(features, samples), reference)
+        self._keep_samples(job, samples[0][:1])
         if self.keep and arm.trained:
             self._keep_weights(job, student)
         name = {"arm": job.arm, "title": arm.title, "sparsity": job.sparsity, "seed": job.seed}
@@ -190,32 +206,37 @@ class Experiment:
     def _student(self, arm: str, sparsity: float | None) -> Student:
         """The compiled model of an arm; a kind of attention at a time, so that Dynamo's cache stays short."""
         spec = ARMS[arm]
-        key = (spec.attention, spec.branch, sparsity)
+        key = (*spec.kind, sparsity)
         if key not in self.students:
             if time.monotonic() > self.deadline - self._compile_seconds():
                 raise OutOfTime
             self.students.clear()
             torch.compiler.reset()
-            self.students[key] = Student(self.settings, spec, sparsity, self.device)
+            self.students[key] = Student(self.settings, spec, sparsity, self.device, capture=self.capture)
         return self.students[key]
 
     def _compile_seconds(self) -> float:
         return 30.0 if self.settings.inner == "inductor" else 0.0
 
-    def _target(self, seed: int) -> Callable[[Batch], Tensor]:
-        """What the fine-tuning of ``seed`` fits: the data's velocity, or that of the dense checkpoint."""
-        if self.settings.loss == "flow":
-            return flow_target
-        teacher = build(self.settings).to(self.device)
-        teacher.load_state_dict(self.checkpoints[seed])
+    def _objective(self, student: Student, teacher: int | None) -> Callable[..., Tensor]:
+        """The loss of what ``Data.draw`` gives: to the data's velocity, or to that of seed ``teacher``'s checkpoint."""
+        if teacher is None:
 
-        @torch.no_grad()
-        def target(batch: Batch) -> Tensor:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                velocity: Tensor = teacher(batch[0], batch[1])
-            return velocity.float()
+            def to_data(*drawn: Tensor) -> Tensor:
+                noisy, time, velocity = self.data.noisy(*drawn)
+                return F.mse_loss(student(noisy, time), velocity)
 
-        return target
+            return to_data
+        dense = build(self.settings).to(self.device)
+        dense.load_state_dict(self.checkpoints[teacher])
+
+        def to_teacher(*drawn: Tensor) -> Tensor:
+            noisy, time, _ = self.data.noisy(*drawn)
+            with torch.no_grad(), student.autocast():
+                velocity = dense(noisy, time).float()
+            return F.mse_loss(student(noisy, time), velocity)
+
+        return to_teacher
 
     def _loss(self, student: Student) -> dict[str, Any]:
         """The held-out loss, and that of each quarter of the times, the least noise first."""
@@ -251,9 +272,10 @@ class Experiment:
 
     def _keep_samples(self, job: Job, videos: Tensor) -> None:
         path = self.folder / "samples.pt"
-        samples = torch.load(path, weights_only=True) if path.exists() else {}
-        samples[job.key] = ((videos.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-        write(path, lambda path: torch.save(samples, path))
+        with self.lock:
+            samples = torch.load(path, weights_only=True) if path.exists() else {}
+            samples[job.key] = ((videos.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+            write(path, lambda path: torch.save(samples, path))
 
     def _keep_weights(self, job: Job, student: Student) -> None:
         name = job.key.replace("/-", "").replace("/", "-")
@@ -261,14 +283,18 @@ class Experiment:
         if ARMS[job.arm].sparse:
             sla_compile.save(student.model, self.folder / f"{name}.gates.safetensors")
 
-    def _learn_features(self) -> None:
+    def learn_features(self) -> tuple[FeatureNet, Moments]:
         """The network of the Fréchet distance, trained once, and the real videos that samples are compared with."""
+        if self.looks is not None:
+            return self.looks
         path = self.folder / "features.pt"
         if not path.exists():
             net = train_features(self.data, self.settings.feature_steps)
             write(path, lambda path: torch.save(net.state_dict(), path))
-        self.features = FeatureNet().to(self.device).requires_grad_(False)
-        self.features.load_state_dict(torch.load(path, map_location=self.device, weights_only=True))
-        self.reference = moments(self.features, self.data.videos(self.settings.real, seed=0))
-        real = moments(self.features, self.data.videos(self.settings.sampled, seed=1))
-        self.results.setdefault("real", {"frechet": distance(real, self.reference)})
+        features = FeatureNet().to(self.device).requires_grad_(False)
+        features.load_state_dict(torch.load(path, map_location=self.device, weights_only=True))
+        reference = moments(features, self.data.videos(self.settings.real, seed=0))
+        real = moments(features, self.data.videos(self.settings.sampled, seed=1))
+        self._add_result("real", {"frechet": distance(real, reference)})
+        self.looks = features, reference
+        return self.looks

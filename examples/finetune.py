@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS
+from arms import ARMS, MAIN
 from experiment import Experiment, jobs_of
 from pictures import aggregate, save_csv, save_plot, save_samples
 from rich.console import Console
@@ -43,7 +43,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=list(PRESETS), help="sizes and steps (default: by device)")
     parser.add_argument("--smoke", action="store_const", dest="preset", const="smoke", help="the preset smoke")
     parser.add_argument("--model", choices=("dit", "wan"), default="dit")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="default: all")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="default: all but variants")
     parser.add_argument("--sparsity", type=float, nargs="+", help="default: 0.95, on a GPU 0.8 0.9 0.95")
     parser.add_argument("--size", type=int, nargs=3, metavar=("T", "H", "W"), help="frames, height, width")
     parser.add_argument("--batch", type=int, help="videos in a batch")
@@ -130,7 +130,7 @@ def main(given: list[str] | None = None) -> None:
     options = arguments(given)
     settings = settings_of(options)
     device = torch.device(options.device)
-    arms = options.arms or [name for name in ARMS if options.model == "dit" or name != "linear"]
+    arms = options.arms or [name for name in MAIN if options.model == "dit" or name != "linear"]
     sparsities = options.sparsity or ([0.80, 0.90, 0.95] if device.type == "cuda" else [0.95])
     try:
         experiment = Experiment(settings, options.output, device, console, save_every=options.save_every, keep=True)

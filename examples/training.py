@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from arms import Student
+from captured import Captured
 from progress import Steps
 from rich.console import Console
 from torch import Tensor
-from videos import Batch
 
-__all__ = ["OutOfTime", "Trainer", "flow_target", "write"]
+__all__ = ["OutOfTime", "Trainer", "write"]
 
 CHECK_EVERY = 10
 """Steps between looks at the loss, the clock and the bar: each waits for the device."""
@@ -29,9 +29,9 @@ class OutOfTime(Exception):
 
 @dataclass
 class Trainer:
-    """Trains one student after another; the state of the one at hand is in the file ``running``."""
+    """Trains one student after another; the state of the one at hand is in a file of ``folder``."""
 
-    running: Path
+    folder: Path
     console: Console
     deadline: float = math.inf
     """Of ``time.monotonic()``; past it, ``fit`` saves and raises OutOfTime."""
@@ -44,31 +44,35 @@ class Trainer:
         student: Student,
         optimizer: torch.optim.Optimizer,
         steps: int,
-        batch_of: Callable[[int], Batch],
-        target: Callable[[Batch], Tensor],
+        draw: Callable[[int], tuple[Tensor, ...]],
+        objective: Callable[..., Tensor],
     ) -> dict[str, Any]:
-        """Fit ``student`` to ``target`` on the batches of steps 0 to ``steps``; a checkpoint of ``key`` goes on.
+        """Minimise ``objective`` of what ``draw`` gives for steps 0 to ``steps``; a checkpoint of ``key`` goes on.
 
         Returns ``losses``, pairs of step and loss, and ``step_ms``. Raises FloatingPointError where a loss is not
         finite.
         """
         at = _Progress(key)
-        if self.running.exists():
-            state = torch.load(self.running, map_location=student.device, weights_only=True)
-            if state["key"] == key:
-                student.model.load_state_dict(state["model"])
-                optimizer.load_state_dict(state["optimizer"])
-                at = _Progress(key, state["step"], state["losses"])
-        bar = Steps(key, at.step, steps, self.console)
-        for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * rate(step, steps)
-            batch = batch_of(step)
-            loss = F.mse_loss(student(batch[0], batch[1]), target(batch))
+        if self.running(key).exists():
+            state = torch.load(self.running(key), map_location=student.device, weights_only=True)
+            student.model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            at = _Progress(key, state["step"], state["losses"])
+
+        def update(*drawn: Tensor) -> Tensor:
+            optimizer.zero_grad()
+            loss = objective(*drawn)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)
             optimizer.step()
-            optimizer.zero_grad()
+            return loss.detach()
+
+        run = Captured(update, student.captured)
+        bar = Steps(key, at.step, steps, self.console)
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"].fill_(group["peak_lr"] * rate(step, steps))
+            loss = run(*draw(step))
             at.step = step + 1
             if at.step % CHECK_EVERY == 0 or at.step == steps:
                 bar.show(at.look(loss))
@@ -77,13 +81,18 @@ class Trainer:
                     raise OutOfTime
             if self.save_every is not None and at.step % self.save_every == 0:
                 self.save(at, student, optimizer)
+        optimizer.zero_grad()
         return {"losses": at.losses, "step_ms": at.milliseconds()}
+
+    def running(self, key: str) -> Path:
+        """The file with the state of the training ``key``."""
+        return self.folder / f"running-{re.sub(r'[^a-z0-9]+', '-', key.lower())}.pt"
 
     def save(self, at: _Progress, student: Student, optimizer: torch.optim.Optimizer) -> None:
         """Everything that ``fit`` needs to go on."""
         state = {"key": at.key, "step": at.step, "losses": at.losses}
         state |= {"model": student.model.state_dict(), "optimizer": optimizer.state_dict()}
-        write(self.running, lambda path: torch.save(state, path))
+        write(self.running(at.key), lambda path: torch.save(state, path))
 
 
 @dataclass
@@ -115,11 +124,6 @@ class _Progress:
 def rate(step: int, steps: int) -> float:
     """The learning rate's share of its peak: a warm-up, since Adam's first steps are long, and a way down to zero."""
     return min(1.0, (step + 1) / max(1, min(50, steps // 10)), 2 * (1 - step / steps))
-
-
-def flow_target(batch: Batch) -> Tensor:
-    """Flow matching's own target."""
-    return batch[2]
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:

@@ -109,10 +109,14 @@ class Data:
     shift: float = 3.0
 
     def __call__(self, seed: int) -> Batch:
-        """A training batch, drawn on the device."""
+        """A training batch."""
+        return self.noisy(*self.draw(seed))
+
+    def draw(self, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """All that is random in a training batch, drawn on the device: what ``noisy`` takes."""
         generator = torch.Generator(self.device).manual_seed(seed + 500_000_000)
         uniform = torch.rand(self.batch, generator=generator, device=self.device)
-        return self._noisy(parameters(self.batch, seed, self.device), uniform, generator)
+        return parameters(self.batch, seed, self.device), uniform, self._normal(generator)
 
     def held_out(self, batches: int) -> list[Batch]:
         """Batches that training never sees, the same on every device, their times spread evenly."""
@@ -121,7 +125,7 @@ class Data:
         uniform = (torch.randperm(count, generator=generator) + 0.5) / count
         numbers = parameters(count, HELD_OUT_SEED)
         return [
-            self._noisy(numbers[rows].to(self.device), uniform[rows].to(self.device), generator)
+            self.noisy(*(drawn.to(self.device) for drawn in (numbers[rows], uniform[rows], self._normal(generator))))
             for rows in torch.arange(count).split(self.batch)
         ]
 
@@ -134,11 +138,14 @@ class Data:
         """Where samples begin, a batch at a time, the same on every device."""
         generator = torch.Generator().manual_seed(seed)
         for _ in range(batches):
-            yield torch.randn(self.batch, 3, *self.size, generator=generator).to(self.device)
+            yield self._normal(generator).to(self.device)
 
-    def _noisy(self, numbers: Tensor, uniform: Tensor, generator: torch.Generator) -> Batch:
+    def _normal(self, generator: torch.Generator) -> Tensor:
+        return torch.randn(self.batch, 3, *self.size, generator=generator, device=generator.device)
+
+    def noisy(self, numbers: Tensor, uniform: Tensor, noise: Tensor) -> Batch:
+        """The batch of ``numbers`` (B, P), of times that follow from ``uniform`` (B), and of ``noise``."""
         video = render(numbers, self.size)
-        noise = torch.randn(video.shape, generator=generator, device=generator.device).to(self.device)
         time = self.shift * uniform / (1 + (self.shift - 1) * uniform)
         t = time[:, None, None, None, None]
         return (1 - t) * video + t * noise, time, noise - video

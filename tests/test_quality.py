@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,15 +31,15 @@ def test_in_pieces_and_reported(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     smoke = ("--preset", "smoke", "--seeds", "2", "--device", "cpu")
     first = run(*smoke, "--seconds", "12", "--reserve", "10", folder=tmp_path)
-    counts = [int(n) for n in re.findall(r"(\d+) of 36 arms done", first)]
+    counts = [int(n) for n in re.findall(r"(\d+) of 43 arms done", first)]
     assert counts
-    assert counts[0] < 36
+    assert counts[0] < 43
     assert "call again; the next is" in first
     before = json.loads((tmp_path / "out/results.json").read_text()) if counts[0] else {}
-    assert "all is done" in run(*smoke, folder=tmp_path)
+    assert "all is done" in run(*smoke, "--workers", "2", folder=tmp_path)
     after = json.loads((tmp_path / "out/results.json").read_text())
     assert {key: after[key] for key in before} == before  # nothing is done twice
-    assert len(after) == 37
+    assert len(after) == 44
 
     (tmp_path / "report").mkdir()
     run("--report", "--report-to", "report", folder=tmp_path)
@@ -50,13 +52,25 @@ def test_in_pieces_and_reported(tmp_path: Path) -> None:
         assert (tmp_path / "report" / name).stat().st_size > 1000
 
 
-def test_figures_are_those_of_the_rows() -> None:
+@pytest.fixture
+def quality() -> Any:
+    """The benchmark as a module."""
     sys.path[:0] = [str(SCRIPT.parent), str(SCRIPT.parent.parent / "examples")]
     try:
-        from quality import bars, main_table
+        yield importlib.import_module("quality")
     finally:
         del sys.path[:2]
 
+
+def test_a_divergence_is_told(quality: Any) -> None:
+    row = {"seed": 0, "sparsity": 0.95, "before": 2.0, "after": 1.0}
+    falls = [[10 * i + 10, 2.0 - i / 200] for i in range(200)]
+    assert "no NaN and no divergence" in quality.stability([{**row, "losses": falls}])[0]
+    rises = [*falls[:150], *([step, 5.0] for step, _ in falls[150:])]
+    assert "**it diverged**" in quality.stability([{**row, "losses": rises}])[0]
+
+
+def test_figures_are_those_of_the_rows(quality: Any) -> None:
     def rows(after: list[float], **more: float) -> list[dict[str, object]]:
         extra = {"before": 2.0, "frechet": 1.0, "step_ms": 3.0, **more}
         return [{"seed": seed, "after": value, **extra} for seed, value in enumerate(after)]
@@ -67,9 +81,9 @@ def test_figures_are_those_of_the_rows() -> None:
         ("sla", 0.95): rows([1.005, 2.03]),
         ("calibrated", 0.95): rows([1.0, 2.0], error_sparse=0.4, error_gated=0.1),
     }
-    table = main_table(groups, 4096, 64)
+    table = quality.main_table(groups, 4096, 64)
     assert "| SLA | 95% | 3 of 64 | 2.0000 | 1.5175 (1.0050 to 2.0300) | +1.00 (+0.50 to +1.50) |" in table[4]
-    lines = bars(groups)
+    lines = quality.bars(groups)
     assert "**missed**" not in lines[2]
     assert "**met**, 6.0 times (+6.00% to +1.00%)" in lines[1]
     assert "**met**, 75.0 (75.0 to 75.0)%" in lines[2]

@@ -1,0 +1,67 @@
+"""Training steps that are replayed as CUDA graphs are the steps that they stand for."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.fixture
+def examples() -> Iterator[Any]:
+    """What the test needs of the examples' modules."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        from captured import Captured
+        from experiment import Experiment, Job
+        from settings import PRESETS
+
+        yield SimpleNamespace(Captured=Captured, Experiment=Experiment, Job=Job, PRESETS=PRESETS)
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+def test_off_it_is_the_function(examples: Any) -> None:
+    run = examples.Captured(lambda x: x + 1, enabled=False)
+    for value in range(6):
+        assert run(torch.tensor(value)).item() == value + 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_cannot_be_captured_is_called(examples: Any) -> None:
+    run = examples.Captured(lambda x: x + x.sum().item(), enabled=True)
+    with pytest.warns(UserWarning, match="no CUDA graph"):
+        found = [run(torch.full((2,), float(value), device="cuda"))[0].item() for value in range(8)]
+    assert found == [3.0 * value for value in range(8)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("arm", ["dense", "sla"])
+def test_the_same_training(arm: str, examples: Any, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    settings = dataclasses.replace(
+        examples.PRESETS["smoke"], size=(32, 32, 32), head_dim=64, block=64, steps=30, dense_steps=20
+    )
+    rows = []
+    for capture in (False, True):
+        experiment = examples.Experiment(
+            settings, tmp_path / str(capture), torch.device("cuda"), Console(quiet=True), capture=capture
+        )
+        job = examples.Job(arm, 0.9 if arm == "sla" else None, 0)
+        experiment.run([job])
+        (student,) = experiment.students.values()
+        assert (student._velocity.graph is not None) == capture
+        rows.append(experiment.results[job.key])
+    for (step, once), (_, again) in zip(rows[0]["losses"], rows[1]["losses"], strict=True):
+        assert again == pytest.approx(once, rel=2e-3), step
+    assert rows[1]["after"] == pytest.approx(rows[0]["after"], rel=2e-3)
+    assert rows[1]["after"] != rows[1]["before"]
