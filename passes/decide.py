@@ -12,11 +12,22 @@ from typing import Any
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from sla_compile.order import block_ranges
 from sla_compile.passes.call import AttentionCall, Obstacle
 from sla_compile.passes.masks import key_mask
 from sla_compile.passes.operands import Source, Step, after
 from sla_compile.passes.operands import example as _example
 from sla_compile.passes.origins import of_different_tensors
+from sla_compile.passes.token_order import (
+    AS_IN_THE_MODEL,
+    AS_IT_IS,
+    Grid,
+    TokenOrder,
+    Wanted,
+    ordered,
+    ordered_mask,
+    token_order,
+)
 from sla_compile.passes.work import UnknownRange, Work, forced_tokens, token_ranges
 
 __all__ = ["Decision", "Keep", "Requirements", "Rewrite", "Shape", "decide", "example_shape"]
@@ -63,12 +74,18 @@ class Rewrite:
     repeats: int = 1
     """Query heads to one head of keys and values."""
     always_critical: tuple[int, ...] = ()
-    """start, stop, start, stop, ... of key tokens, by the rules of slices."""
+    """start, stop, start, stop, ... of key tokens in ``order``, by the rules of slices."""
+    order: TokenOrder = AS_IT_IS
 
     def operands(self, call: AttentionCall) -> tuple[Source, Source, Source]:
-        """Queries, keys and values with as many heads each."""
+        """Queries, keys and values with as many heads each, their tokens in ``order``."""
         steps = [Step("repeat_interleave", (self.repeats, 1))] * (self.repeats > 1)
-        return call.query, after(call.key, *steps), after(call.value, *steps)
+        key, value = (after(ordered(source, self.order.keys), *steps) for source in (call.key, call.value))
+        return ordered(call.query, self.order.queries), key, value
+
+    def masks(self) -> tuple[Source, ...]:
+        """The key mask, its tokens in ``order``, where there is one."""
+        return () if self.key_mask is None else (ordered_mask(self.key_mask, self.order.keys),)
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of the op that this decides; only those that are not at their defaults."""
@@ -108,10 +125,16 @@ class Requirements:
     per_head: bool = False
     cross_attention: bool = False
     always_critical: tuple[tuple[int, int | None], ...] = ()
+    order: Wanted = AS_IN_THE_MODEL
 
 
-def decide(call: AttentionCall, requirements: Requirements) -> Decision:
-    """Rewrite or Keep for ``call``; adds no shape guard except where the number of tokens decides, as the last step."""
+def decide(
+    call: AttentionCall, requirements: Requirements, seen: tuple[Grid | None, Grid | None] = (None, None)
+) -> Decision:
+    """Rewrite or Keep for ``call``; adds no shape guard except where the number of tokens decides, as the last step.
+
+    ``seen`` are the grids that the tokens of its queries and of its keys are known to be.
+    """
     refused = (
         _refuse_obstacle(call)
         or _refuse_tensors(call, requirements)
@@ -127,7 +150,11 @@ def decide(call: AttentionCall, requirements: Requirements) -> Decision:
     except UnknownRange as error:
         accepted = "both numbers of a range from one end, or dynamic=False"
         return Keep("always_critical has a range of unknown size", str(error), accepted)
-    causal, forced = call.is_causal is True, forced_tokens(ranges)
+    causal = call.is_causal is True
+    order = token_order(requirements.order, call.query, call.key, causal, seen)
+    if ranges and order.keys is not None:
+        ranges = block_ranges(order.keys, int(_example(call.key).shape[2]), ranges, requirements.order.blocks[1])
+    forced = forced_tokens(ranges)
     work = Work(shape.tokens, shape.keys, causal, forced, requirements.min_tokens)
     if work.known_short:
         return Keep("short sequence", work.value, work.accepted)
@@ -148,6 +175,7 @@ def decide(call: AttentionCall, requirements: Requirements) -> Decision:
         causal=causal,
         repeats=int(shape.heads) // int(_example(call.key).shape[1]),
         always_critical=ranges,
+        order=order,
     )
 
 

@@ -11,7 +11,8 @@ from torch import fx
 
 from sla_compile.passes.decide import Rewrite
 from sla_compile.passes.match import AttentionCall, Marker
-from sla_compile.passes.operands import REPLACED_BY, after, build
+from sla_compile.passes.operands import REPLACED_BY, build
+from sla_compile.passes.token_order import back
 
 __all__ = ["REWRITTEN_FROM", "erase_markers", "replace_attention"]
 
@@ -29,15 +30,14 @@ def replace_attention(
     graph, node = call.module.graph, call.node
     before = node.prev
     with graph.inserting_before(node):
-        masks = () if decision.key_mask is None else (decision.key_mask,)
-        query, key, value, *key_mask = build(graph, (*decision.operands(call), *masks))
+        query, key, value, *key_mask = build(graph, (*decision.operands(call), *decision.masks()))
         results = graph.call_function(
             torch.ops.sla.forward.default,
             (query, key, value, marker.weight, marker.bias, key_mask[0] if key_mask else None, marker.sparsity),
             {**decision.options(), **options},
         )
         output = graph.call_function(operator.getitem, (results, 0))
-        (restored,) = build(graph, (after(output, *call.restore),))
+        (restored,) = build(graph, (back(output, decision.order.queries, *call.restore),))
     added = _between(before, node)
     for new in added:
         known = {key: value for key, value in new.meta.items() if key == "example_value"}

@@ -25,6 +25,7 @@ from sla_compile.gate import (
 from sla_compile.passes.decide import Keep, Rewrite
 from sla_compile.passes.rewrite import erase_markers, replace_attention
 from sla_compile.record import remember, remember_break
+from sla_compile.reordering import inline_in_inductor
 from sla_compile.sites import BROKEN, Settings, Site, find_sites, remember_calls
 
 __all__ = ["UntrainedGatesWarning", "rewrite_graph", "sla"]
@@ -224,6 +225,7 @@ def _compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], config: SL
 
         from sla_compile.cache_key import in_cache_key
 
+        inline_in_inductor()
         # Also around the inner one, which a backward may reach only after this has returned.
         inner = in_cache_key(compile_fx_inner)
         patches = dict(config.inductor) or None

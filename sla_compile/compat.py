@@ -25,6 +25,7 @@ __all__ = [
     "data_parallel",
     "forget_code",
     "fully_sharded",
+    "lower_gather",
     "plain_module_path",
     "runs_forward_of",
     "size_hint",
@@ -285,6 +286,40 @@ def throw_away_compile() -> Iterator[list[Frame]]:
             for frame in frames:
                 frame.drop_entries()
             frames.clear()
+
+
+def lower_gather(op: Any, table: Callable[..., torch.Tensor]) -> None:
+    """Let Inductor inline ``op``, a gather of x (..., N, D) along N, into what reads and what makes x.
+
+    ``table`` gives the order (N) for N, the device of x and the op's other arguments; it becomes a constant of the
+    graph. Goes when a decomposition can have a tensor constant of its own.
+    """
+    import sympy
+    from torch._inductor import ir, lowering
+    from torch._inductor.virtualized import V
+    from torch._inductor.virtualized import ops as primitives
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    if op in lowering.lowerings:
+        return
+
+    def gather(x: Any, *arguments: Any) -> Any:
+        sizes = x.get_size()
+        tokens = sizes[-2]
+        if not isinstance(tokens, int | sympy.Integer):
+            fallback: Any = lowering.fallback_handler
+            return fallback(op, add_to_fallback_set=False)(x, *arguments)
+        with _disable_current_modes():  # the table is a real tensor, whatever is traced around
+            order = table(int(tokens), x.get_device(), *arguments)
+        load, place = x.make_loader(), V.graph.add_tensor_constant(order).make_loader()
+
+        def element(index: Any) -> Any:
+            token = primitives.indirect_indexing(place([index[-2]]), tokens, check=False, wrap_neg=False)
+            return load([*index[:-2], token, index[-1]])
+
+        return ir.Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=element, ranges=sizes)
+
+    lowering.register_lowering(op, type_promotion_kind=None)(gather)
 
 
 def size_hint(size: int | torch.SymInt) -> int | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from sla_compile.accepts import RANGES, Accepts, FrozenMapping, choice, nearest, patterns, refusal, share
 from sla_compile.blocks import exact_fraction
+from sla_compile.order import ORDERS, RASTER
 
 __all__ = [
     "DEFAULT_MIN_TOKENS",
@@ -36,11 +37,11 @@ DEFAULT_MIN_TOKENS = 4096
 
 SITE_FIELDS = (
     *("topk", "bottomk", "feature_map", "linear", "gate", "min_tokens", "block_q", "block_k"),
-    *("always_critical", "cross_attention", "max_topk"),
+    *("always_critical", "cross_attention", "max_topk", "reorder", "grid", "grid_start"),
 )
 """The fields that an override may set for one site."""
 
-LATER_SITE_FIELDS = ("always_critical", "cross_attention", "max_topk")
+LATER_SITE_FIELDS = ("always_critical", "cross_attention", "max_topk", "reorder", "grid", "grid_start")
 """Site fields that the first files of this version do not have: there they are at their defaults."""
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -60,6 +61,15 @@ _MAX_TOPK = Accepts(
     lambda value: value is None or (type(value) in (int, float) and 0 < value <= 1),
     lambda value: None if value is None else value + 0.0,
 )
+_GRID = Accepts(
+    "None, or the sizes (T, H, W) or (H, W) of a grid of tokens, integers of at least 1",
+    lambda value: (
+        value is None
+        or (type(value) in (tuple, list) and len(value) in (2, 3) and all(type(n) is int and n >= 1 for n in value))
+    ),
+    lambda value: None if value is None else tuple(value),
+)
+_TOKEN = Accepts("None, or an integer", lambda value: value is None or type(value) is int)
 _BLOCK = Accepts(
     "a power of two from 16 to 256", lambda value: type(value) is int and value in (16, 32, 64, 128, 256)
 )
@@ -113,6 +123,15 @@ class SLAConfig:
     max_topk: float | None = _setting(None, _MAX_TOPK)
     """Most topk that ``set_sparsity`` may set with no recompilation; None: not at all. Range: from topk up to 1."""
 
+    reorder: str = _setting(RASTER, choice(*ORDERS))
+    """Order of a video's tokens inside the attention. Range: "raster" (the model's), "tiles", "hilbert"."""
+
+    grid: tuple[int, ...] | None = _setting(None, _GRID)
+    """Tokens of the video by axis, for ``reorder``; None: as seen in the model. Range: (T, H, W) or (H, W)."""
+
+    grid_start: int | None = _setting(None, _TOKEN)
+    """Where ``grid`` begins among the tokens, as in a slice; None: it is all of them. Range: any integer."""
+
     inner: str = _setting("inductor", choice("inductor", "aot_eager", "eager"))
     """What compiles the rewritten graph. Range: "inductor", "aot_eager", "eager"."""
 
@@ -138,6 +157,7 @@ class SLAConfig:
             value = f.metadata["accepts"].check(f"SLAConfig.{f.name}", getattr(self, f.name))
             object.__setattr__(self, f.name, value)
         check_shares("SLAConfig", self.topk, self.bottomk, self.max_topk)
+        _check_start("SLAConfig", self.grid, self.grid_start)
         object.__setattr__(self, "inductor", _frozen_inductor(self.inductor))
         if self.inductor and self.inner != "inductor":
             raise ValueError(
@@ -266,6 +286,11 @@ def check_shares(owner: str, topk: float, bottomk: float, max_topk: float | None
         raise ValueError(f"{owner}: got topk={topk!r}; accepted: topk up to max_topk={max_topk!r}")
 
 
+def _check_start(owner: str, grid: tuple[int, ...] | None, start: int | None) -> None:
+    if grid is None and start is not None:
+        raise ValueError(f"{owner}: got grid_start={start} and no grid; accepted: grid_start beside a grid")
+
+
 def _check_changed_shares(owner: str, config: SLAConfig, changes: Mapping[str, Any]) -> None:
     topk, bottomk, most = (changes.get(n, getattr(config, n)) for n in ("topk", "bottomk", "max_topk"))
     check_shares(owner, topk, bottomk, most)
@@ -282,6 +307,7 @@ def _frozen_overrides(overrides: Mapping[str, Any], config: SLAConfig) -> Frozen
         _refuse_unknown(owner, changes, SITE_FIELDS)
         checked = {n: accepts[n].check(f"{owner}.{n}", changes[n]) for n in SITE_FIELDS if n in changes}
         _check_changed_shares(owner, config, checked)
+        _check_start(owner, *(checked.get(n, getattr(config, n)) for n in ("grid", "grid_start")))
         frozen[pattern] = checked
     return FrozenMapping(frozen)
 

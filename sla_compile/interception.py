@@ -25,6 +25,7 @@ from sla_compile.passes.decide import Rewrite, decide
 from sla_compile.passes.match import SDPA_TARGETS, attention_call
 from sla_compile.passes.operands import example
 from sla_compile.preparation import prepare
+from sla_compile.reordering import reorder
 from sla_compile.reports import explain
 from sla_compile.sites import PREPARED, requirements
 
@@ -37,7 +38,8 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 class GatedCall:
     """One call of an attention that has a gate: query, key, value and dense output (B, H, N, D).
 
-    Keys and values have as many heads as the queries. ``decision`` says what the op has to be told of the call.
+    Keys and values have as many heads as the queries. ``decision`` says what the op has to be told of the call, and
+    which order the tokens of query, key, value and key mask are in; those of every output are in the model's.
     """
 
     path: str
@@ -79,7 +81,10 @@ class GatedCall:
         out, linear, _, _ = torch.ops.sla.forward.default(
             self.query, self.key, self.value, weight, bias, **{**self.options(), **changes}
         )
-        return out, linear
+        if (placement := self.decision.order.queries) is None:
+            return out, linear
+        # without a linear branch, an empty tensor stands for it
+        return tuple(reorder(x, placement, inverse=True) if x.dim() == 4 else x for x in (out, linear))  # type: ignore
 
 
 Handler = Callable[[GatedCall], Tensor]
@@ -150,7 +155,7 @@ class _AttentionMode(TorchFunctionMode):
         if not isinstance(decision, Rewrite):
             return output
         query, key, value = (cast(Tensor, example(operand)) for operand in decision.operands(call))
-        mask = cast("Tensor | None", example(decision.key_mask))
+        mask = next((cast(Tensor, example(operand)) for operand in decision.masks()), None)
         return self.handler(GatedCall(self.paths[id(gate)], gate, query, key, value, mask, decision, output))
 
 

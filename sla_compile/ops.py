@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import sla_compile.reordering  # noqa: F401  the library op beside these
 from sla_compile.blocks import num_blocks
 from sla_compile.checks import (
     DEVICES,

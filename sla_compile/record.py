@@ -20,6 +20,7 @@ from sla_compile.compat import runs_forward_of, size_hint
 from sla_compile.config import SLAConfig
 from sla_compile.diffs import site_diff
 from sla_compile.gate import Gate, gate_name, own_gates
+from sla_compile.order import RASTER
 from sla_compile.passes.call import AttentionCall
 from sla_compile.passes.cost import (
     BATCH,
@@ -36,7 +37,7 @@ from sla_compile.passes.cost import (
 from sla_compile.passes.decide import Keep, Rewrite, Shape, example_shape
 from sla_compile.passes.operands import example
 from sla_compile.passes.origins import of_different_tensors
-from sla_compile.passes.work import token_ranges
+from sla_compile.passes.token_order import TokenOrder
 from sla_compile.sites import PREPARED, Site
 
 __all__ = [
@@ -84,6 +85,11 @@ class SiteReport:
     """topk, bottomk, block_q, block_k, feature_map, linear, gate, always_critical, max_topk; empty where kept.
 
     topk and bottomk are those of now where ``set_sparsity`` can change them."""
+    order: dict[str, Any] = field(default_factory=dict)
+    """Order of the tokens in the blocks: kind, with grid and start where it is not the model's, and the reason where
+    it is but another was asked for; empty where kept."""
+    critical_tokens: tuple[int, ...] = ()
+    """start, stop, start, stop, ... of the key tokens, in that order, that are critical in every row."""
     gate_path: str = ""
     gate_parameters: int = 0
     """Numbers in the gate's weight and bias."""
@@ -103,7 +109,8 @@ class SiteReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {**dataclasses.asdict(self), "where": list(self.where), "diff": list(self.diff)}
+        lists = {name: list(getattr(self, name)) for name in ("where", "diff", "critical_tokens")}
+        return {**dataclasses.asdict(self), **lists}
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,8 @@ def describe(site: Site) -> SiteReport:
         shape=plain,
         traced=traced,
         settings=_settings(site.config) if keep is None else {},
+        order=_order(decision.order) if isinstance(decision, Rewrite) else {},
+        critical_tokens=decision.always_critical if isinstance(decision, Rewrite) else (),
         gate_path=site.gate_path if keep is None else "",
         gate_parameters=_count(gate) if gate is not None and keep is None else 0,
         diff=site_diff(site),
@@ -147,6 +156,13 @@ def describe(site: Site) -> SiteReport:
 def _settings(config: SLAConfig) -> dict[str, Any]:
     ranges = [list(pair) for pair in config.always_critical]
     return {**config.kernel_options(), "gate": config.gate, "always_critical": ranges, "max_topk": config.max_topk}
+
+
+def _order(order: TokenOrder) -> dict[str, Any]:
+    placement = order.queries or order.keys
+    if placement is None:
+        return {"kind": RASTER, **({"reason": order.obstacle} if order.obstacle else {})}
+    return {"kind": placement.kind, "grid": list(placement.grid), "start": placement.start}
 
 
 def _kind(call: AttentionCall, shape: Shape | None) -> str:
@@ -185,15 +201,16 @@ def _costs(site: Site, shape: Shape, traced: dict[str, int]) -> dict[str, Any]:
     dense = dense_cost(**form)
     after = dense
     if isinstance(site.decision, Rewrite):
-        after = _sparse_cost(_settings(site.config), traced, form)
+        after = _sparse_cost(_settings(site.config), site.decision.always_critical, traced, form)
     numbers = {**_numbers("before", dense, traced, shape.dtype), **_numbers("after", after, traced, shape.dtype)}
     return {"where": after.where, **numbers}
 
 
-def _sparse_cost(settings: Mapping[str, Any], traced: dict[str, int], form: dict[str, bool]) -> Cost:
+def _sparse_cost(
+    settings: Mapping[str, Any], ranges: Sequence[int], traced: dict[str, int], form: dict[str, bool]
+) -> Cost:
     """The cost with ``settings``, as ``_settings`` gives them; ``traced`` are the sizes, empty where unknown."""
     keys = traced.get("key_tokens", traced.get("tokens", 0))
-    ranges = token_ranges([(start, stop) for start, stop in settings["always_critical"]], keys)
     touched = forced_blocks(list(ranges), keys, settings["block_k"])
     forced = len({block for first, last in touched for block in range(first, last)})
     names = ("topk", "block_q", "block_k", "linear")
@@ -226,7 +243,7 @@ def _as_set_now(account: SiteReport, gate: Gate | None) -> SiteReport:
     if not account.traced:
         return dataclasses.replace(account, settings=settings)
     form = {"cross": "key_tokens" in account.shape, "causal": account.causal}
-    after = _sparse_cost(settings, account.traced, form)
+    after = _sparse_cost(settings, account.critical_tokens, account.traced, form)
     dtype = getattr(torch, str(account.shape["dtype"]))
     numbers = _numbers("after", after, account.traced, dtype)
     return dataclasses.replace(account, settings=settings, where=after.where, **numbers)

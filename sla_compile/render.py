@@ -214,7 +214,7 @@ class ReportView:
                 lines[f"dense{form}: {site.formula_before}"] = None
         for site in (row.first for row in self.rows):
             if site.settings:
-                lines[_settings(site.settings)] = None
+                lines[_settings(site.settings) + _order(site.order)] = None
                 if site.formula_after:
                     where = f", where {', '.join(site.where)}" if site.where else ""
                     lines[f"  FLOPs {site.formula_after}{where}"] = None
@@ -324,6 +324,13 @@ def _settings(settings: dict[str, Any]) -> str:
         f"{settings['block_q']}x{settings['block_k']}, feature map {settings['feature_map']}, "
         f"linear {settings['linear']}{always}"
     )
+
+
+def _order(order: dict[str, Any]) -> str:
+    if "grid" in order:
+        start = f" from token {order['start']} on" if order["start"] else ""
+        return f", {order['kind']} of {' x '.join(map(str, order['grid']))} tokens{start}"
+    return f", tokens in the model's order: {order['reason']}" if "reason" in order else ""
 
 
 class GatesView:

@@ -21,6 +21,7 @@ from sla_compile.config import SITE_FIELDS, SLAConfig
 from sla_compile.gate import Gate, gate_name, own_gates
 from sla_compile.passes.decide import Decision, Keep, Requirements, Rewrite, decide
 from sla_compile.passes.match import AttentionCall, Marker, find_attention, find_markers
+from sla_compile.passes.token_order import Wanted
 
 __all__ = ["PREPARED", "Settings", "Site", "find_sites", "remember_calls", "requirements"]
 
@@ -95,6 +96,7 @@ def requirements(config: SLAConfig) -> Requirements:
         per_head=config.gate == "per_head",
         cross_attention=config.cross_attention,
         always_critical=config.always_critical,
+        order=Wanted(config.reorder, config.grid, config.grid_start, (config.block_q, config.block_k)),
     )
 
 

@@ -26,12 +26,16 @@ SHARE_OF_TOPK = "accepted: a number above 0 and up to 1"
 SHARE_OF_BOTTOMK = "accepted: a number from 0 to 1"
 BLOCK = "accepted: a power of two from 16 to 256"
 RANGES = "accepted: a list or tuple of (start, stop) ranges of key tokens"
+GRID = "accepted: None, or the sizes (T, H, W) or (H, W) of a grid of tokens"
 TOKENS = "accepted: an integer of at least 0"
 
 FULL: dict[str, Any] = {
     "always_critical": ((0, 128), (-64, None)),
     "cross_attention": True,
     "max_topk": 0.75,
+    "reorder": "tiles",
+    "grid": (4, 30, 52),
+    "grid_start": -6240,
     "topk": 0.125,
     "bottomk": 0.25,
     "block_q": 128,
@@ -130,6 +134,13 @@ def test_every_field_has_a_docstring_with_its_range() -> None:
         ("always_critical", ((-1, -64),), "((-1, -64),) (tuple)", RANGES),
         ("always_critical", "0:64", "'0:64' (str)", RANGES),
         ("cross_attention", 1, "1 (int)", "accepted: True or False"),
+        ("reorder", "tile", "'tile' (str)", "one of 'raster', 'tiles', 'hilbert'; nearest known: 'tiles'"),
+        ("reorder", None, "None (NoneType)", "one of 'raster', 'tiles', 'hilbert'"),
+        ("grid", (4,), "(4,) (tuple)", GRID),
+        ("grid", (4, 0, 4), "(4, 0, 4) (tuple)", GRID),
+        ("grid", (4.0, 4, 4), "(4.0, 4, 4) (tuple)", GRID),
+        ("grid", 64, "64 (int)", GRID),
+        ("grid_start", 1.0, "1.0 (float)", "accepted: None, or an integer"),
         ("inductor", [("max_autotune", True)], "(list)", "a mapping of Inductor option names"),
         ("inductor", True, "True (bool)", "a mapping of Inductor option names"),
         ("overrides", [("a", {})], "(list)", "a mapping of glob patterns to mappings of topk, bottomk"),
@@ -160,6 +171,8 @@ def test_refused_value_names_field_value_and_what_is_accepted(
         ("min_tokens", (0, 1, 10**9)),
         ("always_critical", ((), ((0, 1),), ((-64, None), (0, None)), ((-64, 4096), (64, -64)))),
         ("cross_attention", (False, True)),
+        ("reorder", ("raster", "tiles", "hilbert")),
+        ("grid", (None, (1, 1), (21, 30, 52))),
         ("inner", ("inductor", "aot_eager", "eager")),
         ("include", (("",), ("a", "b"))),
         ("exclude", ((), ("a", "b"))),
@@ -513,6 +526,8 @@ def test_fingerprint_changes_with_every_field_and_with_nothing_else() -> None:
     prints = {SLAConfig().fingerprint()}
     for name, value in FULL.items():
         changed = {"inner": "eager"} if name == "inner" else {name: value}
+        if name == "grid_start":
+            changed["grid"] = (8, 30, 52)
         prints.add(SLAConfig(**changed).fingerprint())
     assert len(prints) == len(FULL) + 1
     shuffled = dict(reversed(list(FULL.items())))

@@ -1,0 +1,142 @@
+"""Which order the tokens of one attention get, from the settings and what the graph shows; or why the model's own.
+
+An order never changes what an attention gives, only which tokens share a block. So where none can be had with
+certainty the attention is rewritten all the same, in the model's order, and the reason is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from sla_compile.order import RASTER, Placement, place
+from sla_compile.passes.operands import Operand, Step, after, example
+
+__all__ = ["AS_IN_THE_MODEL", "AS_IT_IS", "Grid", "TokenOrder", "Wanted"]
+__all__ += ["back", "ordered", "ordered_mask", "token_order"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid of tokens seen in a model: its sizes, and the token of the sequence where it starts."""
+
+    sizes: tuple[int, ...]
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the settings of a site ask of the order of its tokens."""
+
+    kind: str = RASTER
+    grid: tuple[int, ...] | None = None
+    """None: the grid that was seen in the model."""
+    start: int | None = None
+    blocks: tuple[int, ...] = (64, 64)
+
+
+@dataclass(frozen=True)
+class TokenOrder:
+    """The orders of queries and of keys, None being the model's; and why it is that, where another was wanted."""
+
+    queries: Placement | None = None
+    keys: Placement | None = None
+    obstacle: str = ""
+
+
+AS_IN_THE_MODEL, AS_IT_IS = Wanted(), TokenOrder()
+"""Nothing asked for, and nothing changed."""
+
+
+def token_order(
+    wanted: Wanted, query: Any, key: Any, causal: bool, seen: tuple[Grid | None, Grid | None]
+) -> TokenOrder:
+    """The order for an attention of ``query`` and ``key`` (B, H, N, D), with the grids ``seen`` in their tokens."""
+    if wanted.kind == RASTER:
+        return AS_IT_IS
+    if causal:
+        return TokenOrder(obstacle="causal attention needs the model's own order")
+    sides = [_placement(wanted, side, grid) for side, grid in zip((query, key), seen, strict=True)]
+    queries, keys = (side if isinstance(side, Placement) else None for side in sides)
+    reasons = [side for side in sides if isinstance(side, str)]
+    return TokenOrder(queries, keys, reasons[0] if len(reasons) == 2 else "")
+
+
+def _placement(wanted: Wanted, side: Any, seen: Grid | None) -> Placement | str:
+    """The order of one side's tokens, or why it keeps its own."""
+    tokens = example(side).shape[2]
+    if not isinstance(tokens, int):
+        return f"the number of tokens, {tokens}, is symbolic"
+    if wanted.grid is None:
+        if seen is None:
+            return "no grid of tokens was seen in the model; give one by grid=(T, H, W)"
+        grid, start = seen.sizes, place(tokens, seen.sizes, seen.start)
+    else:
+        grid = wanted.grid
+        start = place(tokens, grid, wanted.start)
+        if start is None and wanted.start is None:
+            start = _joined(side, prod(grid))
+    if start is None:
+        sizes = " x ".join(map(str, grid))
+        where = "" if wanted.grid is None else "; give its first token by grid_start" * (wanted.start is None)
+        return f"{tokens} tokens are not a grid of {sizes} = {prod(grid)}{where}"
+    return Placement(wanted.kind, grid, start, wanted.blocks)
+
+
+_JOINS = {"cat", "concat", "concatenate"}
+
+
+def _joined(side: Any, size: int) -> int | None:
+    """Where the only part of ``size`` tokens begins, if ``side`` was joined of parts along its tokens."""
+    node, axis = (side.source, None) if isinstance(side, Operand) else (side, 2)
+    while isinstance(node, fx.Node) and axis is not None:
+        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+        if name in _JOINS:
+            return _part(node, axis, size)
+        if name in ("transpose", "swapaxes") and sorted(a % 4 for a in node.args[1:3] if isinstance(a, int)) == [1, 2]:
+            axis = {1: 2, 2: 1}.get(axis, axis)
+        elif name not in ("contiguous", "to", "type_as", "float", "clone"):
+            return None
+        node = node.args[0] if node.args else None
+    return None
+
+
+def _part(node: fx.Node, axis: int, size: int) -> int | None:
+    """Where the only tensor of ``size`` along ``axis`` begins in what ``node`` joins along it; None without one."""
+    arguments = dict(zip(("tensors", "dim"), node.args, strict=False)) | dict(node.kwargs)
+    given: Any = arguments.get("tensors", ())
+    parts, dim = [example(part) for part in given], arguments.get("dim", 0)
+    if not all(isinstance(part, torch.Tensor) and isinstance(part.shape[axis], int) for part in parts):
+        return None
+    if not isinstance(dim, int) or dim % parts[0].dim() != axis:
+        return None
+    lengths = [part.shape[axis] for part in parts]
+    return sum(lengths[: lengths.index(size)]) if lengths.count(size) == 1 else None
+
+
+def _steps(placement: Placement | None, inverse: bool = False) -> tuple[Step, ...]:
+    if placement is None:
+        return ()
+    arguments = placement.kind, list(placement.grid), placement.start, list(placement.blocks), inverse
+    return (Step(torch.ops.sla.reorder.default, arguments),)
+
+
+def ordered(source: Any, placement: Placement | None) -> Any:
+    """``source`` (..., N, D) with its tokens in this order."""
+    return after(source, *_steps(placement))
+
+
+def back(source: Any, placement: Placement | None, *more: Step) -> Any:
+    """``source`` (..., N, D), whose tokens are in this order, with them in the model's; and then ``more``."""
+    return after(source, *_steps(placement, inverse=True), *more)
+
+
+def ordered_mask(source: Any, placement: Placement | None) -> Any:
+    """``source`` (B, N) with its tokens in this order."""
+    if placement is None:
+        return source
+    return after(source, Step("unsqueeze", (-1,)), *_steps(placement), Step("squeeze", (-1,)))
