@@ -44,8 +44,10 @@ from sla_compile.blocks import num_blocks, num_critical  # noqa: E402
 
 ROUNDS: tuple[tuple[tuple[str, ...], tuple[float, ...], int], ...] = (
     (MAIN, (0.95,), 99),
+    (("sla-tiles", "sparse-tiles"), (0.95,), 99),
     (("sla-long",), (0.95,), 1),
     (("sparse", "sla"), (0.90, 0.80), 99),
+    (("calibrated-tiles",), (0.95,), 99),
     (("sla-wide",), (0.95, 0.90), 99),
     (("calibrated", "sparse-wide"), (0.90,), 99),
     (("calibrated",), (0.80,), 99),
@@ -262,7 +264,7 @@ def stability(rows: Sequence[Row]) -> list[str]:
 
 def what_was_done(settings: Settings, real: float, workers: int) -> list[str]:
     """The settings, in sentences."""
-    grid = "x".join(str(size // step) for size, step in zip(settings.size, settings.patch, strict=True))
+    grid = "x".join(map(str, settings.grid))
     sentences = (
         f"A video transformer of {settings.layers} layers, {settings.heads} heads of {settings.head_dim}.",
         f"Procedural videos of {' x '.join(map(str, settings.size))} pixels: {grid} = {settings.tokens} tokens.",

@@ -33,6 +33,8 @@ class Arm:
     trained: bool = True
     wide: int = 1
     """Tokens in a block, in units of ``Settings.block``."""
+    order: str = "raster"
+    """``SLAConfig.reorder``, for "sla"."""
     longer: int = 1
     """Steps of training, in units of ``Settings.steps``."""
 
@@ -44,7 +46,7 @@ class Arm:
     @property
     def kind(self) -> tuple[Any, ...]:
         """What is compiled, besides the sparsity: arms that have it in common share a ``Student``."""
-        return self.attention, self.branch, self.wide
+        return self.attention, self.branch, self.wide, self.order
 
 
 ARMS = {
@@ -61,6 +63,9 @@ MAIN = tuple(ARMS)
 """The arms of the comparison; the other ones are variants of them."""
 
 ARMS |= {
+    "sparse-tiles": Arm("sparse only, tokens in tiles", branch="none", order="tiles"),
+    "sla-tiles": Arm("SLA, tokens in tiles", order="tiles"),
+    "calibrated-tiles": Arm("SLA, tokens in tiles, calibrated only", order="tiles", calibrated=True, trained=False),
     "sla-wide": Arm("SLA, blocks twice as long", wide=2),
     "sparse-wide": Arm("sparse only, blocks twice as long", branch="none", wide=2),
     "sla-long": Arm("SLA, trained four times as long", longer=4),
@@ -166,6 +171,8 @@ class Student:
             block_q=arm.wide * settings.block,
             block_k=arm.wide * settings.block,
             linear=arm.branch,
+            reorder=arm.order,
+            grid=settings.grid,
             min_tokens=0,  # short videos too
             inner=settings.inner,
         )

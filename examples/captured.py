@@ -46,7 +46,8 @@ class Captured:
         self.calls += 1
         stream = self.stream = self.stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*without CUDA graph capture")  # what optimizers say of a warm-up
             output = self.function(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
         return output

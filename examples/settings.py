@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,11 +67,16 @@ class Settings:
         return dict(json.loads(json.dumps(dataclasses.asdict(self))))
 
     @property
-    def tokens(self) -> int:
-        """Tokens of a video. A Wan transformer's patches are (1, 2, 2)."""
+    def grid(self) -> tuple[int, int, int]:
+        """Tokens of a video along time, height and width. A Wan transformer's patches are (1, 2, 2)."""
         patch = (1, 2, 2) if self.model == "wan" else self.patch
         frames, height, width = (size // step for size, step in zip(self.size, patch, strict=True))
-        return frames * height * width
+        return frames, height, width
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a video."""
+        return math.prod(self.grid)
 
 
 PRESETS = {
