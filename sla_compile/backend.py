@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 import sla_compile.ops  # noqa: F401  the library ops that a rewritten graph calls
+from sla_compile.ahead import compile_ahead
 from sla_compile.compat import Frame, compiled_siblings, current_frame, data_parallel, fully_sharded, user_errors
 from sla_compile.config import SLAConfig
 from sla_compile.gate import (
@@ -61,6 +62,7 @@ def sla(
         settings = Settings.of(options, mode)
     frame = current_frame()
     sites = rewrite_graph(gm, settings, frame)
+    compile_ahead(sites)
     if frame is not None:
         remember(sites, frame.code)
         remember_break(gm, frame.root_module())
@@ -156,6 +158,7 @@ def _attach(site: Site, owner: nn.Module, decision: Rewrite) -> None:
         device=shape.device,
         dtype=gate_dtype(owner, shape.dtype),
         path=site.gate_path,
+        seen=site.seen,
     )
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "size_hint",
     "skip_as_root_frame",
     "throw_away_compile",
+    "triton_cache_folder",
     "user_errors",
 ]
 
@@ -320,6 +321,16 @@ def lower_gather(op: Any, table: Callable[..., torch.Tensor]) -> None:
         return ir.Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=element, ranges=sizes)
 
     lowering.register_lowering(op, type_promotion_kind=None)(gather)
+
+
+def triton_cache_folder(device: torch.device) -> str:
+    """Where Triton will cache on disk once Inductor has run a kernel of its own: Inductor chooses that then.
+
+    Goes when torch tells publicly where.
+    """
+    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+
+    return triton_cache_dir(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def size_hint(size: int | torch.SymInt) -> int | None:
