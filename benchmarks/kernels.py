@@ -1,6 +1,6 @@
 """The CUDA kernels by themselves: both directions beside SDPA, Gluon beside Triton, and where the time goes.
 
-    python benchmarks/kernels.py [--tokens 32760] [--blocks 128x128 64x64]
+    python benchmarks/kernels.py [--tokens 32760] [--blocks 128x128 64x64] [--run-time]
 
 The launchers are called without the library op around them, so no autograd or checks are timed; everything else is:
 classification, block states, attention, gate, every gradient. Milliseconds by CUDA events after a warm-up, the L2
@@ -59,12 +59,15 @@ def settings_of(block_q: int, block_k: int) -> dict[str, Any]:
     }
 
 
-def ours(inputs: list[torch.Tensor], block_q: int, block_k: int) -> tuple[str, str]:
+def ours(
+    inputs: list[torch.Tensor], block_q: int, block_k: int, topk: float = 0.05, now: torch.Tensor | None = None
+) -> tuple[str, str]:
+    """``now``: topk and bottomk at run time, in millionths; ``topk`` is the most that it may be, then."""
     q, k, v, grad_out, weight, bias = inputs
     settings = settings_of(block_q, block_k)
 
     def forward() -> tuple[torch.Tensor, ...]:
-        return triton_attention.forward(q, k, v, weight, bias, topk=0.05, bottomk=0.10, **settings)
+        return triton_attention.forward(q, k, v, weight, bias, None, now, topk=topk, bottomk=0.10, **settings)
 
     saved = forward()
     return milliseconds(forward), milliseconds(
@@ -78,6 +81,21 @@ def dense(inputs: list[torch.Tensor], backend: SDPBackend) -> tuple[str, str]:
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         forward = milliseconds(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))
         return forward, milliseconds(lambda: torch.autograd.grad(out, (q, k, v), inputs[3], retain_graph=True))
+
+
+def at_run_time(inputs: list[torch.Tensor], blocks: list[tuple[int, int]], console: Console) -> None:
+    """What it costs that topk is read when the attention runs, in a graph that allows for more."""
+    now = torch.tensor([50_000, 100_000], device="cuda")
+    table = Table("topk", "forward, ms", "backward, ms", title="compiled, and as set_sparsity sets it")
+    for block_q, block_k in blocks:
+        for label, topk, sparsity in (
+            ("5%, compiled", 0.05, None),
+            ("5% of at most 5%", 0.05, now),
+            ("5% of at most 30%", 0.30, now),
+            ("30%, compiled", 0.30, None),
+        ):
+            table.add_row(f"{block_q}x{block_k}: {label}", *ours(inputs, block_q, block_k, topk, sparsity))
+    console.print(table)
 
 
 def stages(inputs: list[torch.Tensor], block_q: int, block_k: int, console: Console) -> None:
@@ -102,11 +120,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32760)
     parser.add_argument("--blocks", nargs="+", default=["128x128", "128x64", "64x64"])
     parser.add_argument("--stages", action="store_true", help="also the time of each kernel")
+    parser.add_argument("--run-time", action="store_true", help="what run-time sparsity costs, and nothing else")
     options = parser.parse_args()
     console = Console()
     inputs = tensors(options.tokens)
     table = Table("", "forward, ms", "backward, ms", title=f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    blocks = [tuple(int(size) for size in name.split("x")) for name in options.blocks]
+    blocks = [(int(size_q), int(size_k)) for size_q, size_k in (name.split("x") for name in options.blocks)]
+    if options.run_time:
+        at_run_time(inputs, blocks, console)
+        return
     for block_q, block_k in blocks:
         table.add_row(f"SLA {block_q}x{block_k}", *ours(inputs, block_q, block_k))
         with without_gluon():
