@@ -22,10 +22,11 @@ __all__ += ["back", "ordered", "ordered_mask", "token_order"]
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid of tokens seen in a model: its sizes, and the token of the sequence where it starts."""
+    """A grid of tokens seen in a model: its sizes, and the token where it starts in a sequence of ``tokens``."""
 
     sizes: tuple[int, ...]
-    start: int = 0
+    start: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,20 @@ def _placement(wanted: Wanted, side: Any, seen: Grid | None) -> Placement | str:
     if wanted.grid is None:
         if seen is None:
             return "no grid of tokens was seen in the model; give one by grid=(T, H, W)"
-        grid, start = seen.sizes, place(tokens, seen.sizes, seen.start)
-    else:
-        grid = wanted.grid
-        start = place(tokens, grid, wanted.start)
-        if start is None and wanted.start is None:
-            start = _joined(side, prod(grid))
+        if tokens != seen.tokens:
+            return f"{tokens} tokens; a grid was seen in {seen.tokens}"
+        return Placement(wanted.kind, seen.sizes, seen.start, wanted.blocks)
+    size = prod(wanted.grid)
+    start = place(tokens, wanted.grid, wanted.start)
+    if start is None and wanted.start is None:
+        start = _joined(side, size)
     if start is None:
-        sizes = " x ".join(map(str, grid))
-        where = "" if wanted.grid is None else "; give its first token by grid_start" * (wanted.start is None)
-        return f"{tokens} tokens are not a grid of {sizes} = {prod(grid)}{where}"
-    return Placement(wanted.kind, grid, start, wanted.blocks)
+        sizes = " x ".join(map(str, wanted.grid))
+        if wanted.start is not None:
+            return f"a grid of {sizes} = {size} from token {wanted.start} on does not lie in {tokens} tokens"
+        where = "; give its first token by grid_start" if size < tokens else ""
+        return f"{tokens} tokens are not a grid of {sizes} = {size}{where}"
+    return Placement(wanted.kind, wanted.grid, start, wanted.blocks)
 
 
 _JOINS = {"cat", "concat", "concatenate"}

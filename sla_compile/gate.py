@@ -10,6 +10,7 @@ arguments and erases it. A prepared model that is not compiled is exactly the de
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import weakref
 from collections.abc import Iterator
@@ -21,11 +22,17 @@ from torch import Tensor, nn
 
 from sla_compile.compat import forget_code, skip_as_root_frame
 from sla_compile.config import SITE_FIELDS, SLAConfig
+from sla_compile.order import RASTER
+from sla_compile.passes.token_order import Grid
 
 __all__ = ["Gate", "attach_gate", "detach", "detach_gate", "gate_name", "gate_parameters", "gates", "model_config"]
 
 MILLION = 10**6
 """The unit of a gate's ``sparsity``."""
+
+Seen = tuple[Grid | None, Grid | None]
+"""Grids of tokens found in a model, of an attention's queries and of its keys."""
+UNSEEN: Seen = (None, None)
 
 _GATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -54,6 +61,7 @@ class Gate(nn.Module):
         config: the settings of this site.
         model_config: the settings the whole model was prepared with.
         ordinal: which attention call of its owner it belongs to, counted from 0.
+        seen: the grids of tokens that this attention had in the whole model, for when only a part is compiled.
     """
 
     weight: nn.Parameter
@@ -71,6 +79,7 @@ class Gate(nn.Module):
         ordinal: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        seen: Seen = UNSEEN,
     ) -> None:
         super().__init__()
         lead = (heads,) if config.gate == "per_head" else ()
@@ -89,7 +98,8 @@ class Gate(nn.Module):
         self.config = config
         self.model_config = model_config if model_config is not None else config
         # What the traced graph depends on, and so what Dynamo guards on: nothing in it differs from site to site.
-        self.settings = settings_text(config)
+        self.seen = seen
+        self.settings = settings_text(config, seen)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -138,10 +148,20 @@ class Gate(nn.Module):
         )
 
 
-def settings_text(config: SLAConfig) -> str:
-    """The settings that shape a rewritten site, as the canonical JSON that its marker carries."""
+def settings_text(config: SLAConfig, seen: Seen) -> str:
+    """What shapes a rewritten site, its settings and grids, as the canonical JSON that its marker carries."""
     at_run_time = () if config.max_topk is None else ("topk", "bottomk")
-    return json.dumps({name: getattr(config, name) for name in SITE_FIELDS if name not in at_run_time}, sort_keys=True)
+    fields: dict[str, Any] = {name: getattr(config, name) for name in SITE_FIELDS if name not in at_run_time}
+    if config.reorder != RASTER and config.grid is None:
+        fields["seen"] = [grid and dataclasses.astuple(grid) for grid in seen]
+    return json.dumps(fields, sort_keys=True)
+
+
+def read_settings(text: str) -> tuple[dict[str, Any], Seen]:
+    """The reverse of ``settings_text``: fields of ``SLAConfig``, and grids."""
+    fields = json.loads(text)
+    queries, keys = (grid and Grid(tuple(grid[0]), *grid[1:]) for grid in fields.pop("seen", UNSEEN))
+    return fields, (queries, keys)
 
 
 def _millionths(config: SLAConfig, device: torch.device | str | None) -> Tensor | None:
@@ -207,6 +227,7 @@ def attach_gate(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
     path: str,
+    seen: Seen = UNSEEN,
 ) -> Gate:
     """The gate of ``owner``'s attention call ``ordinal``, made and hooked if it is not there; idempotent.
 
@@ -227,6 +248,7 @@ def attach_gate(
             ordinal=ordinal,
             device=device,
             dtype=dtype,
+            seen=seen,
         )
         gate.train(owner.training)
         owner.add_module(name, gate)
@@ -251,7 +273,8 @@ def attach_gate(
                 existing.sparsity.copy_(wanted_shares)  # in place: a CUDA graph reads this memory
     existing.config, existing.path = config, path
     existing.model_config = model_config if model_config is not None else config
-    existing.settings = settings_text(config)
+    existing.seen = seen
+    existing.settings = settings_text(config, seen)
     return existing
 
 

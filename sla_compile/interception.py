@@ -151,7 +151,7 @@ class _AttentionMode(TorchFunctionMode):
         # Normal form and decision read tensors as they read the nodes of a graph.
         node = SimpleNamespace(args=args, kwargs=kwargs or {}, meta={})
         call = attention_call(cast(Any, node), cast(Any, None))
-        decision = decide(dataclasses.replace(call, node=output), requirements(gate.config))
+        decision = decide(dataclasses.replace(call, node=output), requirements(gate.config), gate.seen)
         if not isinstance(decision, Rewrite):
             return output
         query, key, value = (cast(Tensor, example(operand)) for operand in decision.operands(call))

@@ -103,8 +103,9 @@ class _Grid:
         self._keys: dict[tuple[int, ...], list[int]] = {}
 
     def extent(self, tokens: Iterable[int], axis: int) -> int:
+        """How far ``tokens`` reach along ``axis``; a step in time, the first of three axes, counts double."""
         along = [self.axes[axis][token] for token in tokens]
-        return max(along) - min(along) + 1
+        return (max(along) - min(along) + 1) * (2 if axis == 0 and len(self.sizes) == 3 else 1)
 
     def keys(self, axes: tuple[int, ...]) -> list[int]:
         """For each token a number that orders by the first of ``axes``, then the second, then the third."""

@@ -80,6 +80,7 @@ def prepare(
             device=gate.weight.device,
             dtype=gate.weight.dtype,
             path=path,
+            seen=gate.seen,
         )
     for path in run.owners:
         model.get_submodule(path).__dict__[PREPARED] = (settings.config, path)

@@ -5,11 +5,11 @@ This is where the passes (which know graphs) meet the modules (which own gates).
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from types import CodeType
 from typing import Any
 
@@ -18,8 +18,10 @@ from torch import fx, nn
 
 from sla_compile.compat import Frame, plain_module_path, runs_forward_of
 from sla_compile.config import SITE_FIELDS, SLAConfig
-from sla_compile.gate import Gate, gate_name, own_gates
+from sla_compile.gate import UNSEEN, Gate, Seen, gate_name, own_gates, read_settings
+from sla_compile.order import RASTER
 from sla_compile.passes.decide import Decision, Keep, Requirements, Rewrite, decide
+from sla_compile.passes.grid import Grids
 from sla_compile.passes.match import AttentionCall, Marker, find_attention, find_markers
 from sla_compile.passes.token_order import Wanted
 
@@ -77,6 +79,8 @@ class Site:
     config: SLAConfig
     model_config: SLAConfig
     decision: Decision
+    seen: Seen = UNSEEN
+    """The grids of its queries and of its keys, found in this graph, or kept by its gate."""
 
     @property
     def gate(self) -> Gate | None:
@@ -109,6 +113,7 @@ def find_sites(gm: fx.GraphModule, settings: Settings, frame: Frame) -> tuple[li
     marked = {(_identities(marker.owner), marker.ordinal): marker for marker in markers}
     paths = _module_paths(frame)
     counts: Counter[Any] = Counter()
+    grids = cache(lambda: Grids(gm))
     sites = []
     root = frame.root_module()
     earlier = _calls_before(frame, root) if frame.resumed and root is not None else 0
@@ -118,7 +123,7 @@ def find_sites(gm: fx.GraphModule, settings: Settings, frame: Frame) -> tuple[li
         ordinal = counts[calling] + (earlier if owner is root else 0)
         counts[calling] += 1
         local_path = paths.get(id(owner), plain_module_path(call.stack[-1].source) if call.stack else "")
-        site = _site(call, owner, local_path, ordinal, marked.get((calling, ordinal)), settings)
+        site = _site(call, owner, local_path, ordinal, marked.get((calling, ordinal)), settings, grids)
         if owner is None and frame.resumed and isinstance(site.decision, Keep):
             site = replace(site, decision=Keep(BROKEN, frame.code.co_name, "an attention without a break before it"))
         sites.append(site)
@@ -148,12 +153,15 @@ def _site(
     ordinal: int,
     marker: Marker | None,
     settings: Settings,
+    grids: Callable[[], Grids],
 ) -> Site:
     prepared = owner.__dict__.get(PREPARED) if owner is not None else None
     model_config, path = prepared if prepared is not None else (settings.config, local_path)
     config = model_config.for_site(path)
+    seen: Seen = UNSEEN
     if marker is not None:
-        config = replace(config, overrides={}, **json.loads(marker.settings))
+        fields, seen = read_settings(marker.settings)
+        config = replace(config, overrides={}, **fields)
         if conflicts := settings.conflicts(path, config):
             raise ValueError(
                 f"{path or 'the compiled module'}: the options of torch.compile contradict its gate: "
@@ -162,6 +170,9 @@ def _site(
             )
         if "min_tokens" in settings.explicit:  # when to be sparse may differ from compile to compile
             config = replace(config, min_tokens=settings.config.for_site(path).min_tokens)
+    if config.reorder != RASTER and config.grid is None:
+        here = grids().of(call.query), grids().of(call.key)
+        seen = here if any(here) else seen
     rejected = settings.config.rejects(path) or (None if marker is not None else model_config.rejects(path))
     decision: Decision
     if rejected is not None:
@@ -169,14 +180,14 @@ def _site(
     elif owner is None:
         decision = Keep("no module owns this attention", "a plain function calls it", "a call in a forward")
     else:
-        decision = decide(call, requirements(config))
+        decision = decide(call, requirements(config), seen)
     if isinstance(decision, Rewrite) and marker is not None and marker.module is not call.module:
         decision = Keep(
             "its gate is bound outside the region that holds the attention",
             "a part of the owner's forward that is traced by itself, as a checkpoint is",
             "such a part that holds the whole owner",
         )
-    return Site(call, path, owner, ordinal, marker, config, model_config, decision)
+    return Site(call, path, owner, ordinal, marker, config, model_config, decision, seen)
 
 
 def _identities(stack: tuple[Any, ...]) -> tuple[tuple[int, int], ...]:

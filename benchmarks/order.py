@@ -1,0 +1,148 @@
+"""What the order of a video's tokens does to Sparse-Linear Attention: how much of the exact attention it catches.
+
+    python benchmarks/order.py CHECKPOINT [CHECKPOINT ...] [--videos 1] [--json order.json]
+
+A checkpoint is the ``pretrained-<seed>.pt`` that examples/finetune.py or benchmarks/quality.py leaves in its folder,
+beside its settings.json: a dense video transformer, trained on moving shapes. Its attention is looked at on held-out
+videos at several times of the flow. For each order, block and topk:
+
+- mass: the share of the dense attention's weight that lies in the critical blocks, the mean over queries;
+- error: ||sparse branch - dense output|| / ||dense output||, the sparse branch alone, as an untrained SLA is.
+
+Both are means over layers, times, videos and checkpoints; mass is also told by layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import sla_compile.ops  # noqa: F401  the library ops
+from examples.settings import Settings
+from examples.video_dit import SelfAttention, VideoDiT, VideoDiTConfig
+from examples.videos import Data
+from sla_compile.order import ORDERS, Placement
+from sla_compile.reordering import reorder
+
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+TOPKS = (0.05, 0.10, 0.20)
+BLOCKS = (16, 64, 128)
+
+Key = tuple[str, int, float]
+"""Order, block, topk."""
+
+
+class Recorded(SelfAttention):
+    """Attention that keeps the queries, keys and values of its last call."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.seen = q, k, v
+        return super().attend(q, k, v)
+
+
+def trained(checkpoint: Path, device: torch.device) -> tuple[VideoDiT, Settings]:
+    """The model of a checkpoint, and the settings that it was trained with."""
+    given = json.loads((checkpoint.parent / "settings.json").read_text())
+    names = Settings.__dataclass_fields__
+    settings = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if name in names})
+    shape = ("patch", "heads", "head_dim", "layers", "mlp_ratio")
+    model = VideoDiT(VideoDiTConfig(**{name: getattr(settings, name) for name in shape}), Recorded)
+    model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
+    return model.to(device).eval(), settings
+
+
+def look(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, ...], orders: tuple[str, ...]) -> dict[Key, dict[str, float]]:
+    """Mass and error of one attention (1, H, N, D) for every order, block and topk."""
+    scale = 1 / math.sqrt(q.shape[3])
+    weights = (q @ k.mT * scale).softmax(dim=-1)
+    dense = weights @ v
+    found: dict[Key, dict[str, float]] = {}
+    for kind in orders:
+        for block in BLOCKS:
+            placement = Placement(kind, grid, 0, (block, block))
+            inside = reorder(weights, placement)  # the queries, and then the keys
+            inside = reorder(inside.mT, placement).mT.unflatten(-1, (-1, block)).sum(dim=-1)
+            q_in, k_in, v_in = (reorder(x, placement) for x in (q, k, v))
+            for topk in TOPKS:
+                out, _, _, block_map = torch.ops.sla.forward.default(
+                    q_in, k_in, v_in, None, None, None, None, scale, topk, 0.0, block, block, "softmax", "none"
+                )
+                critical = (block_map == 1).repeat_interleave(block, dim=2)
+                missed = reorder(out, placement, inverse=True) - dense
+                found[kind, block, topk] = {
+                    "mass": float((inside * critical).sum(dim=-1).mean()),
+                    "error": float(missed.norm() / dense.norm()),
+                }
+    return found
+
+
+@torch.no_grad()
+def measure(checkpoints: list[Path], videos: int, device: torch.device) -> list[dict[str, Any]]:
+    """One row for each checkpoint, video, time, layer, order, block and topk."""
+    rows = []
+    for number, checkpoint in enumerate(checkpoints):
+        model, settings = trained(checkpoint, device)
+        grid = tuple(size // patch for size, patch in zip(settings.size, settings.patch, strict=True))
+        clean = list(Data(settings.size, 1, device).videos(videos, seed=10 + number))
+        generator = torch.Generator().manual_seed(number)
+        for video in clean:
+            for time in TIMES:
+                noise = torch.randn(video.shape, generator=generator).to(device)
+                model((1 - time) * video + time * noise, torch.full((1,), time, device=device))
+                for layer, block in enumerate(model.blocks):
+                    for (kind, size, topk), numbers in look(*block.attn.seen, grid, ORDERS).items():
+                        where = {"checkpoint": checkpoint.name, "time": time, "layer": layer}
+                        rows.append({**where, "order": kind, "block": size, "topk": topk, **numbers})
+    return rows
+
+
+def mean(rows: list[dict[str, Any]], what: str, **where: Any) -> float:
+    values = [row[what] for row in rows if all(row[name] == value for name, value in where.items())]
+    return sum(values) / len(values)
+
+
+def show(rows: list[dict[str, Any]], console: Console) -> None:
+    layers = sorted({row["layer"] for row in rows})
+    for block in BLOCKS:
+        table = Table(title=f"blocks of {block}")
+        for name in ("order", "topk", "mass", *(f"layer {layer}" for layer in layers), "error"):
+            table.add_column(name, justify="left" if name == "order" else "right")
+        for topk in TOPKS:
+            for kind in ORDERS:
+                where = {"order": kind, "block": block, "topk": topk}
+                by_layer = [f"{mean(rows, 'mass', layer=layer, **where):.3f}" for layer in layers]
+                numbers = (f"{mean(rows, 'mass', **where):.3f}", *by_layer, f"{mean(rows, 'error', **where):.3f}")
+                table.add_row(kind, f"{topk:.0%}", *numbers, end_section=kind == ORDERS[-1])
+        console.print(table)
+    wins: defaultdict[str, int] = defaultdict(int)
+    cases = {(r["checkpoint"], r["time"], r["layer"], r["block"], r["topk"]) for r in rows}
+    for checkpoint, time, layer, block, topk in cases:
+        where = {"checkpoint": checkpoint, "time": time, "layer": layer, "block": block, "topk": topk}
+        wins[max(ORDERS, key=lambda kind: mean(rows, "mass", order=kind, **where))] += 1
+    console.print(f"most mass, of {len(cases)} cases: {', '.join(f'{kind} {wins[kind]}' for kind in ORDERS)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", type=Path, nargs="+")
+    parser.add_argument("--videos", type=int, default=1, help="held-out videos for each checkpoint")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="write every row to this file")
+    options = parser.parse_args()
+    rows = measure(options.checkpoints, options.videos, torch.device(options.device))
+    show(rows, Console(width=120))
+    if options.json:
+        options.json.write_text(json.dumps({"torch": torch.__version__, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
