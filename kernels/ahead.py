@@ -162,6 +162,17 @@ def _answering_for(gpu: GPU) -> Iterator[None]:
             setattr(owner, name, value)
 
 
+def _build_launcher(kernel: Any) -> None:
+    """Build what launches ``kernel``, which Triton 3.6 makes in C for each signature; later ones have one for all."""
+    from triton.backends.nvidia import driver
+
+    if hasattr(driver, "make_launcher"):
+        try:
+            driver.CudaLauncher(kernel.src, kernel.metadata)
+        except Exception:  # without it the kernel is still there
+            traceback.print_exc()
+
+
 class _Forks(Executor):
     """Each task in a fork, at most ``limit`` at a time. Tasks give no result; those that fail are counted."""
 
@@ -176,7 +187,7 @@ class _Forks(Executor):
         process = os.fork()
         if process == 0:
             try:
-                task(*args, **kwargs)
+                _build_launcher(task(*args, **kwargs))
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()
