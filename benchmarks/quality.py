@@ -244,6 +244,16 @@ def bars(groups: Groups) -> list[str]:
     return lines
 
 
+def variants(groups: Groups) -> list[str]:
+    """How much the held-out loss of a variant is above that of the arm that it varies, seed by seed."""
+    lines = []
+    for (arm, share), rows in groups.items():
+        varied = arm.removesuffix("-wide").removesuffix("-tiles")
+        if varied != arm and (above := paired(rows, groups.get((varied, share), []), excess)):
+            lines.append(f"- {ARMS[arm].title}, beside {ARMS[varied].title}, {share:.0%}: {spread(above, '+.2f')}%.")
+    return lines
+
+
 def stability(rows: Sequence[Row]) -> list[str]:
     """How the losses of the long training went: whether they stayed finite, and fell."""
     lines = []
@@ -294,6 +304,7 @@ def report(options: argparse.Namespace) -> None:
     long = [row for row in results.values() if row.get("arm") == "sla-long"]
     compared = {key: row for key, row in results.items() if row.get("arm") != "sla-long"}
     groups = aggregate(compared)
+    varied = variants(groups)
     seeds = sorted({row["seed"] for rows in groups.values() for row in rows})
     text = [
         "# Quality after the switch",
@@ -310,6 +321,7 @@ def report(options: argparse.Namespace) -> None:
         "",
         *bars(groups),
         "",
+        *(["Held-out loss of variants above that of what they vary:", "", *varied, ""] if varied else []),
         "Held-out loss above dense, %, in each quarter of the times of flow matching (means over seeds):",
         "",
         *time_table(groups),

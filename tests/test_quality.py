@@ -79,10 +79,12 @@ def test_figures_are_those_of_the_rows(quality: Any) -> None:
         ("dense", None): rows([1.0, 2.0]),
         ("sparse", 0.95): rows([1.06, 2.12]),
         ("sla", 0.95): rows([1.005, 2.03]),
+        ("sla-tiles", 0.95): rows([1.01505, 2.03]),
         ("calibrated", 0.95): rows([1.0, 2.0], error_sparse=0.4, error_gated=0.1),
     }
     table = quality.main_table(groups, 4096, 64)
     assert "| SLA | 95% | 3 of 64 | 2.0000 | 1.5175 (1.0050 to 2.0300) | +1.00 (+0.50 to +1.50) |" in table[4]
+    assert quality.variants(groups) == ["- SLA, tokens in tiles, beside SLA, 95%: +0.50 (+0.00 to +1.00)%."]
     lines = quality.bars(groups)
     assert "**missed**" not in lines[2]
     assert "**met**, 6.0 times (+6.00% to +1.00%)" in lines[1]
