@@ -23,7 +23,18 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from sla_compile.config import LATER_SITE_FIELDS, SITE_FIELDS, SLAConfig
-from sla_compile.gate import MILLION, Gate, attach_gate, detach_gate, gates, model_config
+from sla_compile.gate import (
+    MILLION,
+    UNSEEN,
+    Gate,
+    Seen,
+    as_seen,
+    attach_gate,
+    detach_gate,
+    gates,
+    model_config,
+    written,
+)
 
 __all__ = ["File", "Site", "load", "not_plain", "raise_listed", "read", "save"]
 
@@ -43,6 +54,7 @@ class Site:
     head_dim: int
     config: SLAConfig
     tensors: dict[str, torch.Tensor]
+    seen: Seen = UNSEEN
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes that heads, head_dim, the kind of gate and ``max_topk`` ask for."""
@@ -87,7 +99,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for part, tensor in gate.state_dict().items():
             tensors[f"{name}.{part}"] = tensor.detach().cpu().contiguous().clone()
         settings = {field: getattr(gate.config, field) for field in SITE_FIELDS}
-        sites.append({"path": name, "heads": gate.heads, "head_dim": gate.head_dim, "config": settings})
+        site = {"path": name, "heads": gate.heads, "head_dim": gate.head_dim, "config": settings}
+        sites.append(site | ({"seen": written(gate.seen)} if any(gate.seen) else {}))
     metadata = {"format": FORMAT, "version": VERSION, "config": config.to_json(), "sites": json.dumps(sites)}
     _write(path, to_safetensors(tensors, metadata))
 
@@ -180,7 +193,8 @@ def _parse(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> File:
             raise ValueError(f"site {entry!r}; accepted: a path with integer heads and head_dim")
         given = {**{field: getattr(SLAConfig(), field) for field in LATER_SITE_FIELDS}, **entry["config"]}
         settings = {field: given[field] for field in SITE_FIELDS}
-        site = Site(path, heads, head_dim, dataclasses.replace(config, overrides={}, **settings), {})
+        own = dataclasses.replace(config, overrides={}, **settings)
+        site = Site(path, heads, head_dim, own, {}, as_seen(entry.get("seen", UNSEEN)))
         for part, shape in site.shapes().items():
             tensor = left.pop(f"{path}.{part}", None)
             if tensor is None:
@@ -327,6 +341,7 @@ def _attach(file: File, modules: dict[str, nn.Module]) -> None:
                 device=device,
                 dtype=dtype or site.tensors["weight"].dtype,
                 path=name,
+                seen=site.seen,
             )
             _fill(gate, site)
     except BaseException:

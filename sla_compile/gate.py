@@ -153,15 +153,25 @@ def settings_text(config: SLAConfig, seen: Seen) -> str:
     at_run_time = () if config.max_topk is None else ("topk", "bottomk")
     fields: dict[str, Any] = {name: getattr(config, name) for name in SITE_FIELDS if name not in at_run_time}
     if config.reorder != RASTER and config.grid is None:
-        fields["seen"] = [grid and dataclasses.astuple(grid) for grid in seen]
+        fields["seen"] = written(seen)
     return json.dumps(fields, sort_keys=True)
 
 
 def read_settings(text: str) -> tuple[dict[str, Any], Seen]:
     """The reverse of ``settings_text``: fields of ``SLAConfig``, and grids."""
     fields = json.loads(text)
-    queries, keys = (grid and Grid(tuple(grid[0]), *grid[1:]) for grid in fields.pop("seen", UNSEEN))
-    return fields, (queries, keys)
+    return fields, as_seen(fields.pop("seen", UNSEEN))
+
+
+def written(seen: Seen) -> list[Any]:
+    """Grids as JSON has them."""
+    return [grid and dataclasses.astuple(grid) for grid in seen]
+
+
+def as_seen(data: Any) -> Seen:
+    """The reverse of ``written``."""
+    queries, keys = (grid and Grid(tuple(grid[0]), *grid[1:]) for grid in data)
+    return queries, keys
 
 
 def _millionths(config: SLAConfig, device: torch.device | str | None) -> Tensor | None:
