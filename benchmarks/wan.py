@@ -43,16 +43,22 @@ from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 FLOOR = "no self-attention (floor)"
-ARMS: dict[str, SDPBackend | dict[str, int] | None] = {
+ARMS: dict[str, SDPBackend | dict[str, Any] | None] = {
     "inductor, flash SDPA": SDPBackend.FLASH_ATTENTION,
     "inductor, cuDNN SDPA": SDPBackend.CUDNN_ATTENTION,
     "inductor, torch's default": None,
     "sla, blocks 64x64": {"block_q": 64, "block_k": 64},
     "sla, blocks 128x128": {"block_q": 128, "block_k": 128},
+    "sla, blocks 64x64, tiles": {"block_q": 64, "block_k": 64, "reorder": "tiles"},
+    "sla, blocks 128x128, tiles": {"block_q": 128, "block_k": 128, "reorder": "tiles"},
     FLOOR: None,
 }
 """What computes the dense attention, or the settings of SLA."""
-USUAL_ARMS = [arm for arm in ARMS if arm != "inductor, torch's default"]
+USUAL_ARMS = [
+    *("inductor, flash SDPA", "inductor, cuDNN SDPA"),
+    *("sla, blocks 64x64", "sla, blocks 128x128", "sla, blocks 128x128, tiles"),
+    FLOOR,
+]
 BASES = ("inductor, flash SDPA", "inductor, cuDNN SDPA")
 
 MODELS = {
@@ -114,6 +120,9 @@ class Arm:
         how: dict[str, Any] = {"backend": self.options.inner}
         if isinstance(self.how, dict):
             settings = {**self.how, "inner": self.options.inner, "min_tokens": self.options.min_tokens}
+            if "reorder" in self.how:
+                frames, height, width = latent(self.options)
+                settings["grid"] = (frames, height // 2, width // 2)  # of patches
             how = {"backend": "sla", "options": settings}
         if not self.options.regional:
             return torch.compile(self.model, **how)
@@ -145,11 +154,15 @@ def wan(options: argparse.Namespace) -> Any:
     return model.to(torch.bfloat16).eval()
 
 
+def latent(options: argparse.Namespace) -> tuple[int, int, int]:
+    """Frames, height and width of the latent video."""
+    return (options.frames - 1) // 4 + 1, options.height // 8, options.width // 8
+
+
 def example(options: argparse.Namespace) -> dict[str, Any]:
-    frames, height, width = (options.frames - 1) // 4 + 1, options.height // 8, options.width // 8
     of = {"device": options.device, "dtype": torch.bfloat16}
     return {
-        "hidden_states": torch.randn(1, 16, frames, height, width, **of),
+        "hidden_states": torch.randn(1, 16, *latent(options), **of),
         "timestep": torch.tensor([500], device=options.device),
         "encoder_hidden_states": torch.randn(1, 512, 4096, **of),
         "return_dict": False,

@@ -18,7 +18,7 @@ TINY = (
 FLASH, CUDNN, SLA, FLOOR = (
     "inductor, flash SDPA",
     "inductor, cuDNN SDPA",
-    "sla, blocks 64x64",
+    "sla, blocks 64x64, tiles",
     "no self-attention (floor)",
 )
 
