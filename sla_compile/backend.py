@@ -19,7 +19,9 @@ from sla_compile.gate import (
     attach_gate,
     detach_gate,
     gate_dtype,
+    gate_name,
     mark_from_children,
+    own_gates,
     refuse_taken_name,
     remember_dense,
 )
@@ -148,6 +150,7 @@ def _refuse_unsynchronised(site: Site, owner: nn.Module) -> None:
 
 def _attach(site: Site, owner: nn.Module, decision: Rewrite) -> None:
     shape = decision.shape
+    there = own_gates(owner).get(gate_name(site.ordinal))
     attach_gate(
         owner,
         site.ordinal,
@@ -158,7 +161,7 @@ def _attach(site: Site, owner: nn.Module, decision: Rewrite) -> None:
         device=shape.device,
         dtype=gate_dtype(owner, shape.dtype),
         path=site.gate_path,
-        seen=site.seen,
+        seen=site.seen if there is None or any(site.seen) else there.seen,  # prepare saw more than one block shows
     )
 
 

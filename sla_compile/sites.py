@@ -159,6 +159,9 @@ def _site(
     model_config, path = prepared if prepared is not None else (settings.config, local_path)
     config = model_config.for_site(path)
     seen: Seen = UNSEEN
+    gate = own_gates(owner).get(gate_name(ordinal)) if owner is not None else None
+    if gate is not None and marker is None:  # of a file, where Dynamo starts at the owner: its children will mark it
+        config, seen = gate.config if prepared is None else config, gate.seen
     if marker is not None:
         fields, seen = read_settings(marker.settings)
         config = replace(config, overrides={}, **fields)
