@@ -26,6 +26,7 @@ __all__ = [
     "forget_code",
     "fully_sharded",
     "lower_gather",
+    "plain_function_name",
     "plain_module_path",
     "runs_forward_of",
     "size_hint",
@@ -357,6 +358,11 @@ def always_holds(condition: str, ranges: Mapping[Any, Any]) -> bool:
 
 
 _MODULES_ENTRY = re.compile(r"\.__dict__\['_modules'\]\['([^']+)'\]|\._modules\['([^']+)'\]")
+
+
+def plain_function_name(name: str) -> str:
+    """``torch_dynamo_resume_in_forward_at_12``, what runs after a graph break, as ``forward``."""
+    return re.sub(rf"^{_RESUMED}(.+)_at_\d+$", r"\1", name)
 
 
 def plain_module_path(source: str) -> str:

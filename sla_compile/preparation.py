@@ -1,26 +1,29 @@
 """``prepare``: give a model its gates before anything is compiled; and the dry run behind it and ``explain``.
 
-The dry run traces the model with Dynamo on a shell: a deep copy that shares every tensor with the model. No
-graph is executed; each returns zeros of the right shapes. So nothing the trace does to Python state reaches the
-model, no attention is computed, and no number of the model changes.
+The dry run traces the model with Dynamo on a shell: a deep copy that shares every tensor with the model. No graph is
+executed; each returns zeros of the right shapes (``stand_ins``). So nothing the trace does to Python state reaches
+the model, no attention is computed, and no number of the model changes.
 """
 
 from __future__ import annotations
 
 import copy
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from sla_compile.backend import rewrite_graph
-from sla_compile.compat import current_frame, runs_forward_of, size_hint, throw_away_compile
+from sla_compile.compat import current_frame, plain_function_name, runs_forward_of, throw_away_compile
 from sla_compile.config import SLAConfig
 from sla_compile.gate import Gate, attach_gate, detach, detach_gate, gate_name, gates, own_gates
 from sla_compile.record import GraphBreak, SiteReport, describe, graph_break
 from sla_compile.sites import PREPARED, Settings
+from sla_compile.stand_ins import stand_ins
 
 __all__ = ["DryRun", "dry_run", "prepare", "unwrapped"]
 
@@ -35,6 +38,8 @@ class DryRun:
     owners: set[str] = field(default_factory=set)
     """Module path of every owner of an attention, rewritten or kept."""
     graph_breaks: list[GraphBreak] = field(default_factory=list)
+    stopped: Exception | None = None
+    """What ended the trace early: the model's own code, after a graph break, on values that a trace does not have."""
 
 
 def prepare(
@@ -57,12 +62,19 @@ def prepare(
         config: an ``SLAConfig`` or a mapping of its fields.
 
     Raises:
-        ValueError: a setting is refused; a gate of another shape is there; or settings that leave out a site
-            would drop its trained gate. Nothing is changed then.
+        ValueError: a setting is refused; a gate of another shape is there; settings that leave out a site would
+            drop its trained gate; or the model reads values after a graph break that a trace does not have.
+            Nothing is changed then.
     """
     settings = Settings.of(config)
     model = unwrapped(model)
     run = dry_run(model, args, kwargs, settings)
+    if run.stopped is not None:
+        found = run.graph_breaks[-1]
+        raise ValueError(
+            f"{type(model).__name__}: {found.reason} ({found.file}:{found.line}). Not all gates can be known before: "
+            f"compile the model and call it once, which injects them"
+        ) from run.stopped
     _check(model, run)
     for owner in list(model.modules()):
         for gate in list(own_gates(owner).values()):
@@ -123,12 +135,7 @@ def _check(model: nn.Module, run: DryRun) -> None:
             )
 
 
-def dry_run(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    settings: Settings,
-) -> DryRun:
+def dry_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, settings: Settings) -> DryRun:
     """Trace ``model(*args, **kwargs)`` as ``backend="sla"`` would compile it; ``model`` is left untouched."""
     _check_call(args, kwargs)
     shell = _shell(model)
@@ -137,24 +144,31 @@ def dry_run(
         # After a graph break the frame of a block would know only the path inside that block.
         module.__dict__[PREPARED] = (settings.config, name)
     run = DryRun()
+    refused: list[bool] = []
+    returned: list[bool] = []
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         frame = current_frame()
         frames.extend([frame] if frame is not None else [])
-        sites = rewrite_graph(gm, settings, frame)
+        try:
+            sites = rewrite_graph(gm, settings, frame)
+        except ValueError:
+            refused.append(True)
+            raise
         for site in sites:
             run.sites.append(describe(site))
             if site.owner is not None and id(site.owner) in paths:
                 run.owners.add(paths[id(site.owner)])
         if (found := graph_break(gm)) is not None:
             run.graph_breaks.append(found)
-        zeros = _returns_zeros(gm)
+        without_running = stand_ins(gm)
 
         def run_once(*inputs: Any) -> tuple[Any, ...]:
+            returned.append(True)
             # The next call of this code, by another block perhaps, is another site.
             if frame is not None:
                 frame.drop_entries()
-            return cast(tuple[Any, ...], zeros(*inputs))
+            return without_running(*inputs)
 
         return run_once
 
@@ -164,14 +178,36 @@ def dry_run(
         torch.random.fork_rng([d.index for d in devices if d.index is not None]),
         torch.no_grad(),
     ):
-        torch.compile(shell, backend=backend, dynamic=False)(*args, **(kwargs or {}))
+        try:
+            torch.compile(shell, backend=backend, dynamic=False)(*args, **(kwargs or {}))
+        except Exception as error:
+            if refused or not returned:  # the call itself is wrong, or its settings are
+                raise
+            run.stopped = error
         given_up = not any(runs_forward_of(frame.code, shell) for frame in frames)
     run.gates = gates(shell)
-    if run.sites and given_up:
+    if run.stopped is not None:
+        run.graph_breaks.append(_end_of_trace(run.stopped))
+    elif run.sites and given_up:
         # Dynamo gives up such a forward with no word to the backend, and compiles what it calls.
         reason = f"{type(model).__name__}.forward is not compiled, only what it calls (a break in a loop, say)"
         run.graph_breaks.append(GraphBreak(reason))
     return run
+
+
+def _end_of_trace(error: Exception) -> GraphBreak:
+    """Where and why a trace stopped, and what to do."""
+    stack: Any = getattr(error, "real_stack", None) or traceback.extract_tb(error.__traceback__)
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    user = [frame for frame in stack if not frame.filename.startswith((*ours, "<"))] or list(stack)
+    text = next(iter(str(error).splitlines()), "")
+    return GraphBreak(
+        f"the trace stopped here, on a value that only a run gives ({type(error).__name__}: {text}); attention after "
+        f"it is not listed: compile the model, call it once and see sla_compile.report(model)",
+        user[-1].filename,
+        user[-1].lineno or 0,
+        plain_function_name(user[-1].name),
+    )
 
 
 def _check_call(args: Any, kwargs: Any) -> None:
@@ -197,38 +233,3 @@ def _shell(model: nn.Module) -> nn.Module:
         module.__dict__.pop(PREPARED, None)
         module.__dict__["_compiled_call_impl"] = None  # blocks compiled by themselves are traced as part of it
     return detach(shell)
-
-
-def _returns_zeros(gm: fx.GraphModule) -> Callable[..., Any]:
-    """A function like ``gm`` that computes nothing: zeros of the traced shapes, inputs as they came."""
-    nodes = list(gm.graph.nodes)
-    positions = {node: i for i, node in enumerate(n for n in nodes if n.op == "placeholder")}
-
-    def plan(output: Any) -> tuple[str, Any]:
-        if not isinstance(output, fx.Node):
-            return "value", output
-        if output in positions:
-            return "input", positions[output]
-        example = output.meta.get("example_value")
-        if isinstance(example, torch.Tensor):
-            sizes = tuple(size_hint(size) or 0 for size in example.shape)
-            return "zeros", (sizes, example.dtype, example.device)
-        if isinstance(example, torch.SymInt):
-            return "value", size_hint(example)
-        return "value", example
-
-    plans = [plan(output) for output in nodes[-1].args[0]]
-
-    def run(*inputs: Any) -> tuple[Any, ...]:
-        made = []
-        for kind, what in plans:
-            if kind == "input":
-                made.append(inputs[what])
-            elif kind == "zeros":
-                sizes, dtype, device = what
-                made.append(torch.zeros(sizes, dtype=dtype, device=device))
-            else:
-                made.append(what)
-        return tuple(made)
-
-    return run

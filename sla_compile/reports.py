@@ -117,7 +117,8 @@ def explain(
 ) -> Report:
     """What ``torch.compile(model, backend="sla")`` would do to each attention of ``model``, and why.
 
-    Nothing in the model changes: no gate, hook, parameter or random state. It is traced, not executed.
+    Nothing in the model changes: no gate, hook, parameter or random state. It is traced, not executed: where its Python
+    code reads a value after a graph break that only a run could give, the report ends there, and says so.
 
     Args:
         model: any module, prepared, compiled, or neither.

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -260,6 +261,60 @@ def test_graph_breaks_say_where() -> None:
 def test_a_forward_that_dynamo_gives_up_is_told() -> None:
     breaks = explain(BrokenBlocks(2)).graph_breaks
     assert any("BrokenBlocks.forward is not compiled" in found.reason for found in breaks)
+
+
+class Lengths(Model):
+    """Reads a number after a graph break: tokens that a mask leaves, or ones that only a run of a layer gives."""
+
+    def __init__(self, *, of_layer: bool, error: type[Exception] = ValueError) -> None:
+        super().__init__(2)
+        self.of_layer, self.error = of_layer, error
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.blocks[0](x)
+        last = torch.zeros(len(mask), dtype=torch.bool)
+        last[-1] = True
+        live = (x[..., 0].square() > 0) if self.of_layer else mask & ~last
+        torch._dynamo.graph_break()
+        length = int(live.sum())
+        if length == 0:
+            raise self.error("no token is left")
+        return self.blocks[1](x[:, :length])
+
+
+def test_numbers_of_masks_are_computed() -> None:
+    """Python code after a graph break goes by them; no layer runs."""
+    mask = torch.arange(100) < 80
+    mask[-1] = True
+    model = Lengths(of_layer=False)
+    report = explain(model, random_input(100), mask)
+    assert [(site.path, site.shape["tokens"]) for site in report.sites] == [
+        ("blocks.0.attention", 100), ("blocks.1.attention", 80),
+    ]  # fmt: skip
+    assert all(site.rewritten for site in report.sites)
+    assert int(mask.sum()) == 81
+
+
+def test_a_value_that_only_a_run_gives_ends_the_report() -> None:
+    report = explain(Lengths(of_layer=True), random_input(100), torch.ones(100, dtype=torch.bool))
+    assert [site.path for site in report.sites] == ["blocks.0.attention"]
+    found = report.graph_breaks[-1]
+    assert "ValueError: no token is left" in found.reason
+    assert "call it once and see sla_compile.report(model)" in found.reason
+    assert (Path(found.file).name, found.function) == ("test_reports.py", "forward")
+    assert "the trace stopped here" in flat(str(report).replace("|", " "))
+
+
+def test_prepare_refuses_what_it_cannot_see_whole() -> None:
+    model = Lengths(of_layer=True).double()
+    with pytest.raises(ValueError, match=r"Lengths: the trace stopped here, .*compile the model and call it once"):
+        sla_compile.prepare(model, (random_input(100), torch.ones(100, dtype=torch.bool)), config=OPTIONS)
+    assert not sla_compile.gates(model)
+
+
+def test_a_call_that_is_wrong_raises_as_it_does() -> None:
+    with pytest.raises(TypeError, match="mask"):
+        explain(Lengths(of_layer=True), random_input(100))
 
 
 def test_graph_breaks_of_a_compiled_model() -> None:
