@@ -1,103 +1,58 @@
 """Which axis of each tensor of a graph is a grid of tokens, (T, H, W) or (H, W), in raster order: proved, not guessed.
 
-A convolution's output has axes in space and time; patch embeddings are such. They are followed through every operation
-that is known to keep or to regroup axes: a flatten joins them into tokens, text is put before or behind. What is not
-known here forgets them, so that a grid that is found is right, and one that is lost is only not found.
+A convolution's output has axes in space and time; patch embeddings are such. They are followed through the graph: a
+flatten joins them into tokens, text is put before or behind.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-from math import prod
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from sla_compile.passes.axes import Atom, Call, Labels, is_labels, size_of, through, unpacked
 from sla_compile.passes.operands import Operand, example
 from sla_compile.passes.token_order import Grid
 
-__all__ = ["Grids"]
+__all__ = ["Followed", "Grids", "name_of"]
 
 
-@dataclass(frozen=True)
-class Atom:
-    """A factor of an axis: ``size``, and what it is: axis number ``dim`` of the ``of``-th output in space and time.
-
-    Or, with ``part``, a whole axis of ``size`` tokens in which a grid starts at token ``start``.
-    """
-
-    size: Any
-    of: fx.Node | None = None
-    dim: int = 0
-    part: tuple[Atom, ...] = ()
-    start: int = 0
-
-    @property
-    def known(self) -> bool:
-        return self.of is not None or bool(self.part)
+def name_of(node: fx.Node) -> str:
+    """The function or method that ``node`` calls, without an overload."""
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return str(name).partition(".")[0]
 
 
-Axis = tuple[Atom, ...]
-"""The factors of an axis, the slowest first."""
-Labels = tuple[Axis, ...]
-"""The axes of a tensor."""
+class Followed:
+    """The axes of the tensors of a graph, from those that ``labels`` begins with."""
 
+    def __init__(self, labels: Mapping[fx.Node, Labels], nodes: Iterable[fx.Node] = ()) -> None:
+        self.labels: dict[fx.Node, Any] = dict(labels)
+        for node in nodes:
+            self._visit(node)
 
-class Grids:
-    """The grids of tokens in ``gm`` and its subgraphs."""
+    def fresh(self, name: str, node: fx.Node, value: Any) -> Labels | None:
+        """The axes that ``node``, a call of ``name``, makes anew."""
+        return None
 
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self._labels: dict[fx.Node, Any] = {}
-        self._follow(gm)
-
-    def of(self, source: Any) -> Grid | None:
-        """The grid that the tokens of ``source`` (B, H, N, D) are, if it is known and each size is a number."""
-        labels = self._of(source)
-        if not _is_labels(labels) or len(labels) != 4 or not isinstance(_size(labels[2]), int):
-            return None
-        start, atoms = _unpacked(labels[2])
-        atoms = [atom for atom in atoms if atom.size != 1]
-        if len(atoms) not in (2, 3) or not all(isinstance(atom.size, int) for atom in atoms):
-            return None
-        origin, dims = {atom.of for atom in atoms}, [atom.dim for atom in atoms]
-        if None in origin or len(origin) != 1 or dims != sorted(set(dims)):
-            return None
-        return Grid(tuple(atom.size for atom in atoms), start, _size(labels[2]))
-
-    def _of(self, source: Any) -> Any:
-        if not isinstance(source, Operand):
-            return self._labels.get(source) if isinstance(source, fx.Node) else None
-        labels = self._labels.get(source.source)
-        for count, step in enumerate(source.steps, 1):
-            value = example(Operand(source.source, source.steps[:count]))
-            name = step.target if isinstance(step.target, str) else getattr(step.target, "__name__", "")
-            before = example(Operand(source.source, source.steps[: count - 1]))
-            call = _Call((labels, *(None for _ in step.arguments)), {}, (before, *step.arguments), value)
-            labels = _through(name, call)
-        return labels
-
-    def _follow(self, gm: fx.GraphModule) -> None:
-        for node in gm.graph.nodes:
-            if node.op in ("call_function", "call_method"):
-                labels = self._subgraph(node, gm) or self._node(node)
-                if labels is not None:
-                    self._labels[node] = labels
+    def _visit(self, node: fx.Node, gm: fx.GraphModule | None = None) -> None:
+        if node.op in ("call_function", "call_method"):
+            labels = (gm and self._subgraph(node, gm)) or self._node(node)
+            if labels is not None:
+                self.labels[node] = labels
 
     def _node(self, node: fx.Node) -> Any:
-        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-        name = name.partition(".")[0]
+        name = name_of(node)
         if node.target is operator.setitem:
             self._written(node)
             return None
         value = example(node)
-        if name in ("conv2d", "conv3d") and isinstance(value, torch.Tensor):
-            return _fresh(node, value)
-        known = {other: self._labels[other] for other in node.all_input_nodes if other in self._labels}
+        if (fresh := self.fresh(name, node, value)) is not None:
+            return fresh
+        known = {other: self.labels[other] for other in node.all_input_nodes if other in self.labels}
         if not known:
             return None
 
@@ -108,14 +63,14 @@ class Grids:
 
         given: Any = node.args or tuple(node.kwargs.values())
         values, named = fx.node.map_arg((tuple(given), dict(node.kwargs)), example)
-        return _through(name, _Call(tuple(map(labels, given)), dict(named), tuple(values), value))
+        return through(name, Call(tuple(map(labels, given)), dict(named), tuple(values), value))
 
     def _written(self, node: fx.Node) -> None:
         """A write by slices of other axes keeps what is known of the tensor written to; any other does not."""
         target, index, _ = node.args
         parts = index if isinstance(index, tuple | list) else (index,)
         if isinstance(target, fx.Node) and not all(part is ... or isinstance(part, slice) for part in parts):
-            self._labels.pop(target, None)
+            self.labels.pop(target, None)
 
     def _subgraph(self, node: fx.Node, gm: fx.GraphModule) -> Any:
         """Through a region that is traced by itself, as a checkpoint is: its inputs, nodes and outputs."""
@@ -129,266 +84,54 @@ class Grids:
         if len(inputs) != len(node.args) - 1:
             return None
         for inner, outer in zip(inputs, node.args[1:], strict=True):
-            if isinstance(outer, fx.Node) and outer in self._labels:
-                self._labels[inner] = self._labels[outer]
-        self._follow(body)
+            if isinstance(outer, fx.Node) and outer in self.labels:
+                self.labels[inner] = self.labels[outer]
+        for inner in body.graph.nodes:
+            self._visit(inner, body)
         (outputs,) = next(inner for inner in reversed(body.graph.nodes) if inner.op == "output").args
         if isinstance(outputs, tuple | list):
-            return [self._labels.get(part) if isinstance(part, fx.Node) else None for part in outputs]
-        return self._labels.get(outputs) if isinstance(outputs, fx.Node) else None
+            return [self.labels.get(part) if isinstance(part, fx.Node) else None for part in outputs]
+        return self.labels.get(outputs) if isinstance(outputs, fx.Node) else None
 
 
-def _fresh(node: fx.Node, value: torch.Tensor) -> Labels:
-    """(batch, channels, *space): the axes of a convolution's output."""
-    inside = value.dim() - (3 if "conv3d" in str(getattr(node.target, "__name__", "")) else 2)
-    return tuple(
-        (Atom(size, node, axis - inside) if axis >= inside else Atom(size),) for axis, size in enumerate(value.shape)
-    )
+class Grids(Followed):
+    """The grids of tokens in ``gm`` and its subgraphs."""
 
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__({})
+        for node in gm.graph.nodes:
+            self._visit(node, gm)
 
-def _unknown(size: Any) -> Axis:
-    return (Atom(size),)
+    def fresh(self, name: str, node: fx.Node, value: Any) -> Labels | None:
+        """(batch, channels, *space), of a convolution."""
+        if name not in ("conv2d", "conv3d") or not isinstance(value, torch.Tensor):
+            return None
+        inside = value.dim() - (3 if name == "conv3d" else 2)
+        sizes = enumerate(value.shape)
+        return tuple((Atom(n, node, axis - inside) if axis >= inside else Atom(n),) for axis, n in sizes)
 
+    def of(self, source: Any) -> Grid | None:
+        """The grid that the tokens of ``source`` (B, H, N, D) are, if it is known and each size is a number."""
+        labels = self._of(source)
+        if not is_labels(labels) or len(labels) != 4 or not isinstance(size_of(labels[2]), int):
+            return None
+        start, atoms = unpacked(labels[2])
+        atoms = [atom for atom in atoms if atom.size != 1]
+        if len(atoms) not in (2, 3) or not all(isinstance(atom.size, int) for atom in atoms):
+            return None
+        origin, dims = {atom.of for atom in atoms}, [atom.dim for atom in atoms]
+        if None in origin or len(origin) != 1 or dims != sorted(set(dims)):
+            return None
+        return Grid(tuple(atom.size for atom in atoms), start, size_of(labels[2]))
 
-def _unpacked(axis: Axis) -> tuple[int, list[Atom]]:
-    """Where the grid of an axis begins, and its factors."""
-    if len(axis) == 1 and axis[0].part:
-        return axis[0].start, list(axis[0].part)
-    return 0, list(axis)
-
-
-def _size(atoms: Sequence[Atom]) -> Any:
-    return prod(atom.size for atom in atoms)
-
-
-def _same(left: Any, right: Any) -> bool:
-    return bool(statically_known_true(left == right))
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One operation: labels (or plain values) of its arguments, their traced values, and the traced result."""
-
-    labels: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    values: tuple[Any, ...]
-    result: Any
-
-    def argument(self, position: int, *names: str, default: Any = None) -> Any:
-        if position < len(self.values):
-            return self.values[position]
-        return next((self.kwargs[name] for name in names if name in self.kwargs), default)
-
-    @property
-    def first(self) -> Labels | None:
-        return self.labels[0] if isinstance(self.labels[0], tuple) and _is_labels(self.labels[0]) else None
-
-    def dim(self, position: int, default: int, *names: str) -> int:
-        found = self.argument(position, *names, default=default)
-        return found % self.values[0].dim() if isinstance(found, int) else -1
-
-
-def _is_labels(value: Any) -> bool:
-    if not isinstance(value, tuple):
-        return False
-    return all(isinstance(axis, tuple) and axis and isinstance(axis[0], Atom) for axis in value)
-
-
-def _aligned(call: _Call, pairs: Sequence[tuple[Any, Any]] | None = None) -> Labels | None:
-    """Labels of a result whose axes are those of its inputs, from the last on, broadcast."""
-    if not isinstance(call.result, torch.Tensor):
-        return None
-    pairs = list(zip(call.labels, call.values, strict=True)) if pairs is None else pairs
-    tensors = [(axes, value) for axes, value in pairs if isinstance(value, torch.Tensor) and _is_labels(axes)]
-    found = []
-    for back, size in enumerate(reversed(call.result.shape), 1):
-        known = {
-            axes[-back]
-            for axes, value in tensors
-            if back <= value.dim() and _same(value.shape[-back], size) and any(atom.known for atom in axes[-back])
-        }
-        found.append(known.pop() if len(known) == 1 else _unknown(size))
-    return tuple(reversed(found))
-
-
-def _regrouped(call: _Call) -> Labels | None:
-    """Row-major regrouping: factors of the old axes are dealt out to the new ones, where the sizes allow."""
-    if call.first is None:
-        return None
-    factors = [atom for axis in call.first for atom in axis if not _same(atom.size, 1)]
-    found: list[Axis] = []
-    for size in call.result.shape:
-        taken: list[Atom] = []
-        while factors and not _same(_size(taken), size) and _fits(_size(taken) * factors[0].size, size):
-            taken.append(factors.pop(0))
-        if not _same(_size(taken), size):  # a factor is split: what is left of it is not known
-            if not factors or factors[0].known or not _divides(size, _size(taken), factors[0].size):
-                return None
-            factors[0] = Atom(factors[0].size // (size // _size(taken)))
-            taken = [*taken, Atom(size // _size(taken))]
-        found.append(tuple(taken) or _unknown(size))
-    return tuple(found)
-
-
-def _fits(size: Any, whole: Any) -> bool:
-    return _same(size, whole) or (isinstance(size, int) and isinstance(whole, int) and whole % size == 0)
-
-
-def _divides(size: Any, taken: Any, factor: Any) -> bool:
-    numbers = all(isinstance(number, int) for number in (size, taken, factor))
-    return numbers and size % taken == 0 and factor % (size // taken) == 0
-
-
-def _transposed(call: _Call) -> Labels | None:
-    if call.first is None:
-        return None
-    axes = list(call.first)
-    one, other = call.dim(1, 0, "dim0", "axis0"), call.dim(2, 1, "dim1", "axis1")
-    axes[one], axes[other] = axes[other], axes[one]
-    return tuple(axes)
-
-
-def _permuted(call: _Call) -> Labels | None:
-    order = call.argument(1, "dims")
-    order = order if isinstance(order, tuple | list) else call.values[1:]
-    if call.first is None or not all(isinstance(axis, int) for axis in order) or len(order) != len(call.first):
-        return None
-    return tuple(call.first[axis] for axis in order)
-
-
-def _all_but_last(call: _Call) -> Labels | None:
-    """As the first argument, but for the last axis; of a matrix product, of a projection, of attention."""
-    if call.first is None or len(call.first) != call.result.dim():
-        return None
-    return (*call.first[:-1], _unknown(call.result.shape[-1]))
-
-
-def _unsqueezed(call: _Call) -> Labels | None:
-    if call.first is None or not isinstance(axis := call.argument(1, "dim"), int):
-        return None
-    axes = list(call.first)
-    axes.insert(axis % call.result.dim(), _unknown(1))
-    return tuple(axes)
-
-
-def _slice(axis: Axis, size: Any, first: Any, last: Any) -> Axis:
-    """The tokens from ``first`` to ``last`` of an axis: its grid, where that is whole."""
-    start, atoms = _unpacked(axis)
-    if not all(isinstance(number, int) for number in (first, last, _size(atoms))) or not any(a.known for a in axis):
-        return _unknown(size)
-    if first > start or start + _size(atoms) > last:
-        return _unknown(size)
-    return _part(atoms, start - first, last - first)
-
-
-def _part(atoms: Sequence[Atom], start: int, size: int) -> Axis:
-    return tuple(atoms) if size == _size(atoms) else (Atom(size, part=tuple(atoms), start=start),)
-
-
-def _got(call: _Call) -> Any:
-    """``x[index]``, of a tensor or of a tuple of tensors."""
-    if isinstance(call.labels[0], list):
-        index = call.values[1]
-        return call.labels[0][index] if isinstance(index, int) and index < len(call.labels[0]) else None
-    if call.first is None or not isinstance(call.result, torch.Tensor):
-        return None
-    index = call.values[1] if isinstance(call.values[1], tuple | list) else (call.values[1],)
-    if not all(part is None or part is ... or isinstance(part, int | slice) for part in index):
-        return None
-    named = sum(part is not None and part is not ... for part in index)
-    whole = [slice(None)] * (len(call.first) - named)
-    place = next((i for i, part in enumerate(index) if part is ...), len(index))
-    parts = [*index[:place], *whole, *index[place + 1 :]]
-    axes, sizes, found = iter(call.first), iter(call.values[0].shape), []
-    for part in parts:
-        if part is None:
-            found.append(_unknown(1))
-            continue
-        axis, size = next(axes), next(sizes)
-        if isinstance(part, slice):
-            found.append(_sliced(axis, size, part, call.result.shape[len(found)]))
-    return tuple(found)
-
-
-def _sliced(axis: Axis, size: Any, part: slice, left: Any) -> Axis:
-    if part == slice(None):
-        return axis
-    bounds = (part.start, part.stop, part.step)
-    if not isinstance(size, int) or not all(bound is None or isinstance(bound, int) for bound in bounds):
-        return _unknown(left)
-    first, last, step = part.indices(size)
-    return _slice(axis, left, first, last) if step == 1 else _unknown(left)
-
-
-def _pieces(call: _Call) -> list[Labels] | None:
-    """chunk, split and unbind along one axis."""
-    if call.first is None or not isinstance(call.result, tuple | list):
-        return None
-    axis = call.dim(2, 0, "dim")
-    first, found = 0, []
-    for piece in call.result:
-        size = piece.shape[axis]
-        last = first + size if isinstance(first, int) else None
-        found.append((*call.first[:axis], _slice(call.first[axis], size, first, last), *call.first[axis + 1 :]))
-        first = last
-    return found
-
-
-def _unbound(call: _Call) -> list[Labels] | None:
-    if call.first is None or not isinstance(call.result, tuple | list):
-        return None
-    axis = call.dim(1, 0, "dim")
-    return [(*call.first[:axis], *call.first[axis + 1 :])] * len(call.result)
-
-
-def _joined(call: _Call) -> Labels | None:
-    """cat: the grid of one part, with the tokens of the others before and behind it."""
-    parts, values = call.labels[0], call.values[0]
-    axis = call.argument(1, "dim", "axis", default=0)
-    if not isinstance(parts, list) or not isinstance(axis, int) or not all(isinstance(v, torch.Tensor) for v in values):
-        return None
-    axis %= call.result.dim()
-    aligned = _aligned(call, list(zip(parts, values, strict=True)))
-    if aligned is None:
-        return None
-    joined = _unknown(call.result.shape[axis])
-    with_grid = [i for i, part in enumerate(parts) if _is_labels(part) and any(atom.known for atom in part[axis])]
-    lengths = [value.shape[axis] for value in values]
-    if len(with_grid) == 1 and all(isinstance(length, int) for length in lengths):
-        before = ([0, *accumulate(lengths)])[with_grid[0]]
-        start, atoms = _unpacked(parts[with_grid[0]][axis])
-        joined = _part(atoms, before + start, sum(lengths))
-    return (*aligned[:axis], joined, *aligned[axis + 1 :])
-
-
-_RULES: dict[str, Callable[[_Call], Any]] = {
-    **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze"), _regrouped),
-    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transposed),
-    **dict.fromkeys(("linear", "matmul", "scaled_dot_product_attention", "dispatch_attention_fn"), _all_but_last),
-    **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split"), _pieces),
-    **dict.fromkeys(("cat", "concat", "concatenate"), _joined),
-    "permute": _permuted,
-    "unsqueeze": _unsqueezed,
-    "getitem": _got,
-    "unbind": _unbound,
-}
-
-_ALIGNED = {
-    *("add", "iadd", "add_", "sub", "isub", "sub_", "rsub", "mul", "imul", "mul_", "multiply", "addcmul", "lerp"),
-    *("div", "truediv", "itruediv", "div_", "divide", "neg", "pow", "square", "rsqrt", "sqrt", "reciprocal", "abs"),
-    *("exp", "sin", "cos", "tanh", "sigmoid", "silu", "gelu", "relu", "where", "clamp", "masked_fill", "nan_to_num"),
-    *("layer_norm", "rms_norm", "group_norm", "softmax", "dropout", "mean", "expand", "contiguous", "clone", "detach"),
-    *("to", "float", "half", "double", "bfloat16", "type", "type_as", "empty_like", "zeros_like", "ones_like"),
-}
-"""Operations whose result has the axes of its inputs, or 1 where one was summed."""
-
-
-def _through(name: str, call: _Call) -> Any:
-    """The labels of one operation's result; None where it is not known here."""
-    rule = _RULES.get(name)
-    if rule is not None:
-        return rule(call)
-    if name in _ALIGNED and isinstance(call.result, torch.Tensor):
-        kept = name not in ("mean",) or call.result.dim() == call.values[0].dim()
-        return _aligned(call) if kept else None
-    return None
+    def _of(self, source: Any) -> Any:
+        if not isinstance(source, Operand):
+            return self.labels.get(source) if isinstance(source, fx.Node) else None
+        labels = self.labels.get(source.source)
+        for count, step in enumerate(source.steps, 1):
+            value = example(Operand(source.source, source.steps[:count]))
+            name = step.target if isinstance(step.target, str) else getattr(step.target, "__name__", "")
+            before = example(Operand(source.source, source.steps[: count - 1]))
+            call = Call((labels, *(None for _ in step.arguments)), {}, (before, *step.arguments), value)
+            labels = through(name, call)
+        return labels
