@@ -143,17 +143,17 @@ def threads_of(workers: int) -> int:
 
 
 def share(jobs: Sequence[Job], options: argparse.Namespace, ends: float, console: Console) -> None:
-    """Let workers take the jobs, all seeds of an arm at a time, once what every job needs is there."""
+    """Let workers take the jobs, those that share a compilation at a time, once what every job needs is there."""
     for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
         os.environ.setdefault(name, str(threads_of(options.workers)))
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, spawn, _begin, (options, ends, spawn.Lock())) as pool:
         list(pool.map(_ready, [*sorted({job.seed for job in jobs}), None]))
-        groups = [list(group) for _, group in groupby(jobs, key=lambda job: (job.arm, job.sparsity))]
+        groups = [list(group) for _, group in groupby(jobs, key=lambda job: (ARMS[job.arm].kind, job.sparsity))]
         running = [pool.submit(_work, group) for group in groups]
     for group, future in zip(groups, running, strict=True):
         if (error := future.exception()) is not None:  # the other arms are none the worse for it
-            console.print(f"{group[0].label}, or a later seed: {type(error).__name__}: {error}")
+            console.print(f"{group[0].label}, or what came after it: {type(error).__name__}: {error}")
 
 
 def spread(values: Sequence[float], form: str = ".4f") -> str:
