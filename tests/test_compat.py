@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._dynamo.utils import counters
 
 from sla_compile import compat
@@ -217,3 +217,32 @@ def test_conditions_over_the_ranges_of_an_exported_program() -> None:
     for relation, holds in relations.items():
         assert compat.always_holds(f"{tokens} {relation}".replace(" *", "*"), ranges) is holds, relation
     assert compat.always_holds("7 >= 7", ranges)
+
+
+def test_plain_function_name() -> None:
+    """Of the code that really continues a function after a break, and of the function itself."""
+    names = []
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        frame = compat.current_frame()
+        assert frame is not None
+        names.append(frame.code.co_name)
+        return gm.forward
+
+    def function_at_work(x: torch.Tensor) -> torch.Tensor:
+        x = x + 1
+        torch._dynamo.graph_break()
+        return x * 2
+
+    torch.compile(function_at_work, backend=backend)(torch.zeros(2))
+    assert len(set(names)) == 2
+    assert {compat.plain_function_name(name) for name in names} == {"function_at_work"}
+
+
+def test_triton_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's own, or the one that Inductor will make the process use."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere")
+    assert compat.triton_cache_folder(torch.device("cuda", 3)) == "/somewhere"
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/inductor")
+    assert compat.triton_cache_folder(torch.device("cuda", 3)) == "/inductor/triton/3"

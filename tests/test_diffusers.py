@@ -50,6 +50,14 @@ DENSE_ONLY = {
 """The same of each class tested at topk=1 alone."""
 
 
+READ_VALUES = [
+    ("HiDreamImageTransformer2DModel", 2, 2),
+    ("HunyuanVideoFramepackTransformer3DModel", 3, 2),
+    ("QwenImage21Transformer2DModel", 2, 0),
+]
+"""Classes whose forward goes by values that a graph made; their attentions, and how many are rewritten."""
+
+
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
     torch.manual_seed(0)
@@ -138,6 +146,17 @@ def test_masks_of_text_that_is_padded(name: str) -> None:
     if not MASKS[name]:
         (kept,) = (site for site in sites if site.shape["tokens"] == 141)
         assert kept.reason == "per-query attention mask"
+
+
+@pytest.mark.parametrize(("name", "sites", "rewritten"), READ_VALUES)
+def test_explained_though_python_reads_values_after_a_break(name: str, sites: int, rewritten: int) -> None:
+    model, inputs = build(name)
+    report = sla_compile.explain(model, (), inputs, config=OPTIONS)
+    assert (len(report.sites), report.totals.rewritten) == (sites, rewritten)
+    assert not any("the trace stopped" in found.reason for found in report.graph_breaks)
+    torch.compile(model, backend="sla", options=OPTIONS)(**inputs)
+    totals = sla_compile.report(model).totals
+    assert (totals.attentions, totals.rewritten) == (sites, rewritten)
 
 
 def test_compile_repeated_blocks() -> None:
