@@ -35,6 +35,8 @@ class GPU:
     capability: tuple[int, int]
     multiprocessors: int
     warp_size: int = 32
+    assembler: str = ""
+    """The version of ptxas in the caller's keys of Triton's cache; a process keeps the first that it finds."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,12 @@ class _OnGPU(TorchFunctionMode):
 def _answering_for(gpu: GPU) -> Iterator[None]:
     """Under this, Triton, the launchers and torch.cuda see ``gpu``, and a launch is a warm-up."""
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import compiler
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
     target = GPUTarget("cuda", gpu.capability[0] * 10 + gpu.capability[1], gpu.warp_size)
-    replaced = [
+    replaced: list[tuple[Any, str, Any]] = [
         (torch.cuda, "device_of", lambda tensor: contextlib.nullcontext()),
         (torch.cuda, "get_device_capability", lambda device=None: gpu.capability),
         (
@@ -151,6 +154,8 @@ def _answering_for(gpu: GPU) -> Iterator[None]:
             ),
         ),
     ]
+    if gpu.assembler:
+        replaced.append((compiler, "get_ptxas_version", lambda arch=80: gpu.assembler))
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     try:
         for owner, name, value in replaced:

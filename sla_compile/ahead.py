@@ -92,8 +92,11 @@ _TENSORS = ("q", "k", "v", "weight", "bias", "key_mask", "sparsity")
 
 
 def _gpu(device: torch.device) -> GPU:
+    from triton.backends.nvidia.compiler import get_ptxas_version
+
     about = torch.cuda.get_device_properties(device)
-    return GPU((about.major, about.minor), about.multi_processor_count, about.warp_size)
+    assembler = get_ptxas_version(about.major * 10 + about.minor)
+    return GPU((about.major, about.minor), about.multi_processor_count, about.warp_size, assembler)
 
 
 def start(work: Work, folder: Path) -> threading.Thread | None:

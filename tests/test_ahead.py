@@ -101,6 +101,56 @@ def test_the_kernels_that_launches_compile(case: Case, monkeypatch: pytest.Monke
     assert ahead.start(work_of(case, tensors), tmp_path / "ahead") is None  # a note says that it is done
 
 
+FIND = """\
+import sys
+import triton
+from concurrent.futures import Executor, Future
+from sla_compile.kernels.ahead import Work, compile_launches
+
+class Here(Executor):
+    def submit(self, task, *args, **kwargs):
+        task(*args, **kwargs)
+        done = Future()
+        done.set_result(None)
+        return done
+
+triton.knobs.compilation.listener = lambda *, src, cache_hit, **_: print(src.name, cache_hit)
+compile_launches(Work.from_json(sys.stdin.read()), Here())
+"""
+"""Compiles in its own process, and prints each kernel and whether Triton's cache had it."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's assembler is for Linux")
+def test_found_although_the_path_of_the_assembler_changed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Inductor changes it in mid-process, where Triton goes on with the version that it found first."""
+    from triton.backends.nvidia.compiler import get_ptxas, get_ptxas_version
+
+    ptxas, version = get_ptxas(90), get_ptxas_version(90)
+    other = tmp_path / "ptxas"
+    answer = f"other, release {ptxas.version}, V0.0.1"
+    other.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "{answer}" && exit\nexec {ptxas.path} "$@"\n')
+    other.chmod(0o755)
+    case = Case(tokens=70, head_dim=16, weight="none", bias="none")
+    work = work_of(case, inputs(case, torch.float32, "cpu"), backward=False)
+    for variable in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):  # Triton 3.8's for Hopper too
+        monkeypatch.setenv(variable, str(other))
+    thread = ahead.start(replace(work, gpu=replace(HOPPER, assembler=version)), tmp_path)
+    assert thread is not None
+    thread.join()
+    for variable in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", FIND], input=work.to_json(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    found = dict(line.split() for line in done.stdout.splitlines())
+    assert {"mean_kernel", "attention_forward_kernel"} <= found.keys()
+    assert {*found.values()} == {"True"}, found
+
+
 def attend(x: torch.Tensor) -> torch.Tensor:
     q = x.unflatten(2, (2, 16)).transpose(1, 2)
     return F.scaled_dot_product_attention(q, q, q)
@@ -129,7 +179,7 @@ def test_calls_of_a_graph() -> None:
     (cast,) = calls_of(rewritten(autocast=True))[torch.device("cpu")]
     assert cast.q == replace(call.q, dtype="bfloat16")
     assert cast.weight == replace(call.weight, dtype="bfloat16")  # its owner has no parameters to go by
-    work = Work(HOPPER, (call, cast))
+    work = Work(replace(HOPPER, assembler="ptxas 1.2"), (call, cast))
     assert Work.from_json(work.to_json()) == work
 
 
