@@ -32,13 +32,14 @@ class Followed:
     def __init__(self, labels: Mapping[fx.Node, Labels], nodes: Iterable[fx.Node] = ()) -> None:
         self.labels: dict[fx.Node, Any] = dict(labels)
         for node in nodes:
-            self._visit(node)
+            self.visit(node)
 
     def fresh(self, name: str, node: fx.Node, value: Any) -> Labels | None:
         """The axes that ``node``, a call of ``name``, makes anew."""
         return None
 
-    def _visit(self, node: fx.Node, gm: fx.GraphModule | None = None) -> None:
+    def visit(self, node: fx.Node, gm: fx.GraphModule | None = None) -> None:
+        """Find the axes of ``node``'s result from those of its inputs; those of a subgraph's nodes too."""
         if node.op in ("call_function", "call_method"):
             labels = (gm and self._subgraph(node, gm)) or self._node(node)
             if labels is not None:
@@ -87,7 +88,7 @@ class Followed:
             if isinstance(outer, fx.Node) and outer in self.labels:
                 self.labels[inner] = self.labels[outer]
         for inner in body.graph.nodes:
-            self._visit(inner, body)
+            self.visit(inner, body)
         (outputs,) = next(inner for inner in reversed(body.graph.nodes) if inner.op == "output").args
         if isinstance(outputs, tuple | list):
             return [self.labels.get(part) if isinstance(part, fx.Node) else None for part in outputs]
@@ -100,7 +101,7 @@ class Grids(Followed):
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__({})
         for node in gm.graph.nodes:
-            self._visit(node, gm)
+            self.visit(node, gm)
 
     def fresh(self, name: str, node: fx.Node, value: Any) -> Labels | None:
         """(batch, channels, *space), of a convolution."""

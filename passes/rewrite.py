@@ -14,7 +14,7 @@ from sla_compile.passes.match import AttentionCall, Marker
 from sla_compile.passes.operands import REPLACED_BY, build
 from sla_compile.passes.token_order import back
 
-__all__ = ["REWRITTEN_FROM", "erase_markers", "replace_attention"]
+__all__ = ["REWRITTEN_FROM", "copied_meta", "erase_markers", "replace_attention"]
 
 REWRITTEN_FROM = "sla_rewritten_from"
 """Key in the meta of a node whose target was changed: the target it had."""
@@ -41,7 +41,7 @@ def replace_attention(
     added = _between(before, node)
     for new in added:
         known = {key: value for key, value in new.meta.items() if key == "example_value"}
-        new.meta = {**{key: value for key, value in node.meta.items() if key != "example_value"}, **known}
+        new.meta = {**copied_meta(node), **known}
     if "example_value" in node.meta:
         restored.meta["example_value"] = node.meta["example_value"]
     node.replace_all_uses_with(restored)
@@ -50,6 +50,11 @@ def replace_attention(
     graph.erase_node(node)
     _erase_unused(graph, call.interior)
     return restored
+
+
+def copied_meta(node: fx.Node) -> dict[str, Any]:
+    """The meta of ``node`` for a node in its place: its module, source and the like, not its value."""
+    return {key: value for key, value in node.meta.items() if key != "example_value"}
 
 
 def _between(before: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:

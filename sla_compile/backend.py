@@ -26,6 +26,7 @@ from sla_compile.gate import (
     remember_dense,
 )
 from sla_compile.passes.decide import Keep, Rewrite
+from sla_compile.passes.hoist import hoist_gathers
 from sla_compile.passes.rewrite import erase_markers, replace_attention
 from sla_compile.record import remember, remember_break
 from sla_compile.reordering import inline_in_inductor
@@ -102,6 +103,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Settings, frame: Frame | None) -
             remember_dense(site.owner, frame.code)
     erase_markers(markers)
     for module in {id(site.call.module): site.call.module for site in sites}.values():
+        hoist_gathers(module)
         module.recompile()
     return sites
 

@@ -6,12 +6,13 @@ It is made after the rewrite, when the markers that bound the gates are gone. A 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
+from sla_compile.passes.hoist import MOVED_HERE
 from sla_compile.passes.operands import REPLACED_BY
 from sla_compile.passes.rewrite import REWRITTEN_FROM
 from sla_compile.sites import Site
@@ -24,7 +25,7 @@ _MOST_ARGUMENTS = 12
 
 def site_diff(site: Site) -> tuple[str, ...]:
     """Lines that start with "- ", "+ " or two blanks, of a site whose graph was rewritten; none of a kept one."""
-    added: tuple[fx.Node, ...] = site.call.node.meta.get(REPLACED_BY, ())
+    added = [node for node in site.call.node.meta.get(REPLACED_BY, ()) if not node._erased]
     if not added or site.marker is None:
         return ()
     names = {site.marker.weight: f"{site.gate_path}.weight", site.marker.bias: f"{site.gate_path}.bias"}
@@ -33,22 +34,33 @@ def site_diff(site: Site) -> tuple[str, ...]:
         return names.get(node) or _label(node)
 
     def before(node: fx.Node) -> str:
+        while MOVED_HERE in node.meta and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
         return site.call.node.name if node is added[-1] else after(node)
 
-    lines = [f"  {_line(node, after)}" for node in _around(added[0], _LINES_BEFORE, backwards=True)]
+    def window(nodes: Iterable[fx.Node]) -> list[str]:
+        lines: list[str] = []
+        minus: list[str] = []
+        plus: list[str] = []
+        for node in nodes:
+            old = _line(node, before, node.meta.get(REWRITTEN_FROM, node.target))
+            new = _line(node, after)
+            if old == new and MOVED_HERE not in node.meta:
+                lines += [*minus, *plus, f"  {new}"]
+                minus, plus = [], []
+                continue
+            minus += [f"- {old}"] * (MOVED_HERE not in node.meta)
+            plus.append(f"+ {new}")
+        return [*lines, *minus, *plus]
+
+    near = [*_around(added[0], _LINES_BEFORE, backwards=True)], [*_around(added[-1], _LINES_AFTER, backwards=False)]
+    moved = [n for n in added[0].graph.nodes if n.meta.get(MOVED_HERE) in added and n not in (*near[0], *near[1])]
+    early = [f"+ {_line(node, after)}" for node in moved if node < added[0]]
+    late = [f"+ {_line(node, after)}" for node in moved if added[0] < node]
+    lines = [*early, *["  ..."] * bool(early), *window(near[0])]
     lines.append(f"- {site.call.node.name} = {_original(site, after)}")
     lines += [f"+ {_line(node, after)}" for node in added]
-    minus, plus = [], []
-    for node in _around(added[-1], _LINES_AFTER, backwards=False):
-        old = _line(node, before, node.meta.get(REWRITTEN_FROM, node.target))
-        new = _line(node, after)
-        if old != new:
-            minus.append(f"- {old}")
-            plus.append(f"+ {new}")
-            continue
-        lines += [*minus, *plus, f"  {new}"]
-        minus, plus = [], []
-    return (*lines, *minus, *plus)
+    return (*lines, *window(near[1]), *["  ..."] * bool(late), *late)
 
 
 def _around(node: fx.Node, count: int, *, backwards: bool) -> Iterator[fx.Node]:

@@ -20,6 +20,7 @@ import sla_compile.ops  # noqa: F401  the library op that an exported program ca
 from sla_compile.compat import Frame, always_holds
 from sla_compile.gate import gates, marked_exports
 from sla_compile.passes.decide import Keep, Rewrite
+from sla_compile.passes.hoist import hoist_gathers
 from sla_compile.passes.match import graphs
 from sla_compile.passes.rewrite import erase_markers, replace_attention
 from sla_compile.preparation import unwrapped
@@ -88,6 +89,7 @@ def _rewrite(graph: fx.GraphModule, model: nn.Module, ranges: Mapping[Any, Any])
             replace_attention(site.call, site.decision, site.marker, site.config.compiled_options())
     erase_markers(markers)
     for module in graphs(graph):
+        hoist_gathers(module)
         module.recompile()
 
 

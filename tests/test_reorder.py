@@ -24,7 +24,7 @@ from sla_compile.passes.decide import Rewrite
 from sla_compile.reordering import arguments, reorder
 from tests.capture import HEAD_DIM, Capture, run
 from tests.helpers import assert_close, relative_error
-from tests.models import OPTIONS, WIDTH, Attention, CheckpointedModel, Model, randomize_gates
+from tests.models import OPTIONS, WIDTH, Attention, Block, CheckpointedModel, Model, randomize_gates
 
 GRID, TOKENS = (4, 5, 6), 120
 TILES: dict[str, Any] = {"reorder": "tiles", "grid": GRID}
@@ -220,31 +220,123 @@ def test_the_op_gathers_forth_and_back_and_passes_torchs_own_check(shape: tuple[
         assert torch.equal(reorder(x, placed), y)
 
 
-def test_inductor_makes_queries_and_keys_in_their_new_places() -> None:
-    """Norm, scale and gather of each are one loop: no kernel reads queries or keys only to move them."""
+def kernels_of(model: nn.Module, order: str) -> list[str]:
+    """The names of Inductor's loops in the compiled model, which is checked against dense attention."""
+    x = torch.randn(1, TOKENS, WIDTH)
+    torch._dynamo.reset()
+    sla_compile.detach(model)
+    compiled = torch.compile(model, backend="sla", options={**OPTIONS, **TILES, **EXACT, "reorder": order})
+    with torch.no_grad():
+        output, codes = run_and_get_code(compiled, x)
+        assert_close("output", output, model(x), 1e-5)
+    assert "sla.forward.default(" in codes[-1]
+    assert "sla.reorder.default(" not in codes[-1]
+    return re.findall(r"^(\w+fused\w+) = async_compile", codes[-1], re.MULTILINE)
 
-    class Normed(Attention):
-        def forward(self, x: Tensor) -> Tensor:
-            q, k, v = self.heads(x)
-            q, k = (F.rms_norm(side.sin(), (HEAD_DIM,)) for side in (q, k))
-            return self.out(sdpa(q, k, v).transpose(1, 2).flatten(2).tanh())
 
-    model, x = nn.Sequential(Normed()), torch.randn(1, TOKENS, WIDTH)
-    kernels = {}
-    for order in ("raster", "tiles"):
-        torch._dynamo.reset()
-        sla_compile.detach(model)
-        compiled = torch.compile(model, backend="sla", options={**OPTIONS, **TILES, **EXACT, "reorder": order})
-        with torch.no_grad():
-            output, codes = run_and_get_code(compiled, x)
-            assert_close("output", output, model(x), 1e-5)
-        assert "sla.forward.default(" in codes[-1]
-        assert "sla.reorder.default(" not in codes[-1]
-        kernels[order] = re.findall(r"^(\w+fused\w+) = async_compile", codes[-1], re.MULTILINE)
-    # One loop for queries and keys, one that moves values, one that moves the output and takes its tanh.
-    assert len(kernels["tiles"]) <= len(kernels["raster"]) + 1
-    assert any("rsqrt" in name and "reorder" in name for name in kernels["tiles"])
-    assert any("tanh" in name and "reorder" in name for name in kernels["tiles"])
+class Unprojected(Attention):
+    """Queries and keys straight from a norm, the output straight into a function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = torch.cat([x.sin(), x.cos(), x + 1], dim=-1).unflatten(-1, (3, 2, HEAD_DIM)).permute(2, 0, 3, 1, 4)
+        q, k = F.rms_norm(q, (HEAD_DIM,)), F.rms_norm(k, (HEAD_DIM,))
+        return self.out(sdpa(q, k, v).transpose(1, 2).flatten(2).tanh())
+
+
+def test_inductor_fuses_gathers_into_what_stands_next_to_them() -> None:
+    kernels = kernels_of(nn.Sequential(Unprojected()), "tiles")
+    assert any("rsqrt" in name and "reorder" in name for name in kernels)
+    assert any("tanh" in name and "reorder" in name for name in kernels)
+
+
+class Rotary(Block):
+    """A norm, projections, a rotary embedding that is written half by half, and a residual sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("angles", torch.rand(1, TOKENS, 1, HEAD_DIM // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        q, k, v = (side.unflatten(-1, (2, -1)) for side in self.attention.qkv(y).chunk(3, dim=-1))
+        q, k = (self.rotated(side).type_as(v).transpose(1, 2) for side in (q, k))
+        return x + self.attention(q, k, v.transpose(1, 2)).type_as(q)
+
+    def rotated(self, side: Tensor) -> Tensor:
+        one, other = side.unflatten(-1, (-1, 2)).unbind(-1)
+        out = torch.empty_like(side)
+        out[..., 0::2] = one * self.angles.cos() - other * self.angles.sin()
+        out[..., 1::2] = one * self.angles.sin() + other * self.angles.cos()
+        return out
+
+
+class Inner(Attention):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+        return self.out(sdpa(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("kind", ["plain", "rotary"])
+def test_gathers_move_out_of_the_way_and_cost_no_loop(kind: str) -> None:
+    model = Model(1)
+    if kind == "rotary":
+        model.blocks[0] = Rotary()
+        model.blocks[0].attention = Inner()
+    tiles, raster = kernels_of(model, "tiles"), kernels_of(model, "raster")
+    assert len(tiles) == len(raster)
+    assert any("norm" in name and "reorder" in name for name in tiles)  # before the projections
+    assert "reorder" in tiles[-1]  # after the last one, in the residual sum
+    assert "add" in tiles[-1]
+
+
+class Leaking(Attention):
+    """Something else reads the values, in the model's order: gathers stay at the attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        out = sdpa(q, k, v)
+        return self.out((out + v.flip(2)).transpose(1, 2).flatten(2))
+
+
+class Random(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = F.dropout(self.heads(x), 0.5)
+        return self.out(sdpa(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("kind", [Leaking, Random])
+def test_gathers_stay_where_something_else_reads_the_same_tokens(kind: type[Attention]) -> None:
+    model, x = nn.Sequential(kind()).double(), torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
+    capture = Capture(**TILES, **EXACT)
+    torch.manual_seed(1)
+    output = torch.compile(model, backend=capture)(x)
+    assert capture.graph is not None
+    (forward,) = (n for n in capture.graph.graph.nodes if n.target is torch.ops.sla.forward.default)
+    assert [n.target for n in forward.args[:3]] == [torch.ops.sla.reorder.default] * 3
+    torch.manual_seed(1)
+    assert_close("output", output, model(x), 1e-11)
+
+
+def test_moved_gathers_follow_the_definition_with_every_gradient() -> None:
+    model, x = Model(2).double(), torch.randn(2, TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
+    compiled = torch.compile(model, backend="sla", options={**OPTIONS, **TILES, "inner": "aot_eager"})
+    compiled(x)
+    randomize_gates(model)
+
+    def defined(x: Tensor) -> Tensor:
+        for block in model.blocks:
+            q, k, v = block.attention.heads(block.norm(x))
+            gate = block.attention.sla
+            y = by_hand(q, k, v, placement(), placement(), weight=gate.weight, bias=gate.bias)
+            x = x + block.attention.out(y.transpose(1, 2).flatten(2))
+        return x
+
+    named = {"input": x, **dict(model.named_parameters())}
+    results = []
+    for function in (compiled, defined):
+        output = function(x)
+        results.append((output, *torch.autograd.grad(output.square().sum(), list(named.values()))))
+    for name, actual, expected in zip(("output", *named), *results, strict=True):
+        assert_close(name, actual, expected, 1e-10)
 
 
 # The grid as seen in the model.
@@ -372,7 +464,10 @@ def test_the_report_says_which_order() -> None:
     report = sla_compile.explain(model, (x,), config={**OPTIONS, **TILES})
     assert report.to_dict()["sites"][0]["order"] == SEEN
     assert "tiles of 4 x 5 x 6 tokens" in str(report).replace("\n", " ")
-    assert "+ reorder_default = sla::reorder(" in str(report)
+    (norm, *_), diff = [line for line in report.sites[0].diff if "sla::reorder" in line], report.sites[0].diff
+    assert re.fullmatch(r"\+ \w+ = sla::reorder\(\w+, tiles, \[4, 5, 6\], 0, \[16, 16\], False\)", norm)
+    assert diff[-1].startswith("+ ")
+    assert diff[-1].endswith("True)")
     report = sla_compile.explain(model, (x,), config={**OPTIONS, "reorder": "hilbert"})
     assert "tokens in the model's order: no grid of tokens was seen" in str(report).replace("\n", " ")
     json.dumps(report.to_dict())
