@@ -264,7 +264,8 @@ class Run:
 
     def write(self) -> None:
         options = {key: value for key, value in vars(self.options).items() if key != "json"}
-        found = {"torch": torch.__version__, "device": device_name(self.options), "options": options}
+        found: dict[str, Any] = {"torch": torch.__version__, "device": device_name(self.options), "options": options}
+        found["compile_ahead"] = os.environ.get("SLA_COMPILE_AHEAD", "1") != "0"
         Path(self.options.json).write_text(json.dumps(found | {"arms": self.results}, indent=1))
 
     def show(self, what: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sla_compile.compat import size_hint
@@ -46,8 +46,8 @@ def stand_ins(gm: fx.GraphModule) -> Callable[..., tuple[Any, ...]]:
 def _readable(value: Any) -> bool:
     if not isinstance(value, torch.Tensor):
         return True
-    small = not isinstance(value, nn.Parameter) and value.device.type != "meta" and value.numel() <= LARGEST
-    return small and value not in _made_up
+    plain = type(value) is torch.Tensor and value.device.type != "meta"
+    return plain and value.numel() <= LARGEST and value not in _made_up
 
 
 def _compute(node: fx.Node, known: dict[fx.Node, Any]) -> None:
