@@ -205,6 +205,13 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
     return work
 
 
+def test_the_gpu_that_is_answered_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = pytest.importorskip("triton.backends.nvidia.compiler")
+    about = SimpleNamespace(major=9, minor=0, multi_processor_count=132, warp_size=32)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    assert ahead._gpu(torch.device("cuda", 0)) == replace(HOPPER, assembler=compiler.get_ptxas_version(90))
+
+
 def test_started_once_for_a_call(started: list[Work]) -> None:
     sites = rewritten()
     ahead.compile_ahead([*sites, *sites])
