@@ -151,6 +151,35 @@ def test_found_although_the_path_of_the_assembler_changed(monkeypatch: pytest.Mo
     assert {*found.values()} == {"True"}, found
 
 
+EXIT = """\
+import sys
+import time
+from pathlib import Path
+from sla_compile import ahead
+from sla_compile.kernels.ahead import Work
+
+ahead.start(Work.from_json(sys.stdin.read()), Path(sys.argv[1]))
+time.sleep(0.5)
+(process,) = ahead._running
+print(process.pid)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(sys.platform != "linux", reason="processes as Linux has them")
+def test_the_process_ends_with_this_one(tmp_path: Path) -> None:
+    """A program that ends before its kernels are compiled leaves nothing behind."""
+    case = Case(tokens=300, head_dim=128, block_q=128, block_k=128)
+    work = work_of(case, inputs(case, torch.bfloat16, "cpu")).to_json()
+    done = subprocess.run(
+        [sys.executable, "-c", EXIT, str(tmp_path)], input=work, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(ProcessLookupError):
+        os.killpg(int(done.stdout), 0)
+    assert not [*tmp_path.glob("sla_*")]
+
+
 def attend(x: torch.Tensor) -> torch.Tensor:
     q = x.unflatten(2, (2, 16)).transpose(1, 2)
     return F.scaled_dot_product_attention(q, q, q)
