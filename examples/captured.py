@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -53,13 +54,15 @@ class Captured:
         return output
 
     def _capture(self, inputs: Sequence[Tensor]) -> None:
+        gc.collect()  # an old graph must not be freed in the middle of the capture
         self.inputs = [tensor.clone() for tensor in inputs]
-        graph = torch.cuda.CUDAGraph()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.output = self.function(*self.inputs)
         except RuntimeError as error:
             warnings.warn(f"no CUDA graph, which is slower: {error}", stacklevel=3)
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own
             self.enabled = False
         else:
             self.graph = graph

@@ -7,6 +7,7 @@ written beside itself and moved into place.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
@@ -212,6 +213,7 @@ class Experiment:
                 raise OutOfTime
             self.students.clear()
             torch.compiler.reset()
+            gc.collect()  # the last one's memory
             self.students[key] = Student(self.settings, spec, sparsity, self.device, capture=self.capture)
         return self.students[key]
 
