@@ -62,6 +62,6 @@ def test_the_same_training(arm: str, examples: Any, tmp_path: Path) -> None:
         assert (student._velocity.graph is not None) == capture
         rows.append(experiment.results[job.key])
     for (step, once), (_, again) in zip(rows[0]["losses"], rows[1]["losses"], strict=True):
-        assert again == pytest.approx(once, rel=2e-3), step
-    assert rows[1]["after"] == pytest.approx(rows[0]["after"], rel=2e-3)
+        assert again == pytest.approx(once, rel=5e-3), step
+    assert rows[1]["after"] == pytest.approx(rows[0]["after"], rel=5e-3)
     assert rows[1]["after"] != rows[1]["before"]
