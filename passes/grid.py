@@ -1,7 +1,7 @@
 """Which axis of each tensor of a graph is a grid of tokens, (T, H, W) or (H, W), in raster order: proved, not guessed.
 
-A convolution's output has axes in space and time; patch embeddings are such. They are followed through the graph: a
-flatten joins them into tokens, text is put before or behind.
+A convolution's output has axes in space and time; patch embeddings are such, of a video or of each of its frames. They
+are followed through the graph: a flatten joins them into tokens, text is put before or behind.
 """
 
 from __future__ import annotations
@@ -101,15 +101,22 @@ class Grids(Followed):
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__({})
         for node in gm.graph.nodes:
+            value = example(node)
+            if node.op == "placeholder" and isinstance(value, torch.Tensor) and value.dim() == 5:
+                self.labels[node] = tuple((Atom(size, node, axis),) for axis, size in enumerate(value.shape))
             self.visit(node, gm)
 
     def fresh(self, name: str, node: fx.Node, value: Any) -> Labels | None:
-        """(batch, channels, *space), of a convolution."""
+        """(batch, channels, *space), of a convolution; its batch may be the frames of a video."""
         if name not in ("conv2d", "conv3d") or not isinstance(value, torch.Tensor):
             return None
         inside = value.dim() - (3 if name == "conv3d" else 2)
         sizes = enumerate(value.shape)
-        return tuple((Atom(n, node, axis - inside) if axis >= inside else Atom(n),) for axis, n in sizes)
+        axes = [(Atom(n, node, axis - inside) if axis >= inside else Atom(n),) for axis, n in sizes]
+        before: Any = self.labels.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        if is_labels(before) and len(before) == value.dim():
+            axes[0] = before[0]
+        return tuple(axes)
 
     def of(self, source: Any) -> Grid | None:
         """The grid that the tokens of ``source`` (B, H, N, D) are, if it is known and each size is a number."""
@@ -120,8 +127,10 @@ class Grids(Followed):
         atoms = [atom for atom in atoms if atom.size != 1]
         if len(atoms) not in (2, 3) or not all(isinstance(atom.size, int) for atom in atoms):
             return None
-        origin, dims = {atom.of for atom in atoms}, [atom.dim for atom in atoms]
-        if None in origin or len(origin) != 1 or dims != sorted(set(dims)):
+        origin, dims = [atom.of for atom in atoms], [atom.dim for atom in atoms]
+        if len(atoms) == 3 and origin[0] is not None and origin[0].op == "placeholder":  # an image at a time
+            origin, dims = origin[1:], dims[1:]
+        if origin[0] is None or origin[0].op == "placeholder" or len(set(origin)) != 1 or dims != sorted(set(dims)):
             return None
         return Grid(tuple(atom.size for atom in atoms), start, size_of(labels[2]))
 

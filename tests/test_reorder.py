@@ -392,6 +392,30 @@ def test_text_in_front_moves_the_grid() -> None:
     assert orders(model) == [{**SEEN, "start": 9}] * 2
 
 
+class Frames(Patches):
+    """Each frame is embedded by itself, as an image; text stands in front of all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, WIDTH, kernel_size=2, stride=2)  # type: ignore[assignment]
+
+    def forward(self, video: Tensor) -> Tensor:
+        frames = video.transpose(1, 2)
+        x = self.embed(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+        x = x.flatten(3).transpose(2, 3).flatten(1, 2)
+        x = torch.cat([x.new_ones(x.shape[0], 7, WIDTH), x], dim=1)
+        for block in self.blocks:
+            x = x + block(F.layer_norm(x, (WIDTH,)))
+        return x
+
+
+def test_frames_that_are_embedded_one_by_one_are_a_grid_with_time() -> None:
+    model, x = Frames(), torch.cat([video(), video()])
+    compiled = torch.compile(model, backend="sla", options={**SETTINGS, **EXACT})
+    assert_close("topk=1", compiled(x), model(x), 1e-5)
+    assert orders(model) == [{**SEEN, "start": 7}] * 2
+
+
 def test_a_grid_that_is_not_sure_to_be_in_raster_order_is_not_used() -> None:
     model = Patches(shuffled=True)
     torch.compile(model, backend="sla", options=SETTINGS)(video())
