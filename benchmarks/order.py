@@ -1,6 +1,6 @@
 """What the order of a video's tokens does to Sparse-Linear Attention: how much of the exact attention it catches.
 
-    python benchmarks/order.py CHECKPOINT [CHECKPOINT ...] [--videos 1] [--json order.json]
+    python -m benchmarks.order CHECKPOINT [CHECKPOINT ...] [--videos 1] [--json order.json]
 
 A checkpoint is the ``pretrained-<seed>.pt`` that examples/finetune.py or benchmarks/quality.py leaves in its folder,
 beside its settings.json: a dense video transformer, trained on moving shapes. Its attention is looked at on held-out
@@ -41,6 +41,10 @@ Key = tuple[str, int, float]
 """Order, block, topk."""
 
 
+Looked = dict[Key, dict[str, float]]
+"""Mass and error."""
+
+
 class Recorded(SelfAttention):
     """Attention that keeps the queries, keys and values of its last call."""
 
@@ -60,12 +64,12 @@ def trained(checkpoint: Path, device: torch.device) -> tuple[VideoDiT, Settings]
     return model.to(device).eval(), settings
 
 
-def look(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, ...], orders: tuple[str, ...]) -> dict[Key, dict[str, float]]:
+def look(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, ...], orders: tuple[str, ...]) -> Looked:
     """Mass and error of one attention (1, H, N, D) for every order, block and topk."""
     scale = 1 / math.sqrt(q.shape[3])
     weights = (q @ k.mT * scale).softmax(dim=-1)
     dense = weights @ v
-    found: dict[Key, dict[str, float]] = {}
+    found: Looked = {}
     for kind in orders:
         for block in BLOCKS:
             placement = Placement(kind, grid, 0, (block, block))

@@ -222,6 +222,7 @@ def _sink_output(forward: fx.Node) -> bool:
             last = node
     if last is None:
         return False
+    output.meta["example_value"] = value  # type: ignore[union-attr]
     gather.replace_all_uses_with(output)  # type: ignore[arg-type]
     gather.graph.erase_node(gather)
     with last.graph.inserting_after(last):

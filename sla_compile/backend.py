@@ -19,9 +19,7 @@ from sla_compile.gate import (
     attach_gate,
     detach_gate,
     gate_dtype,
-    gate_name,
     mark_from_children,
-    own_gates,
     refuse_taken_name,
     remember_dense,
 )
@@ -32,13 +30,17 @@ from sla_compile.record import remember, remember_break
 from sla_compile.reordering import inline_in_inductor
 from sla_compile.sites import BROKEN, Settings, Site, find_sites, remember_calls
 
-__all__ = ["UntrainedGatesWarning", "rewrite_graph", "sla"]
+__all__ = ["TokenOrderWarning", "UntrainedGatesWarning", "rewrite_graph", "sla"]
 
 CompiledFunction = Callable[..., Any]
 
 
 class UntrainedGatesWarning(UserWarning):
     """Attention was made sparse whose gates are still zero."""
+
+
+class TokenOrderWarning(UserWarning):
+    """The order of tokens that was asked for could not be had."""
 
 
 def sla(
@@ -70,6 +72,7 @@ def sla(
         remember(sites, frame.code)
         remember_break(gm, frame.root_module())
     _warn_untrained(sites)
+    _warn_of_order(sites)
     compile_inner = partial(_compile_inner, config=settings.config)
     return cast(CompiledFunction, (frame.in_buckets(compile_inner) if frame else compile_inner)(gm, example_inputs))
 
@@ -152,7 +155,6 @@ def _refuse_unsynchronised(site: Site, owner: nn.Module) -> None:
 
 def _attach(site: Site, owner: nn.Module, decision: Rewrite) -> None:
     shape = decision.shape
-    there = own_gates(owner).get(gate_name(site.ordinal))
     attach_gate(
         owner,
         site.ordinal,
@@ -163,7 +165,7 @@ def _attach(site: Site, owner: nn.Module, decision: Rewrite) -> None:
         device=shape.device,
         dtype=gate_dtype(owner, shape.dtype),
         path=site.gate_path,
-        seen=site.seen if there is None or any(site.seen) else there.seen,  # prepare saw more than one block shows
+        seen=site.seen,
     )
 
 
@@ -222,6 +224,20 @@ def _warn_untrained(sites: list[Site]) -> None:
 
 
 _warned = False
+
+
+def _warn_of_order(sites: list[Site]) -> None:
+    """Tell where another order than the model's was asked for and could not be had, once for each reason."""
+    for site in sites:
+        reason = site.decision.order.obstacle if isinstance(site.decision, Rewrite) else ""
+        if reason and not site.call.is_causal:
+            warnings.warn(
+                f"{site.path or 'the compiled module'}: reorder={site.config.reorder!r}, but its tokens stay in the "
+                f"model's order: {reason}",
+                TokenOrderWarning,
+                stacklevel=3,
+            )
+            return
 
 
 def _compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], config: SLAConfig) -> CompiledFunction:

@@ -17,7 +17,7 @@ from sla_compile import cache_key
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS: list[dict[str, Any]] = [
     *({"topk": 0.5}, {"bottomk": 0.4}, {"block_q": 32}, {"block_k": 32}, {"feature_map": "elu"}, {"linear": "all"}),
-    *({"gate": "per_head"}, {"always_critical": [[0, 20]]}),
+    *({"gate": "per_head"}, {"always_critical": [[0, 20]]}, {"reorder": "tiles", "grid": [4, 5, 5]}),
 ]
 
 
@@ -52,9 +52,19 @@ def test_a_second_process_hits_the_caches_unless_settings_differ(cold: tuple[Pat
     assert first["seconds"] > 3 * warm["seconds"], (first["seconds"], warm["seconds"])
     for settings, other in zip(SETTINGS, others, strict=True):
         assert (other["hit"], other["miss"], other["bypass"]) == (0, 1, 0), settings
-        if "always_critical" not in settings:  # which the definition does not know
+        if not {"always_critical", "reorder"}.intersection(settings):  # which the definition does not know
             assert other["error"] < 1e-12, settings
         assert other["norm of dq"] != warm["norm of dq"], settings
+
+
+def test_an_order_of_tokens_is_cached_and_another_one_is_not_taken_for_it(tmp_path: Path) -> None:
+    order = {"reorder": "tiles", "grid": [4, 5, 5]}
+    process(tmp_path, order)
+    same, kind, grid = process(tmp_path, order, {**order, "reorder": "hilbert"}, {**order, "grid": [2, 10, 5]})
+    assert (same["hit"], same["miss"], same["graph hit"], same["graph miss"]) == (1, 0, 2, 0)
+    for other in (kind, grid):
+        assert (other["hit"], other["miss"]) == (0, 1)
+    assert len({run["norm of dq"] for run in (same, kind, grid)}) == 3
 
 
 def test_another_version_of_the_package_gets_no_stale_graph(cold: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import sla_compile
+from sla_compile.backend import TokenOrderWarning
 from sla_compile.checkpoint import read
 from sla_compile.kernels import reference
 from sla_compile.order import Placement, block_ranges, positions
@@ -446,7 +447,8 @@ def test_blocks_compiled_by_themselves_without_prepare_say_that_they_saw_no_grid
     model = Patches()
     for block in model.blocks:
         block.compile(backend="sla", options={**SETTINGS, "inner": "eager"})
-    model(video())
+    with pytest.warns(TokenOrderWarning, match="reorder='tiles', but its tokens stay in the model's order: no grid"):
+        model(video())
     assert [order["kind"] for order in orders(model)] == ["raster", "raster"]
     assert all("no grid of tokens was seen" in order["reason"] for order in orders(model))
 
@@ -533,3 +535,23 @@ def test_exported_programs_keep_the_order() -> None:
     assert sum(node.target is torch.ops.sla.reorder.default for node in program.graph.nodes) == 4
     compiled = torch.compile(model, backend="sla", options={"inner": "eager"})
     assert_close("program", program.module()(x), compiled(x), 1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_on_a_gpu_and_in_a_cuda_graph_it_is_dense_attention_at_topk_of_one(mode: str | None) -> None:
+    model, grid = Model(2).cuda(), (4, 12, 16)
+    x = torch.randn(2, 768, WIDTH, device="cuda")
+    exact = model.double()(x.double())
+    model.float()
+    options = {"min_tokens": 0, "reorder": "tiles", "grid": grid, **EXACT}
+    compiled = torch.compile(sla_compile.prepare(model, (x,), config=options), backend="sla", mode=mode)
+    for _ in range(3):
+        torch.compiler.cudagraph_mark_step_begin()
+        output = compiled(x)
+        gradient = torch.autograd.grad(output.square().sum(), model.blocks[0].attention.qkv.weight)[0].clone()
+    assert_close("output", output, exact, 1e-3)
+    wanted = torch.autograd.grad(model(x).square().sum(), model.blocks[0].attention.qkv.weight)[0]
+    assert_close("gradient", gradient, wanted, 1e-2)
+    assert orders(model) == [{"kind": "tiles", "grid": list(grid), "start": 0}] * 2
