@@ -1,8 +1,9 @@
-"""The linear branch's backward for Hopper, written in Gluon: statistics, dQ, dH and dZ of 128 queries of one block.
+"""The linear branch's backward for Hopper, written in Gluon: statistics, dQ, dH and dZ of 128 queries at a time.
 
 The arithmetic is that of ``triton_linear_backward.linear_backward_kernel``. A producer warp loads by TMA; each of two
-warpgroups owns 64 queries. dH sums over all 128: what it is made of goes back to shared memory, where queries and
-gradients lay, and each warpgroup makes half of its rows.
+warpgroups owns 64 queries. What dH is made of goes back to shared memory, where queries and gradients lay: in blocks
+of 128 or more it sums over all 128 queries, and each warpgroup makes half of its rows; of two blocks of 64, each
+warpgroup has one, with a state of its own.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ __all__ = ["linear_backward"]
 
 @gluon.jit
 def linear_producer(descriptors, buffers, barriers, extents, BLOCK_Q: gl.constexpr):
-    """Load a tile of queries, its gradients and outputs, the states of its blocks and the gate."""
+    """Load a tile of queries, its gradients and outputs, the states of its block or two blocks, and the gate."""
     q_desc, grad_desc, out_desc, linear_desc, state_desc, gate_desc = descriptors
     q_buffer, grad_buffer, out_buffer, linear_buffer, state_buffer, gate_buffer = buffers[:6]
     full, empty, _joint = barriers
-    total_tiles, tiles_per_head, num_heads, state_rows, gate_heads = extents
+    total_tiles, tiles_per_head, num_heads, state_rows, gate_heads, _slots = extents
+    STATES: gl.constexpr = state_buffer.type.shape[0]
     turn = 0
     for tile in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
         query_tile, batch, head = locate_tile(tile, tiles_per_head, num_heads)
@@ -52,15 +54,17 @@ def linear_producer(descriptors, buffers, barriers, extents, BLOCK_Q: gl.constex
         mbarrier.wait(empty, (turn & 1) ^ 1)
         mbarrier.expect(
             full,
-            4 * q_desc.block_type.nbytes + state_desc.block_type.nbytes + gate_desc.block_type.nbytes,
+            4 * q_desc.block_type.nbytes + STATES * state_desc.block_type.nbytes + gate_desc.block_type.nbytes,
         )
         load_tile(grad_desc, at, full, grad_buffer)
         load_tile(gate_desc, [gl.minimum(head, gate_heads - 1), 0, 0], full, gate_buffer)
         load_tile(out_desc, at, full, out_buffer)
         load_tile(linear_desc, at, full, linear_buffer)
         load_tile(q_desc, at, full, q_buffer)
-        state_row = batch_head * state_rows + gl.minimum(query_tile * 128 // BLOCK_Q, state_rows - 1)
-        load_tile(state_desc, [state_row, 0, 0], full, state_buffer)
+        for which in gl.static_range(STATES):
+            block = (query_tile * 128 + which * 64) // BLOCK_Q
+            state_row = batch_head * state_rows + gl.minimum(block, state_rows - 1)
+            load_tile(state_desc, [state_row, 0, 0], full, state_buffer.index(which))
         turn += 1
 
 
@@ -90,8 +94,9 @@ def linear_consumer(
 ):
     q_buffer, grad_buffer, out_buffer, linear_buffer, state_buffer, gate_buffer, sums = buffers
     full, empty, joint = barriers
-    total_tiles, tiles_per_head, num_heads, state_rows, _gate_heads = extents
+    total_tiles, tiles_per_head, num_heads, state_rows, _gate_heads, slots = extents
     ROWS: gl.constexpr = 64
+    STATES: gl.constexpr = state_buffer.type.shape[0]
     # with 64 dimensions both make all of dH, the same bits
     HALF: gl.constexpr = CONSUMER * 64 % PADDED_DIM
     dtype: gl.constexpr = q_buffer.dtype
@@ -99,6 +104,7 @@ def linear_consumer(
     tile_layout: gl.constexpr = q_buffer.layout
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED_DIM, 16])
     dim_layout: gl.constexpr = gl.SliceLayout(0, layout)
+    lane_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     row_lanes = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     dims = gl.arange(0, PADDED_DIM, layout=dim_layout)
     query = q_buffer.reshape([128, PADDED_DIM]).slice(CONSUMER * ROWS, ROWS)
@@ -106,7 +112,7 @@ def linear_consumer(
     output = out_buffer.reshape([128, PADDED_DIM]).slice(CONSUMER * ROWS, ROWS)
     linear = linear_buffer.reshape([128, PADDED_DIM]).slice(CONSUMER * ROWS, ROWS)
     gate = gate_buffer.reshape([PADDED_DIM, PADDED_DIM])
-    state = state_buffer.reshape([PADDED_DIM, PADDED_DIM])
+    state = state_buffer.index(CONSUMER % STATES).reshape([PADDED_DIM, PADDED_DIM])
     # what dH is made of lies where queries and gradients lay, in the type of the states
     shares = view_as(q_buffer, state_dtype, [1, 1, 128, PADDED_DIM], tile_layout).reshape([128, PADDED_DIM])
     grads = view_as(grad_buffer, state_dtype, [1, 1, 128, PADDED_DIM], tile_layout).reshape([128, PADDED_DIM])
@@ -162,30 +168,50 @@ def linear_consumer(
         gl.store((grad_q + base + row_offsets)[:, None] + dims[None, :], grad_query.to(dtype), mask=stored)
 
         share = phi * inverse[:, None]
-        grad_normalizer = -gl.sum(share * linear_delta[:, None], 0)
-        shares.slice(CONSUMER * ROWS, ROWS).store(share.to(state_dtype))
-        sums.index(CONSUMER).store(grad_normalizer)
-        fence_async_shared()
-        mbarrier.arrive(joint, count=1)
-        mbarrier.wait(joint, turn & 1)
-        slot = batch_head * tiles_per_head + query_tile
-        if CONSUMER == 0:
-            grad_normalizer = sums.index(0).load(dim_layout) + sums.index(1).load(dim_layout)
-            gl.store(grad_normalizers + slot * HEAD_DIM + dims, grad_normalizer, mask=dims < HEAD_DIM)
-        # [dims, queries] x [queries, in]
-        left = shares.slice(HALF, 64, dim=1).permute((1, 0))
-        grad_state = warpgroup_mma(left, grads, zero, use_acc=False, is_async=True)
+        own_shares = shares.slice(CONSUMER * ROWS, ROWS)
+        own_shares.store(share.to(state_dtype))
+        if STATES == 2:
+            fence_async_shared()
+            # [dims, queries] x [queries, in]
+            whole = gl.zeros([PADDED_DIM, PADDED_DIM], gl.float32, layout)
+            grad_state = warpgroup_mma(own_shares.permute((1, 0)), own_grads, whole, use_acc=False, is_async=True)
+            state_dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(1, layout))
+            slot = batch_head * slots + block
+            there = block < slots
+            # half of the dimensions at a time: that halves what a sum over warps takes of shared memory
+            halves = (share * linear_delta[:, None]).reshape([ROWS, 2, PADDED_DIM // 2]).permute((0, 2, 1))
+            first_half, second_half = gl.split(halves)
+            lanes = gl.arange(0, PADDED_DIM // 2, layout=lane_layout)
+            line = grad_normalizers + slot * HEAD_DIM
+            first_half = gl.convert_layout(-gl.sum(first_half, 0), lane_layout)
+            gl.store(line + lanes, first_half, mask=(lanes < HEAD_DIM) & there)
+            lanes += PADDED_DIM // 2
+            second_half = gl.convert_layout(-gl.sum(second_half, 0), lane_layout)
+            gl.store(line + lanes, second_half, mask=(lanes < HEAD_DIM) & there)
+            inside = (state_dims < HEAD_DIM)[:, None] & (dims < HEAD_DIM)[None, :] & there
+        else:
+            sums.index(CONSUMER).store(-gl.sum(share * linear_delta[:, None], 0))
+            fence_async_shared()
+            mbarrier.arrive(joint, count=1)
+            mbarrier.wait(joint, turn & 1)
+            slot = batch_head * slots + query_tile
+            if CONSUMER == 0:
+                grad_normalizer = sums.index(0).load(dim_layout) + sums.index(1).load(dim_layout)
+                gl.store(grad_normalizers + slot * HEAD_DIM + dims, grad_normalizer, mask=dims < HEAD_DIM)
+            # [dims, queries] x [queries, in]
+            left = shares.slice(HALF, 64, dim=1).permute((1, 0))
+            grad_state = warpgroup_mma(left, grads, zero, use_acc=False, is_async=True)
+            state_dims = HALF + row_lanes
+            inside = (state_dims < HEAD_DIM)[:, None] & (dims < HEAD_DIM)[None, :]
         grad_state = warpgroup_mma_wait(0, deps=(grad_state,))
-        state_dims = HALF + row_lanes
         pointers = grad_states + slot * (HEAD_DIM * PITCH) + state_dims * PITCH
-        inside = (state_dims < HEAD_DIM)[:, None] & (dims < HEAD_DIM)[None, :]
         gl.store(pointers[:, None] + dims[None, :], grad_state.to(state_dtype), mask=inside)
         fence_async_shared()
         mbarrier.arrive(empty, count=1)
         turn += 1
 
 
-@gluon.jit(do_not_specialize=["num_queries", "row_pitch", "total_tiles", "tiles_per_head", "state_rows"])
+@gluon.jit(do_not_specialize=["num_queries", "row_pitch", "total_tiles", "tiles_per_head", "state_rows", "slots"])
 def linear_kernel(
     q_desc,
     grad_desc,
@@ -209,6 +235,7 @@ def linear_kernel(
     num_heads,
     state_rows,
     gate_heads,
+    slots,
     BLOCK_Q: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     PADDED_DIM: gl.constexpr,
@@ -216,24 +243,32 @@ def linear_kernel(
     FEATURE_MAP: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
+    STATES: gl.constexpr = 2 if BLOCK_Q == 64 else 1
     q_buffer = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
     grad_buffer = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
     out_buffer = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
     linear_buffer = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
-    state_buffer = gl.allocate_shared_memory(state_desc.dtype, state_desc.block_type.shape, state_desc.layout)
+    state_buffer = gl.allocate_shared_memory(
+        state_desc.dtype, [STATES] + state_desc.block_type.shape, state_desc.layout
+    )
     gate_buffer = gl.allocate_shared_memory(gate_desc.dtype, gate_desc.block_type.shape, gate_desc.layout)
-    sums = gl.allocate_shared_memory(gl.float32, [2, PADDED_DIM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    joint = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(full, count=1)
     mbarrier.init(empty, count=2)
-    mbarrier.init(joint, count=2)
+    if STATES == 2:
+        # two states leave no room for what two blocks have no use for
+        sums = full
+        joint = full
+    else:
+        sums = gl.allocate_shared_memory(gl.float32, [2, PADDED_DIM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        joint = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(joint, count=2)
     fence_async_shared()
     all_threads()
     buffers = (q_buffer, grad_buffer, out_buffer, linear_buffer, state_buffer, gate_buffer, sums)
     barriers = (full, empty, joint)
-    extents = (total_tiles, tiles_per_head, num_heads, state_rows, gate_heads)
+    extents = (total_tiles, tiles_per_head, num_heads, state_rows, gate_heads, slots)
     descriptors = (q_desc, grad_desc, out_desc, linear_desc, state_desc, gate_desc)
     gl.warp_specialize(
         [
@@ -268,15 +303,16 @@ def linear_backward(
     block_q: int,
     feature_map: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As ``triton_linear_backward.linear_backward`` with a linear branch, where ``hopper.usable``, block_q >= 128."""
+    """As ``triton_linear_backward.linear_backward`` with a linear branch, where ``hopper.usable``."""
     batch, heads, queries, head_dim = q.shape
     rows = triton.cdiv(queries, block_q)
-    tiles_per_head = rows * (block_q // 128)
+    tiles_per_head = triton.cdiv(rows * block_q, 128)
+    slots = rows * max(1, block_q // 128)
     total = tiles_per_head * batch * heads
     dq = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
     statistics = torch.empty((batch, heads, 2, rows * block_q), dtype=torch.float32, device=q.device)
-    grad_states = states.new_empty(batch, heads, tiles_per_head, *states.shape[3:])
-    grad_normalizers = statistics.new_empty(batch, heads, tiles_per_head, head_dim)
+    grad_states = states.new_empty(batch, heads, slots, *states.shape[3:])
+    grad_normalizers = statistics.new_empty(batch, heads, slots, head_dim)
     # a handful of numbers; a stride of its own would cost the kernel registers
     bias = bias.contiguous() if bias is not None else None
     linear_kernel[(min(total, multiprocessors(q.device.index)),)](
@@ -302,6 +338,7 @@ def linear_backward(
         heads,
         states.shape[2],
         weight.shape[0] if weight.dim() == 3 else 1,
+        slots,
         BLOCK_Q=block_q,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim),

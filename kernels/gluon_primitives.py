@@ -21,6 +21,7 @@ __all__ = [
     "multiprocessors",
     "padded_dim",
     "reciprocal_or_zero",
+    "store_tile",
     "tile_descriptor",
     "view_as",
 ]
@@ -28,6 +29,7 @@ __all__ = [
 # names of later Tritons, or those of 3.6, torch 2.11's
 all_threads = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 _ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}

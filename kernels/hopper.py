@@ -9,7 +9,14 @@ from typing import Any
 import torch
 import triton
 
-__all__ = ["attention_backward_key", "attention_backward_query", "attention_forward", "linear_backward", "usable"]
+__all__ = [
+    "attention_backward_key",
+    "attention_backward_query",
+    "attention_forward",
+    "key_states",
+    "linear_backward",
+    "usable",
+]
 
 TRITON_VERSIONS = ((3, 6), (3, 9))
 """First and last minor version whose Gluon these kernels were compiled with: Gluon is experimental."""
@@ -42,8 +49,13 @@ def usable(*tensors: torch.Tensor, scale: float, block_q: int, block_k: int, mas
     )
 
 
+def key_states(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`gluon_states.key_states`, imported when a Hopper GPU first needs it."""
+    return import_module("sla_compile.kernels.gluon_states").key_states(*arguments)  # type: ignore[no-any-return]
+
+
 def attention_forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`gluon_forward.attention_forward`, imported when a Hopper GPU first needs it."""
+    """`gluon_forward.attention_forward`, likewise."""
     return import_module("sla_compile.kernels.gluon_forward").attention_forward(*arguments)  # type: ignore[no-any-return]
 
 

@@ -57,9 +57,13 @@ def forward(
         has_linear = weight is not None and linear != "none"
         gate = gate_matrix(weight, q.dtype) if weight is not None and has_linear else None
         logit_bias = None if key_mask is None else key_bias(key_mask)
+        masked = logit_bias is not None or causal
+        fast = hopper.usable(q, k, v, scale=scale, block_q=block_q, block_k=block_k, masked=masked)
         pooled_q = block_means(q, block_q)
         states = normalizers = None
-        if has_linear:
+        if has_linear and fast:
+            states, normalizers, pooled_k = hopper.key_states(k, v, block_k, feature_map, True)
+        elif has_linear:
             states, normalizers, pooled_k = key_states(k, v, block_k, feature_map, logit_bias, pool=True)
         else:
             pooled_k = block_means(k, block_k, logit_bias)
@@ -79,8 +83,7 @@ def forward(
             matrices = _summed_blocks(block_map, states.dtype, linear, block_q, block_k, causal)
             states, normalizers = _sum_over_keys(states, normalizers, matrices)
         tensors = (q, k, v, gate, bias, lists, states, normalizers)
-        masked = logit_bias is not None or causal
-        if hopper.usable(q, k, v, scale=scale, block_q=block_q, block_k=block_k, masked=masked):
+        if fast:
             results = hopper.attention_forward(*tensors, counts, scale, block_q, block_k, feature_map)
         else:
             results = attention_forward(
@@ -126,19 +129,22 @@ def backward(
         grad_out, q, k, v, out = (vector_readable(x) for x in (grad_out, q, k, v, out))
         has_linear = weight is not None and linear != "none"
         logit_bias = None if key_mask is None else key_bias(key_mask)
+        masked = logit_bias is not None or causal
+        fast = hopper.usable(grad_out, q, k, v, scale=scale, block_q=block_q, block_k=block_k, masked=masked)
         gate = states = normalizers = matrices = None
         if weight is not None and has_linear:
             gate = gate_matrix(weight, q.dtype)
             linear_out = vector_readable(linear_out)
-            states, normalizers, _ = key_states(k, v, block_k, feature_map, logit_bias, pool=False)
+            if fast:
+                states, normalizers, _ = hopper.key_states(k, v, block_k, feature_map, False)
+            else:
+                states, normalizers, _ = key_states(k, v, block_k, feature_map, logit_bias, pool=False)
             matrices = _summed_blocks(block_map, states.dtype, linear, block_q, block_k, causal)
             states, normalizers = _sum_over_keys(states, normalizers, matrices)
-        masked = logit_bias is not None or causal
-        fast = hopper.usable(grad_out, q, k, v, scale=scale, block_q=block_q, block_k=block_k, masked=masked)
         grad_states: torch.Tensor | None
         grad_normalizers: torch.Tensor | None
         queries = (grad_out, q, gate, bias, out, linear_out, lse, states, normalizers)
-        if fast and has_linear and block_q >= 128:
+        if fast and has_linear:
             dq, statistics, grad_states, grad_normalizers = hopper.linear_backward(
                 *queries, scale, block_q, feature_map
             )

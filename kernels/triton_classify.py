@@ -57,16 +57,19 @@ def score_kernel(
 @triton.jit
 def take_largest(key, valid, count):
     """Mask of the ``count`` largest of ``key`` [lanes] (int32) in ``valid``; of equal keys the first."""
-    low = tl.full([], -(2**31), tl.int64)
-    high = tl.full([], 2**31 - 1, tl.int64)
+    low = tl.full([], -(2**31), tl.int32)
+    high = tl.full([], 2**31 - 1, tl.int32)
+    # no threshold above the least integer is reached by what is not valid
+    key = tl.where(valid, key, low)
     # the count-th largest key is the largest threshold that at least `count` keys reach
     for _ in range(32):
-        middle = (low + high + 1) >> 1
-        reached = tl.sum(((key >= middle.to(tl.int32)) & valid).to(tl.int32), 0)
+        # the upper middle, without overflow
+        middle = (low | high) - ((low ^ high) >> 1)
+        reached = tl.sum((key >= middle).to(tl.int32), 0)
         enough = reached >= count
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle - 1)
-    threshold = low.to(tl.int32)
+    threshold = low
     above = (key > threshold) & valid
     tied = (key == threshold) & valid
     ties_wanted = count - tl.sum(above.to(tl.int32), 0)

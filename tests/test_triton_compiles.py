@@ -128,13 +128,13 @@ def test_every_launch_of_gluon_compiles(case: Case, dtype: torch.dtype, monkeypa
 
     compiled = compile_launches(monkeypatch)
     monkeypatch.setattr(hopper, "usable", lambda *tensors, **settings: True)
-    for user in ("gluon_forward", "gluon_backward_query", "gluon_backward_key", "gluon_linear_backward"):
-        module = importlib.import_module(f"sla_compile.kernels.{user}")
+    for user in ("states", "forward", "backward_query", "backward_key", "linear_backward"):
+        module = importlib.import_module(f"sla_compile.kernels.gluon_{user}")
         assert module.multiprocessors is gluon_primitives.multiprocessors
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     run_kernels(case, inputs(case, dtype, "cpu"))
     expected = {"attention_forward_kernel", "query_kernel", "key_kernel"}
-    if case.block_q >= 128 and case.weight != "none":
-        expected.add("linear_kernel")
+    if case.weight != "none":
+        expected |= {"states_kernel", "linear_kernel"}
     assert expected <= {*compiled}
-    assert "attention_backward_key_kernel" not in compiled
+    assert not {"attention_backward_key_kernel", "key_state_kernel"} & {*compiled}
