@@ -166,7 +166,11 @@ def gate_gradient_kernel(
     CHUNK: tl.constexpr,
     HAS_LINEAR: tl.constexpr,
 ):
-    """dO^T O^l and the sum of dO over one stretch of tokens of one head, in float32."""
+    """dO^T O^l and the sum of dO over one stretch of tokens of one head, in float32.
+
+    Beside the matrix product that sum is one too: of a tile that is read in registers besides, Triton 3.6's pipeline
+    keeps a buffer too few, and the next tile overwrites it while the product still reads.
+    """
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
     PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
     split, batch, head = locate_program(num_splits, num_heads)
@@ -176,16 +180,26 @@ def gate_gradient_kernel(
     columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     grad_base = head_pointer(grad_out, batch, head, stride_gb, stride_gh)
     linear_base = head_pointer(linear_out, batch, head, stride_lb, stride_lh)
+    dtype = grad_out.dtype.element_ty
+    BY_PRODUCT: tl.constexpr = HAS_LINEAR and dtype != tl.float32
     weight_sum = tl.zeros([PADDED_DIM, CHUNK], tl.float32)
     bias_sum = tl.zeros([PADDED_DIM], tl.float32)
+    bias_columns = tl.zeros([PADDED_DIM, 16], tl.float32)
+    ones = tl.full([TILE, 16], 1.0, dtype)
     for step in range(tiles_per_split):
         start = (split * tiles_per_split + step) * TILE
         grad = load_tile(grad_base, start, rows, dims, stride_gn, num_tokens, PITCH, PADDED)
-        bias_sum += tl.sum(grad.to(tl.float32), 0)
+        if BY_PRODUCT:
+            bias_columns = tl.dot(tl.trans(grad), ones, bias_columns)
+        else:
+            bias_sum += tl.sum(grad.to(tl.float32), 0)
         if HAS_LINEAR:
             linear = load_tile(linear_base, start, rows, columns, stride_ln, num_tokens, PITCH, PADDED)
             # [PADDED_DIM, TILE] x [TILE, CHUNK]
             weight_sum = tl.dot(tl.trans(grad), linear, weight_sum, input_precision="ieee")
+    if BY_PRODUCT:
+        # all columns are alike
+        bias_sum = tl.max(bias_columns, 1)
     if HAS_LINEAR:
         base = grad_weight + slot * HEAD_DIM * HEAD_DIM
         origin = tl.zeros([], tl.int32)

@@ -100,9 +100,9 @@ _HALF: dict[tuple[str, int], Launch] = {
     ("backward_key", 64): Launch(64, 64, 64, 4, 2),
     ("backward_key", 128): Launch(64, 64, 32, 4, 2),
     ("backward_key", 256): Launch(32, 32, 32, 4, 1),
-    ("gate", 64): Launch(64, 64, 64, 4, 2),
-    ("gate", 128): Launch(64, 64, 128, 8, 2),
-    ("gate", 256): Launch(64, 64, 64, 8, 2),
+    ("gate", 64): Launch(64, 64, 64, 8, 3),
+    ("gate", 128): Launch(64, 64, 128, 8, 3),
+    ("gate", 256): Launch(64, 64, 64, 8, 3),
 }
 
 # float32 products run on the plain arithmetic units and twice the bytes fill shared memory: smaller tiles

@@ -155,6 +155,27 @@ def test_bits_are_the_same_every_time(head_dim: int) -> None:
             assert torch.equal(value, again[name]), name
 
 
+@pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
+@pytest.mark.parametrize("tokens", [333, 700, 1000, 32760])
+def test_gate_gradients_at_any_length(head_dim: int, tokens: int) -> None:
+    """With two stages and four warps, Triton 3.6's pipeline overwrote tiles that a product still read."""
+    from sla_compile.kernels.triton_linear_backward import gate_backward
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = (1, tokens, 4, head_dim)
+    grad_out, linear_out = (
+        torch.randn(shape, generator=generator, device="cuda").bfloat16().transpose(1, 2) for _ in range(2)
+    )
+    weight, bias = torch.zeros(head_dim, head_dim, device="cuda"), torch.zeros(head_dim, device="cuda")
+    expected = torch.einsum("bhni,bhnj->ij", grad_out.double(), linear_out.double())
+    first, *others = (gate_backward(grad_out, linear_out, weight, bias, True) for _ in range(8))
+    assert_close("dweight", first[0], expected, 1e-5)
+    assert_close("dbias", first[1], grad_out.double().sum((0, 1, 2)), 1e-5)
+    for found in others:
+        assert torch.equal(found[0], first[0])
+        assert torch.equal(found[1], first[1])
+
+
 def test_capture_in_a_cuda_graph() -> None:
     case = Case(tokens=1003, head_dim=128)
     tensors = inputs(case, torch.bfloat16, "cuda")
