@@ -7,7 +7,8 @@ timed in turn in one process, by CUDA events, with the L2 cache flushed before e
 and 90th percentile. Inputs are (B, N, H, D) memory seen as (B, H, N, D), as video models pass them. Ours
 counts everything: classification, block states, attention, gate. FlexAttention is the sparse part only, over
 as many random blocks. The sweep over tokens is done twice: eager, where a short call waits for the host, and
-replayed from a CUDA graph, where it does not.
+replayed from a CUDA graph, where it does not. The roof is the sparse part's products at the rate of a large matrix
+product, measured here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,13 @@ from sla_compile.ops import sparse_linear_attention
 
 BATCH, HEADS, HEAD_DIM = 1, 12, 128
 TOPK, BOTTOMK = 0.05, 0.10
-SWEEP = (1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768)
+SWEEP = (1024, 2048, 3072, 4096, 6144, 8192, 16384, 32768, 65536, 131072)
+EAGER = 16384
+"""Tokens from which the host is ahead of the device in any case."""
+FLEX_FROM = 8192
+DENSE, FLEX = ("cuDNN SDPA", "flash SDPA"), "FlexAttention 128x128, sparse part only"
+SLA_BLOCKS = ((64, 64), (128, 64), (128, 128))
+SWEPT_BLOCKS = ((64, 64), (128, 128))
 
 Call = Callable[[], Any]
 Sweep = dict[int, dict[str, dict[str, "Times"]]]
@@ -93,7 +100,7 @@ def time_in_turn(calls: dict[str, Call], rounds: int) -> dict[str, Times]:
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
     marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
     for call in calls.values():
-        for _ in range(3):
+        for _ in range(min(3, rounds)):
             call()
     torch.cuda.synchronize()
     for _ in range(rounds):
@@ -132,7 +139,7 @@ def random_block_mask(tokens: int, block: int = 128) -> BlockMask:
     return BlockMask.from_kv_blocks(none, indices, none + count, indices, BLOCK_SIZE=block)
 
 
-def arms(tokens: int, *, flex: bool) -> dict[str, tuple[Call, Call]]:
+def arms(tokens: int, *, flex: bool, blocks: Sequence[tuple[int, int]] = SLA_BLOCKS) -> dict[str, tuple[Call, Call]]:
     """Forward and backward of each arm."""
     tensors = make_inputs(tokens)
     q, k, v = (tensors[name] for name in "qkv")
@@ -153,7 +160,7 @@ def arms(tokens: int, *, flex: bool) -> dict[str, tuple[Call, Call]]:
         "cuDNN SDPA": pair(dense(SDPBackend.CUDNN_ATTENTION), (q, k, v), grad_out),
         "flash SDPA": pair(dense(SDPBackend.FLASH_ATTENTION), (q, k, v), grad_out),
     }
-    for block_q, block_k in ((64, 64), (128, 64), (128, 128)) if flex else ((64, 64),):
+    for block_q, block_k in blocks:
 
         def sparse(block_q: int = block_q, block_k: int = block_k) -> Tensor:
             return sparse_linear_attention(
@@ -167,9 +174,7 @@ def arms(tokens: int, *, flex: bool) -> dict[str, tuple[Call, Call]]:
         # FlexAttention's blocks are whole: a few tokens fewer
         part = [x[:, :, :whole].detach().requires_grad_() for x in (q, k, v)]
         compiled: Any = torch.compile(flex_attention, dynamic=False)
-        found["FlexAttention 128x128, sparse part only"] = pair(
-            lambda: compiled(*part, block_mask=mask), tuple(part), grad_out[:, :, :whole]
-        )
+        found[FLEX] = pair(lambda: compiled(*part, block_mask=mask), tuple(part), grad_out[:, :, :whole])
     return found
 
 
@@ -192,8 +197,36 @@ def breakdown(calls: dict[str, Call], repeats: int = 5) -> dict[str, dict[str, f
     return stages
 
 
-def crossover(rows: Sweep) -> dict[str, int | None]:
-    """Per direction, the fewest tokens from which ours stays faster than the fastest dense kernel."""
+def peak_share(tokens: int, block_q: int, block_k: int) -> float:
+    """Most memory above the inputs in a forward and its backward, all results included, as a share of q, k, v, out."""
+    tensors = make_inputs(tokens)
+    leaves = [tensors[name] for name in ("q", "k", "v", "weight", "bias")]
+    activations = 4 * tensors["q"].numel() * tensors["q"].element_size()
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = sparse_linear_attention(*leaves, topk=TOPK, bottomk=BOTTOMK, block_q=block_q, block_k=block_k)
+        torch.autograd.grad(out, leaves, tensors["grad_out"])
+        del out
+    return (torch.cuda.max_memory_allocated() - before) / activations
+
+
+def matrix_rate() -> float:
+    """Floating-point operations a second of an 8192^3 bfloat16 matrix product."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    time = time_in_turn({"matmul": lambda: a @ b}, 10)["matmul"]
+    return 2 * 8192**3 / (time.median / 1e3)
+
+
+def roof(tokens: int, rate: float, direction: str) -> float:
+    """Milliseconds of the sparse part's matrix products alone: two of the forward, five of the backward."""
+    products = 2 if direction == "forward" else 5
+    return 1e3 * products * 2 * BATCH * HEADS * HEAD_DIM * TOPK * tokens**2 / rate
+
+
+def crossover(rows: Sweep, arm: str) -> dict[str, int | None]:
+    """Per direction, the fewest tokens from which ``arm`` stays faster than the fastest dense kernel."""
     first: dict[str, int | None] = {}
     for direction in ("forward", "forward+backward"):
         first[direction] = None
@@ -201,15 +234,22 @@ def crossover(rows: Sweep) -> dict[str, int | None]:
             total = {
                 name: sum(t.median for d, t in times.items() if d in direction) for name, times in rows[tokens].items()
             }
-            if total["SLA 64x64"] >= min(total["cuDNN SDPA"], total["flash SDPA"]):
+            if total[arm] >= min(total[name] for name in DENSE):
                 break
             first[direction] = tokens
     return first
 
 
-def measure(tokens: int, rounds: int, *, flex: bool = False, graphs: bool = False) -> dict[str, dict[str, Times]]:
+def measure(
+    tokens: int,
+    rounds: int,
+    *,
+    flex: bool = False,
+    graphs: bool = False,
+    blocks: Sequence[tuple[int, int]] = SLA_BLOCKS,
+) -> dict[str, dict[str, Times]]:
     """Times of every arm: name -> direction -> times."""
-    found = arms(tokens, flex=flex)
+    found = arms(tokens, flex=flex, blocks=blocks)
     times: dict[str, dict[str, Times]] = {name: {} for name in found}
     for index, direction in enumerate(("forward", "backward")):
         calls = {name: pair[index] for name, pair in found.items()}
@@ -222,27 +262,26 @@ def measure(tokens: int, rounds: int, *, flex: bool = False, graphs: bool = Fals
 
 def print_arms(console: Console, tokens: int, times: dict[str, dict[str, Times]]) -> None:
     title = f"B{BATCH} H{HEADS} N{tokens} D{HEAD_DIM} bf16, topk {TOPK}, bottomk {BOTTOMK}; median (p10-p90) ms"
-    table = Table("arm", "forward", "x cuDNN", "backward", "x cuDNN", title=title)
-    base = times["cuDNN SDPA"]
+    table = Table("arm", "forward", "x cuDNN", "x flash", "backward", "x cuDNN", "x flash", title=title)
     for name, row in times.items():
         cells = [name]
         for direction in ("forward", "backward"):
             t = row[direction]
             cells += [
                 f"{t.median:.3f} ({t.low:.3f}-{t.high:.3f})",
-                f"{base[direction].median / t.median:.1f}",
+                *(f"{times[name][direction].median / t.median:.1f}" for name in DENSE),
             ]
         table.add_row(*cells)
     console.print(table)
 
 
 def print_sweep(console: Console, title: str, rows: Sweep) -> None:
-    names = ("cuDNN SDPA", "flash SDPA", "SLA 64x64")
+    names = list(max(rows.values(), key=len))
     table = Table("tokens", *names, title=f"{title}: forward / backward, median ms")
     for tokens, row in rows.items():
         table.add_row(
             str(tokens),
-            *(f"{row[n]['forward'].median:.3f} / {row[n]['backward'].median:.3f}" for n in names),
+            *(f"{row[n]['forward'].median:.3f} / {row[n]['backward'].median:.3f}" if n in row else "" for n in names),
         )
     console.print(table)
 
@@ -256,8 +295,8 @@ def print_stages(console: Console, stages: dict[str, dict[str, float]]) -> None:
         console.print(table)
 
 
-def draw(path: Path, rows: Sweep) -> None:
-    """Forward and backward time against tokens, both axes logarithmic."""
+def draw(path: Path, rows: Sweep, rate: float) -> None:
+    """Forward and backward time against tokens, both axes logarithmic, and the roof at ``rate``."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -265,8 +304,10 @@ def draw(path: Path, rows: Sweep) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for axis, direction in zip(axes, ("forward", "backward"), strict=True):
-        for name in ("cuDNN SDPA", "flash SDPA", "SLA 64x64"):
-            axis.loglog(list(rows), [row[name][direction].median for row in rows.values()], "o-", label=name)
+        for name in max(rows.values(), key=len):
+            points = {tokens: row[name][direction].median for tokens, row in rows.items() if name in row}
+            axis.loglog(list(points), list(points.values()), "o-", markersize=4, label=name)
+        axis.loglog(list(rows), [roof(n, rate, direction) for n in rows], "k:", label="roof of the sparse part")
         axis.set(title=direction, xlabel="tokens")
         axis.grid(visible=True, which="both", alpha=0.3)
     axes[0].set_ylabel("ms")
@@ -294,22 +335,32 @@ def main() -> None:
 
     # a stream of its own, because a backward can be captured only on the stream of its forward
     with torch.cuda.stream(torch.cuda.Stream()):
-        sweeps = {} if options.quick else {"CUDA graph": sweep(graphs=True), "eager": sweep(graphs=False)}
         times = measure(options.tokens, 30, flex=not options.quick)
-        forward, backward = arms(options.tokens, flex=False)["SLA 64x64"]
+        print_arms(console, options.tokens, times)
+        peaks = {f"{q}x{k}": peak_share(options.tokens, q, k) for q, k in SLA_BLOCKS}
+        console.print("peak of forward + backward above inputs, of q, k, v and out together:", peaks)
+        forward, backward = arms(options.tokens, flex=False, blocks=((64, 64),))["SLA 64x64"]
         stages = breakdown({"forward": forward, "backward": backward})
-    first = {title: crossover(rows) for title, rows in sweeps.items()}
+        sweeps = {} if options.quick else {"CUDA graph": sweep(graphs=True), "eager": sweep(graphs=False)}
+    first = {
+        f"{title}, {arm}": crossover(rows, arm)
+        for title, rows in sweeps.items()
+        for arm in (f"SLA {q}x{k}" for q, k in SWEPT_BLOCKS)
+    }
     print_stages(console, stages)
     for title, rows in sweeps.items():
         print_sweep(console, title, rows)
-        console.print(f"{title}: faster than the fastest dense kernel from {first[title]} tokens")
-    print_arms(console, options.tokens, times)
+    console.print("faster than the fastest dense kernel from (tokens):", first)
+    rate = matrix_rate()
+    console.print(f"8192^3 matrix product: {rate / 1e12:.0f} TFLOP/s")
     if options.figure and sweeps:
-        draw(options.figure, sweeps["CUDA graph"])
+        draw(options.figure, sweeps["CUDA graph"], rate)
     if options.json:
         record = {
             "machine": machine,
             "errors": errors,
+            "matrix_rate": rate,
+            "peaks": peaks,
             "times": plain({options.tokens: times}),
             "sweeps": {title: plain(rows) for title, rows in sweeps.items()},
             "stages": stages,
@@ -319,7 +370,14 @@ def main() -> None:
 
 
 def sweep(*, graphs: bool) -> Sweep:
-    return {tokens: measure(tokens, 20, graphs=graphs) for tokens in SWEEP}
+    rows: Sweep = {}
+    for tokens in SWEEP:
+        if graphs or tokens <= EAGER:
+            rounds = max(2, min(20, 2**19 // tokens))
+            flex = graphs and tokens >= FLEX_FROM
+            rows[tokens] = measure(tokens, rounds, graphs=graphs, flex=flex, blocks=SWEPT_BLOCKS)
+            torch.cuda.empty_cache()
+    return rows
 
 
 def plain(rows: Sweep) -> dict[str, Any]:

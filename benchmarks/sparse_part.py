@@ -1,0 +1,218 @@
+"""The sparse part alone beside other block-sparse kernels, and what each head dimension costs.
+
+    python benchmarks/sparse_part.py [--json FILE] [--no-head-dims]
+
+Every arm of the first table gets the same random critical blocks, 5% of each row, and q, k, v in (B, N, H, D) memory.
+Ours: the forward from ready lists; the backward whole, with the transposed lists. Rivals: FlexAttention (128x128),
+and cuDNN-frontend's block-sparse attention where it is installed (nvidia-cudnn-frontend, nvidia-cutlass-dsl); neither
+has a linear branch. All outputs and gradients are compared before anything is timed. The second table is the whole
+op, blocks 128x128, at other head dimensions: ms, the time a floating-point operation against that of D = 128, and
+cuDNN's dense kernel. Milliseconds by CUDA events, L2 flushed before each call: median (20th to 80th percentile).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from triton.testing import do_bench
+
+from sla_compile.kernels import hopper, triton_attention
+from sla_compile.kernels.triton_forward import attention_forward
+
+BATCH, HEADS, TOKENS, HEAD_DIM = 1, 12, 32768, 128
+SHAPES = [
+    *((128, 12, torch.bfloat16), (128, 12, torch.float16), (96, 16, torch.bfloat16), (80, 16, torch.bfloat16)),
+    *((72, 16, torch.bfloat16), (64, 24, torch.bfloat16), (40, 24, torch.bfloat16), (256, 6, torch.bfloat16)),
+]
+"""Head dimension, heads and type; the first is what the others are compared with."""
+
+Call = Callable[[], Any]
+Times = tuple[float, float, float]
+
+
+def milliseconds(call: Call) -> Times:
+    median, low, high = do_bench(call, warmup=20, rep=100, quantiles=[0.5, 0.2, 0.8])
+    return median, low, high
+
+
+def activations(count: int, heads: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """(B, H, N, D) in (B, N, H, D) memory."""
+    shape = (BATCH, TOKENS, heads, head_dim)
+    return [torch.randn(shape, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(count)]
+
+
+def random_blocks(block: int) -> tuple[Tensor, Tensor]:
+    """Ascending lists (B, H, T, count) int32 of critical blocks, and the block map of int8 that says the same."""
+    blocks = TOKENS // block
+    order = torch.rand(BATCH, HEADS, blocks, blocks, device="cuda").argsort(-1)
+    lists = order[..., : int(0.05 * blocks)].sort(-1).values
+    block_map = torch.full(order.shape, -1, dtype=torch.int8, device="cuda").scatter_(-1, lists, 1)
+    return lists.int().contiguous(), block_map
+
+
+def ours(inputs: list[Tensor], block: int, lists: Tensor, block_map: Tensor) -> tuple[Call, Call]:
+    q, k, v, grad_out = inputs
+    scale = HEAD_DIM**-0.5
+
+    def forward() -> tuple[Tensor, Tensor, Tensor]:
+        tensors = (q, k, v, None, None, lists, None, None)
+        if hopper.usable(q, k, v, scale=scale, block_q=block, block_k=block, masked=False):
+            return hopper.attention_forward(*tensors, None, scale, block, block, "softmax")
+        return attention_forward(*tensors, scale=scale, block_q=block, block_k=block, feature_map_name="softmax")
+
+    out, linear_out, lse = forward()
+
+    def backward() -> tuple[Tensor, ...]:
+        saved = (out, linear_out, lse, block_map)
+        settings: dict[str, Any] = {"scale": scale, "block_q": block, "block_k": block}
+        return triton_attention.backward(
+            grad_out, q, k, v, None, None, None, *saved, **settings, feature_map="softmax", linear="none"
+        )[:3]
+
+    return lambda: forward()[0], backward
+
+
+def flex(inputs: list[Tensor], block: int, lists: Tensor) -> tuple[Call, Call]:
+    q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
+    blocks = TOKENS // block
+    padded = torch.nn.functional.pad(lists, (0, blocks - lists.shape[-1]))
+    none = torch.zeros(BATCH, HEADS, blocks, dtype=torch.int32, device="cuda")
+    mask = BlockMask.from_kv_blocks(none, padded, none + lists.shape[-1], padded, BLOCK_SIZE=block)
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    out = compiled(q, k, v, block_mask=mask)
+    return lambda: compiled(q, k, v, block_mask=mask), lambda: torch.autograd.grad(
+        out, (q, k, v), inputs[3], retain_graph=True
+    )
+
+
+def cudnn_frontend(inputs: list[Tensor], block: int, lists: Tensor) -> tuple[Call, Call]:
+    from cudnn.block_sparse_attention import block_sparse_attention_backward, block_sparse_attention_forward
+
+    q, k, v, grad_out = (x.transpose(1, 2) for x in inputs)
+    settings = {"sparse_block_size": block, "layout": "bshd"}
+
+    def forward() -> Any:
+        return block_sparse_attention_forward(q, k, v, lists, **settings)
+
+    saved = forward()
+
+    def backward() -> tuple[Tensor, ...]:
+        found = block_sparse_attention_backward(
+            grad_out, q, k, v, saved["o_tensor"], saved["lse_tensor"], lists, **settings
+        )
+        return tuple(found[name].transpose(1, 2) for name in ("dq_tensor", "dk_tensor", "dv_tensor"))
+
+    return lambda: forward()["o_tensor"].transpose(1, 2), backward
+
+
+def sparse_part(console: Console) -> dict[str, dict[str, Times]]:
+    """Forward and backward of every arm on the same blocks."""
+    rows: dict[str, dict[str, Times]] = {}
+    table = Table(
+        "", "forward, ms", "backward, ms", title=f"sparse part alone, N {TOKENS}; {torch.cuda.get_device_name()}"
+    )
+    for block in (128, 64):
+        inputs = activations(4, HEADS, HEAD_DIM, torch.bfloat16)
+        lists, block_map = random_blocks(block)
+        arms = {f"ours {block}x{block}": lambda b=block, i=inputs, ls=lists, m=block_map: ours(i, b, ls, m)}
+        if block == 128:
+            arms["FlexAttention 128x128"] = lambda i=inputs, ls=lists: flex(i, 128, ls)
+        arms[f"cuDNN-frontend {block}x{block}"] = lambda b=block, i=inputs, ls=lists: cudnn_frontend(i, b, ls)
+        expected: list[Tensor] | None = None
+        for name, make in arms.items():
+            try:
+                forward, backward = make()
+                found = [forward(), *backward()]
+            except Exception as error:
+                table.add_row(name, f"{type(error).__name__}: {error}"[:120])
+                continue
+            expected = expected or found
+            errors = [
+                ((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(found, expected, strict=True)
+            ]
+            if max(errors) > 2e-2:
+                sys.exit(f"{name}: differs from ours by {errors}, nothing timed")
+            rows[name] = {"forward": milliseconds(forward), "backward": milliseconds(backward)}
+            table.add_row(name, *(f"{m:.3f} ({low:.3f}-{high:.3f})" for m, low, high in rows[name].values()))
+    console.print(table)
+    return rows
+
+
+def head_dims(console: Console) -> dict[str, dict[str, Any]]:
+    """The whole op at other head dimensions, and cuDNN's dense kernel there."""
+    rows: dict[str, dict[str, Any]] = {}
+    table = Table("", "forward, ms", "an operation, of D 128", "x cuDNN", "backward, ms", "an operation", "x cuDNN")
+    for head_dim, heads, dtype in SHAPES:
+        q, k, v, grad_out = activations(4, heads, head_dim, dtype)
+        weight = torch.randn(head_dim, head_dim, device="cuda", dtype=dtype) * 0.05
+        bias = torch.randn(head_dim, device="cuda", dtype=dtype)
+        settings: dict[str, Any] = {"scale": head_dim**-0.5, "block_q": 128, "block_k": 128}
+        settings |= {"feature_map": "softmax", "linear": "marginal"}
+
+        def forward() -> Any:
+            return triton_attention.forward(q, k, v, weight, bias, topk=0.05, bottomk=0.10, **settings)  # noqa: B023
+
+        saved = forward()
+
+        def backward() -> Any:
+            return triton_attention.backward(grad_out, q, k, v, weight, bias, None, *saved, **settings)  # noqa: B023
+
+        name = f"D {head_dim}, H {heads}, {str(dtype).removeprefix('torch.')}"
+        rows[name] = {"size": heads * head_dim, "forward": milliseconds(forward), "backward": milliseconds(backward)}
+        dense = dense_times(q, k, v, grad_out)
+        base = next(iter(rows.values()))
+        cells = [name]
+        for direction, time in zip(("forward", "backward"), dense, strict=True):
+            median, low, high = rows[name][direction]
+            share = median / rows[name]["size"] / (base[direction][0] / base["size"])
+            rows[name][f"dense {direction}"] = time
+            cells += [f"{median:.3f} ({low:.3f}-{high:.3f})", f"{share:.2f}", f"{time / median:.1f}" if time else "-"]
+        table.add_row(*cells)
+    console.print(table)
+    return rows
+
+
+def dense_times(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> tuple[float | None, float | None]:
+    """cuDNN's dense attention, or None where it does not take the head dimension."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    try:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            out = sdpa(*leaves)
+            forward = do_bench(lambda: sdpa(*leaves), warmup=5, rep=40, return_mode="median")
+            backward = do_bench(
+                lambda: torch.autograd.grad(out, leaves, grad_out, retain_graph=True),
+                warmup=5,
+                rep=60,
+                return_mode="median",
+            )
+    except RuntimeError:
+        return None, None
+    return float(forward), float(backward)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    parser.add_argument("--no-head-dims", action="store_true", help="the first table alone")
+    options = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    torch.manual_seed(0)
+    results = {"sparse part": sparse_part(console), "head dims": {} if options.no_head_dims else head_dims(console)}
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
