@@ -1,6 +1,7 @@
 """What the order of a video's tokens does to Sparse-Linear Attention: how much of the exact attention it catches.
 
     python -m benchmarks.order CHECKPOINT [CHECKPOINT ...] [--videos 1] [--json order.json]
+    python -m benchmarks.order --pooled CHECKPOINT                              # six videos or more
 
 A checkpoint is the ``pretrained-<seed>.pt`` that examples/finetune.py or benchmarks/quality.py leaves in its folder,
 beside its settings.json: a dense video transformer, trained on moving shapes. Its attention is looked at on held-out
@@ -9,7 +10,8 @@ videos at several times of the flow. For each order, block and topk:
 - mass: the share of the dense attention's weight that lies in the critical blocks, the mean over queries;
 - error: ||sparse branch - dense output|| / ||dense output||, the sparse branch alone, as an untrained SLA is.
 
-Both are means over layers, times, videos and checkpoints; mass is also told by layer.
+Both are means over layers, times, videos and checkpoints; mass is also told by layer. With --pooled the error is
+that of ``calibrate``: squares are summed over videos before the ratio is taken, at times that come close to pure noise.
 """
 
 from __future__ import annotations
@@ -26,10 +28,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-import sla_compile.ops  # noqa: F401  the library ops
+import sla_compile
 from examples.settings import Settings
 from examples.video_dit import SelfAttention, VideoDiT, VideoDiTConfig
 from examples.videos import Data
+from sla_compile.calibration import gather
 from sla_compile.order import ORDERS, Placement
 from sla_compile.reordering import reorder
 
@@ -109,6 +112,24 @@ def measure(checkpoints: list[Path], videos: int, device: torch.device) -> list[
     return rows
 
 
+@torch.no_grad()
+def pooled(checkpoint: Path, videos: int, device: torch.device, console: Console) -> None:
+    """Print the error of the sparse branch over ``videos`` held-out ones, for every order, block and smaller topk."""
+    model, settings = trained(checkpoint, device)
+    held_out = Data(settings.size, 1, device).held_out(videos)
+    batches = [((noisy, time), {}) for noisy, time, _ in held_out]
+    console.print("times " + ", ".join(f"{float(time):.2f}" for _, time, _ in held_out))
+    for topk in TOPKS[:2]:
+        for block in BLOCKS[1:]:
+            for kind in ORDERS:
+                config = {"topk": topk, "block_q": block, "block_k": block, "min_tokens": 0, "reorder": kind}
+                sla_compile.prepare(sla_compile.detach(model), batches[0][0], config=config)
+                _, sites = gather(model, batches)
+                errors = [site.sparse_only_error() for site in sites.values()]
+                layers, mean_error = ", ".join(f"{error:.3f}" for error in errors), sum(errors) / len(errors)
+                console.print(f"topk {topk:.0%} block {block} {kind}: {mean_error:.3f} (layers: {layers})")
+
+
 def mean(rows: list[dict[str, Any]], what: str, **where: Any) -> float:
     values = [row[what] for row in rows if all(row[name] == value for name, value in where.items())]
     return sum(values) / len(values)
@@ -141,7 +162,12 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=1, help="held-out videos for each checkpoint")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write every row to this file")
+    parser.add_argument("--pooled", action="store_true", help="the error as calibrate reports it, alone")
     options = parser.parse_args()
+    if options.pooled:
+        for checkpoint in options.checkpoints:
+            pooled(checkpoint, max(options.videos, 6), torch.device(options.device), Console(width=120))
+        return
     rows = measure(options.checkpoints, options.videos, torch.device(options.device))
     show(rows, Console(width=120))
     if options.json:
