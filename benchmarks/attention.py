@@ -311,7 +311,7 @@ def draw(path: Path, rows: Sweep, rate: float) -> None:
         axis.set(title=direction, xlabel="tokens")
         axis.grid(visible=True, which="both", alpha=0.3)
     axes[0].set_ylabel("ms")
-    axes[0].legend()
+    axes[1].legend(loc="lower right", fontsize="small")
     figure.savefig(path, dpi=150)
 
 

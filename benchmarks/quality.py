@@ -313,6 +313,7 @@ def report(options: argparse.Namespace) -> None:
         "",
         f"    {machine['command']}",
         "",
+        *([machine["note"], ""] if "note" in machine else []),
         *what_was_done(known, results["real"]["frechet"], machine["workers"]),
         "",
         *main_table(groups, known.tokens, known.block),

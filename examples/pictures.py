@@ -53,13 +53,13 @@ def save_plot(results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     groups = aggregate(results)
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(14, 4.5), layout="constrained")
     for axis, column, label in zip(axes, ("after", "frechet"), ("held-out loss", "Fréchet distance"), strict=True):
         for number, (name, arm) in enumerate(ARMS.items()):
             found = {key[1]: [row[column] for row in rows] for key, rows in groups.items() if key[0] == name}
             if not found:
                 continue
-            colour = f"C{number}"
+            colour = pyplot.get_cmap("tab20")(number)
             if arm.sparse:
                 ordered = sorted((100 * float(share or 0), values) for share, values in found.items())
                 means = [statistics.fmean(values) for _, values in ordered]
@@ -73,7 +73,7 @@ def save_plot(results: Results, path: Path) -> None:
                 axis.axhline(statistics.fmean(found[None]), linestyle="--", color=colour, label=arm.title)
         axis.set_xlabel("sparsity, %")
         axis.set_ylabel(label)
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

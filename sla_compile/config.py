@@ -31,8 +31,8 @@ __all__ = [
 VERSION = 1
 """Version of the JSON form."""
 
-# The measured crossover (benchmarks/RESULTS.md): on an H100 SLA and the fastest dense kernel tie here, forward;
-# on two CPU cores SLA is the faster one from about 550 tokens.
+# From the measured crossover (benchmarks/RESULTS.md): on an H100 SLA is the faster one from 3072 tokens in a CUDA
+# graph, later where launches wait for the host; on two CPU cores from about 550.
 DEFAULT_MIN_TOKENS = 4096
 
 SITE_FIELDS = (
