@@ -333,6 +333,13 @@ def _order(order: dict[str, Any]) -> str:
     return f", tokens in the model's order: {order['reason']}" if "reason" in order else ""
 
 
+def _reorder(config: dict[str, Any]) -> str:
+    if config["reorder"] == "raster":
+        return ""
+    grid = "the grid seen in the model" if config["grid"] is None else " x ".join(map(str, config["grid"])) + " tokens"
+    return f", {config['reorder']} of {grid}"
+
+
 class GatesView:
     """The gates of a file, given as dictionaries with path, shape, dtype, weight_norm, bias_norm and config."""
 
@@ -350,7 +357,7 @@ class GatesView:
                 text.append(f"{gate['path']}\n", style="bold")
                 text.append("".join(f"  {part}\n" for part in _gate_cells(gate)), style="not bold")
             yield text
-        for settings in dict.fromkeys(_settings(gate["config"]) for gate in self.gates):
+        for settings in dict.fromkeys(_settings(gate["config"]) + _reorder(gate["config"]) for gate in self.gates):
             yield Text(settings, overflow="fold")
 
     def _table(self) -> Table:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import sla_compile
+from sla_compile.__main__ import main
 from sla_compile.backend import TokenOrderWarning
 from sla_compile.checkpoint import read
 from sla_compile.kernels import reference
@@ -500,11 +501,13 @@ def test_the_report_says_which_order() -> None:
     assert sla_compile.explain(model, (x,), config=OPTIONS).sites[0].order == {"kind": "raster"}
 
 
-def test_a_file_of_another_order_is_refused(tmp_path: Path) -> None:
+def test_a_file_of_another_order_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     x = torch.randn(1, TOKENS, WIDTH)
     tiles = sla_compile.prepare(Model(), (x,), config={**OPTIONS, **TILES})
     sla_compile.save(tiles, tmp_path / "gates")
     assert read(tmp_path / "gates").config.grid == GRID
+    assert main(["show", str(tmp_path / "gates")]) == 0
+    assert "tiles of 4 x 5 x 6 tokens" in " ".join(capsys.readouterr().out.split())
     plain = sla_compile.prepare(Model(), (x,), config=OPTIONS)
     with pytest.raises(ValueError, match="reorder is 'tiles' in the file, 'raster' in the model"):
         sla_compile.load(plain, tmp_path / "gates")
