@@ -7,7 +7,6 @@ next product reads them. Each warpgroup owns its outputs: no atomics, the same b
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -29,6 +28,7 @@ from .gluon_primitives import (
     tile_descriptor,
     view_as,
 )
+from .triton_tiles import ceil_div
 
 __all__ = ["attention_backward_key"]
 
@@ -244,7 +244,7 @@ def attention_backward_key(
     padded = padded_dim(head_dim)
     tile_k = 128 if block_k % 128 == 0 else 64
     tile_q = 64
-    tiles_per_head = triton.cdiv(keys, tile_k)
+    tiles_per_head = ceil_div(keys, tile_k)
     total = tiles_per_head * batch * heads
     programs = min(total, multiprocessors(q.device.index) * (2 if tile_k == 64 else 1))
     grad_k, grad_v = (k.new_empty(batch, keys, heads, head_dim).transpose(1, 2) for _ in range(2))
@@ -262,7 +262,7 @@ def attention_backward_key(
         grad_v,
         scale,
         keys,
-        triton.cdiv(keys, block_k),
+        ceil_div(keys, block_k),
         total,
         tiles_per_head,
         heads,

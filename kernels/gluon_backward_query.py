@@ -7,7 +7,6 @@ linear branch's part of dQ is in the output already.
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -18,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .gluon_pairs import make_buffers, pair_producer, split_pair, statistics_descriptor
 from .gluon_primitives import locate_tile, matrix_descriptor, multiprocessors, padded_dim, tile_descriptor
+from .triton_tiles import ceil_div
 
 __all__ = ["attention_backward_query"]
 
@@ -199,7 +199,7 @@ def attention_backward_query(
     padded = padded_dim(head_dim)
     tile_q = 128 if block_q % 128 == 0 else 64
     tile_k = 64
-    tiles_per_head = triton.cdiv(queries, tile_q)
+    tiles_per_head = ceil_div(queries, tile_q)
     total = tiles_per_head * batch * heads
     programs = min(total, multiprocessors(q.device.index) * (2 if tile_q == 64 else 1))
     query_kernel[(programs,)](
@@ -216,7 +216,7 @@ def attention_backward_query(
         scale,
         queries,
         statistics.shape[3],
-        triton.cdiv(queries, block_q),
+        ceil_div(queries, block_q),
         total,
         tiles_per_head,
         heads,

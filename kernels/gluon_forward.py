@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -34,7 +33,7 @@ from .gluon_primitives import (
     tile_descriptor,
     view_as,
 )
-from .triton_tiles import head_stride
+from .triton_tiles import ceil_div, head_stride
 
 __all__ = ["attention_forward"]
 
@@ -418,7 +417,7 @@ def attention_forward(
     linear_out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2) if has_linear else q.new_empty(0)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     launch = launch_for(block_q, block_k, padded)
-    tiles_per_head = triton.cdiv(queries, launch.tile_q)
+    tiles_per_head = ceil_div(queries, launch.tile_q)
     total = tiles_per_head * batch * heads
     programs = min(total, multiprocessors(q.device.index) * launch.programs)
     # a handful of numbers; a stride of its own would cost the kernel registers
@@ -441,7 +440,7 @@ def attention_forward(
         head_stride(bias, 1),
         queries,
         k.shape[2],
-        triton.cdiv(queries, block_q),
+        ceil_div(queries, block_q),
         total,
         tiles_per_head,
         heads,

@@ -9,7 +9,6 @@ warpgroup has one, with a state of its own.
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -33,7 +32,7 @@ from .gluon_primitives import (
     tile_descriptor,
     view_as,
 )
-from .triton_tiles import head_stride
+from .triton_tiles import ceil_div, head_stride
 
 __all__ = ["linear_backward"]
 
@@ -305,8 +304,8 @@ def linear_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As ``triton_linear_backward.linear_backward`` with a linear branch, where ``hopper.usable``."""
     batch, heads, queries, head_dim = q.shape
-    rows = triton.cdiv(queries, block_q)
-    tiles_per_head = triton.cdiv(rows * block_q, 128)
+    rows = ceil_div(queries, block_q)
+    tiles_per_head = ceil_div(rows * block_q, 128)
     slots = rows * max(1, block_q // 128)
     total = tiles_per_head * batch * heads
     dq = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)

@@ -8,7 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .gluon_primitives import all_threads, load_tile, locate_tile, view_as
+from .gluon_primitives import all_threads, descriptor_of, load_tile, locate_tile, view_as
 
 __all__ = ["make_buffers", "matrix_of", "pair_producer", "split_pair", "statistics_descriptor"]
 
@@ -145,6 +145,11 @@ def make_buffers(own_desc, listed_desc, statistics_desc, STAGES: gl.constexpr, C
 
 def statistics_descriptor(statistics: torch.Tensor, tile: int) -> TensorDescriptor:
     """TMA over (B, H, 2, rows), one line of ``tile`` rows at a time."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    rows = statistics.shape[3]
-    return TensorDescriptor(statistics, [statistics.numel() // rows, rows], [rows, 1], [1, tile], layout)
+    shape = statistics.shape
+
+    def make() -> TensorDescriptor:
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+        rows = shape[3]
+        return TensorDescriptor(statistics, [statistics.numel() // rows, rows], [rows, 1], [1, tile], layout)
+
+    return descriptor_of((shape, tile, "statistics"), statistics, make)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from triton.experimental import gluon
@@ -12,6 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 __all__ = [
     "all_threads",
+    "descriptor_of",
     "feature_map_backward",
     "load_row",
     "load_tile",
@@ -119,26 +122,46 @@ def multiprocessors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-@functools.cache
-def shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """The widest swizzle for tiles of this shape; kept, because finding it takes longer than the descriptor."""
-    return gl.NVMMASharedLayout.get_default_for(list(block), _ELEMENTS[dtype])
+_CHECKED: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+
+def descriptor_of(key: tuple[Any, ...], base: torch.Tensor, make: Callable[[], TensorDescriptor]) -> TensorDescriptor:
+    """What ``make`` makes, or made for the same ``key``, over ``base``: Triton's checks cost more than the rest."""
+    fields = _CHECKED.get(key)
+    if fields is None:
+        made = make()
+        if len(_CHECKED) >= 1024:
+            _CHECKED.clear()
+        _CHECKED[key] = {name: value for name, value in vars(made).items() if name != "base"}
+        return made
+    made = object.__new__(TensorDescriptor)
+    vars(made).update(fields, base=base)
+    return made
 
 
 def tile_descriptor(x: torch.Tensor, tile: int) -> TensorDescriptor:
     """TMA over x (B, H, N, D), `vector_readable`, in tiles of ``tile`` tokens and the padded head dimension."""
-    block = [1, 1, tile, padded_dim(x.shape[3])]
-    layout = shared_layout(tuple(block), x.dtype)
-    # an axis of one element may have any stride; TMA wants whole vectors
-    strides = [stride if size > 1 else block[3] for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
+    shape, strides = x.shape, x.stride()
+
+    def make() -> TensorDescriptor:
+        block = [1, 1, tile, padded_dim(shape[3])]
+        layout = gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[x.dtype])
+        # an axis of one element may have any stride; TMA wants whole vectors
+        pitches = [stride if size > 1 else block[3] for stride, size in zip(strides[:3], shape[:3], strict=True)]
+        return TensorDescriptor(x, list(shape), [*pitches, 1], block, layout)
+
+    return descriptor_of((shape, strides, x.dtype, tile), x, make)
 
 
 def matrix_descriptor(matrix: torch.Tensor, head_dim: int) -> TensorDescriptor:
     """TMA over a contiguous stack of (D, D) matrices whose rows are padded to 16 bytes, one matrix a tile."""
-    padded = padded_dim(head_dim)
-    block = [1, padded, padded]
-    pitch = matrix.stride(-2)
-    count = max(1, matrix.numel() // (head_dim * matrix.shape[-1]))
-    layout = shared_layout(tuple(block), matrix.dtype)
-    return TensorDescriptor(matrix, [count, head_dim, head_dim], [head_dim * pitch, pitch, 1], block, layout)
+    shape, pitch = matrix.shape, matrix.stride(-2)
+
+    def make() -> TensorDescriptor:
+        padded = padded_dim(head_dim)
+        block = [1, padded, padded]
+        count = max(1, matrix.numel() // (head_dim * shape[-1]))
+        layout = gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[matrix.dtype])
+        return TensorDescriptor(matrix, [count, head_dim, head_dim], [head_dim * pitch, pitch, 1], block, layout)
+
+    return descriptor_of((shape, pitch, matrix.dtype, head_dim, "matrix"), matrix, make)

@@ -8,7 +8,6 @@ that reading, arithmetic and writing of neighbouring blocks overlap. Two program
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -31,7 +30,7 @@ from .gluon_primitives import (
     tile_descriptor,
     view_as,
 )
-from .triton_tiles import row_pitch
+from .triton_tiles import ceil_div, row_pitch
 
 __all__ = ["key_states"]
 
@@ -174,7 +173,7 @@ def key_states(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As ``triton_states.key_states`` without a bias, for what ``hopper.usable`` accepts."""
     batch, heads, keys, head_dim = k.shape
-    blocks = triton.cdiv(keys, block_k)
+    blocks = ceil_div(keys, block_k)
     shape = (batch, heads, blocks, head_dim)
     states = torch.empty((*shape, row_pitch(head_dim)), dtype=torch.bfloat16, device=k.device)
     normalizers = torch.empty(shape, dtype=torch.float32, device=k.device)

@@ -27,7 +27,7 @@ from .triton_primitives import (
     tile_pointer,
     token_major_pointer,
 )
-from .triton_tiles import launch_for, padded_dim, vector_strides
+from .triton_tiles import ceil_div, launch_for, padded_dim, vector_strides
 
 __all__ = ["attention_backward_key", "attention_backward_query"]
 
@@ -376,7 +376,7 @@ def attention_backward_key(
     column and, with a linear branch, of dh (B, H, Tn or 1, D, D up to a multiple of 8) and dz (B, H, Tn or 1, D)."""
     batch, heads, tokens, head_dim = q.shape
     launch = launch_for("backward_key", head_dim, q.dtype, block_q, block_k)
-    tiles = triton.cdiv(k.shape[2], launch.tile_k)
+    tiles = ceil_div(k.shape[2], launch.tile_k)
     dk, dv = (q.new_empty(batch, k.shape[2], heads, head_dim).transpose(1, 2) for _ in range(2))
     attention_backward_key_kernel[(tiles * batch * heads,)](
         grad_out,

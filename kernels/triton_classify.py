@@ -18,6 +18,7 @@ import triton.language as tl
 from sla_compile.blocks import exact_fraction, num_blocks, shares_of
 
 from .triton_masks import batch_stride
+from .triton_tiles import ceil_div, power_of_two
 
 __all__ = ["block_scores", "classify_rows", "classify_rows_with_options", "critical_lists"]
 
@@ -216,7 +217,7 @@ def critical_list_kernel(
 
 
 def _lanes_and_warps(items: int) -> tuple[int, int]:
-    lanes = max(32, triton.next_power_of_2(items))
+    lanes = max(32, power_of_two(items))
     return lanes, max(1, min(8, lanes // 1024))
 
 
@@ -229,7 +230,7 @@ def block_scores(pooled_q: torch.Tensor, pooled_k: torch.Tensor, scale: float) -
     batch, heads, num_queries, head_dim = pooled_q.shape
     num_keys = pooled_k.shape[2]
     scores = pooled_q.new_empty(batch, heads, num_queries, num_keys)
-    grid = (batch * heads, triton.cdiv(num_queries, _SCORE_TILE), triton.cdiv(num_keys, _SCORE_TILE))
+    grid = (batch * heads, ceil_div(num_queries, _SCORE_TILE), ceil_div(num_keys, _SCORE_TILE))
     score_kernel[grid](
         pooled_q, pooled_k, scores, scale, num_queries, num_keys, HEAD_DIM=head_dim, TILE=_SCORE_TILE, STEP=32
     )

@@ -23,7 +23,7 @@ from .triton_primitives import (
     store_tile,
     token_major_pointer,
 )
-from .triton_tiles import head_stride, launch_for, padded_dim, vector_strides
+from .triton_tiles import ceil_div, head_stride, launch_for, padded_dim, vector_strides
 
 __all__ = ["attention_forward"]
 
@@ -219,7 +219,7 @@ def attention_forward(
     linear_out = q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2) if has_linear else q.new_empty(0)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
     launch = launch_for("forward", head_dim, q.dtype, block_q, block_k)
-    tiles = triton.cdiv(tokens, launch.tile_q)
+    tiles = ceil_div(tokens, launch.tile_q)
     # an absent tensor's place is taken by one that is there; the kernel does not touch it
     attention_forward_kernel[(tiles * batch * heads,)](
         q,

@@ -22,7 +22,7 @@ from .triton_primitives import (
     store_tile,
     token_major_pointer,
 )
-from .triton_tiles import head_stride, launch_for, padded_dim, vector_strides
+from .triton_tiles import ceil_div, head_stride, launch_for, padded_dim, vector_strides
 
 __all__ = ["gate_backward", "linear_backward"]
 
@@ -232,7 +232,7 @@ def linear_backward(
     """
     batch, heads, tokens, head_dim = q.shape
     launch = launch_for("linear_backward", head_dim, q.dtype, block_q, block_q)
-    tiles = triton.cdiv(tokens, block_q) * (block_q // launch.tile_q)
+    tiles = ceil_div(tokens, block_q) * (block_q // launch.tile_q)
     dq = q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
     statistics = torch.empty((batch, heads, 2, tiles * launch.tile_q), dtype=torch.float32, device=q.device)
     grad_states = grad_normalizers = None
@@ -295,10 +295,10 @@ def gate_backward(
     if not has_linear and bias is None:
         return dweight, dbias
     launch = launch_for("gate", head_dim, grad_out.dtype, 64, 64)
-    splits = triton.cdiv(tokens, launch.tile_q * _GATE_TILES_PER_SPLIT)
+    splits = ceil_div(tokens, launch.tile_q * _GATE_TILES_PER_SPLIT)
     bias_parts = torch.empty((batch, heads, splits, head_dim), dtype=torch.float32, device=grad_out.device)
     weight_parts = bias_parts.new_empty((*bias_parts.shape, head_dim) if has_linear else (0,))
-    chunks = triton.cdiv(padded_dim(head_dim), launch.chunk) if has_linear else 1
+    chunks = ceil_div(padded_dim(head_dim), launch.chunk) if has_linear else 1
     saved_linear = linear_out if has_linear else grad_out
     gate_gradient_kernel[(splits * batch * heads, chunks)](
         grad_out,

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .triton_masks import batch_stride
 from .triton_primitives import feature_map, head_pointer, load_key_bias, load_tile, locate_program, store_tile
-from .triton_tiles import launch_for, padded_dim, row_pitch, vector_strides
+from .triton_tiles import ceil_div, launch_for, padded_dim, power_of_two, row_pitch, vector_strides
 
 __all__ = ["block_means", "key_states", "marginal_matrices", "state_dtype", "sum_of_states"]
 
@@ -170,7 +170,7 @@ def block_means(x: torch.Tensor, block: int, bias: torch.Tensor | None = None) -
     A ``bias`` (`key_bias`) weighs the tokens by exp(bias); a block without weight has mean 0.
     """
     batch, heads, tokens, head_dim = x.shape
-    blocks = triton.cdiv(tokens, block)
+    blocks = ceil_div(tokens, block)
     pooled = torch.empty((batch, heads, blocks, head_dim), dtype=torch.float32, device=x.device)
     mean_kernel[(blocks * batch * heads,)](
         x,
@@ -205,13 +205,13 @@ def key_states(
     means of K (B, H, Tn, D) float32, of shape (0,) without ``pool``.
     """
     batch, heads, tokens, head_dim = k.shape
-    blocks = triton.cdiv(tokens, block_k)
+    blocks = ceil_div(tokens, block_k)
     shape = (batch, heads, blocks, head_dim, row_pitch(head_dim))
     states = torch.empty(shape, dtype=state_dtype(k.dtype), device=k.device)
     normalizers = torch.empty((batch, heads, blocks, head_dim), dtype=torch.float32, device=k.device)
     pooled = torch.empty(normalizers.shape if pool else (0,), dtype=torch.float32, device=k.device)
     launch = launch_for("states", head_dim, k.dtype, block_k, block_k)
-    grid = (blocks * batch * heads, triton.cdiv(padded_dim(head_dim), launch.chunk))
+    grid = (blocks * batch * heads, ceil_div(padded_dim(head_dim), launch.chunk))
     key_state_kernel[grid](
         k,
         v,
@@ -248,11 +248,11 @@ def marginal_matrices(
     Rows are padded in memory to 16 bytes: cuBLAS leaves its fast kernels at an odd row pitch.
     """
     batch, heads, rows, columns = block_map.shape
-    width = triton.cdiv(columns, 8) * 8
+    width = ceil_div(columns, 8) * 8
     single = torch.empty((batch * heads, rows * repeat, width), dtype=torch.float32, device=block_map.device)
     matrix = single if dtype == torch.float32 else torch.empty_like(single, dtype=dtype)
-    lanes = min(1024, max(32, triton.next_power_of_2(width)))
-    grid = (batch * heads * rows * repeat, triton.cdiv(width, lanes))
+    lanes = min(1024, max(32, power_of_two(width)))
+    grid = (batch * heads * rows * repeat, ceil_div(width, lanes))
     block_q, block_k = below or (1, 1)
     marginal_kernel[grid](
         block_map,

@@ -11,15 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 
 __all__ = [
     "Launch",
+    "ceil_div",
     "check_supported",
     "gate_matrix",
     "head_stride",
     "launch_for",
     "padded_dim",
+    "power_of_two",
     "row_pitch",
     "vector_readable",
     "vector_strides",
@@ -42,9 +43,19 @@ class Launch:
     stages: int
 
 
+def ceil_div(size: int, part: int) -> int:
+    """Parts in ``size``, the last one maybe short. ``triton.cdiv``, made for kernels too, takes 4 us on the host."""
+    return -(-size // part)
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is not below ``size``, at least 1."""
+    return 1 << max(0, size - 1).bit_length()
+
+
 def padded_dim(head_dim: int) -> int:
     """Head dimension in registers: the next power of two, at least the 16 that a matrix unit needs."""
-    return int(max(16, triton.next_power_of_2(head_dim)))
+    return max(16, power_of_two(head_dim))
 
 
 def row_pitch(head_dim: int) -> int:
