@@ -94,11 +94,15 @@ LARGE_BLOCKS = [
     Case(tokens=999, head_dim=64, block_q=128, topk=0.2, feature_map="relu"),
     Case(tokens=999, keys=700, head_dim=128, block_k=128, topk=0.3, weight="none"),
 ]
+PAIRS_OF_BLOCKS = [
+    Case(tokens=999, head_dim=128, batch=2, topk=0.2),
+    Case(tokens=667, head_dim=128, topk=0.2),  # an odd number of blocks
+]
 
 
 @pytest.mark.parametrize("gluon", [True, False], ids=["gluon", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
-@pytest.mark.parametrize("case", [*LARGE_BLOCKS, Case(tokens=999, head_dim=128, batch=2, topk=0.2)], ids=str)
+@pytest.mark.parametrize("case", [*LARGE_BLOCKS, *PAIRS_OF_BLOCKS], ids=str)
 def test_gluon_and_triton(case: Case, dtype: torch.dtype, gluon: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if gluon and not hopper.available(0):
         pytest.skip("needs a Hopper GPU and a Triton whose Gluon is known")
