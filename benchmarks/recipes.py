@@ -1,0 +1,101 @@
+"""What training of the gates alone gives: calibration, distillation of each attention, distillation of the output.
+
+    python benchmarks/recipes.py --checkpoint runs/quality/pretrained-0.pt [--sparsity 0.95] [--videos 64] [--steps 60]
+
+On a dense checkpoint of `benchmarks/quality.py` (or of `examples/finetune.py`), each recipe from zero gates and on the
+same videos; then, on held-out ones, the error of each attention on the dense model's inputs (mean over attentions of
+||O - dense|| / ||dense||), the error of the model's output against the dense model's, and the loss of flow matching.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from arms import build
+from settings import PRESETS
+from videos import Batch, Data
+
+import sla_compile
+from sla_compile.calibration import gather
+
+TRAINING_SEED = 4_000_000
+
+
+def measured(model: torch.nn.Module, compiled: Callable[..., torch.Tensor], held_out: list[Batch]) -> tuple[float, ...]:
+    """Error of the attentions, error of the output, loss; on ``held_out``."""
+    with torch.no_grad():
+        _, sites = gather(model, [(batch[:2], {}) for batch in held_out])
+        attention = statistics.fmean(site.error(site.gate.weight, site.gate.bias) for site in sites.values())
+        wrong = whole = loss = 0.0
+        for noisy, when, velocity in held_out:
+            dense, output = model(noisy, when), compiled(noisy, when)
+            wrong += (output - dense).square().sum().item()
+            whole += dense.square().sum().item()
+            loss += F.mse_loss(output, velocity).item() / len(held_out)
+    return attention, (wrong / whole) ** 0.5, loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--preset", choices=list(PRESETS), default="gpu", help="that of the checkpoint")
+    parser.add_argument("--sparsity", type=float, default=0.95)
+    parser.add_argument("--videos", type=int, default=64, help="to train on; a quarter as many are held out")
+    parser.add_argument("--steps", type=int, default=60, help="of either distillation, a batch each")
+    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    settings, device = PRESETS[options.preset], torch.device(options.device)
+    model = build(settings).to(device)
+    model.load_state_dict(torch.load(options.checkpoint, map_location=device, weights_only=True))
+    batch = min(settings.batch, max(1, options.videos // 8))
+    data = Data(settings.size, batch, device, settings.shift)
+    held_out = data.held_out(max(1, options.videos // (4 * batch)))
+    batches = [data(TRAINING_SEED + i)[:2] for i in range(max(1, options.videos // batch))]
+    blocks = {"block_q": settings.block, "block_k": settings.block, "bottomk": settings.bottomk, "min_tokens": 0}
+    sla_compile.prepare(model, batches[0], config={**blocks, "topk": round(1 - options.sparsity, 6)})
+    compiled = torch.compile(model, backend="sla")
+    recipes: dict[str, Callable[[], object]] = {
+        "gates of zero (sparse only)": lambda: None,
+        "calibrate": lambda: sla_compile.calibrate(model, batches),
+        "distill, attention": lambda: sla_compile.distill(model, batches, steps=options.steps, lr=options.lr),
+        "distill, output": lambda: sla_compile.distill(
+            model, batches, steps=options.steps, lr=options.lr, loss="output"
+        ),
+    }
+    recipes["calibrate, then distill, output"] = lambda: (recipes["calibrate"](), recipes["distill, output"]())
+    table = Table("recipe", "error of attentions", "error of output", "loss", "seconds")
+    with torch.no_grad():
+        dense = statistics.fmean(F.mse_loss(model(noisy, when), v).item() for noisy, when, v in held_out)
+    table.add_row("dense", "0", "0", f"{dense:.4f}", "")
+    for name, recipe in recipes.items():
+        for gate in sla_compile.gates(model).values():
+            gate.reset_parameters()
+        began = time.perf_counter()
+        recipe()
+        seconds = time.perf_counter() - began
+        attention, output, loss = measured(model, compiled, held_out)
+        table.add_row(name, f"{attention:.4f}", f"{output:.4f}", f"{loss:.4f}", f"{seconds:.0f}")
+        Console(stderr=True).print(f"{name}: {attention:.4f} {output:.4f} {loss:.4f}, {seconds:.0f} s")
+    console = Console(width=110)
+    count = f"{len(batches) * batch} videos, {len(held_out) * batch} held out, {options.steps} steps, lr {options.lr:g}"
+    console.print(
+        f"{options.checkpoint.name} at {options.sparsity:.0%}: {count}, torch {torch.__version__}, {device.type}"
+    )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
