@@ -256,7 +256,7 @@ class Experiment:
         """
         with torch.no_grad(), student.autocast():
             _, sites = gather(student.model, [(batch[:2], {}) for batch in self.held_out[: self.settings.measured]])
-        gated = [site.error(site.gate.weight, site.gate.bias) for site in sites.values()]
+        gated = [site.error(*site.gate.parameters()) for site in sites.values()]
         sparse = [site.sparse_only_error() for site in sites.values()]
         return {"error_sparse": sum(sparse) / len(sparse), "error_gated": sum(gated) / len(gated)}
 

@@ -235,5 +235,13 @@ def _sink_output(forward: fx.Node) -> bool:
 def _outputs(forward: fx.Node) -> Iterator[fx.Node]:
     """Who reads the first result of ``forward``, if it is one alone."""
     for user in forward.users:
-        if user.target is operator.getitem and user.args[1] == 0 and len(user.users) == 1:
-            yield from user.users
+        if user.target is operator.getitem and user.args[1] == 0 and len((last := _scaled(user)).users) == 1:
+            yield from last.users
+
+
+def _scaled(output: fx.Node) -> fx.Node:
+    """``output``, or what is read in its place where a gate scales it: ``output.mul(scale).type_as(output)``."""
+    for cast in output.users:
+        if name_of(cast) == "type_as" and {*output.users} == {cast, cast.args[0]}:
+            return cast
+    return output

@@ -60,6 +60,7 @@ class Marker:
     weight: fx.Node
     bias: fx.Node
     sparsity: fx.Node | None
+    log_scale: fx.Node | None
     ordinal: int
     settings: str
     from_child: bool
@@ -105,7 +106,7 @@ def find_markers(root: fx.GraphModule) -> list[Marker]:
 
 
 def _marker(node: fx.Node, module: fx.GraphModule) -> Marker:
-    weight, bias, sparsity, ordinal, settings, from_child = node.args
+    weight, bias, sparsity, log_scale, ordinal, settings, from_child = node.args
     stack = module_stack(node)
     return Marker(
         node=node,
@@ -114,6 +115,7 @@ def _marker(node: fx.Node, module: fx.GraphModule) -> Marker:
         weight=_as_node(weight),
         bias=_as_node(bias),
         sparsity=None if sparsity is None else _as_node(sparsity),
+        log_scale=None if log_scale is None else _as_node(log_scale),
         ordinal=int(str(ordinal)),
         settings=str(settings),
         from_child=bool(from_child),

@@ -11,7 +11,7 @@ from torch import fx
 
 from sla_compile.passes.decide import Rewrite
 from sla_compile.passes.match import AttentionCall, Marker
-from sla_compile.passes.operands import REPLACED_BY, build
+from sla_compile.passes.operands import REPLACED_BY, Step, after, build
 from sla_compile.passes.token_order import back
 
 __all__ = ["REWRITTEN_FROM", "copied_meta", "erase_markers", "replace_attention"]
@@ -20,9 +20,7 @@ REWRITTEN_FROM = "sla_rewritten_from"
 """Key in the meta of a node whose target was changed: the target it had."""
 
 
-def replace_attention(
-    call: AttentionCall, decision: Rewrite, marker: Marker, options: Mapping[str, Any]
-) -> fx.Node:
+def replace_attention(call: AttentionCall, decision: Rewrite, marker: Marker, options: Mapping[str, Any]) -> fx.Node:
     """Put ``sla::forward`` where ``call`` stands, with the gate of ``marker``; the node that now stands for it.
 
     ``options`` are topk, bottomk, block_q, block_k, feature_map and linear. The graph is not recompiled.
@@ -31,13 +29,16 @@ def replace_attention(
     before = node.prev
     with graph.inserting_before(node):
         query, key, value, *key_mask = build(graph, (*decision.operands(call), *decision.masks()))
+        weight, bias, scaled_by = _gate(graph, marker, options["linear"])
         results = graph.call_function(
             torch.ops.sla.forward.default,
-            (query, key, value, marker.weight, marker.bias, key_mask[0] if key_mask else None, marker.sparsity),
+            (query, key, value, weight, bias, key_mask[0] if key_mask else None, marker.sparsity),
             {**decision.options(), **options},
         )
         output = graph.call_function(operator.getitem, (results, 0))
-        (restored,) = build(graph, (back(output, decision.order.queries, *call.restore),))
+        # the cast is for gates of a wider dtype than the attention's
+        scaling = () if scaled_by is None else (Step("mul", (scaled_by,)), Step("type_as", (output,)))
+        (restored,) = build(graph, (back(after(output, *scaling), decision.order.queries, *call.restore),))
     added = _between(before, node)
     for new in added:
         known = {key: value for key, value in new.meta.items() if key == "example_value"}
@@ -50,6 +51,24 @@ def replace_attention(
     graph.erase_node(node)
     _erase_unused(graph, call.interior)
     return restored
+
+
+def _gate(graph: fx.Graph, marker: Marker, linear: str) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    """Weight and bias for the op, and what its output is multiplied by: the gate's scale s, where it has one.
+
+    s (O^s + O^l (W / s)^T + b / s) = s O^s + O^l W^T + b, so the op and its kernels know no scale.
+    """
+    if marker.log_scale is None:
+        return marker.weight, marker.bias, None
+    exp, axis = Step("exp"), Step("unsqueeze", (-1,))
+    (scale,) = build(graph, [after(marker.log_scale, exp, axis, axis)])
+    by_head = after(marker.log_scale, Step("neg"), exp, axis)
+    inverse, inverses = build(graph, [by_head, after(by_head, axis)])
+    (bias,) = build(graph, [after(marker.bias, Step("mul", (inverse,)))])
+    if linear == "none":  # the op does not read the weight
+        return marker.weight, bias, scale
+    (weight,) = build(graph, [after(marker.weight, Step("mul", (inverses,)))])
+    return weight, bias, scale
 
 
 def copied_meta(node: fx.Node) -> dict[str, Any]:

@@ -124,6 +124,7 @@ def _show(options: argparse.Namespace) -> str:
             "weight_norm": site.tensors["weight"].double().norm().item(),
             "bias_norm": site.tensors["bias"].double().norm().item(),
             "config": site.settings(),
+            **({"scale": site.tensors["log_scale"].double().exp().tolist()} if site.config.sparse_scale else {}),
         }
         for path, site in file.sites.items()
     ]

@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
 from sla_compile.compat import triton_cache_folder
 from sla_compile.kernels.ahead import GPU, Call, Operand, Work
 from sla_compile.passes.decide import Rewrite
-from sla_compile.passes.operands import example
+from sla_compile.passes.operands import REPLACED_BY, example
 from sla_compile.sites import Site
 
 __all__ = ["calls_of", "compile_ahead", "start"]
@@ -75,8 +76,9 @@ def _call(site: Site, decision: Rewrite) -> Call | None:
     operands = [example(source) for source in decision.operands(site.call)]
     masks = [example(source) for source in decision.masks()]
     gate = [example(node) for node in (marker.weight, marker.bias)]
+    given = gate if marker.log_scale is None else [example(node) for node in _forward(site).args[3:5]]
     sparsity = example(marker.sparsity)
-    tensors: list[Any] = [*operands, *gate, *(masks or [None]), sparsity]
+    tensors: list[Any] = [*operands, *given, *(masks or [None]), sparsity]
     sizes = [size for x in tensors if x is not None for size in (*x.shape, *x.stride())]
     if not all(type(size) is int for size in sizes):
         return None
@@ -86,6 +88,12 @@ def _call(site: Site, decision: Rewrite) -> Call | None:
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (*operands, *gate) if x is not None)
     options = {**decision.options(), **site.config.compiled_options()}
     return Call(**named, options=json.dumps(options, sort_keys=True), backward=trained)
+
+
+def _forward(site: Site) -> fx.Node:
+    """The call of the op that stands where the attention of ``site`` stood."""
+    added: tuple[fx.Node, ...] = site.call.node.meta[REPLACED_BY]
+    return next(node for node in added if node.target is torch.ops.sla.forward.default)
 
 
 _TENSORS = ("q", "k", "v", "weight", "bias", "key_mask", "sparsity")

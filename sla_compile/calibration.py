@@ -3,6 +3,9 @@
 At a site, the best gate solves a linear regression: with R = dense output - O^s and X = [O^l, 1] it minimises
 ||R - X [W^T; b]||^2 over all tokens. Its sums X^T X and X^T R are small, (D + 1) x (D + 1) and (D + 1) x D, and
 are gathered in one streaming pass in float64; the error of *any* gate on the same batches follows from them.
+
+Where the gate also scales O^s, by s_h in each head h, R - (s_h - 1) O^s stands for R. The best W and b are linear in
+the s_h - 1, so with those eliminated the H numbers solve a system of their own; it needs X^T O^s of each head too.
 """
 
 from __future__ import annotations
@@ -26,13 +29,16 @@ from sla_compile.preparation import unwrapped
 __all__ = ["CalibrationReport", "SiteError", "SiteStatistics", "calibrate", "gather", "mean_error"]
 
 _TOKENS_PER_CHUNK = 2048
+LEAST_SCALE = 0.01
+"""Of a sparse branch: W and b are divided by it."""
 
 
 class SiteStatistics:
     """Sums for the regression at one site, float64, over G groups: 1, or the H heads of a per-head gate.
 
     ``gram`` (G, D + 1, D + 1) is X^T X, ``cross`` (G, D + 1, D) is X^T R, ``residual`` and ``dense`` the squared
-    norms of R and of the dense output.
+    norms of R and of the dense output. For a gate with a scale there are also, of each head, ``mixed``
+    (H, D + 1, D), X^T O^s, ``sparse`` (H), the squared norm of O^s, and ``missed`` (H), its product with R.
     """
 
     def __init__(self, gate: Gate, device: torch.device) -> None:
@@ -43,6 +49,9 @@ class SiteStatistics:
         self.cross = torch.zeros(self.groups, dim + 1, dim, dtype=torch.float64, device=device)
         self.residual = torch.zeros((), dtype=torch.float64, device=device)
         self.dense = torch.zeros((), dtype=torch.float64, device=device)
+        heads = 0 if gate.log_scale is None else gate.heads
+        self.mixed = self.cross.new_zeros(heads, dim + 1, dim)
+        self.sparse, self.missed = self.cross.new_zeros(2, heads)
         self.calls = 0
 
     @torch.no_grad()
@@ -58,6 +67,11 @@ class SiteStatistics:
             self.cross += x.mT @ r
             self.residual += r.square().sum()
             self.dense += dense.square().sum()
+            if self.gate.log_scale is not None:
+                x, r, o_s = (part.reshape(self.gate.heads, -1, part.shape[-1]) for part in (x, r, o_s))
+                self.mixed += x.mT @ o_s
+                self.sparse += o_s.square().sum((1, 2))
+                self.missed += (o_s * r).sum((1, 2))
         self.calls += 1
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -66,49 +80,85 @@ class SiteStatistics:
 
     def finite(self) -> bool:
         """Whether every sum is; waits for the device."""
-        sums = (self.gram, self.cross, self.residual, self.dense)
+        sums = (self.gram, self.cross, self.residual, self.dense, self.mixed, self.sparse, self.missed)
         return all(bool(torch.isfinite(total).all()) for total in sums)
 
-    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """The regression's weight and bias, float64, shaped as the gate's.
+    def solve(self, ridge: float) -> tuple[Tensor, ...]:
+        """The regression's weight and bias, and log_scale where the gate has one, float64, shaped as the gate's.
 
         Minimises ||R - O^l W^T - b||^2 + ridge * v * ||W||^2, with v the summed squares of O^l about its mean,
-        averaged over the D columns. Directions in which O^l does not vary get weight 0.
+        averaged over the D columns. Directions in which O^l does not vary get weight 0, and an O^s that W and b can
+        give as well a scale of 1.
         """
+        gate, dim = self.gate, self.gate.head_dim
+        best, scale = self._regressed(self.cross, ridge), []
+        if gate.log_scale is not None:
+            lost = self._regressed(self.mixed, ridge)  # what W and b lose as the scale of each head grows by 1
+            alike = torch.einsum("kij,hij->hk", lost, self.mixed)
+            if self.groups > 1:  # each head loses of its own W and b
+                alike = alike.diagonal().diag()
+            wanted = self.missed - (best * self.mixed).sum((1, 2))
+            more = _solved_above(LEAST_SCALE - 1, self.sparse.diag() - alike, wanted, self.sparse)
+            loss = more[:, None, None] * lost
+            best, scale = best - (loss if self.groups > 1 else loss.sum(0, keepdim=True)), [more.log1p()]
+        weight, bias = best[:, :dim].mT, best[:, dim]
+        return weight.reshape(gate.weight.shape), bias.reshape(gate.bias.shape), *scale
+
+    def _regressed(self, cross: Tensor, ridge: float) -> Tensor:
+        """[W^T; b] (G, D + 1, D) of the regression of what has ``cross`` as its sums X^T R; linear in those."""
         dim = self.gate.head_dim
         rows = self.gram[:, dim:, dim:]
-        mean_x, mean_r = self.gram[:, dim:, :dim] / rows, self.cross[:, dim:] / rows
+        mean_x, mean_r = self.gram[:, dim:, :dim] / rows, cross[:, dim:] / rows
         centred = self.gram[:, :dim, :dim] - rows * mean_x.mT @ mean_x
-        covariance = self.cross[:, :dim] - rows * mean_x.mT @ mean_r
+        covariance = cross[:, :dim] - rows * mean_x.mT @ mean_r
         values, vectors = torch.linalg.eigh((centred + centred.mT) / 2)
         # The subtraction above leaves rounding of the uncentred sums behind.
         noise = dim * torch.finfo(torch.float64).eps * _trace(self.gram[:, :dim, :dim])
         penalised = values + ridge * _trace(centred).clamp(min=0) / dim
         inverse = torch.where(values > noise, 1 / penalised, torch.zeros_like(values))
         transposed = (vectors * inverse[:, None]) @ (vectors.mT @ covariance)
-        bias = mean_r - mean_x @ transposed
-        gate = self.gate
-        return transposed.mT.reshape(gate.weight.shape), bias.reshape(gate.bias.shape)
+        return torch.cat([transposed, mean_r - mean_x @ transposed], dim=1)
 
-    def squared_error(self, weight: Tensor, bias: Tensor) -> Tensor:
+    def squared_error(self, weight: Tensor, bias: Tensor, log_scale: Tensor | None = None) -> Tensor:
         """||O - dense||^2 with this gate, a differentiable 0-d float64 tensor."""
         dim = self.gate.head_dim
         transposed = weight.to(torch.float64).reshape(self.groups, dim, dim).mT
         gate = torch.cat([transposed, bias.to(torch.float64).reshape(self.groups, 1, dim)], dim=1)
-        return self.residual - 2 * (gate * self.cross).sum() + (gate * (self.gram @ gate)).sum()
+        squared: Tensor = self.residual - 2 * (gate * self.cross).sum() + (gate * (self.gram @ gate)).sum()
+        if log_scale is None:
+            return squared
+        more = log_scale.to(torch.float64).expm1()
+        by_scale: Tensor = more * self.sparse - 2 * self.missed + 2 * (gate * self.mixed).sum((1, 2))
+        return squared + (more * by_scale).sum()
 
-    def relative_loss(self, weight: Tensor, bias: Tensor) -> Tensor:
+    def relative_loss(self, weight: Tensor, bias: Tensor, log_scale: Tensor | None = None) -> Tensor:
         """||O - dense||^2 / ||dense||^2 with this gate, a differentiable 0-d float64 tensor."""
-        return self.squared_error(weight, bias) / self.dense.clamp(min=torch.finfo(torch.float64).tiny)
+        return self.squared_error(weight, bias, log_scale) / self.dense.clamp(min=torch.finfo(torch.float64).tiny)
 
-    def error(self, weight: Tensor, bias: Tensor) -> float:
-        """||O - dense|| / ||dense|| with this gate."""
-        squared: float = self.relative_loss(weight.detach(), bias.detach()).item()
+    def error(self, *gate: Tensor) -> float:
+        """||O - dense|| / ||dense|| with this gate: weight, bias and any log_scale."""
+        squared: float = self.relative_loss(*(tensor.detach() for tensor in gate)).item()
         return math.sqrt(max(squared, 0.0))
 
     def sparse_only_error(self) -> float:
         """||O^s - dense|| / ||dense||."""
         return self.error(torch.zeros_like(self.gate.weight), torch.zeros_like(self.gate.bias))
+
+
+def _solved_above(least: float, normal: Tensor, wanted: Tensor, size: Tensor) -> Tensor:
+    """The x (H) that minimises x^T normal x / 2 - x^T wanted, those that come out below ``least`` held there.
+
+    Directions in which ``normal`` is 0, up to rounding of sums of ``size``, get 0.
+    """
+    x, free = torch.zeros_like(wanted), torch.ones_like(wanted, dtype=torch.bool)
+    noise = 1e-10 * float(size.max())
+    while free.any():
+        rest = wanted[free] - normal[free][:, ~free] @ x[~free]
+        x[free] = torch.linalg.pinv(normal[free][:, free], atol=noise, rtol=0.0, hermitian=True) @ rest
+        if not (below := free & (x < least)).any():
+            break
+        x[below], free = least, free & ~below
+    return x
 
 
 def _trace(matrices: Tensor) -> Tensor:
@@ -246,8 +296,8 @@ def calibrate(
         sites = tuple(fitted.site_error() for fitted in fits.values())
         with torch.no_grad():
             for fitted in fits.values():
-                fitted.statistics.gate.weight.copy_(fitted.weight)
-                fitted.statistics.gate.bias.copy_(fitted.bias)
+                for parameter, value in zip(fitted.statistics.gate.parameters(), fitted.values, strict=True):
+                    parameter.copy_(value)
     unreached = tuple(path for path in gates(model) if path not in fits)
     return CalibrationReport(type(model).__name__, count, sequential, ridge, sites, unreached)
 
@@ -258,22 +308,21 @@ class _Fit:
 
     path: str
     statistics: SiteStatistics
-    weight: Tensor
-    bias: Tensor
+    values: tuple[Tensor, ...]
+    """Of its parameters, in their order."""
 
     @classmethod
     def of(cls, path: str, statistics: SiteStatistics, ridge: float) -> _Fit:
         gate = statistics.gate
-        old = gate.weight.detach(), gate.bias.detach()
+        old = tuple(parameter.detach() for parameter in gate.parameters())
         if not statistics.finite():
             raise ValueError(f"{path}: attention, or a branch of it, is not finite on these batches")
-        # The op does not read the weight then.
-        fitted, bias = statistics.solve(ridge)
-        weight = old[0] if gate.config.linear == "none" else fitted.to(old[0])
-        new = weight, bias.to(old[1])
+        new = tuple(value.to(own) for value, own in zip(statistics.solve(ridge), old, strict=True))
+        if gate.config.linear == "none":  # the op does not read the weight then
+            new = old[0], *new[1:]
         if not all(bool(torch.isfinite(tensor).all()) for tensor in new):
             raise ValueError(f"{path}: the fitted gate is beyond the range of its dtype, {old[0].dtype}")
-        return cls(path, statistics, *(new if statistics.error(*new) < statistics.error(*old) else old))
+        return cls(path, statistics, new if statistics.error(*new) < statistics.error(*old) else old)
 
     def site_error(self) -> SiteError:
         """The errors with no gate, the gate as it is, and the fitted one."""
@@ -281,8 +330,8 @@ class _Fit:
         return SiteError(
             path=self.path,
             sparse_only=statistics.sparse_only_error(),
-            before=statistics.error(gate.weight, gate.bias),
-            after=statistics.error(self.weight, self.bias),
+            before=statistics.error(*gate.parameters()),
+            after=statistics.error(*self.values),
             calls=statistics.calls,
         )
 
@@ -328,7 +377,7 @@ def _first_unfitted(
 
     def observe(call: GatedCall) -> Tensor:
         if call.path in fits:
-            return call.gated(fits[call.path].weight, fits[call.path].bias)
+            return call.gated(*fits[call.path].values)
         if not found:
             found[call.path] = SiteStatistics(call.gate, call.dense.device)
         if call.path in found:

@@ -1,6 +1,7 @@
 """Gates on disk: one safetensors file with every gate, the configuration and the sites they were trained for.
 
-Tensors ``<gate path>.weight``, ``<gate path>.bias`` and, with ``max_topk``, ``<gate path>.sparsity``; metadata
+Tensors ``<gate path>.weight`` and ``<gate path>.bias``, with ``sparse_scale`` ``<gate path>.log_scale`` and with
+``max_topk`` ``<gate path>.sparsity``; metadata
 ``format``, ``version``, ``config`` (JSON of ``SLAConfig``) and ``sites`` (JSON list of path, heads, head_dim and the
 site's settings). Nothing in the model changes before the whole file has been read and compared with it.
 """
@@ -23,18 +24,8 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from sla_compile.config import LATER_SITE_FIELDS, SITE_FIELDS, SLAConfig
-from sla_compile.gate import (
-    MILLION,
-    UNSEEN,
-    Gate,
-    Seen,
-    as_seen,
-    attach_gate,
-    detach_gate,
-    gates,
-    model_config,
-    written,
-)
+from sla_compile.gate import MILLION, Gate, attach_gate, detach_gate, gates, model_config
+from sla_compile.gate_settings import UNSEEN, Seen, as_seen, written
 
 __all__ = ["File", "Site", "load", "not_plain", "raise_listed", "read", "save"]
 
@@ -57,11 +48,13 @@ class Site:
     seen: Seen = UNSEEN
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes that heads, head_dim, the kind of gate and ``max_topk`` ask for."""
+        """The shapes that heads, head_dim, the kind of gate, ``sparse_scale`` and ``max_topk`` ask for."""
         lead = (self.heads,) if self.config.gate == "per_head" else ()
         shapes: dict[str, tuple[int, ...]] = {"weight": (*lead, self.head_dim, self.head_dim)}
-        return shapes | {"bias": (*lead, self.head_dim)} | ({} if self.config.max_topk is None else {SPARSITY: (2,)})
-
+        shapes["bias"] = (*lead, self.head_dim)
+        if self.config.sparse_scale:
+            shapes["log_scale"] = (self.heads,)
+        return shapes if self.config.max_topk is None else shapes | {SPARSITY: (2,)}
 
     def settings(self) -> dict[str, Any]:
         """The fields of ``SITE_FIELDS``; topk and bottomk as they were last set."""
@@ -172,9 +165,7 @@ def read(path: str | os.PathLike[str]) -> File:
             f"tensors {shown}, ...; accepted: metadata with format {FORMAT!r}, as sla_compile.save writes"
         )
     if metadata.get("version") != VERSION:
-        raise ValueError(
-            f"load: {name!r} has version {metadata.get('version')!r}; accepted: version {VERSION!r}"
-        )
+        raise ValueError(f"load: {name!r} has version {metadata.get('version')!r}; accepted: version {VERSION!r}")
     try:
         return _parse(metadata, tensors)
     except (KeyError, TypeError, ValueError) as error:
@@ -200,9 +191,7 @@ def _parse(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> File:
             if tensor is None:
                 problems.append(f"{path}.{part}: missing in the file")
             elif tuple(tensor.shape) != shape:
-                problems.append(
-                    f"{path}.{part}: shape {tuple(tensor.shape)} in the file, its site needs {shape}"
-                )
+                problems.append(f"{path}.{part}: shape {tuple(tensor.shape)} in the file, its site needs {shape}")
             elif tensor.dtype not in ((torch.int64,) if part == SPARSITY else GATE_DTYPES):
                 accepted = "torch.int64" if part == SPARSITY else "a floating dtype"
                 problems.append(f"{path}.{part}: {tensor.dtype} in the file; accepted: {accepted}")
@@ -241,9 +230,7 @@ def _differences(theirs: SLAConfig, ours: SLAConfig) -> list[str]:
     ]
 
 
-def _check_settings(
-    path: str | os.PathLike[str], file: File, config: SLAConfig | None, found: dict[str, Gate]
-) -> None:
+def _check_settings(path: str | os.PathLike[str], file: File, config: SLAConfig | None, found: dict[str, Gate]) -> None:
     differences = _differences(file.config, config) if config is not None else []
     if not differences:
         differences = [
@@ -278,8 +265,7 @@ def _misfits(file: File, found: dict[str, Gate]) -> Iterator[str]:
 
 def not_plain(name: str, gate: Gate) -> Iterator[str]:
     """Why the parameters of ``gate``, called ``name``, cannot be read or written as they are, one line each."""
-    for part in ("weight", "bias"):
-        parameter = getattr(gate, part)
+    for part, parameter in gate.named_parameters():
         if type(parameter) not in (torch.Tensor, nn.Parameter):
             kind = type(parameter).__name__
             yield f"{name}.{part}: a {kind}; accepted: a plain tensor, gathered before (full_tensor)"
@@ -290,9 +276,7 @@ def not_plain(name: str, gate: Gate) -> Iterator[str]:
 def raise_listed(action: str, problems: list[str]) -> None:
     """Raise one ValueError that says every problem, if there is any."""
     if problems:
-        raise ValueError(
-            f"{action}: {len(problems)} problem(s), nothing was changed:\n  " + "\n  ".join(problems)
-        )
+        raise ValueError(f"{action}: {len(problems)} problem(s), nothing was changed:\n  " + "\n  ".join(problems))
 
 
 def _load_of(path: str | os.PathLike[str], model: nn.Module) -> str:

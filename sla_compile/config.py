@@ -37,11 +37,11 @@ DEFAULT_MIN_TOKENS = 4096
 
 SITE_FIELDS = (
     *("topk", "bottomk", "feature_map", "linear", "gate", "min_tokens", "block_q", "block_k"),
-    *("always_critical", "cross_attention", "max_topk", "reorder", "grid", "grid_start"),
+    *("always_critical", "cross_attention", "max_topk", "reorder", "grid", "grid_start", "sparse_scale"),
 )
 """The fields that an override may set for one site."""
 
-LATER_SITE_FIELDS = ("always_critical", "cross_attention", "max_topk", "reorder", "grid", "grid_start")
+LATER_SITE_FIELDS = SITE_FIELDS[SITE_FIELDS.index("always_critical") :]
 """Site fields that the first files of this version do not have: there they are at their defaults."""
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -70,9 +70,7 @@ _GRID = Accepts(
     lambda value: None if value is None else tuple(value),
 )
 _TOKEN = Accepts("None, or an integer", lambda value: value is None or type(value) is int)
-_BLOCK = Accepts(
-    "a power of two from 16 to 256", lambda value: type(value) is int and value in (16, 32, 64, 128, 256)
-)
+_BLOCK = Accepts("a power of two from 16 to 256", lambda value: type(value) is int and value in (16, 32, 64, 128, 256))
 
 
 def _setting(default: Any, accepts: Accepts) -> Any:
@@ -107,6 +105,11 @@ class SLAConfig:
 
     gate: str = _setting("shared", choice("shared", "per_head"))
     """Gate of a site. Range: "shared" by its heads, (D, D) and (D), or "per_head", (H, D, D) and (H, D)."""
+
+    sparse_scale: bool = _setting(False, Accepts("True or False", lambda value: type(value) is bool))
+    """Whether each head's sparse branch has a trainable scale: O = exp(log_scale) O^s + O^l W^T + b. Range: True or
+    False. O^s, normalised over the critical keys alone, is the dense output's part times 1 / (critical mass of the
+    softmax), too large (SLA2, arXiv 2602.12675); W and b cannot undo that, a number can. See the README."""
 
     min_tokens: int = _setting(
         DEFAULT_MIN_TOKENS,

@@ -187,7 +187,7 @@ def _check(steps: int, lr: float, loss: str, compile_options: Any) -> None:
 
 
 def _error(statistics: SiteStatistics) -> float:
-    return statistics.error(statistics.gate.weight, statistics.gate.bias)
+    return statistics.error(*statistics.gate.parameters())
 
 
 def _refuse_not_finite(sites: Mapping[str, SiteStatistics], where: str) -> None:
@@ -225,7 +225,7 @@ def _cycled(batches: Iterable[Any], steps: int) -> Iterator[Arguments]:
 def _only_gates_trainable(model: nn.Module) -> Iterator[None]:
     """Freeze all of ``model`` but its gates; afterwards every ``requires_grad`` is as before."""
     known = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    trained = {id(parameter) for gate in gates(model).values() for parameter in (gate.weight, gate.bias)}
+    trained = {id(parameter) for gate in gates(model).values() for parameter in gate.parameters()}
     try:
         for parameter, _ in known:
             parameter.requires_grad_(id(parameter) in trained)
@@ -240,10 +240,10 @@ class _Copies:
 
     def __init__(self, model: nn.Module) -> None:
         self.gates = gates(model)
-        self.parameters = [p for gate in self.gates.values() for p in (gate.weight, gate.bias)]
+        self.parameters = [p for gate in self.gates.values() for p in gate.parameters()]
         self.tensors = [p.detach().to(torch.float64, copy=True).requires_grad_() for p in self.parameters]
-        pairs = zip(self.tensors[::2], self.tensors[1::2], strict=True)
-        self.of_gate = dict(zip(self.gates, pairs, strict=True))
+        copies = iter(self.tensors)
+        self.of_gate = {path: [next(copies) for _ in gate.parameters()] for path, gate in self.gates.items()}
 
     @torch.no_grad()
     def store(self, values: Iterable[Tensor]) -> None:

@@ -10,8 +10,6 @@ arguments and erases it. A prepared model that is not compiled is exactly the de
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import weakref
 from collections.abc import Iterator
 from types import CodeType
@@ -21,31 +19,32 @@ import torch
 from torch import Tensor, nn
 
 from sla_compile.compat import forget_code, skip_as_root_frame
-from sla_compile.config import SITE_FIELDS, SLAConfig
-from sla_compile.order import RASTER
-from sla_compile.passes.token_order import Grid
+from sla_compile.config import SLAConfig
+from sla_compile.gate_settings import UNSEEN, Seen, settings_text
 
 __all__ = ["Gate", "attach_gate", "detach", "detach_gate", "gate_name", "gate_parameters", "gates", "model_config"]
 
 MILLION = 10**6
 """The unit of a gate's ``sparsity``."""
 
-Seen = tuple[Grid | None, Grid | None]
-"""Grids of tokens found in a model, of an attention's queries and of its keys."""
-UNSEEN: Seen = (None, None)
-
 _GATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @torch.library.custom_op("sla::gate", mutates_args=())
 def _gate_marker(
-    weight: Tensor, bias: Tensor, sparsity: Tensor | None, ordinal: int, settings: str, from_child: bool
+    weight: Tensor,
+    bias: Tensor,
+    sparsity: Tensor | None,
+    log_scale: Tensor | None,
+    ordinal: int,
+    settings: str,
+    from_child: bool,
 ) -> None:
     """Marks the owner's attention call number ``ordinal`` in a traced graph; does nothing when it runs."""
 
 
 @_gate_marker.register_fake
-def _(weight: Tensor, bias: Tensor, sparsity: Tensor | None, ordinal: int, settings: str, from_child: bool) -> None:
+def _(weight: Tensor, bias: Tensor, sparsity: Tensor | None, log_scale: Tensor | None, *_: Any) -> None:
     return None
 
 
@@ -55,6 +54,8 @@ class Gate(nn.Module):
     Attributes:
         weight: (D, D) shared by the heads, or (H, D, D) per head. Zero at start.
         bias: (D) or (H, D). Zero at start, so that an untuned SLA equals its sparse branch.
+        log_scale: (H), where the settings have ``sparse_scale``; O = exp(log_scale) O^s + O^l weight^T + bias then,
+            so that zero, as at the start, scales nothing. None without.
         sparsity: int64 (2,), topk and bottomk in millionths, read whenever the attention runs; a buffer. None
             where the settings have no ``max_topk``: they are constants of the compiled graph then.
         path: module path of the gate when it was made, for example ``"blocks.0.attn1.sla"``.
@@ -66,6 +67,7 @@ class Gate(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter
+    log_scale: nn.Parameter | None
     sparsity: Tensor | None
 
     def __init__(
@@ -89,6 +91,8 @@ class Gate(nn.Module):
             bias = torch.zeros(*lead, head_dim, device=device, dtype=dtype)
             self.weight = nn.Parameter(weight)
             self.bias = nn.Parameter(bias)
+            scale = nn.Parameter(torch.zeros(heads, device=device, dtype=dtype)) if config.sparse_scale else None
+            self.register_parameter("log_scale", scale)
             # Integers, which a move to another floating dtype leaves alone.
             self.register_buffer("sparsity", _millionths(config, device))
         self.heads = heads
@@ -104,8 +108,8 @@ class Gate(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Zero, and the settings' topk and bottomk: for a model that got its memory by ``to_empty``."""
-        self.weight.zero_()
-        self.bias.zero_()
+        for parameter in self.parameters():
+            parameter.zero_()
         if (shares := _millionths(self.config, self.weight.device)) is not None and self.sparsity is not None:
             self.sparsity.copy_(shares)
 
@@ -115,7 +119,8 @@ class Gate(nn.Module):
     def extra_repr(self) -> str:
         kind = "per head" if self.weight.dim() == 3 else "shared"
         most = "" if self.config.max_topk is None else f" of at most {self.config.max_topk}"
-        return f"heads={self.heads}, head_dim={self.head_dim}, {kind}, topk={self.shares()[0]}{most}"
+        scaled = "" if self.log_scale is None else ", sparse branch scaled by head"
+        return f"heads={self.heads}, head_dim={self.head_dim}, {kind}{scaled}, topk={self.shares()[0]}{most}"
 
     def shares(self) -> tuple[float, float]:
         """topk and bottomk as they are now; reads the buffer where there is one, so it may wait for the device."""
@@ -128,7 +133,7 @@ class Gate(nn.Module):
         """Whether any parameter has left zero. Reads the values, so it waits for the device."""
         if self.weight.is_meta:
             return False
-        return bool(self.weight.detach().any()) or bool(self.bias.detach().any())
+        return any(bool(parameter.detach().any()) for parameter in self.parameters())
 
     def _load_from_state_dict(
         self,
@@ -140,38 +145,12 @@ class Gate(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        names = [prefix + "weight", prefix + "bias"]
+        names = [prefix + name for name in ("weight", "bias", "log_scale")]
         if not any(name in state_dict for name in names) and not self.trained():
             return  # a checkpoint of the dense model: an untrained gate has nothing to miss
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-
-
-def settings_text(config: SLAConfig, seen: Seen) -> str:
-    """What shapes a rewritten site, its settings and grids, as the canonical JSON that its marker carries."""
-    at_run_time = () if config.max_topk is None else ("topk", "bottomk")
-    fields: dict[str, Any] = {name: getattr(config, name) for name in SITE_FIELDS if name not in at_run_time}
-    if config.reorder != RASTER and config.grid is None:
-        fields["seen"] = written(seen)
-    return json.dumps(fields, sort_keys=True)
-
-
-def read_settings(text: str) -> tuple[dict[str, Any], Seen]:
-    """The reverse of ``settings_text``: fields of ``SLAConfig``, and grids."""
-    fields = json.loads(text)
-    return fields, as_seen(fields.pop("seen", UNSEEN))
-
-
-def written(seen: Seen) -> list[Any]:
-    """Grids as JSON has them."""
-    return [grid and dataclasses.astuple(grid) for grid in seen]
-
-
-def as_seen(data: Any) -> Seen:
-    """The reverse of ``written``."""
-    queries, keys = (grid and Grid(tuple(grid[0]), *grid[1:]) for grid in data)
-    return queries, keys
 
 
 def _millionths(config: SLAConfig, device: torch.device | str | None) -> Tensor | None:
@@ -197,8 +176,8 @@ class GateMarker:
             owner = module if self.owner is None else self.owner
             for name in self.names:
                 gate = getattr(owner, name)
-                from_child = self.owner is not None
-                torch.ops.sla.gate(gate.weight, gate.bias, gate.sparsity, gate.ordinal, gate.settings, from_child)
+                told = gate.ordinal, gate.settings, self.owner is not None
+                torch.ops.sla.gate(gate.weight, gate.bias, gate.sparsity, gate.log_scale, *told)
 
 
 skip_as_root_frame(GateMarker.__call__)
@@ -267,13 +246,7 @@ def attach_gate(
             forget_code(code)
         return gate
     refuse_taken_name(owner, ordinal, path)
-    wanted = (heads, head_dim, head_dim) if config.gate == "per_head" else (head_dim, head_dim)
-    if tuple(existing.weight.shape) != wanted:
-        raise ValueError(
-            f"{path}: has a gate of shape {tuple(existing.weight.shape)}, but these settings "
-            f"(gate={config.gate!r}, {heads} heads of {head_dim}) need {wanted}; "
-            f"keep gate={existing.config.gate!r}, or remove the gate by sla_compile.detach(model)"
-        )
+    refuse_other_form(existing, heads, head_dim, config, path)
     if any(getattr(existing.config, name) != getattr(config, name) for name in ("topk", "bottomk", "max_topk")):
         with torch.inference_mode(False), torch.no_grad():
             wanted_shares = _millionths(config, existing.weight.device)
@@ -295,6 +268,24 @@ def refuse_taken_name(owner: nn.Module, ordinal: int, path: str) -> None:
     if existing is not None and not isinstance(existing, Gate):
         kind = type(existing).__name__
         raise ValueError(f"{path}: the attention's owner already has a {kind} called {name!r}; rename it")
+
+
+def refuse_other_form(existing: Gate, heads: int, head_dim: int, config: SLAConfig, path: str) -> None:
+    """Raises ValueError where ``config`` needs other parameters than the gate at ``path`` has."""
+    wanted = (heads, head_dim, head_dim) if config.gate == "per_head" else (head_dim, head_dim)
+    if tuple(existing.weight.shape) != wanted:
+        raise ValueError(
+            f"{path}: has a gate of shape {tuple(existing.weight.shape)}, but these settings "
+            f"(gate={config.gate!r}, {heads} heads of {head_dim}) need {wanted}; "
+            f"keep gate={existing.config.gate!r}, or remove the gate by sla_compile.detach(model)"
+        )
+    scaled = existing.log_scale is not None
+    if scaled != config.sparse_scale:
+        raise ValueError(
+            f"{path}: has a gate {'with' if scaled else 'without'} log_scale, but these settings have "
+            f"sparse_scale={config.sparse_scale}; keep sparse_scale={scaled}, or remove the gate by "
+            f"sla_compile.detach(model)"
+        )
 
 
 def gate_dtype(owner: nn.Module, fallback: torch.dtype) -> torch.dtype:
@@ -374,17 +365,14 @@ def gates(model: nn.Module) -> dict[str, Gate]:
     ``model`` may be compiled: the ``_orig_mod.`` that ``torch.compile`` puts into names is left out.
     """
     return {
-        name.replace("_orig_mod.", ""): module
-        for name, module in model.named_modules()
-        if isinstance(module, Gate)
+        name.replace("_orig_mod.", ""): module for name, module in model.named_modules() if isinstance(module, Gate)
     }
 
 
 def gate_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The weight and bias of every gate of ``model``, to be an optimizer's parameter group of their own."""
+    """Weight, bias and any log_scale of every gate of ``model``, to be an optimizer's parameter group of their own."""
     for gate in gates(model).values():
-        yield gate.weight
-        yield gate.bias
+        yield from gate.parameters()
 
 
 def model_config(model: nn.Module) -> SLAConfig | None:

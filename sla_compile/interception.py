@@ -68,14 +68,21 @@ class GatedCall:
         sparse, linear = self._forward(self.query.new_zeros(dim, dim) if branch else None, None)
         return sparse, linear if branch else None
 
-    def gated(self, weight: Tensor, bias: Tensor) -> Tensor:
+    def gated(self, weight: Tensor, bias: Tensor, log_scale: Tensor | None = None) -> Tensor:
         """The output (B, H, N, D) of Sparse-Linear Attention with this gate, in the dtype of the dense one."""
-        return self._forward(weight, bias)[0].to(self.dense.dtype)
+        return self._scaled(weight, bias, log_scale)
 
     def at(self, topk: float, bottomk: float) -> Tensor:
         """The output (B, H, N, D) with the gate as it is, but with another topk and bottomk than its settings'."""
-        shares = {"sparsity": None, "topk": topk, "bottomk": bottomk}
-        return self._forward(self.gate.weight, self.gate.bias, **shares)[0].to(self.dense.dtype)
+        return self._scaled(*self.gate.parameters(), sparsity=None, topk=topk, bottomk=bottomk)
+
+    def _scaled(self, weight: Tensor, bias: Tensor, log_scale: Tensor | None = None, **changes: Any) -> Tensor:
+        """The output as the rewritten graph computes it."""
+        if log_scale is None:
+            return self._forward(weight, bias, **changes)[0].to(self.dense.dtype)
+        inverse = log_scale.neg().exp()[:, None]
+        out, _ = self._forward(weight * inverse[..., None], bias * inverse, **changes)
+        return (out * log_scale.exp()[:, None, None]).to(self.dense.dtype)
 
     def _forward(self, weight: Tensor | None, bias: Tensor | None, **changes: Any) -> tuple[Tensor, Tensor]:
         out, linear, _, _ = torch.ops.sla.forward.default(

@@ -20,7 +20,7 @@ from torch import fx, nn
 from sla_compile.backend import rewrite_graph
 from sla_compile.compat import current_frame, plain_function_name, runs_forward_of, throw_away_compile
 from sla_compile.config import SLAConfig
-from sla_compile.gate import Gate, attach_gate, detach, detach_gate, gate_name, gates, own_gates
+from sla_compile.gate import Gate, attach_gate, detach, detach_gate, gate_name, gates, own_gates, refuse_other_form
 from sla_compile.record import GraphBreak, SiteReport, describe, graph_break
 from sla_compile.sites import PREPARED, Settings
 from sla_compile.stand_ins import stand_ins
@@ -127,12 +127,8 @@ def _check(model: nn.Module, run: DryRun) -> None:
     for path, planned in run.gates.items():
         owner = model.get_submodule(path.rpartition(".")[0])
         existing = getattr(owner, gate_name(planned.ordinal), None)
-        if isinstance(existing, Gate) and existing.weight.shape != planned.weight.shape:
-            got, wanted = tuple(existing.weight.shape), tuple(planned.weight.shape)
-            raise ValueError(
-                f"{path}: has a gate of shape {got}, these settings need {wanted}; keep "
-                f"gate={existing.config.gate!r}, or call sla_compile.detach(model) first"
-            )
+        if isinstance(existing, Gate):
+            refuse_other_form(existing, planned.heads, planned.head_dim, planned.config, path)
 
 
 def dry_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, settings: Settings) -> DryRun:

@@ -75,6 +75,8 @@ def load_projections(model: nn.Module, source: str | os.PathLike[str] | Mapping[
         for path, gate in pairs.items():
             found[gate].weight.copy_(projections[path]["weight"])
             found[gate].bias.copy_(projections[path]["bias"])
+            if (scale := found[gate].log_scale) is not None:
+                scale.zero_()  # the authors' sparse branch has none
     return model
 
 

@@ -82,7 +82,7 @@ class SiteReport:
     traced: dict[str, int] = field(default_factory=dict)
     """The sizes of ``shape`` while it was traced, which the numbers below are for; empty where unknown."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """topk, bottomk, block_q, block_k, feature_map, linear, gate, always_critical, max_topk; empty where kept.
+    """topk, bottomk, block_q, block_k, feature_map, linear, gate, sparse_scale, always_critical, max_topk; or empty.
 
     topk and bottomk are those of now where ``set_sparsity`` can change them."""
     order: dict[str, Any] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class SiteReport:
     """start, stop, start, stop, ... of the key tokens, in that order, that are critical in every row."""
     gate_path: str = ""
     gate_parameters: int = 0
-    """Numbers in the gate's weight and bias."""
+    """Numbers in the gate's parameters."""
     flops_before: int | None = None
     flops_after: int | None = None
     bytes_before: int | None = None
@@ -155,7 +155,8 @@ def describe(site: Site) -> SiteReport:
 
 def _settings(config: SLAConfig) -> dict[str, Any]:
     ranges = [list(pair) for pair in config.always_critical]
-    return {**config.kernel_options(), "gate": config.gate, "always_critical": ranges, "max_topk": config.max_topk}
+    form = {"gate": config.gate, "sparse_scale": config.sparse_scale}
+    return {**config.kernel_options(), **form, "always_critical": ranges, "max_topk": config.max_topk}
 
 
 def _order(order: TokenOrder) -> dict[str, Any]:
@@ -250,7 +251,7 @@ def _as_set_now(account: SiteReport, gate: Gate | None) -> SiteReport:
 
 
 def _count(gate: Gate) -> int:
-    return gate.weight.numel() + gate.bias.numel()
+    return sum(parameter.numel() for parameter in gate.parameters())
 
 
 def graph_break(gm: fx.GraphModule) -> GraphBreak | None:

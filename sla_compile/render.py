@@ -311,18 +311,20 @@ def _flops(site: SiteReport) -> Text:
 def _gate(site: SiteReport) -> Text:
     if not site.gate_parameters:
         return Text()
-    return Text(f"{site.gate_parameters:,} {str(site.settings['gate']).replace('_', ' ')}")
+    scaled = ", with scale" if site.settings["sparse_scale"] else ""
+    return Text(f"{site.gate_parameters:,} {str(site.settings['gate']).replace('_', ' ')}{scaled}")
 
 
 def _settings(settings: dict[str, Any]) -> str:
     texts = [f"{start} to {'the end' if stop is None else stop}" for start, stop in settings["always_critical"]]
     ranges = ", ".join(texts)
     always = f", key tokens {ranges} always critical" if ranges else ""
+    scaled = ", sparse branch scaled by head" if settings["sparse_scale"] else ""
     most = "" if settings["max_topk"] is None else f" (at most {100 * settings['max_topk']:g}%)"
     return (
         f"sparse-linear: topk {100 * settings['topk']:g}%{most}, bottomk {100 * settings['bottomk']:g}%, blocks "
         f"{settings['block_q']}x{settings['block_k']}, feature map {settings['feature_map']}, "
-        f"linear {settings['linear']}{always}"
+        f"linear {settings['linear']}{scaled}{always}"
     )
 
 
@@ -341,7 +343,7 @@ def _reorder(config: dict[str, Any]) -> str:
 
 
 class GatesView:
-    """The gates of a file, given as dictionaries with path, shape, dtype, weight_norm, bias_norm and config."""
+    """The gates of a file, given as dictionaries with path, shape, dtype, weight_norm, bias_norm, config, any scale."""
 
     def __init__(self, name: str, gates: Sequence[dict[str, Any]]) -> None:
         self.name = name
@@ -373,6 +375,10 @@ def _gate_cells(gate: dict[str, Any]) -> tuple[str, str, str]:
     config = gate["config"]
     return (
         " x ".join(map(str, gate["shape"])) + f" {gate['dtype']}",
-        f"weight {gate['weight_norm']:.4g}, bias {gate['bias_norm']:.4g}",
+        f"weight {gate['weight_norm']:.4g}, bias {gate['bias_norm']:.4g}" + _scale_range(gate.get("scale", [])),
         f"topk {100 * config['topk']:g}%, {config['gate'].replace('_', ' ')}, {gate['heads']} heads",
     )
+
+
+def _scale_range(scales: Sequence[float]) -> str:
+    return f", scale {min(scales):.4g} to {max(scales):.4g}" if scales else ""

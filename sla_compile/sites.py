@@ -18,7 +18,8 @@ from torch import fx, nn
 
 from sla_compile.compat import Frame, plain_module_path, runs_forward_of
 from sla_compile.config import SITE_FIELDS, SLAConfig
-from sla_compile.gate import UNSEEN, Gate, Seen, gate_name, own_gates, read_settings
+from sla_compile.gate import Gate, gate_name, own_gates
+from sla_compile.gate_settings import UNSEEN, Seen, read_settings
 from sla_compile.order import RASTER
 from sla_compile.passes.decide import Decision, Keep, Requirements, Rewrite, decide
 from sla_compile.passes.grid import Grids

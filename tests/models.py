@@ -149,7 +149,11 @@ def defined(model: nn.Module) -> Iterator[None]:
             return original(q, k, v, **arguments)
         options = {**gate.config.kernel_options(), **dict(zip(("topk", "bottomk"), gate.shares(), strict=True))}
         scale = arguments.get("scale")
-        return reference.sparse_linear_attention(q, k, v, gate.weight, gate.bias, scale=scale, **options)
+        out = reference.sparse_linear_attention(q, k, v, gate.weight, gate.bias, scale=scale, **options)
+        if gate.log_scale is None:
+            return out
+        sparse = reference.sparse_linear_attention(q, k, v, scale=scale, **options)
+        return out + (gate.log_scale.exp() - 1)[:, None, None] * sparse
 
     F.scaled_dot_product_attention = attention
     try:
