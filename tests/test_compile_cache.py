@@ -17,7 +17,8 @@ from sla_compile import cache_key
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS: list[dict[str, Any]] = [
     *({"topk": 0.5}, {"bottomk": 0.4}, {"block_q": 32}, {"block_k": 32}, {"feature_map": "elu"}, {"linear": "all"}),
-    *({"gate": "per_head"}, {"always_critical": [[0, 20]]}, {"reorder": "tiles", "grid": [4, 5, 5]}),
+    *({"gate": "per_head"}, {"sparse_scale": True}, {"always_critical": [[0, 20]]}),
+    {"reorder": "tiles", "grid": [4, 5, 5]},
 ]
 
 

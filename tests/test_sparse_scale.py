@@ -274,6 +274,16 @@ def test_files_of_before_have_no_scale_and_none_may_be_missing(tmp_path: Path) -
         sla_compile.load(Model(), path)
 
 
+def test_state_dict() -> None:
+    model, other = made(), made()
+    randomize_gates(model)
+    state = model.state_dict()
+    other.load_state_dict(state)
+    assert all(torch.equal(other.state_dict()[name], value) for name, value in state.items())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        made().load_state_dict({name: v for name, v in state.items() if not name.endswith(("sla.weight", "sla.bias"))})
+
+
 def test_dense_state_dict_loads_and_projections_leave_the_scale_at_one() -> None:
     model = made(linear="all")
     model.load_state_dict(Model().state_dict())
@@ -311,15 +321,25 @@ def test_report_shows_it() -> None:
         text = " ".join(str(report).split())
         assert "sparse branch scaled by head" in text
         assert "with scale" in text
+    torch._dynamo.reset()
+    regional = made()
+    regional.blocks[0].compile(backend="sla", options={"inner": "eager"})  # type: ignore[index,operator]
+    regional(x)
+    assert any(f"{PATHS[0]}.log_scale" in line for line in sla_compile.report(regional).sites[0].diff)
     plain = sla_compile.explain(Model(), (x,), config=OPTIONS)
     assert plain.sites[0].settings["sparse_scale"] is False
     assert "scale" not in str(plain.without_diffs())
 
 
-def random_statistics(gate: Gate, batch: int = 2) -> tuple[SiteStatistics, Tensor, Tensor, Tensor]:
-    """Of random branches O^l, O^s and a dense output in which O^s has another share in each head."""
-    linear, sparse, noise = torch.randn(3, batch, gate.heads, 2100, gate.head_dim)
+def random_statistics(gate: Gate, *, spanned: bool = False) -> tuple[SiteStatistics, Tensor, Tensor, Tensor]:
+    """Of random branches O^l, O^s and a dense output in which O^s has another share in each head.
+
+    With ``spanned`` the first head's O^s is one that its W and b could give as well.
+    """
+    linear, sparse, noise = torch.randn(3, 2, gate.heads, 2100, gate.head_dim)
     linear = linear + 0.5 * sparse
+    if spanned:
+        sparse[:, 0] = linear[:, 0] @ torch.randn(gate.head_dim, gate.head_dim) + 0.2
     shares = torch.linspace(0.3, 0.9, gate.heads)[:, None, None]
     dense = shares * sparse + linear @ torch.randn(gate.head_dim, gate.head_dim) + 0.3 + 0.1 * noise
 
@@ -369,7 +389,7 @@ def test_a_scale_stays_above_zero() -> None:
     assert (scale[[0, 2]] > 0.1).all()
 
 
-def test_a_sparse_branch_of_zero_keeps_its_scale() -> None:
+def test_a_sparse_branch_that_is_zero_or_spanned_keeps_its_scale() -> None:
     gate = Gate(head_dim=DIM, heads=2, config=sla_compile.SLAConfig(sparse_scale=True))
     statistics, *_ = random_statistics(gate)
     statistics.mixed[0], statistics.sparse[0], statistics.missed[0] = 0, 0, 0
@@ -378,6 +398,12 @@ def test_a_sparse_branch_of_zero_keeps_its_scale() -> None:
     assert log_scale[1] < -0.01
     assert torch.isfinite(weight).all()
     assert torch.isfinite(bias).all()
+    gate = Gate(head_dim=DIM, heads=2, config=sla_compile.SLAConfig(sparse_scale=True, gate="per_head"))
+    statistics, *branches = random_statistics(gate, spanned=True)
+    solved = [*statistics.solve(0.0)]
+    assert solved[2][0] == 0, "rounding alone would decide"
+    assert solved[2][1].exp() == pytest.approx(0.9, abs=0.02)
+    assert error_of(solved, *branches) < 0.1
 
 
 def diffuse(blocks: int = 2) -> Model:
