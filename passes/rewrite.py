@@ -11,7 +11,7 @@ from torch import fx
 
 from sla_compile.passes.decide import Rewrite
 from sla_compile.passes.match import AttentionCall, Marker
-from sla_compile.passes.operands import REPLACED_BY, Step, after, build
+from sla_compile.passes.operands import REPLACED_BY, Step, after, build, example
 from sla_compile.passes.token_order import back
 
 __all__ = ["REWRITTEN_FROM", "copied_meta", "erase_markers", "replace_attention"]
@@ -36,8 +36,7 @@ def replace_attention(call: AttentionCall, decision: Rewrite, marker: Marker, op
             {**decision.options(), **options},
         )
         output = graph.call_function(operator.getitem, (results, 0))
-        # the cast is for gates of a wider dtype than the attention's
-        scaling = () if scaled_by is None else (Step("mul", (scaled_by,)), Step("type_as", (output,)))
+        scaling = () if scaled_by is None else _scaling(output, scaled_by, example(query), example(node))
         (restored,) = build(graph, (back(after(output, *scaling), decision.order.queries, *call.restore),))
     added = _between(before, node)
     for new in added:
@@ -69,6 +68,17 @@ def _gate(graph: fx.Graph, marker: Marker, linear: str) -> tuple[fx.Node, fx.Nod
         return marker.weight, bias, scale
     (weight,) = build(graph, [after(marker.weight, Step("mul", (inverses,)))])
     return weight, bias, scale
+
+
+def _scaling(output: fx.Node, scale: fx.Node, query: Any, dense: Any) -> tuple[Step, ...]:
+    """The steps from the op's ``output`` to the scaled one, in its dtype: the gate's may be a wider one.
+
+    PyTorch's compile caches take a method call only on what has a traced value, so ``output`` gets one.
+    """
+    if isinstance(query, torch.Tensor) and isinstance(dense, torch.Tensor):
+        batch, heads, tokens, dim = query.shape
+        output.meta["example_value"] = query.new_empty(batch, tokens, heads, dim, dtype=dense.dtype).transpose(1, 2)
+    return Step("mul", (scale,)), Step("type_as", (output,))
 
 
 def copied_meta(node: fx.Node) -> dict[str, Any]:

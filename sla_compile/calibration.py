@@ -255,7 +255,8 @@ def calibrate(
     """Set every gate of ``model`` to the least-squares fit of what its sparse branch misses; no training.
 
     The model runs eagerly and dense, in the mode (train or eval) it is in, and sums (O^l, dense - O^s) at each
-    attention that has a gate: (D + 1)^2 numbers per site (per head for per-head gates), never N x N. All gates
+    attention that has a gate: (D + 1)^2 numbers per site (per head for per-head gates), never N x N. With
+    ``sparse_scale`` they are fitted together with the scales, from H (D + 1) D numbers more. All gates
     change at the end, together; an exception before leaves the model, its hooks and its gates as they were. A
     gate that the fit would not improve on these batches stays.
 

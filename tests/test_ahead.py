@@ -185,9 +185,9 @@ def attend(x: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, q, q)
 
 
-def rewritten(*, autocast: bool = False, dynamic: bool = False) -> list[Site]:
+def rewritten(*, autocast: bool = False, dynamic: bool = False, **options: Any) -> list[Site]:
     """The sites of a small model's graph."""
-    capture = Capture(topk=0.25)
+    capture = Capture(topk=0.25, **options)
     model = torch.compile(nn.Sequential(Caller(attend)), backend=capture, dynamic=dynamic)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         model(torch.randn(1, 96, 32))
@@ -208,6 +208,9 @@ def test_calls_of_a_graph() -> None:
     (cast,) = calls_of(rewritten(autocast=True))[torch.device("cpu")]
     assert cast.q == replace(call.q, dtype="bfloat16")
     assert cast.weight == replace(call.weight, dtype="bfloat16")  # its owner has no parameters to go by
+    (scaled,) = calls_of(rewritten(sparse_scale=True))[torch.device("cpu")]
+    assert scaled.weight == Operand((2, 16, 16), (256, 16, 1), "float32")  # divided by the scale of each head
+    assert scaled == replace(call, weight=scaled.weight, bias=Operand((2, 16), (16, 1), "float32"))
     work = Work(replace(HOPPER, assembler="ptxas 1.2"), (call, cast))
     assert Work.from_json(work.to_json()) == work
 

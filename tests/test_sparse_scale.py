@@ -130,6 +130,14 @@ def test_models_with_and_without_do_not_share_code() -> None:
         assert_follows_definition(compiled(model), model, x)
 
 
+def test_symbolic_number_of_tokens() -> None:
+    model = made()
+    randomize_gates(model)
+    run = torch.compile(model, backend="sla", options={"inner": "aot_eager"}, dynamic=True)
+    for tokens in (100, 130, 81):
+        assert_follows_definition(run, model, random_input(tokens))
+
+
 def test_run_time_sparsity() -> None:
     model, x = made(max_topk=0.9), random_input()
     randomize_gates(model)
