@@ -44,8 +44,9 @@ from sla_compile.blocks import num_blocks, num_critical  # noqa: E402
 
 ROUNDS: tuple[tuple[tuple[str, ...], tuple[float, ...], int], ...] = (
     (MAIN, (0.95,), 99),
+    (("sla-scaled", "calibrated-scaled", "calibrated-tuned-scaled"), (0.95,), 99),
+    (("dense-long", "sla-long"), (0.95,), 1),
     (("sla-tiles", "sparse-tiles"), (0.95,), 99),
-    (("sla-long",), (0.95,), 1),
     (("sparse", "sla"), (0.90, 0.80), 99),
     (("calibrated-tiles",), (0.95,), 99),
     (("sla-wide",), (0.95, 0.90), 99),
@@ -248,7 +249,7 @@ def variants(groups: Groups) -> list[str]:
     """How much the held-out loss of a variant is above that of the arm that it varies, seed by seed."""
     lines = []
     for (arm, share), rows in groups.items():
-        varied = arm.removesuffix("-wide").removesuffix("-tiles")
+        varied = arm.removesuffix("-wide").removesuffix("-tiles").removesuffix("-scaled")
         if varied != arm and (above := paired(rows, groups.get((varied, share), []), excess)):
             lines.append(f"- {ARMS[arm].title}, beside {ARMS[varied].title}, {share:.0%}: {spread(above, '+.2f')}%.")
     return lines

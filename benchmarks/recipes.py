@@ -37,7 +37,7 @@ def measured(model: torch.nn.Module, compiled: Callable[..., torch.Tensor], held
     """Error of the attentions, error of the output, loss; on ``held_out``."""
     with torch.no_grad():
         _, sites = gather(model, [(batch[:2], {}) for batch in held_out])
-        attention = statistics.fmean(site.error(site.gate.weight, site.gate.bias) for site in sites.values())
+        attention = statistics.fmean(site.error(*site.gate.parameters()) for site in sites.values())
         wrong = whole = loss = 0.0
         for noisy, when, velocity in held_out:
             dense, output = model(noisy, when), compiled(noisy, when)
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=64, help="to train on; a quarter as many are held out")
     parser.add_argument("--steps", type=int, default=60, help="of either distillation, a batch each")
     parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--sparse-scale", action="store_true", help="gates that scale the sparse branch too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     settings, device = PRESETS[options.preset], torch.device(options.device)
@@ -65,7 +66,11 @@ def main() -> None:
     held_out = data.held_out(max(1, options.videos // (4 * batch)))
     batches = [data(TRAINING_SEED + i)[:2] for i in range(max(1, options.videos // batch))]
     blocks = {"block_q": settings.block, "block_k": settings.block, "bottomk": settings.bottomk, "min_tokens": 0}
-    sla_compile.prepare(model, batches[0], config={**blocks, "topk": round(1 - options.sparsity, 6)})
+    sla_compile.prepare(
+        model,
+        batches[0],
+        config={**blocks, "topk": round(1 - options.sparsity, 6), "sparse_scale": options.sparse_scale},
+    )
     compiled = torch.compile(model, backend="sla")
     recipes: dict[str, Callable[[], object]] = {
         "gates of zero (sparse only)": lambda: None,

@@ -35,6 +35,8 @@ class Arm:
     """Tokens in a block, in units of ``Settings.block``."""
     order: str = "raster"
     """``SLAConfig.reorder``, for "sla"."""
+    scaled: bool = False
+    """``SLAConfig.sparse_scale``, for "sla"."""
     longer: int = 1
     """Steps of training, in units of ``Settings.steps``."""
 
@@ -46,7 +48,7 @@ class Arm:
     @property
     def kind(self) -> tuple[Any, ...]:
         """What is compiled, besides the sparsity: arms that have it in common share a ``Student``."""
-        return self.attention, self.branch, self.wide, self.order
+        return self.attention, self.branch, self.wide, self.order, self.scaled
 
 
 ARMS = {
@@ -69,6 +71,10 @@ ARMS |= {
     "sla-wide": Arm("SLA, blocks twice as long", wide=2),
     "sparse-wide": Arm("sparse only, blocks twice as long", branch="none", wide=2),
     "sla-long": Arm("SLA, trained four times as long", longer=4),
+    "dense-long": Arm("dense, trained on four times as long", "dense", longer=4),
+    "sla-scaled": Arm("SLA, sparse branch scaled", scaled=True),
+    "calibrated-scaled": Arm("SLA, sparse branch scaled, calibrated only", scaled=True, calibrated=True, trained=False),
+    "calibrated-tuned-scaled": Arm("SLA, sparse branch scaled, calibrated, trained", scaled=True, calibrated=True),
 }
 
 
@@ -172,6 +178,7 @@ class Student:
             block_k=arm.wide * settings.block,
             linear=arm.branch,
             reorder=arm.order,
+            sparse_scale=arm.scaled,
             grid=settings.grid,
             min_tokens=0,  # short videos too
             inner=settings.inner,

@@ -31,15 +31,15 @@ def test_in_pieces_and_reported(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     smoke = ("--preset", "smoke", "--seeds", "2", "--device", "cpu")
     first = run(*smoke, "--seconds", "12", "--reserve", "10", folder=tmp_path)
-    counts = [int(n) for n in re.findall(r"(\d+) of 49 arms done", first)]
+    counts = [int(n) for n in re.findall(r"(\d+) of 56 arms done", first)]
     assert counts
-    assert counts[0] < 49
+    assert counts[0] < 56
     assert "call again; the next is" in first
     before = json.loads((tmp_path / "out/results.json").read_text()) if counts[0] else {}
     assert "all is done" in run(*smoke, "--workers", "2", folder=tmp_path)
     after = json.loads((tmp_path / "out/results.json").read_text())
     assert {key: after[key] for key in before} == before  # nothing is done twice
-    assert len(after) == 50
+    assert len(after) == 57
 
     (tmp_path / "report").mkdir()
     run("--report", "--report-to", "report", folder=tmp_path)
