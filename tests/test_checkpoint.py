@@ -97,9 +97,7 @@ def same_file(a: Path, b: Path) -> bool:
 
 
 def gate_values(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        f"{path}.{n}": p.detach().clone() for path, g in gates(model).items() for n, p in g.named_parameters()
-    }
+    return {f"{path}.{n}": p.detach().clone() for path, g in gates(model).items() for n, p in g.named_parameters()}
 
 
 def refused(*parts: str) -> Any:
@@ -132,9 +130,7 @@ def test_file_holds_gates_config_and_sites(saved: Path) -> None:
     assert {k: metadata[k] for k in ("format", "version")} == {"format": "sla_compile", "version": "1"}
     assert SLAConfig.from_json(metadata["config"]) == CONFIG
     sites = json.loads(metadata["sites"])
-    assert [(s["path"], s["heads"], s["head_dim"]) for s in sites] == [
-        (path, HEADS, HEAD_DIM) for path in PATHS
-    ]
+    assert [(s["path"], s["heads"], s["head_dim"]) for s in sites] == [(path, HEADS, HEAD_DIM) for path in PATHS]
     assert [s["config"]["gate"] for s in sites] == ["shared", "per_head"]
     assert all(set(s["config"]) == set(SITE_FIELDS) for s in sites)
 
@@ -343,17 +339,13 @@ def test_dtensor_is_refused(tmp_path: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
 
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         model = prepared()
         gate = gates(model)[PATHS[0]]
         mesh = init_device_mesh("cpu", (1,))
         gate.weight = nn.Parameter(distribute_tensor(gate.weight.detach(), mesh))
-        with refused(
-            "blocks.0.attn.sla.weight: a DTensor; accepted: a plain tensor, gathered before (full_tensor)"
-        ):
+        with refused("blocks.0.attn.sla.weight: a DTensor; accepted: a plain tensor, gathered before (full_tensor)"):
             save(model, tmp_path / "gates")
     finally:
         torch.distributed.destroy_process_group()
@@ -399,9 +391,7 @@ def test_owners_that_do_not_fit_are_listed_together(tmp_path: Path) -> None:
 def test_one_module_under_two_names_takes_one_gate(saved: Path) -> None:
     model = Model()
     model.blocks[1] = model.blocks[0]
-    with refused(
-        "1 problem(s), nothing was changed:", "blocks.1.attn.sla: no module 'blocks.1.attn' in the model"
-    ):
+    with refused("1 problem(s), nothing was changed:", "blocks.1.attn.sla: no module 'blocks.1.attn' in the model"):
         load(model, saved)
     assert not gates(model)
     tied = prepared()
@@ -435,9 +425,7 @@ def test_settings_of_one_site_are_compared(saved: Path) -> None:
         load(model, saved)
 
 
-def test_gate_that_cannot_be_made_takes_the_others_along(
-    saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gate_that_cannot_be_made_takes_the_others_along(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory_at_the_second(owner: nn.Module, *args: Any, **kwargs: Any) -> Gate:
         if kwargs["path"] == PATHS[1]:
             raise torch.OutOfMemoryError("out of memory")
@@ -451,9 +439,7 @@ def test_gate_that_cannot_be_made_takes_the_others_along(
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize(
-    "changes", [{"inner": "aot_eager"}, {"inner": "inductor", "inductor": {"max_autotune": True}}]
-)
+@pytest.mark.parametrize("changes", [{"inner": "aot_eager"}, {"inner": "inductor", "inductor": {"max_autotune": True}}])
 def test_the_way_of_compiling_may_differ(saved: Path, changes: dict[str, Any]) -> None:
     config = dataclasses.replace(CONFIG, **changes)
     model = load(prepared(config, fill=False), saved)
@@ -483,9 +469,7 @@ def test_folder(tmp_path: Path) -> None:
         load(Model(), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "keep", [0, 4, 100, -1], ids=["empty", "in the size", "in the header", "last byte gone"]
-)
+@pytest.mark.parametrize("keep", [0, 4, 100, -1], ids=["empty", "in the size", "in the header", "last byte gone"])
 def test_truncated_file(saved: Path, keep: int) -> None:
     content = saved.read_bytes()[:keep]
     saved.write_bytes(content)

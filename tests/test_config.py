@@ -148,9 +148,7 @@ def test_every_field_has_a_docstring_with_its_range() -> None:
         ("overrides", [("a", {})], "(list)", "a mapping of glob patterns to mappings of topk, bottomk"),
     ],
 )
-def test_refused_value_names_field_value_and_what_is_accepted(
-    name: str, value: Any, shown: str, accepted: str
-) -> None:
+def test_refused_value_names_field_value_and_what_is_accepted(name: str, value: Any, shown: str, accepted: str) -> None:
     with fails_with(f"SLAConfig.{name}: got ", shown, accepted):
         SLAConfig(**{name: value})
     with fails_with(f"SLAConfig.{name}: got ", shown, accepted):
@@ -192,27 +190,20 @@ def test_ints_become_floats_and_lists_become_tuples() -> None:
     assert (type(config.topk), type(config.bottomk)) == (float, float)
     assert (config.include, config.exclude) == (("a.*",), ("b",))
     assert config == SLAConfig(topk=1.0, bottomk=-0.0, include=("a.*",), exclude=("b",))
-    assert (
-        config.fingerprint()
-        == SLAConfig(topk=1.0, bottomk=-0.0, include=("a.*",), exclude=("b",)).fingerprint()
-    )
+    assert config.fingerprint() == SLAConfig(topk=1.0, bottomk=-0.0, include=("a.*",), exclude=("b",)).fingerprint()
 
 
 def test_shares_are_added_exactly() -> None:
     topk, bottomk = 0.56, 0.44000000000000006
     assert topk + bottomk == 1.0, "the binary sum hides the excess"
-    with fails_with(
-        "SLAConfig: got topk=0.56, bottomk=0.44000000000000006; accepted: topk + bottomk up to 1"
-    ):
+    with fails_with("SLAConfig: got topk=0.56, bottomk=0.44000000000000006; accepted: topk + bottomk up to 1"):
         SLAConfig(topk=topk, bottomk=bottomk)
     for hundredths in range(1, 101):
         SLAConfig(topk=hundredths / 100, bottomk=float(f"0.{100 - hundredths:02d}"))
 
 
 def test_unknown_field_is_a_value_error_with_the_nearest() -> None:
-    with fails_with(
-        "unknown field 'top_k' of SLAConfig: got 0.1 (float); accepted: topk, ", "nearest known: 'topk'"
-    ):
+    with fails_with("unknown field 'top_k' of SLAConfig: got 0.1 (float); accepted: topk, ", "nearest known: 'topk'"):
         SLAConfig(top_k=0.1)  # type: ignore[call-arg]
     with fails_with("unknown field 'Block_Q' of SLAConfig", "nearest known: 'block_q'"):
         SLAConfig.from_dict({"version": 1, "Block_Q": 64})
@@ -311,9 +302,7 @@ def test_overrides_are_checked() -> None:
         SLAConfig(overrides={"a.*": 0.1})  # type: ignore[dict-item]
     with fails_with("SLAConfig.overrides[3]: got {} (dict); accepted: a mapping of glob patterns"):
         SLAConfig(overrides={3: {}})  # type: ignore[dict-item]
-    with fails_with(
-        "SLAConfig.overrides['a.*']: got topk=0.95, bottomk=0.1; accepted: topk + bottomk up to 1"
-    ):
+    with fails_with("SLAConfig.overrides['a.*']: got topk=0.95, bottomk=0.1; accepted: topk + bottomk up to 1"):
         SLAConfig(overrides={"a.*": {"topk": 0.95}})
     meeting = SLAConfig(overrides={"a.*": {"topk": 0.75}, "*.b": {"bottomk": 0.5}})
     assert meeting.for_site("a.c").topk == 0.75
@@ -392,17 +381,11 @@ def test_options_sort_fields_from_inductor_options() -> None:
     config = SLAConfig(topk=0.25)
     assert SLAConfig.from_options(config) is config
     mixed = SLAConfig.from_options(
-        OrderedDict(
-            {"max-autotune": True, "block-q": 32, "inductor": {"epilogue_fusion": False}, "topk": 1 / 4}
-        )
+        OrderedDict({"max-autotune": True, "block-q": 32, "inductor": {"epilogue_fusion": False}, "topk": 1 / 4})
     )
-    assert mixed == SLAConfig(
-        topk=0.25, block_q=32, inductor={"epilogue_fusion": False, "max_autotune": True}
-    )
+    assert mixed == SLAConfig(topk=0.25, block_q=32, inductor={"epilogue_fusion": False, "max_autotune": True})
     assert list(mixed.inductor) == ["epilogue_fusion", "max_autotune"]
-    assert SLAConfig.from_options({"inductor": {"epilogue-fusion": False}}).inductor == {
-        "epilogue_fusion": False
-    }
+    assert SLAConfig.from_options({"inductor": {"epilogue-fusion": False}}).inductor == {"epilogue_fusion": False}
 
 
 def test_no_field_is_also_an_inductor_option() -> None:
@@ -501,9 +484,7 @@ def test_default_mode_changes_nothing() -> None:
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_mode_needs_inductor(inner: str) -> None:
-    with fails_with(
-        f"mode: got 'max-autotune' (str); accepted: only with inner='inductor', not with inner={inner!r}"
-    ):
+    with fails_with(f"mode: got 'max-autotune' (str); accepted: only with inner='inductor', not with inner={inner!r}"):
         SLAConfig.from_options({"inner": inner}, mode="max-autotune")
 
 

@@ -411,9 +411,7 @@ def test_prepare_changes_nothing_but_gates() -> None:
         assert after.pop(name) is parameter
         assert torch.equal(parameter, value)
         assert parameter.requires_grad is trainable
-    assert sorted(after) == sorted(
-        f"blocks.{i}.attention.sla.{name}" for i in range(2) for name in ("weight", "bias")
-    )
+    assert sorted(after) == sorted(f"blocks.{i}.attention.sla.{name}" for i in range(2) for name in ("weight", "bias"))
     assert not any(bool(p.any()) for p in after.values())
     assert all(p.requires_grad for p in after.values())
 

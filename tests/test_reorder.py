@@ -49,9 +49,7 @@ def qkv(queries: int = TOKENS, keys: int | None = None, heads: int = 2) -> list[
     return [torch.randn(2, *shape, HEAD_DIM, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-def by_hand(
-    q: Tensor, k: Tensor, v: Tensor, queries: Placement | None, keys: Placement | None, **told: Any
-) -> Tensor:
+def by_hand(q: Tensor, k: Tensor, v: Tensor, queries: Placement | None, keys: Placement | None, **told: Any) -> Tensor:
     """The definition on tokens gathered by plain indexing, and its output scattered back."""
     rows = torch.tensor(positions(queries, q.shape[2]) if queries else range(q.shape[2]))
     columns = torch.tensor(positions(keys, k.shape[2]) if keys else range(k.shape[2]))

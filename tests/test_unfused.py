@@ -127,9 +127,7 @@ REWRITTEN: dict[str, Call] = {
     "scale on both": lambda q, k, v: scores(q * SCALE**0.5, k * SCALE**0.5).softmax(-1) @ v,
     "scale in three places": lambda q, k, v: (scores(q * 0.5, 2 * k) * 0.25).softmax(-1) @ v,
     "scale in place": in_place,
-    "float32 softmax": lambda q, k, v: (
-        F.softmax(scores(q, k) * SCALE, dim=-1, dtype=torch.float32).to(q.dtype) @ v
-    ),
+    "float32 softmax": lambda q, k, v: F.softmax(scores(q, k) * SCALE, dim=-1, dtype=torch.float32).to(q.dtype) @ v,
     "cast to float and back": lambda q, k, v: (scores(q, k) * SCALE).float().softmax(-1).type_as(q) @ v,
     "float32 queries and keys": upcast,
     "dropout of 0": lambda q, k, v: F.dropout((scores(q, k) * SCALE).softmax(-1), 0.0) @ v,
