@@ -314,7 +314,7 @@ def report(options: argparse.Namespace) -> None:
         "",
         f"    {machine['command']}",
         "",
-        *([machine["note"], ""] if "note" in machine else []),
+        *([*textwrap.wrap(options.note, 118), ""] if options.note else []),
         *what_was_done(known, results["real"]["frechet"], machine["workers"]),
         "",
         *main_table(groups, known.tokens, known.block),
@@ -364,6 +364,7 @@ def main() -> None:
     parser.add_argument("--inner", choices=("inductor", "eager"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--report", action="store_true", help="write the table and the pictures instead")
+    parser.add_argument("--note", default="", help="what to say of the run at the head of the report")
     parser.add_argument("--report-to", type=Path, default=HERE, help="folder of the table and the pictures")
     options = parser.parse_args()
     if options.report:

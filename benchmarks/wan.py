@@ -1,6 +1,6 @@
 """Wan2.1 end to end on one GPU: a denoising forward and a training step, dense against ``backend="sla"``.
 
-    python benchmarks/wan.py --regional --json wan.json                             # 1.3B, about five minutes
+    python benchmarks/wan.py --regional --json wan.json                             # 1.3B, about four minutes
     python benchmarks/wan.py --regional --model 14B --layers 4 --json wan14.json    # as many layers as fit
 
 The true configuration with random weights in bf16; a training step is forward and backward with activation

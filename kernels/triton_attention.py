@@ -61,10 +61,8 @@ def forward(
         fast = hopper.usable(q, k, v, scale=scale, block_q=block_q, block_k=block_k, masked=masked)
         pooled_q = block_means(q, block_q)
         states = normalizers = None
-        if has_linear and fast:
-            states, normalizers, pooled_k = hopper.key_states(k, v, block_k, feature_map, True)
-        elif has_linear:
-            states, normalizers, pooled_k = key_states(k, v, block_k, feature_map, logit_bias, pool=True)
+        if has_linear:
+            states, normalizers, pooled_k = _key_states(k, v, block_k, feature_map, logit_bias, fast, pool=True)
         else:
             pooled_k = block_means(k, block_k, logit_bias)
         block_map, lists, counts = _classes(
@@ -135,10 +133,7 @@ def backward(
         if weight is not None and has_linear:
             gate = gate_matrix(weight, q.dtype)
             linear_out = vector_readable(linear_out)
-            if fast:
-                states, normalizers, _ = hopper.key_states(k, v, block_k, feature_map, False)
-            else:
-                states, normalizers, _ = key_states(k, v, block_k, feature_map, logit_bias, pool=False)
+            states, normalizers, _ = _key_states(k, v, block_k, feature_map, logit_bias, fast, pool=False)
             matrices = _summed_blocks(block_map, states.dtype, linear, block_q, block_k, causal)
             states, normalizers = _sum_over_keys(states, normalizers, matrices)
         grad_states: torch.Tensor | None
@@ -197,6 +192,22 @@ def backward(
             )
         dweight, dbias = gate_backward(grad_out, linear_out, weight, bias, has_linear)
         return dq, dk, dv, dweight, dbias
+
+
+def _key_states(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_k: int,
+    feature_map: str,
+    logit_bias: torch.Tensor | None,
+    fast: bool,
+    *,
+    pool: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`key_states`, by Gluon where it is ``fast``: there is no bias then."""
+    if fast:
+        return hopper.key_states(k, v, block_k, feature_map, pool)
+    return key_states(k, v, block_k, feature_map, logit_bias, pool=pool)
 
 
 def _classes(
