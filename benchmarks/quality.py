@@ -45,7 +45,7 @@ from sla_compile.blocks import num_blocks, num_critical  # noqa: E402
 ROUNDS: tuple[tuple[tuple[str, ...], tuple[float, ...], int], ...] = (
     (MAIN, (0.95,), 99),
     (("sla-scaled", "calibrated-scaled", "calibrated-tuned-scaled"), (0.95,), 99),
-    (("dense-long", "sla-long"), (0.95,), 1),
+    (("dense-long", "sla-long", "sparse-long"), (0.95,), 99),
     (("sla-tiles", "sparse-tiles"), (0.95,), 99),
     (("sparse", "sla"), (0.90, 0.80), 99),
     (("calibrated-tiles",), (0.95,), 99),
@@ -174,9 +174,9 @@ def excess(row: Row, base: Row) -> float:
     return 100 * (float(row["after"]) / float(base["after"]) - 1)
 
 
-def main_table(groups: Groups, tokens: int, block: int) -> list[str]:
-    """Every arm: losses, Frechet distance, time."""
-    dense = groups.get(("dense", None), [])
+def main_table(groups: Groups, tokens: int, block: int, base: str = "dense") -> list[str]:
+    """Every arm: losses, how far above those of the arm ``base``, Frechet distance, time."""
+    dense = groups.get((base, None), [])
     lines = [
         "| arm | sparsity | critical blocks of a row | loss before | loss after | above dense, % | Fréchet | ms/step |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -234,14 +234,16 @@ def bars(groups: Groups) -> list[str]:
         else:
             text = f"**{'met' if far / near >= 5 else 'missed'}**, {far / near:.1f} times ({far:+.2f}% to {near:+.2f}%)"
         lines.append(f"- {title} at least 5 times closer to dense than sparse only: {text}.")
-    for share in (0.95, 0.90, 0.80):
-        closed = [100 * (1 - row["error_gated"] / row["error_sparse"]) for row in groups.get(("calibrated", share), [])]
-        if closed:
-            met = "met" if statistics.fmean(closed) >= 50 else "missed"
-            lines.append(
-                f"- Calibration alone closes half of sparse only's attention error on held-out videos, {share:.0%}: "
-                f"**{met}**, {spread(closed, '.1f')}%."
-            )
+    for arm, how in (("calibrated", ""), ("calibrated-scaled", ", with a scaled sparse branch,")):
+        for share in (0.95, 0.90, 0.80):
+            rows = groups.get((arm, share), [])
+            closed = [100 * (1 - row["error_gated"] / row["error_sparse"]) for row in rows]
+            if closed:
+                met = "met" if statistics.fmean(closed) >= 50 else "missed"
+                lines.append(
+                    f"- Calibration alone{how} closes half of sparse only's attention error on held-out videos, "
+                    f"{share:.0%}: **{met}**, {spread(closed, '.1f')}%."
+                )
     return lines
 
 
@@ -253,6 +255,15 @@ def variants(groups: Groups) -> list[str]:
         if varied != arm and (above := paired(rows, groups.get((varied, share), []), excess)):
             lines.append(f"- {ARMS[arm].title}, beside {ARMS[varied].title}, {share:.0%}: {spread(above, '+.2f')}%.")
     return lines
+
+
+def longer_training(groups: Groups, settings: Settings) -> list[str]:
+    """The table of the arms that are trained longer, and how the losses of SLA went."""
+    if not groups:
+        return []
+    rows = [row for (arm, _), rows in groups.items() if arm == "sla-long" for row in rows]
+    table = main_table(groups, settings.tokens, settings.block, "dense-long")
+    return ["Trained longer, with autocast to bf16 on a GPU:", "", *table, "", *stability(rows), ""]
 
 
 def stability(rows: Sequence[Row]) -> list[str]:
@@ -302,9 +313,9 @@ def report(options: argparse.Namespace) -> None:
     known = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
     samples = torch.load(options.out / "samples.pt", weights_only=True)
     shown = {job.key: samples[job.key] for job in jobs_of(MAIN, [0.95], [0]) if job.key in samples}
-    long = [row for row in results.values() if row.get("arm") == "sla-long"]
-    compared = {key: row for key, row in results.items() if row.get("arm") != "sla-long"}
+    compared = {key: row for key, row in results.items() if "arm" in row and ARMS[row["arm"]].longer == 1}
     groups = aggregate(compared)
+    long = aggregate({key: row for key, row in results.items() if "arm" in row and key not in compared})
     varied = variants(groups)
     seeds = sorted({row["seed"] for rows in groups.values() for row in rows})
     text = [
@@ -328,7 +339,7 @@ def report(options: argparse.Namespace) -> None:
         "",
         *time_table(groups),
         "",
-        *(["A longer training of SLA, with autocast to bf16 on a GPU:", "", *stability(long), ""] if long else []),
+        *longer_training(long, known),
         "![held-out loss and Fréchet distance against sparsity](quality.png)",
         "",
         "Samples of the first seed at 95% sparsity, from the same noise; in reading order:",

@@ -71,6 +71,7 @@ ARMS |= {
     "sla-wide": Arm("SLA, blocks twice as long", wide=2),
     "sparse-wide": Arm("sparse only, blocks twice as long", branch="none", wide=2),
     "sla-long": Arm("SLA, trained four times as long", longer=4),
+    "sparse-long": Arm("sparse only, trained four times as long", branch="none", longer=4),
     "dense-long": Arm("dense, trained on four times as long", "dense", longer=4),
     "sla-scaled": Arm("SLA, sparse branch scaled", scaled=True),
     "calibrated-scaled": Arm("SLA, sparse branch scaled, calibrated only", scaled=True, calibrated=True, trained=False),
