@@ -6,6 +6,7 @@ Each entry says what public thing it waits for. ``tests/test_compat.py`` enters 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 import types
@@ -325,13 +326,14 @@ def lower_gather(op: Any, table: Callable[..., torch.Tensor]) -> None:
 
 
 def triton_cache_folder(device: torch.device) -> str:
-    """Where Triton will cache on disk once Inductor has run a kernel of its own: Inductor chooses that then.
+    """Where Triton caches on disk from now on: where Inductor has it cache, which it settles with its first kernel.
 
-    Goes when torch tells publicly where.
+    A graph need not have one, and its attention's kernels would be looked for elsewhere. Goes when torch tells where.
     """
     from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 
-    return triton_cache_dir(torch.cuda.current_device() if device.index is None else device.index)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(index))
 
 
 def size_hint(size: int | torch.SymInt) -> int | None:

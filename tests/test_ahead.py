@@ -298,12 +298,15 @@ def test_a_process_that_fails_leaves_no_note(
 
 
 FIRST_RUN = """\
+import logging
 import sys
 import torch
 import triton
 from sla_compile import ahead
 from tests.test_ahead import Model
 
+logging.basicConfig()
+logging.getLogger("sla_compile.ahead").setLevel(logging.DEBUG)  # why a kernel is not there
 start = ahead.start
 ahead.start = lambda work, folder: start(work, folder).join()  # all is there before the first launch
 found = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -240,9 +241,10 @@ def test_plain_function_name() -> None:
 
 
 def test_triton_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user's own, or the one that Inductor will make the process use."""
+    """The user's own, or the one that Inductor would make the process use, which it uses from then on."""
     monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere")
     assert compat.triton_cache_folder(torch.device("cuda", 3)) == "/somewhere"
     monkeypatch.delenv("TRITON_CACHE_DIR")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/inductor")
     assert compat.triton_cache_folder(torch.device("cuda", 3)) == "/inductor/triton/3"
+    assert os.environ["TRITON_CACHE_DIR"] == "/inductor/triton/3"

@@ -152,8 +152,9 @@ def rounding(case: Case, tensors: Tensors, name: str, wanted: torch.Tensor) -> f
     """What float32 in a backward of FlashAttention's form costs, in the norm of the whole gradient.
 
     Probabilities come from the logits and their stored log-sum-exp again, so they are off by the rounding of these,
-    of a sum over the head's dimensions each; and dP - D, where one key has all the weight, is the difference of two
-    equal numbers, of which D comes from the stored output: on a GPU in its own precision, as in FlashAttention.
+    of a sum over the head's dimensions each: half an eps for each term where they are added one after the other. And
+    dP - D, where one key has all the weight, is the difference of two equal numbers, of which D comes from the stored
+    output: on a GPU in its own precision, as in FlashAttention.
     """
     if name in ("out", "dweight", "dbias"):
         return 0.0
@@ -165,7 +166,7 @@ def rounding(case: Case, tensors: Tensors, name: str, wanted: torch.Tensor) -> f
     logit = (q @ k.mT).abs().max().item() * scale
     other = {"dq": largest["k"], "dk": largest["q"], "dv": 0.0}[name]
     cancelled = largest["dO"] * largest["v"] * other * scale * (wanted.numel() / wanted.shape[-1]) ** 0.5
-    return 8 * eps * logit * wanted.norm().item() + max(stored, 4 * eps) * cancelled
+    return q.shape[-1] / 2 * eps * logit * wanted.norm().item() + max(stored, 4 * eps) * cancelled
 
 
 def definition(case: Case, tensors: Tensors, block_map: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
