@@ -61,6 +61,8 @@ def key_consumer(
     ROWS: gl.constexpr = 64
     STAGES: gl.constexpr = ring.type.shape[0]
     PARTS: gl.constexpr = BLOCK_Q // TILE_Q
+    # products in flight over the end of a step: the next S, but a lone consumer has no registers left for it
+    AHEAD: gl.constexpr = 1 if TILE_K == 128 else 0
     dtype: gl.constexpr = ring.dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED_DIM, 16])
@@ -113,33 +115,53 @@ def key_consumer(
             value_accumulator = zero
         turn += 1
 
-        for _step in range(count * PARTS):
-            index = taken % STAGES
-            query, grad = split_pair(ring.index(index), TILE_Q, tile_layout)
-            query = query.reshape([TILE_Q, PADDED_DIM])
-            grad = grad.reshape([TILE_Q, PADDED_DIM])
+        steps = count * PARTS
+        if steps > 0:
             zero_scores = gl.zeros([ROWS, TILE_Q], gl.float32, scores_layout)
-            mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
-            # [keys, dims] x [dims, queries]
-            scores = warpgroup_mma(key, query.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
-            grad_weights = warpgroup_mma(value, grad.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(1, deps=(scores,))
-            lse = view_as(statistics_ring.index(index * 2), gl.float32, [TILE_Q], vector_layout)
-            weights = gl.exp2(scores * scale_log2 - lse.load(query_layout)[None, :])
-            weights_operand = gl.convert_layout(weights.to(dtype), operand_layout)
-            # [keys, queries] x [queries, dims]
-            value_accumulator = warpgroup_mma(weights_operand, grad, value_accumulator, is_async=True)
-            grad_weights = warpgroup_mma_wait(1, deps=(grad_weights,))
-            delta = view_as(statistics_ring.index(index * 2 + 1), gl.float32, [TILE_Q], vector_layout)
-            grad_scores = weights * (grad_weights * scale - delta.load(query_layout)[None, :])
-            scores_operand = gl.convert_layout(grad_scores.to(dtype), operand_layout)
-            key_accumulator = warpgroup_mma(scores_operand, query, key_accumulator, is_async=True)
-            value_accumulator, key_accumulator, _, _ = warpgroup_mma_wait(
-                0, deps=(value_accumulator, key_accumulator, weights_operand, scores_operand)
-            )
-            fence_async_shared()
-            mbarrier.arrive(ring_empty.index(index), count=1)
-            taken += 1
+            if AHEAD:
+                first = taken % STAGES
+                mbarrier.wait(ring_full.index(first), taken // STAGES & 1)
+                first_query = split_pair(ring.index(first), TILE_Q, tile_layout)[0].reshape([TILE_Q, PADDED_DIM])
+                scoring = warpgroup_mma(key, first_query.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+            for step in range(steps):
+                index = taken % STAGES
+                tiles = split_pair(ring.index(index), TILE_Q, tile_layout)
+                query = tiles[0].reshape([TILE_Q, PADDED_DIM])
+                grad = tiles[1].reshape([TILE_Q, PADDED_DIM])
+                # [keys, dims] x [dims, queries]
+                if AHEAD:
+                    scores = warpgroup_mma_wait(0, deps=(scoring,))
+                    grad_weights = warpgroup_mma(value, grad.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+                else:
+                    mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
+                    scores = warpgroup_mma(key, query.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+                    grad_weights = warpgroup_mma(value, grad.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+                    scores = warpgroup_mma_wait(1, deps=(scores,))
+                lse = view_as(statistics_ring.index(index * 2), gl.float32, [TILE_Q], vector_layout)
+                weights = gl.exp2(scores * scale_log2 - lse.load(query_layout)[None, :])
+                weights_operand = gl.convert_layout(weights.to(dtype), operand_layout)
+                # [keys, queries] x [queries, dims]
+                value_accumulator = warpgroup_mma(weights_operand, grad, value_accumulator, is_async=True)
+                grad_weights = warpgroup_mma_wait(1, deps=(grad_weights,))
+                delta = view_as(statistics_ring.index(index * 2 + 1), gl.float32, [TILE_Q], vector_layout)
+                grad_scores = weights * (grad_weights * scale - delta.load(query_layout)[None, :])
+                scores_operand = gl.convert_layout(grad_scores.to(dtype), operand_layout)
+                key_accumulator = warpgroup_mma(scores_operand, query, key_accumulator, is_async=True)
+                if AHEAD:
+                    # the last step makes its own scores again, which nobody reads
+                    following = taken + gl.where(step + 1 < steps, 1, 0)
+                    coming = following % STAGES
+                    mbarrier.wait(ring_full.index(coming), following // STAGES & 1)
+                    next_query = split_pair(ring.index(coming), TILE_Q, tile_layout)[0].reshape([TILE_Q, PADDED_DIM])
+                    scoring = warpgroup_mma(key, next_query.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+                value_accumulator, key_accumulator, _weights, _scores = warpgroup_mma_wait(
+                    AHEAD, deps=(value_accumulator, key_accumulator, weights_operand, scores_operand)
+                )
+                fence_async_shared()
+                mbarrier.arrive(ring_empty.index(index), count=1)
+                taken += 1
+            if AHEAD:
+                warpgroup_mma_wait(0, deps=(scoring,))
         mbarrier.arrive(own_empty, count=1)
 
         rows = key_tile * TILE_K + CONSUMER * ROWS + row_lanes

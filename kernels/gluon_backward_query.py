@@ -10,6 +10,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -57,8 +58,8 @@ def query_consumer(
     score_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, scores_layout))
     row_lanes = gl.arange(0, ROWS, layout=gl.SliceLayout(1, out_layout))
     dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, out_layout))
-    query = own_q.reshape([TILE_Q, PADDED_DIM]).slice(CONSUMER * ROWS, ROWS)
-    grad = own_grad.reshape([TILE_Q, PADDED_DIM]).slice(CONSUMER * ROWS, ROWS)
+    # its own rows stay in registers: from shared memory, products of 64 columns would ask for all that it can give
+    own_layout: gl.constexpr = gl.DotOperandLayout(0, scores_layout, 2)
     scale_log2 = scale * 1.4426950408889634
 
     taken = 0
@@ -87,6 +88,10 @@ def query_consumer(
             accumulator = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
 
         mbarrier.wait(own_full, turn & 1)
+        query = own_q.reshape([TILE_Q, PADDED_DIM]).slice(CONSUMER * ROWS, ROWS).load(own_layout)
+        grad = own_grad.reshape([TILE_Q, PADDED_DIM]).slice(CONSUMER * ROWS, ROWS).load(own_layout)
+        fence_async_shared()
+        mbarrier.arrive(own_empty, count=1)
         turn += 1
         for _step in range(count * PARTS):
             index = taken % STAGES
@@ -107,7 +112,6 @@ def query_consumer(
             accumulator, _ = warpgroup_mma_wait(0, deps=(accumulator, operand))
             mbarrier.arrive(ring_empty.index(index), count=1)
             taken += 1
-        mbarrier.arrive(own_empty, count=1)
         gl.store((grad_q + base + row_offsets)[:, None] + dims[None, :], accumulator.to(dtype), mask=stored)
 
 

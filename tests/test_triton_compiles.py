@@ -86,8 +86,10 @@ HOPPER_CASES = [
 ]
 
 
-def compile_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """From now on a launch compiles for an H100, and goes no further; the names of the kernels launched."""
+def compile_launches(
+    monkeypatch: pytest.MonkeyPatch, capability: int = 90, shared_memory: int = SHARED_MEMORY
+) -> list[str]:
+    """From now on a launch compiles for a GPU, an H100, and goes no further; the names of the kernels launched."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
@@ -100,8 +102,8 @@ def compile_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ) -> None:
             source = source_of(kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | constants)
             options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
-            binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-            assert binary.metadata.shared <= SHARED_MEMORY, kernel.fn.__name__
+            binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+            assert binary.metadata.shared <= shared_memory, kernel.fn.__name__
             compiled.append(kernel.fn.__name__)
 
         return launch
@@ -119,6 +121,15 @@ def test_every_launch_compiles(case: Case, dtype: torch.dtype, monkeypatch: pyte
     assert {"attention_forward_kernel", "attention_backward_query_kernel", "attention_backward_key_kernel"} <= {
         *compiled
     }
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_every_launch_fits_a_smaller_gpu(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ada, as an RTX 4090, and the small Blackwells give a program 99 KiB of shared memory."""
+    compiled = compile_launches(monkeypatch, 89, 99 * 1024)
+    case = Case(tokens=70, head_dim=head_dim)
+    run_kernels(case, inputs(case, torch.bfloat16, "cpu"))
+    assert {"attention_forward_kernel", "key_state_kernel", "gate_gradient_kernel"} <= {*compiled}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
