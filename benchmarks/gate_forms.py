@@ -13,30 +13,20 @@ Axes: H heads, N tokens, D head dimension, P = 4 D + 1 features.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from checkpoints import Batch, Study, parser
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-
-from arms import build
-from settings import PRESETS
-from videos import Batch, Data
-
-import sla_compile
 from sla_compile.interception import GatedCall, gated_calls
 
 SPARSE, SPARSE_BY_MASS, LINEAR, LINEAR_BY_REST = range(4)
-CALIBRATION_SEED = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -97,8 +87,8 @@ class Sums:
         return float((squared.clamp(min=0) / self.norm).sqrt())
 
 
-def fitted(form: Form, sums: Sums, ridge: float = 1e-2, rounds: int = 30) -> Tensor:
-    """The matrix (H, P, D) of ``form`` with the least error on ``sums``, numbers and W, b in turn."""
+def fitted(form: Form, sums: Sums, ridge: float = 1e-2, rounds: int = 3000) -> Tensor:
+    """The matrix (H, P, D) of ``form`` with the least error on ``sums``: numbers and W, b in turn, till they settle."""
     gram, cross = torch.as_tensor(sums.gram), torch.as_tensor(sums.cross)
     heads, count, dim = cross.shape
     columns = [slice(i * dim, (i + 1) * dim) for i in range(4)]
@@ -129,7 +119,9 @@ def fitted(form: Form, sums: Sums, ridge: float = 1e-2, rounds: int = 30) -> Ten
         if form.free:
             rest = cross - gram @ fixed
             traces = [rest[:, columns[i]].diagonal(dim1=1, dim2=2).sum(-1) for i in form.scaled]
-            numbers = torch.linalg.solve(within, torch.stack(traces, dim=-1))
+            before, numbers = numbers, torch.linalg.solve(within, torch.stack(traces, dim=-1))
+            if (numbers - before).abs().max() < 1e-9:
+                break
     return scaled_part() + fixed
 
 
@@ -166,28 +158,16 @@ def closed(form: Form, seen: Sums, held_out: Sums) -> tuple[float, float]:
     return in_sample, beyond
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Gather, fit every form, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a pretrained-S.pt of quality.py or finetune.py")
-    parser.add_argument("--preset", choices=list(PRESETS), default="gpu", help="that of the checkpoint")
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.95, 0.9, 0.8])
-    parser.add_argument("--linear", choices=("marginal", "all"), default="marginal")
-    parser.add_argument("--videos", type=int, default=128, help="of the calibration; a quarter as many are held out")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    settings, device = PRESETS[options.preset], torch.device(options.device)
-    model = build(settings).to(device)
-    model.load_state_dict(torch.load(options.checkpoint, map_location=device, weights_only=True))
-    batch = min(settings.batch, max(1, options.videos // 4))
-    data = Data(settings.size, batch, device, settings.shift)
-    held_out = data.held_out(max(1, options.videos // (4 * batch)))
-    blocks = {"block_q": settings.block, "block_k": settings.block, "bottomk": settings.bottomk, "min_tokens": 0}
-    sla_compile.prepare(model, held_out[0][:2], config={**blocks, "linear": options.linear})
+    arguments = parser(__doc__, videos=128)
+    arguments.add_argument("--sparsity", type=float, nargs="+", default=[0.95, 0.9, 0.8])
+    arguments.add_argument("--linear", choices=("marginal", "all"), default="marginal")
+    options = arguments.parse_args(given)
+    study = Study(options, batches=4)
+    study.prepare(linear=options.linear)
     topks = [round(1 - sparsity, 6) for sparsity in options.sparsity]
-    count = max(1, options.videos // batch)
-    seen = gathered(model, (data(CALIBRATION_SEED + i) for i in range(count)), topks)
-    fresh = gathered(model, held_out, topks)
+    seen, fresh = (gathered(study.model, batches, topks) for batches in (study.seen(), study.held_out))
     table = Table("form of the gate", "sparsity", "closed, held out", "of each attention", "closed, seen")
     for topk in topks:
         for form in FORMS:
@@ -198,8 +178,7 @@ def main() -> None:
             table.add_row(form.title, f"{1 - topk:.0%}", means[0], each, means[1])
         table.add_section()
     console = Console(width=140)
-    counts = f"{count * batch} videos, {len(held_out) * batch} held out"
-    console.print(f"{options.checkpoint.name}, linear={options.linear!r}, {counts}")
+    console.print(f"{study.name}, linear={options.linear!r}, {study.counts}")
     console.print(table)
 
 

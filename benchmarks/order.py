@@ -1,7 +1,7 @@
 """What the order of a video's tokens does to Sparse-Linear Attention: how much of the exact attention it catches.
 
-    python -m benchmarks.order CHECKPOINT [CHECKPOINT ...] [--videos 1] [--json order.json]
-    python -m benchmarks.order --pooled CHECKPOINT                              # six videos or more
+    python benchmarks/order.py CHECKPOINT [CHECKPOINT ...] [--videos 1] [--json order.json]
+    python benchmarks/order.py --pooled CHECKPOINT                              # six videos or more
 
 A checkpoint is the ``pretrained-<seed>.pt`` that examples/finetune.py or benchmarks/quality.py leaves in its folder,
 beside its settings.json: a dense video transformer, trained on moving shapes. Its attention is looked at on held-out
@@ -20,19 +20,19 @@ import argparse
 import json
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints import Data, load
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import sla_compile
-from examples.settings import Settings
-from examples.video_dit import SelfAttention, VideoDiT, VideoDiTConfig
-from examples.videos import Data
 from sla_compile.calibration import gather
+from sla_compile.interception import GatedCall, gated_calls
 from sla_compile.order import ORDERS, Placement
 from sla_compile.reordering import reorder
 
@@ -46,25 +46,6 @@ Key = tuple[str, int, float]
 
 Looked = dict[Key, dict[str, float]]
 """Mass and error."""
-
-
-class Recorded(SelfAttention):
-    """Attention that keeps the queries, keys and values of its last call."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.seen = q, k, v
-        return super().attend(q, k, v)
-
-
-def trained(checkpoint: Path, device: torch.device) -> tuple[VideoDiT, Settings]:
-    """The model of a checkpoint, and the settings that it was trained with."""
-    given = json.loads((checkpoint.parent / "settings.json").read_text())
-    names = Settings.__dataclass_fields__
-    settings = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if name in names})
-    shape = ("patch", "heads", "head_dim", "layers", "mlp_ratio")
-    model = VideoDiT(VideoDiTConfig(**{name: getattr(settings, name) for name in shape}), Recorded)
-    model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
-    return model.to(device).eval(), settings
 
 
 def look(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, ...], orders: tuple[str, ...]) -> Looked:
@@ -96,17 +77,26 @@ def look(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, ...], orders: tuple[s
 def measure(checkpoints: list[Path], videos: int, device: torch.device) -> list[dict[str, Any]]:
     """One row for each checkpoint, video, time, layer, order, block and topk."""
     rows = []
+    calls: list[GatedCall] = []
+
+    def keep(call: GatedCall) -> Tensor:
+        calls.append(call)
+        return call.dense
+
     for number, checkpoint in enumerate(checkpoints):
-        model, settings = trained(checkpoint, device)
-        grid = tuple(size // patch for size, patch in zip(settings.size, settings.patch, strict=True))
+        model, settings = load(checkpoint, device)
         clean = list(Data(settings.size, 1, device).videos(videos, seed=10 + number))
+        sla_compile.prepare(model, (clean[0], torch.zeros(1, device=device)), config={"min_tokens": 0})
         generator = torch.Generator().manual_seed(number)
         for video in clean:
             for time in TIMES:
                 noise = torch.randn(video.shape, generator=generator).to(device)
-                model((1 - time) * video + time * noise, torch.full((1,), time, device=device))
-                for layer, block in enumerate(model.blocks):
-                    for (kind, size, topk), numbers in look(*block.attn.seen, grid, ORDERS).items():
+                calls.clear()
+                with gated_calls(model, keep):
+                    model((1 - time) * video + time * noise, torch.full((1,), time, device=device))
+                for layer, call in enumerate(calls):
+                    looked = look(call.query, call.key, call.value, settings.grid, ORDERS)
+                    for (kind, size, topk), numbers in looked.items():
                         where = {"checkpoint": checkpoint.name, "time": time, "layer": layer}
                         rows.append({**where, "order": kind, "block": size, "topk": topk, **numbers})
     return rows
@@ -115,7 +105,7 @@ def measure(checkpoints: list[Path], videos: int, device: torch.device) -> list[
 @torch.no_grad()
 def pooled(checkpoint: Path, videos: int, device: torch.device, console: Console) -> None:
     """Print the error of the sparse branch over ``videos`` held-out ones, for every order, block and smaller topk."""
-    model, settings = trained(checkpoint, device)
+    model, settings = load(checkpoint, device)
     held_out = Data(settings.size, 1, device).held_out(videos)
     batches = [((noisy, time), {}) for noisy, time, _ in held_out]
     console.print("times " + ", ".join(f"{float(time):.2f}" for _, time, _ in held_out))
@@ -156,14 +146,15 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
     console.print(f"most mass, of {len(cases)} cases: {', '.join(f'{kind} {wins[kind]}' for kind in ORDERS)}")
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
+    """Look at every checkpoint, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", type=Path, nargs="+")
     parser.add_argument("--videos", type=int, default=1, help="held-out videos for each checkpoint")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write every row to this file")
     parser.add_argument("--pooled", action="store_true", help="the error as calibrate reports it, alone")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     if options.pooled:
         for checkpoint in options.checkpoints:
             pooled(checkpoint, max(options.videos, 6), torch.device(options.device), Console(width=120))

@@ -310,7 +310,7 @@ def report(options: argparse.Namespace) -> None:
     results = results_in(options.out)
     settings = json.loads((options.out / "settings.json").read_text())
     machine = json.loads((options.out / "machine.json").read_text())
-    known = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
+    known = Settings.from_dict(settings)
     samples = torch.load(options.out / "samples.pt", weights_only=True)
     shown = {job.key: samples[job.key] for job in jobs_of(MAIN, [0.95], [0]) if job.key in samples}
     compared = {key: row for key, row in results.items() if "arm" in row and ARMS[row["arm"]].longer == 1}

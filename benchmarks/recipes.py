@@ -9,28 +9,18 @@ same videos; then, on held-out ones, the error of each attention on the dense mo
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from checkpoints import Batch, Study, parser
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-
-from arms import build
-from settings import PRESETS
-from videos import Batch, Data
-
 import sla_compile
 from sla_compile.calibration import gather
-
-TRAINING_SEED = 4_000_000
 
 
 def measured(model: torch.nn.Module, compiled: Callable[..., torch.Tensor], held_out: list[Batch]) -> tuple[float, ...]:
@@ -47,30 +37,17 @@ def measured(model: torch.nn.Module, compiled: Callable[..., torch.Tensor], held
     return attention, (wrong / whole) ** 0.5, loss
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--preset", choices=list(PRESETS), default="gpu", help="that of the checkpoint")
-    parser.add_argument("--sparsity", type=float, default=0.95)
-    parser.add_argument("--videos", type=int, default=64, help="to train on; a quarter as many are held out")
-    parser.add_argument("--steps", type=int, default=60, help="of either distillation, a batch each")
-    parser.add_argument("--lr", type=float, default=1e-2)
-    parser.add_argument("--sparse-scale", action="store_true", help="gates that scale the sparse branch too")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    settings, device = PRESETS[options.preset], torch.device(options.device)
-    model = build(settings).to(device)
-    model.load_state_dict(torch.load(options.checkpoint, map_location=device, weights_only=True))
-    batch = min(settings.batch, max(1, options.videos // 8))
-    data = Data(settings.size, batch, device, settings.shift)
-    held_out = data.held_out(max(1, options.videos // (4 * batch)))
-    batches = [data(TRAINING_SEED + i)[:2] for i in range(max(1, options.videos // batch))]
-    blocks = {"block_q": settings.block, "block_k": settings.block, "bottomk": settings.bottomk, "min_tokens": 0}
-    sla_compile.prepare(
-        model,
-        batches[0],
-        config={**blocks, "topk": round(1 - options.sparsity, 6), "sparse_scale": options.sparse_scale},
-    )
+def main(given: Sequence[str] | None = None) -> None:
+    """Train the gates by each recipe, print the table."""
+    arguments = parser(__doc__, videos=64)
+    arguments.add_argument("--sparsity", type=float, default=0.95)
+    arguments.add_argument("--steps", type=int, default=60, help="of either distillation, a batch each")
+    arguments.add_argument("--lr", type=float, default=1e-2)
+    arguments.add_argument("--sparse-scale", action="store_true", help="gates that scale the sparse branch too")
+    options = arguments.parse_args(given)
+    study = Study(options, batches=8)
+    study.prepare(topk=round(1 - options.sparsity, 6), sparse_scale=options.sparse_scale)
+    model, held_out, batches = study.model, study.held_out, [batch[:2] for batch in study.seen()]
     compiled = torch.compile(model, backend="sla")
     recipes: dict[str, Callable[[], object]] = {
         "gates of zero (sparse only)": lambda: None,
@@ -95,10 +72,8 @@ def main() -> None:
         table.add_row(name, f"{attention:.4f}", f"{output:.4f}", f"{loss:.4f}", f"{seconds:.0f}")
         Console(stderr=True).print(f"{name}: {attention:.4f} {output:.4f} {loss:.4f}, {seconds:.0f} s")
     console = Console(width=110)
-    count = f"{len(batches) * batch} videos, {len(held_out) * batch} held out, {options.steps} steps, lr {options.lr:g}"
-    console.print(
-        f"{options.checkpoint.name} at {options.sparsity:.0%}: {count}, torch {torch.__version__}, {device.type}"
-    )
+    counts = f"{study.counts}, {options.steps} steps, lr {options.lr:g}"
+    console.print(f"{study.name} at {options.sparsity:.0%}: {counts}, torch {torch.__version__}, {study.device.type}")
     console.print(table)
 
 

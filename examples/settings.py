@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,12 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """The fields, in plain JSON types."""
         return dict(json.loads(json.dumps(dataclasses.asdict(self))))
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Settings:
+        """The inverse of ``to_dict``; names that are no field, of another version, are left out."""
+        known = {field.name for field in dataclasses.fields(cls)} & given.keys()
+        return cls(**{name: tuple(given[name]) if isinstance(given[name], list) else given[name] for name in known})
 
     @property
     def grid(self) -> tuple[int, int, int]:

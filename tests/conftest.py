@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._device import _device_constructors
+
+ROOT = Path(__file__).resolve().parent.parent
 
 _FRESH = (
     (torch, ("empty", "empty_like", "empty_strided")),
@@ -33,3 +36,10 @@ def nan_fresh_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, names in _FRESH:
         for name in names:
             monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+
+
+@pytest.fixture
+def scripts_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modules of benchmarks/ and examples/ can be imported, as they are by the scripts beside them."""
+    for folder in ("examples", "benchmarks"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
