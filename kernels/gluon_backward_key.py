@@ -1,7 +1,8 @@
 """dK and dV for Hopper, written in Gluon: one producer warp, one or two consumer warpgroups of 64 keys each.
 
 The arithmetic is that of ``triton_backward``, on S^T, so that P^T and dS^T are made in the registers in which the
-next product reads them. Each warpgroup owns its outputs: no atomics, the same bits every time.
+next product reads them. Each warpgroup owns its outputs, so the bits are the same every time. Some keys are popular (18
+times the mean in a Wan2.1 with random weights): programs take blocks of keys as they come, the longest lists first.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gluon_pairs import make_buffers, matrix_of, pair_producer, split_pair, statistics_descriptor
+from .gluon_pairs import make_buffers, matrix_of, pair_producer, read_turn, split_pair, statistics_descriptor
 from .gluon_primitives import (
     feature_map_backward,
     load_row,
@@ -37,7 +38,6 @@ __all__ = ["attention_backward_key"]
 def key_consumer(
     buffers,
     barriers,
-    counts,
     grad_normalizers,
     grad_k,
     grad_v,
@@ -45,7 +45,6 @@ def key_consumer(
     num_keys,
     extents,
     CONSUMER: gl.constexpr,
-    BLOCK_K: gl.constexpr,
     TILE_K: gl.constexpr,
     BLOCK_Q: gl.constexpr,
     TILE_Q: gl.constexpr,
@@ -55,9 +54,9 @@ def key_consumer(
     HAS_LINEAR: gl.constexpr,
 ):
     """dK and dV of 64 keys: the linear branch's part from dh and dz, then one step for each tile of queries."""
-    own_k, own_v, ring, statistics_ring = buffers
+    own_k, own_v, ring, statistics_ring, turns = buffers
     own_full, own_empty, ring_full, ring_empty = barriers
-    num_columns, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows = extents
+    _num_columns, _total_tiles, tiles_per_head, num_heads, _list_width, matrix_rows = extents
     ROWS: gl.constexpr = 64
     STAGES: gl.constexpr = ring.type.shape[0]
     PARTS: gl.constexpr = BLOCK_Q // TILE_Q
@@ -79,13 +78,12 @@ def key_consumer(
 
     taken = 0
     turn = 0
-    for tile in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
+    mbarrier.wait(own_full, 0)
+    tile = read_turn(turns, 0)
+    while tile >= 0:
+        count = read_turn(turns, 1)
         key_tile, batch, head = locate_tile(tile, tiles_per_head, num_heads)
         batch_head = (batch * num_heads + head).to(gl.int64)
-        block = key_tile * TILE_K // BLOCK_K
-        count = gl.load(counts + batch_head * num_columns + block)
-
-        mbarrier.wait(own_full, turn & 1)
         zero = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
         if HAS_LINEAR:
             index = taken % STAGES
@@ -98,7 +96,7 @@ def key_consumer(
                 value_operand = gl.convert_layout(value.load(out_layout).to(gl.bfloat16), operand_layout)
                 grad_phi = warpgroup_mma(value_operand, grad_state.permute((1, 0)), zero, use_acc=False, is_async=True)
             grad_phi = warpgroup_mma_wait(0, deps=(grad_phi,))
-            state_row = batch_head * matrix_rows + gl.minimum(block, matrix_rows - 1)
+            state_row = batch_head * matrix_rows + gl.minimum(key_tile, matrix_rows - 1)
             normalizer = load_row(grad_normalizers + state_row * HEAD_DIM, dims, HEAD_DIM, PADDED_DIM)
             grad_phi += normalizer[None, :]
             own = key.load(out_layout).to(gl.float32)
@@ -113,7 +111,6 @@ def key_consumer(
         else:
             key_accumulator = zero
             value_accumulator = zero
-        turn += 1
 
         steps = count * PARTS
         if steps > 0:
@@ -173,9 +170,12 @@ def key_consumer(
             stored = (rows < num_keys)[:, None] & (dims < HEAD_DIM)[None, :]
         gl.store((grad_k + base + row_offsets)[:, None] + dims[None, :], key_accumulator.to(dtype), mask=stored)
         gl.store((grad_v + base + row_offsets)[:, None] + dims[None, :], value_accumulator.to(dtype), mask=stored)
+        turn += 1
+        mbarrier.wait(own_full, turn & 1)
+        tile = read_turn(turns, 0)
 
 
-@gluon.jit(do_not_specialize=["num_keys", "num_columns", "total_tiles", "list_width", "matrix_rows"])
+@gluon.jit(do_not_specialize=["num_keys", "total_tiles", "list_width", "matrix_rows"])
 def key_kernel(
     k_desc,
     v_desc,
@@ -185,18 +185,17 @@ def key_kernel(
     statistics_desc,
     lists,
     counts,
+    order,
     grad_normalizers,
     grad_k,
     grad_v,
     scale,
     num_keys,
-    num_columns,
     total_tiles,
     tiles_per_head,
     num_heads,
     list_width,
     matrix_rows,
-    BLOCK_K: gl.constexpr,
     TILE_K: gl.constexpr,
     BLOCK_Q: gl.constexpr,
     TILE_Q: gl.constexpr,
@@ -208,18 +207,18 @@ def key_kernel(
 ):
     CONSUMERS: gl.constexpr = TILE_K // 64
     buffers, barriers = make_buffers(k_desc, q_desc, statistics_desc, STAGES, CONSUMERS)
-    extents = (num_columns, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows)
+    extents = (tiles_per_head, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows)
     descriptors = (k_desc, v_desc, q_desc, grad_desc, matrix_desc, statistics_desc)
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
                 (key_consumer, (
-                    buffers, barriers, counts, grad_normalizers, grad_k, grad_v, scale, num_keys, extents, 0,
-                    BLOCK_K, TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR,
+                    buffers, barriers, grad_normalizers, grad_k, grad_v, scale, num_keys, extents, 0,
+                    TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR,
                 )),
                 (pair_producer, (
-                    descriptors, buffers, barriers, lists, counts, extents, BLOCK_K, TILE_K, BLOCK_Q, TILE_Q,
-                    HAS_LINEAR, True,
+                    descriptors, buffers, barriers, lists, counts, order, extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
+                    HAS_LINEAR, True, True,
                 )),
             ],
             [1],
@@ -229,16 +228,16 @@ def key_kernel(
         gl.warp_specialize(
             [
                 (key_consumer, (
-                    buffers, barriers, counts, grad_normalizers, grad_k, grad_v, scale, num_keys, extents, 0,
-                    BLOCK_K, TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR,
+                    buffers, barriers, grad_normalizers, grad_k, grad_v, scale, num_keys, extents, 0,
+                    TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR,
                 )),
                 (key_consumer, (
-                    buffers, barriers, counts, grad_normalizers, grad_k, grad_v, scale, num_keys, extents, 1,
-                    BLOCK_K, TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR,
+                    buffers, barriers, grad_normalizers, grad_k, grad_v, scale, num_keys, extents, 1,
+                    TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR,
                 )),
                 (pair_producer, (
-                    descriptors, buffers, barriers, lists, counts, extents, BLOCK_K, TILE_K, BLOCK_Q, TILE_Q,
-                    HAS_LINEAR, True,
+                    descriptors, buffers, barriers, lists, counts, order, extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
+                    HAS_LINEAR, True, True,
                 )),
             ],
             [4, 1],
@@ -257,49 +256,48 @@ def attention_backward_key(
     block_k: int,
     lists: torch.Tensor,
     counts: torch.Tensor,
+    order: torch.Tensor,
     grad_states: torch.Tensor | None,
     grad_normalizers: torch.Tensor | None,
     feature_map: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``triton_backward.attention_backward_key``, for what ``hopper.usable`` accepts."""
+    """As ``triton_backward.attention_backward_key``, for what ``hopper.usable`` accepts: tiles are blocks of keys."""
     batch, heads, keys, head_dim = k.shape
     padded = padded_dim(head_dim)
-    tile_k = 128 if block_k % 128 == 0 else 64
     tile_q = 64
-    tiles_per_head = ceil_div(keys, tile_k)
+    tiles_per_head = ceil_div(keys, block_k)
     total = tiles_per_head * batch * heads
-    programs = min(total, multiprocessors(q.device.index) * (2 if tile_k == 64 else 1))
+    programs = min(total, multiprocessors(q.device.index) * (2 if block_k == 64 else 1))
     grad_k, grad_v = (k.new_empty(batch, keys, heads, head_dim).transpose(1, 2) for _ in range(2))
     key_kernel[(programs,)](
-        tile_descriptor(k, tile_k),
-        tile_descriptor(v, tile_k),
+        tile_descriptor(k, block_k),
+        tile_descriptor(v, block_k),
         tile_descriptor(q, tile_q),
         tile_descriptor(grad_out, tile_q),
         matrix_descriptor(grad_states if grad_states is not None else q, head_dim),
         statistics_descriptor(statistics, tile_q),
         lists,
         counts,
+        order,
         grad_normalizers if grad_normalizers is not None else statistics,
         grad_k,
         grad_v,
         scale,
         keys,
-        ceil_div(keys, block_k),
         total,
         tiles_per_head,
         heads,
         lists.shape[3],
         grad_states.shape[2] if grad_states is not None else 1,
-        BLOCK_K=block_k,
-        TILE_K=tile_k,
+        TILE_K=block_k,
         BLOCK_Q=block_q,
         TILE_Q=tile_q,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded,
-        STAGES=(4 if tile_k == 128 else 2) * (128 // padded),
+        STAGES=(4 if block_k == 128 else 2) * (128 // padded),
         FEATURE_MAP=feature_map,
         HAS_LINEAR=grad_states is not None,
         num_warps=4,
-        maxnreg=168 if tile_k == 128 else 128,
+        maxnreg=168 if block_k == 128 else 128,
     )
     return grad_k, grad_v

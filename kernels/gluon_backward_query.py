@@ -44,7 +44,7 @@ def query_consumer(
     HAS_LINEAR: gl.constexpr,
 ):
     """dQ of 64 queries; the linear branch's part is already in ``grad_q``."""
-    own_q, own_grad, ring, statistics_ring = buffers
+    own_q, own_grad, ring, _statistics_ring, _turns = buffers
     own_full, own_empty, ring_full, ring_empty = barriers
     num_rows, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows = extents
     ROWS: gl.constexpr = 64
@@ -156,8 +156,8 @@ def query_kernel(
                     BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM, HAS_LINEAR,
                 )),
                 (pair_producer, (
-                    descriptors, buffers, barriers, lists, counts, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, False,
-                    False,
+                    descriptors, buffers, barriers, lists, counts, lists, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
+                    False, False, False,
                 )),
             ],
             [1],
@@ -175,8 +175,8 @@ def query_kernel(
                     BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM, HAS_LINEAR,
                 )),
                 (pair_producer, (
-                    descriptors, buffers, barriers, lists, counts, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, False,
-                    False,
+                    descriptors, buffers, barriers, lists, counts, lists, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
+                    False, False, False,
                 )),
             ],
             [4, 1],

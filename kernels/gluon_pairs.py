@@ -10,7 +10,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .gluon_primitives import all_threads, descriptor_of, load_tile, locate_tile, view_as
 
-__all__ = ["make_buffers", "matrix_of", "pair_producer", "split_pair", "statistics_descriptor"]
+__all__ = ["make_buffers", "matrix_of", "pair_producer", "read_turn", "split_pair", "statistics_descriptor"]
 
 
 @gluon.jit
@@ -20,6 +20,7 @@ def pair_producer(
     barriers,
     lists,
     counts,
+    order,
     extents,
     BLOCK: gl.constexpr,
     TILE: gl.constexpr,
@@ -27,22 +28,34 @@ def pair_producer(
     LISTED_TILE: gl.constexpr,
     HAS_MATRIX: gl.constexpr,
     HAS_STATISTICS: gl.constexpr,
+    HAS_ORDER: gl.constexpr,
 ):
     """Load a pair of own tiles, then through the ring (a matrix and) pairs of tiles (and their rows' statistics) of the
-    listed blocks."""
+    listed blocks.
+
+    With ``order``, of `longest_first`, programs take the next tile in it whenever they are done with one, and the
+    consumers learn from ``turns`` which that is, -1 at the end, and how many blocks it has; without, each has its own.
+    """
     own_a_desc, own_b_desc, listed_a_desc, listed_b_desc, matrix_desc, statistics_desc = descriptors
-    own_a, own_b, ring, statistics_ring = buffers
+    own_a, own_b, ring, statistics_ring, turns = buffers
     own_full, own_empty, ring_full, ring_empty = barriers
     num_lines, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows = extents
     STAGES: gl.constexpr = ring.type.shape[0]
     PARTS: gl.constexpr = LISTED_BLOCK // LISTED_TILE
+    turn_layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     tile_layout: gl.constexpr = listed_a_desc.layout
     matrix_dtype: gl.constexpr = matrix_desc.dtype
     matrix_layout: gl.constexpr = matrix_desc.layout
 
     filled = 0
     turn = 0
-    for tile in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
+    position = gl.program_id(0)
+    if HAS_ORDER:
+        position = gl.atomic_add(order + total_tiles, 1)
+    while position < total_tiles:
+        tile = position
+        if HAS_ORDER:
+            tile = gl.load(order + position)
         own_tile, batch, head = locate_tile(tile, tiles_per_head, num_heads)
         block = own_tile * TILE // BLOCK
         batch_head = batch * num_heads + head
@@ -52,6 +65,10 @@ def pair_producer(
         entry = gl.load(listed, mask=count > 0, other=0)
 
         mbarrier.wait(own_empty, (turn & 1) ^ 1)
+        if HAS_ORDER:
+            turns.index(0).store(gl.full([1], tile, gl.int32, turn_layout))
+            turns.index(1).store(gl.full([1], count, gl.int32, turn_layout))
+            all_threads()
         mbarrier.expect(own_full, own_a_desc.block_type.nbytes + own_b_desc.block_type.nbytes)
         load_tile(own_a_desc, [batch, head, own_tile * TILE, 0], own_full, own_a)
         load_tile(own_b_desc, [batch, head, own_tile * TILE, 0], own_full, own_b)
@@ -93,6 +110,22 @@ def pair_producer(
                 load_tile(listed_a_desc, [batch, head, start, 0], full, tile_a)
                 load_tile(listed_b_desc, [batch, head, start, 0], full, tile_b)
                 filled += 1
+        if HAS_ORDER:
+            position = gl.atomic_add(order + total_tiles, 1)
+        else:
+            position += gl.num_programs(0)
+    if HAS_ORDER:
+        mbarrier.wait(own_empty, (turn & 1) ^ 1)
+        turns.index(0).store(gl.full([1], -1, gl.int32, turn_layout))
+        all_threads()
+        mbarrier.arrive(own_full, count=1)
+
+
+@gluon.jit
+def read_turn(turns, INDEX: gl.constexpr):
+    """The tile (0) or its number of listed blocks (1) that the producer wrote."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.max(turns.index(INDEX).load(layout), 0)
 
 
 @gluon.jit
@@ -132,13 +165,14 @@ def make_buffers(own_desc, listed_desc, statistics_desc, STAGES: gl.constexpr, C
     statistics_ring = gl.allocate_shared_memory(
         gl.float32, [STAGES * 2] + statistics_desc.block_type.shape, statistics_desc.layout
     )
+    turns = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     own_full = make_barrier_ring(1, 1)
     own_empty = make_barrier_ring(1, CONSUMERS)
     ring_full = make_barrier_ring(STAGES, 1)
     ring_empty = make_barrier_ring(STAGES, CONSUMERS)
     fence_async_shared()
     all_threads()
-    buffers = (own_a, own_b, ring, statistics_ring)
+    buffers = (own_a, own_b, ring, statistics_ring, turns)
     barriers = (own_full.index(0), own_empty.index(0), ring_full, ring_empty)
     return buffers, barriers
 

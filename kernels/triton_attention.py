@@ -1,7 +1,7 @@
 """Sparse-Linear Attention on the GPU: the two launchers, each a straight line of kernels with no host sync.
 
 forward:  means and block states -> block scores -> classes and lists -> sums of states -> attention and gate.
-backward: states and their sums again -> D^s, dH, dZ, linear dQ -> sums of dH and dZ -> dQ -> dK, dV -> dW, db.
+backward: states and their sums again -> D^s, dH, dZ, linear dQ -> sums of dH and dZ -> lists -> dQ -> dK, dV -> dW, db.
 States are computed again in the backward: keeping them would cost more memory than q, k and v together.
 """
 
@@ -13,7 +13,13 @@ from sla_compile.blocks import forced_blocks, num_critical, num_negligible
 
 from . import hopper
 from .triton_backward import attention_backward_key, attention_backward_query
-from .triton_classify import block_scores, classify_rows, classify_rows_with_options, critical_lists
+from .triton_classify import (
+    block_scores,
+    classify_rows,
+    classify_rows_with_options,
+    critical_lists,
+    longest_first,
+)
 from .triton_forward import attention_forward
 from .triton_linear_backward import gate_backward, linear_backward
 from .triton_masks import block_tiers, key_bias
@@ -154,10 +160,12 @@ def backward(
                 matrices = _summed_blocks(block_map, grad_states.dtype, linear, block_q, block_k, causal, repeat)
             grad_states, grad_normalizers = _sum_over_queries(grad_states, grad_normalizers, matrices)
         rows, columns = (critical_lists(block_map, by_column=by_column) for by_column in (False, True))
+        # some keys are popular: rows have about as many critical blocks as each other, columns have not
+        order = longest_first(columns[1], block_map.shape[2])
         if fast:
             side = (grad_out, q, k, v, statistics, scale, block_q, block_k)
             hopper.attention_backward_query(*side, *rows, dq, has_linear)
-            dk, dv = hopper.attention_backward_key(*side, *columns, grad_states, grad_normalizers, feature_map)
+            dk, dv = hopper.attention_backward_key(*side, *columns, order, grad_states, grad_normalizers, feature_map)
         else:
             attention_backward_query(
                 grad_out,
@@ -180,6 +188,7 @@ def backward(
                 k,
                 v,
                 *columns,
+                order,
                 statistics,
                 grad_states,
                 grad_normalizers,

@@ -138,7 +138,15 @@ def attention_backward_query_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["stride_key_bias", "num_tokens", "num_keys", "num_tiles", "num_heads", "num_rows", "state_rows"]
+    do_not_specialize=[
+        "stride_key_bias",
+        "num_tokens",
+        "num_keys",
+        "num_columns",
+        "num_heads",
+        "num_rows",
+        "state_rows",
+    ]
 )
 def attention_backward_key_kernel(
     grad_out,
@@ -150,6 +158,7 @@ def attention_backward_key_kernel(
     grad_normalizers,
     lists,
     counts,
+    order,
     key_bias,
     grad_k,
     grad_v,
@@ -169,7 +178,7 @@ def attention_backward_key_kernel(
     scale,
     num_tokens,
     num_keys,
-    num_tiles,
+    num_columns,
     num_heads,
     num_rows,
     state_rows,
@@ -189,11 +198,13 @@ def attention_backward_key_kernel(
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
     PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
     PARTS: tl.constexpr = BLOCK_Q // TILE_Q
-    tile, batch, head = locate_program(num_tiles, num_heads)
-    batch_head = batch.to(tl.int64) * num_heads + head
-    first_key = tile * TILE_K
-    block_column = first_key // BLOCK_K
-    num_columns = tl.cdiv(num_keys, BLOCK_K)
+    COLUMN_PARTS: tl.constexpr = BLOCK_K // TILE_K
+    column = tl.load(order + tl.program_id(0) // COLUMN_PARTS)
+    block_column = column % num_columns
+    batch_head = (column // num_columns).to(tl.int64)
+    batch = column // num_columns // num_heads
+    head = column // num_columns % num_heads
+    first_key = block_column * BLOCK_K + tl.program_id(0) % COLUMN_PARTS * TILE_K
 
     keys = tl.arange(0, TILE_K)
     rows = tl.arange(0, TILE_Q)
@@ -249,8 +260,8 @@ def attention_backward_key_kernel(
     grad_base = head_pointer(grad_out, batch, head, stride_gb, stride_gh)
     row_pitch = tl.cdiv(num_tokens, BLOCK_Q) * BLOCK_Q
     row_statistics = statistics + batch_head * 2 * row_pitch
-    column_list = lists + (batch_head * num_columns + block_column) * num_rows
-    num_critical = tl.load(counts + batch_head * num_columns + block_column)
+    column_list = lists + column.to(tl.int64) * num_rows
+    num_critical = tl.load(counts + column)
     for step in range(num_critical * PARTS):
         start = tl.load(column_list + step // PARTS) * BLOCK_Q + (step % PARTS) * TILE_Q
         query = load_tile(q_base, start, rows, dims, stride_qn, num_tokens, PITCH, PADDED)
@@ -361,6 +372,7 @@ def attention_backward_key(
     v: torch.Tensor,
     lists: torch.Tensor,
     counts: torch.Tensor,
+    order: torch.Tensor,
     statistics: torch.Tensor,
     grad_states: torch.Tensor | None,
     grad_normalizers: torch.Tensor | None,
@@ -373,12 +385,14 @@ def attention_backward_key(
     causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dK and dV (B, H, Lk, D), in memory (B, Lk, H, D), of the critical rows ``lists`` (B, H, Tn, width) of each
-    column and, with a linear branch, of dh (B, H, Tn or 1, D, D up to a multiple of 8) and dz (B, H, Tn or 1, D)."""
+    column and, with a linear branch, of dh (B, H, Tn or 1, D, D up to a multiple of 8) and dz (B, H, Tn or 1, D). Work
+    begins in the ``order`` of `longest_first`."""
     batch, heads, tokens, head_dim = q.shape
     launch = launch_for("backward_key", head_dim, q.dtype, block_q, block_k)
-    tiles = ceil_div(k.shape[2], launch.tile_k)
+    columns = ceil_div(k.shape[2], block_k)
+    programs = batch * heads * columns * (block_k // launch.tile_k)
     dk, dv = (q.new_empty(batch, k.shape[2], heads, head_dim).transpose(1, 2) for _ in range(2))
-    attention_backward_key_kernel[(tiles * batch * heads,)](
+    attention_backward_key_kernel[(programs,)](
         grad_out,
         q,
         k,
@@ -388,6 +402,7 @@ def attention_backward_key(
         grad_normalizers if grad_normalizers is not None else statistics,
         lists,
         counts,
+        order,
         key_bias if key_bias is not None else statistics,
         dk,
         dv,
@@ -399,7 +414,7 @@ def attention_backward_key(
         scale,
         tokens,
         k.shape[2],
-        tiles,
+        columns,
         heads,
         lists.shape[3],
         grad_states.shape[2] if grad_states is not None else 1,

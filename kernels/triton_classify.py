@@ -20,9 +20,11 @@ from sla_compile.blocks import exact_fraction, num_blocks, shares_of
 from .triton_masks import batch_stride
 from .triton_tiles import ceil_div, power_of_two
 
-__all__ = ["block_scores", "classify_rows", "classify_rows_with_options", "critical_lists"]
+__all__ = ["block_scores", "classify_rows", "classify_rows_with_options", "critical_lists", "longest_first"]
 
 _SCORE_TILE = 64
+_ORDER_TILE = 128
+_ORDER_BINS = 32
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
@@ -216,6 +218,27 @@ def critical_list_kernel(
     tl.store(counts + program, store_list(lists + program * num_items, member, lanes))
 
 
+@triton.jit
+def length_key(counts, lines, total, longest, BINS: tl.constexpr):
+    """A key of each line by which the longest come first: its bin of length, then its index."""
+    count = tl.load(counts + lines, mask=lines < total, other=0)
+    bin_of_length = BINS - 1 - tl.minimum(count * BINS // (longest + 1), BINS - 1)
+    return tl.where(lines < total, bin_of_length * total + lines, 2147483647)
+
+
+@triton.jit(do_not_specialize=["total", "longest"])
+def longest_first_kernel(counts, order, total, longest, TILE: tl.constexpr, STEP: tl.constexpr, BINS: tl.constexpr):
+    lines = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    key = length_key(counts, lines, total, longest, BINS)
+    place = tl.zeros([TILE], tl.int32)
+    for first in range(0, total, STEP):
+        others = length_key(counts, first + tl.arange(0, STEP), total, longest, BINS)
+        place += tl.sum((others[None, :] < key[:, None]).to(tl.int32), 1)
+    tl.store(order + place, lines, mask=lines < total)
+    if tl.program_id(0) == 0:
+        tl.store(order + total, 0)
+
+
 def _lanes_and_warps(items: int) -> tuple[int, int]:
     lanes = max(32, power_of_two(items))
     return lanes, max(1, min(8, lanes // 1024))
@@ -341,3 +364,17 @@ def critical_lists(block_map: torch.Tensor, *, by_column: bool) -> tuple[torch.T
         num_warps=warps,
     )
     return lists, counts
+
+
+def longest_first(counts: torch.Tensor, longest: int) -> torch.Tensor:
+    """In which order to work on lines with ``counts`` (B, H, lines) entries, up to ``longest``.
+
+    Returns int32 (B * H * lines + 1): indices of lines, those with more entries first, in bins, so that lines of about
+    one length stay with their heads; and at the end a 0, for programs that count how far they are.
+    """
+    total = counts.numel()
+    order = counts.new_empty(total + 1)
+    longest_first_kernel[(ceil_div(total, _ORDER_TILE),)](
+        counts, order, total, longest, TILE=_ORDER_TILE, STEP=_ORDER_TILE, BINS=_ORDER_BINS
+    )
+    return order

@@ -147,6 +147,26 @@ def test_many_tokens() -> None:
     check(case, inputs(case, torch.bfloat16, "cuda"), 1e-2, 2e-2)
 
 
+@pytest.mark.parametrize("block_k", [64, 128])
+@pytest.mark.parametrize("heads", [1, 5])
+def test_popular_keys(heads: int, block_k: int) -> None:
+    """Some blocks of keys are chosen by every query, others by none: columns of very unequal length."""
+    case = Case(tokens=6007, head_dim=128, heads=heads, block_q=128, block_k=block_k, topk=0.05, bottomk=0.1)
+    tensors = inputs(case, torch.bfloat16, "cuda")
+    q, k = tensors[:2]
+    assert q is not None
+    assert k is not None
+    q[..., 0] += 8.0
+    k[:, :, : 2 * block_k, 0] += 8.0
+    block_map = check(case, tensors, 1e-2, 2e-2)
+    chosen = (block_map == 1).sum(-2)
+    assert (chosen == block_map.shape[-2]).any()
+    assert (chosen == 0).any()
+    first, _ = run_kernels(case, tensors)
+    again, _ = run_kernels(case, tensors)
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_bits_are_the_same_every_time(head_dim: int) -> None:
     case = Case(tokens=3001, head_dim=head_dim, heads=4, topk=0.1)

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -184,6 +185,19 @@ else:
                 members.flatten(0, 2), counts.flatten(), lines.reshape(-1, lines.shape[-1]), strict=True
             ):
                 assert torch.equal(member[:count].long(), (line == 1).nonzero().flatten())
+
+    @pytest.mark.parametrize("lines", [5, 131, 300])
+    def test_popular_columns_come_first(lines: int) -> None:
+        from sla_compile.kernels.triton_classify import longest_first
+
+        counts = torch.randint(0, 1000, (2, 1, lines), generator=torch.Generator().manual_seed(0)).int()
+        counts[0, 0, 1], counts[1, 0, 2] = 0, 1000
+        *order, taken = longest_first(counts, 1000).tolist()
+        assert taken == 0
+        assert sorted(order) == [*range(2 * lines)]
+        lengths = [counts.flatten()[line].item() * 32 // 1001 for line in order]
+        assert lengths == sorted(lengths, reverse=True)
+        assert all(i < j for (i, a), (j, b) in pairwise(zip(order, lengths, strict=True)) if a == b)
 
     @pytest.mark.parametrize("case", [Case(tokens=401, block_k=16), Case(tokens=250, block_q=16, block_k=32)], ids=str)
     def test_classes_of_inputs(case: Case) -> None:
