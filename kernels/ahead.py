@@ -137,6 +137,7 @@ def _answering_for(gpu: GPU) -> Iterator[None]:
     target = GPUTarget("cuda", gpu.capability[0] * 10 + gpu.capability[1], gpu.warp_size)
     replaced: list[tuple[Any, str, Any]] = [
         (torch.cuda, "device_of", lambda tensor: contextlib.nullcontext()),
+        (torch.cuda, "current_device", lambda: 0),
         (torch.cuda, "get_device_capability", lambda device=None: gpu.capability),
         (
             torch.cuda,

@@ -1,46 +1,40 @@
 """What the host decides for the kernels: tile sizes, warps and stages from one small table, and operands'
 memory.
 
-No tuning at a user's first call. Kernels read rows of 16-byte vectors: where a tensor's memory does not allow
-that, it is copied once. (Element by element, with a mask for each, Triton 3.6's assembler was seen to give
-one wgmma operand a wrong address; and it is slow.)
+No tuning at a user's first call: other launches come from a file (``launches``) that ``tuning`` fills. Kernels read
+rows of 16-byte vectors: where a tensor's memory does not allow that, it is copied once. (Element by element, with a
+mask for each, Triton 3.6's assembler was seen to give one wgmma operand a wrong address; and it is slow.)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cache
 
 import torch
 
+from .launches import KERNELS, Launch, check_environment, replaced
+
 __all__ = [
+    "KERNELS",
     "Launch",
     "ceil_div",
     "check_supported",
+    "clamped",
     "gate_matrix",
     "head_stride",
     "launch_for",
     "padded_dim",
     "power_of_two",
+    "row_of",
     "row_pitch",
+    "shipped_launch",
     "vector_readable",
     "vector_strides",
 ]
 
-KERNELS = ("states", "forward", "linear_backward", "backward_query", "backward_key", "gate")
 FEATURE_MAPS = ("softmax", "elu", "relu")
 LINEAR_FORMS = ("marginal", "all", "none")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How one kernel is launched: largest tile of queries and of keys, columns a step, warps, stages."""
-
-    tile_q: int
-    tile_k: int
-    chunk: int
-    warps: int
-    stages: int
 
 
 def ceil_div(size: int, part: int) -> int:
@@ -124,22 +118,50 @@ _SINGLE: dict[int, Launch] = {
 }
 
 
-def launch_for(kernel: str, head_dim: int, dtype: torch.dtype, block_q: int, block_k: int) -> Launch:
-    """The launch of ``kernel`` (one of ``KERNELS``); tiles never larger than the blocks they divide."""
-    padded = padded_dim(head_dim)
-    row = max(64, padded)
-    launch = _SINGLE[row] if dtype == torch.float32 else _HALF[kernel, row]
+def row_of(head_dim: int) -> int:
+    """The head dimension by which launches are chosen: 64, 128 or 256."""
+    return max(64, padded_dim(head_dim))
+
+
+def shipped_launch(kernel: str, row: int, precision: str) -> Launch:
+    """The launch of ``kernel`` in these tables, for "half" or "single" inputs."""
+    return _SINGLE[row] if precision == "single" else _HALF[kernel, row]
+
+
+@cache
+def clamped(launch: Launch, head_dim: int, block_q: int, block_k: int) -> Launch:
+    """``launch`` with tiles that divide the blocks, and no more columns than there are."""
     return Launch(
         min(launch.tile_q, block_q),
         min(launch.tile_k, block_k),
-        min(launch.chunk, padded),
+        min(launch.chunk, padded_dim(head_dim)),
         launch.warps,
         launch.stages,
     )
 
 
+@cache
+def _shipped(kernel: str, head_dim: int, dtype: torch.dtype, block_q: int, block_k: int) -> Launch:
+    precision = "single" if dtype == torch.float32 else "half"
+    return clamped(shipped_launch(kernel, row_of(head_dim), precision), head_dim, block_q, block_k)
+
+
+def launch_for(kernel: str, head_dim: int, dtype: torch.dtype, block_q: int, block_k: int) -> Launch:
+    """The launch of ``kernel`` (one of ``KERNELS``) on the current device, the user's or else the shipped one; tiles
+    never larger than the blocks they divide."""
+    launches = replaced()
+    if launches:
+        precision = "single" if dtype == torch.float32 else "half"
+        launch = launches.get((kernel, row_of(head_dim), precision))
+        if launch is not None:
+            return clamped(launch, head_dim, block_q, block_k)
+    return _shipped(kernel, head_dim, dtype, block_q, block_k)
+
+
 def check_supported(q: torch.Tensor, block_q: int, block_k: int, feature_map: str, linear: str) -> None:
-    """Raise a TypeError or ValueError, before anything is launched, for what these kernels cannot do."""
+    """Raise a TypeError or ValueError, before anything is launched, for what these kernels cannot do or for a mistake
+    in the user's file of launches."""
+    check_environment()
     if q.dtype not in DTYPES:
         accepted = ", ".join(str(dtype) for dtype in DTYPES)
         raise TypeError(f"sla on CUDA: dtype of q is {q.dtype}; accepted: {accepted} (float64 runs on the CPU only)")

@@ -1,13 +1,15 @@
-"""Command line: ``python -m sla_compile explain package.module:factory`` and ``... show FILE``."""
+"""Command line: ``python -m sla_compile explain package.module:factory``, ``... show FILE`` and ``... tune FILE``."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import importlib.util
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from torch import nn
@@ -20,6 +22,13 @@ explain what backend="sla" would do to each attention of a model; nothing is com
 FACTORY is package.module:name of something callable (dots after the colon reach into classes). It returns
   a tuple (model, args) or (model, args, kwargs), for the call model(*args, **kwargs) that is traced, or
   a model with an attribute example_inputs: a tuple of args, or a dict of kwargs.
+"""
+
+_TUNE = """\
+time launches of the Triton kernels on this GPU, some minutes for each head dimension and dtype.
+
+Those that are faster than the shipped ones are written to FILE, beside what it has for other GPUs. They are in force
+  where SLA_COMPILE_LAUNCHES=FILE is set.
 """
 
 
@@ -75,16 +84,39 @@ def _parser() -> _Parser:
     show = commands.add_parser("show", help="the gates in a file that sla_compile.save wrote")
     show.add_argument("file", metavar="FILE")
     show.set_defaults(run=_show)
+    tune = commands.add_parser(
+        "tune",
+        help="choose launches of the Triton kernels for this GPU",
+        description=_TUNE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tune.add_argument("file", metavar="FILE")
+    tune.add_argument("--head-dim", nargs="+", type=_integer(16, 256), default=[64, 128], help="of each, 16 to 256")
+    tune.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["bfloat16", "float32"])
+    tune.add_argument("--tokens", type=_integer(1), default=16384, help="of the attention that is timed")
+    tune.add_argument("--heads", type=_integer(1), default=12)
+    tune.add_argument("--blocks", type=int, choices=(16, 32, 64, 128, 256), default=64, help="block_q and block_k")
+    tune.set_defaults(run=_tune)
     for command in (explain, show):
         command.add_argument("--json", action="store_true", help="print JSON")
-        command.add_argument("--width", type=_width, default=None, help="columns, at least 20")
+    for command in (explain, show, tune):
+        command.add_argument("--width", type=_integer(20), default=None, help="columns, at least 20")
     return parser
 
 
-def _width(text: str) -> int:
-    if not text.isdigit() or int(text) < 20:
-        raise argparse.ArgumentTypeError(f"got {text!r}; accepted: an integer of at least 20")
-    return int(text)
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """What reads an integer in that range."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+            accepted = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"got {text!r}; accepted: an integer {accepted}")
+        return int(text)
+
+    return read
 
 
 def _explain(options: argparse.Namespace) -> str:
@@ -131,6 +163,73 @@ def _show(options: argparse.Namespace) -> str:
     if options.json:
         return json.dumps({"config": file.config.to_dict(), "gates": gates}, indent=2)
     return _printed(GatesView(options.file, gates), options.width)
+
+
+def _tune(options: argparse.Namespace) -> str:
+    import torch
+
+    from sla_compile.kernels.launches import merge
+
+    if importlib.util.find_spec("triton") is None:
+        raise UsageError("tune: triton is not installed")
+    if not torch.cuda.is_available():
+        raise UsageError("tune: no GPU is available to torch; the Triton kernels run on nothing else")
+    from sla_compile.kernels.tuning import Outcome, Workload, on_gpu, tune
+
+    sizes = (options.tokens, options.heads, options.blocks)
+    works = [Workload(dim, getattr(torch, name), *sizes) for dim in options.head_dim for name in options.dtype]
+    if len({work.key("") for work in works}) < len(works):
+        raise UsageError(
+            "tune: two of these share their launches: dtypes of 16 bits, or head dimensions to 64, 128 or 256"
+        )
+    capability = "{}.{}".format(*torch.cuda.get_device_capability())
+    found: list[Outcome] = []
+    try:
+        merge(options.file, capability, {})  # before minutes are spent on what cannot be written
+        for work in works:
+            with _status() as show, on_gpu(work) as trials:
+                outcomes = tune(work, trials, progress=show)
+            merge(options.file, capability, {x.key: x.best if x.best != x.shipped else None for x in outcomes})
+            found += outcomes
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"tune: {error}") from error
+    return _printed(_tuned(found, options.file, torch.cuda.get_device_name()), options.width)
+
+
+@contextlib.contextmanager
+def _status() -> Iterator[Callable[[str], None]]:
+    """A line that tells what is being done, on a terminal."""
+    from rich.console import Console
+
+    with Console(stderr=True).status("") as status:
+        yield status.update
+
+
+def _tuned(found: Sequence[Any], file: str, gpu: str) -> Any:
+    """The table of what was found, then what was dropped, then how to use the file."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    columns = ("kernel", "head dim", "inputs", "shipped, ms", "best, ms", "launch")
+    table = Table(*columns, title=f"{gpu}: the directions that the kernel is in")
+    for outcome in found:
+        kernel, row, precision = outcome.key
+        launch = "shipped" if outcome.best == outcome.shipped else _launch(outcome.best)
+        times = (f"{ms:.3f}" for ms in (outcome.shipped_ms, outcome.best_ms))
+        table.add_row(kernel, str(row), precision, *times, launch)
+    dropped = [
+        f"dropped: {x.key[0]} {x.key[1]} {x.key[2]}, {_launch(launch)}: {why}"
+        for x in found
+        for launch, why in x.dropped
+    ]
+    used = f"written to {file}; in force where SLA_COMPILE_LAUNCHES={file}"
+    return Group(table, *(Text(line) for line in (*dropped, used)))
+
+
+def _launch(launch: Any) -> str:
+    sizes = f"{launch.tile_q}x{launch.tile_k}, chunk {launch.chunk}"
+    return f"{sizes}, {launch.warps} warps, {launch.stages} stages"
 
 
 def _printed(view: Any, width: int | None) -> str:

@@ -29,6 +29,7 @@ import torch
 from torch import fx
 
 from sla_compile.compat import triton_cache_folder
+from sla_compile.kernels import launches
 from sla_compile.kernels.ahead import GPU, Call, Operand, Work
 from sla_compile.passes.decide import Rewrite
 from sla_compile.passes.operands import REPLACED_BY, example
@@ -167,8 +168,10 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _key(work: Work) -> str:
-    """Of the work, of the kernels' sources and of Triton: the note says that this was done with those."""
-    return hashlib.sha256(f"{work.to_json()} {_versions()}".encode()).hexdigest()
+    """Of the work, the kernels' sources, the user's launches and Triton: with those, the note says, this was done."""
+    key = hashlib.sha256(f"{work.to_json()} {_versions()}".encode())
+    key.update(launches.content())
+    return key.hexdigest()
 
 
 @cache
