@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,9 +47,9 @@ Looked = dict[Key, dict[str, float]]
 """Mass and error."""
 
 
-def look(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, ...], orders: tuple[str, ...]) -> Looked:
-    """Mass and error of one attention (1, H, N, D) for every order, block and topk."""
-    scale = 1 / math.sqrt(q.shape[3])
+def look(call: GatedCall, grid: tuple[int, ...], orders: tuple[str, ...]) -> Looked:
+    """Mass and error of one attention, of one video, for every order, block and topk."""
+    q, k, v, scale = call.query, call.key, call.value, call.scale
     weights = (q @ k.mT * scale).softmax(dim=-1)
     dense = weights @ v
     found: Looked = {}
@@ -95,8 +94,7 @@ def measure(checkpoints: list[Path], videos: int, device: torch.device) -> list[
                 with gated_calls(model, keep):
                     model((1 - time) * video + time * noise, torch.full((1,), time, device=device))
                 for layer, call in enumerate(calls):
-                    looked = look(call.query, call.key, call.value, settings.grid, ORDERS)
-                    for (kind, size, topk), numbers in looked.items():
+                    for (kind, size, topk), numbers in look(call, settings.grid, ORDERS).items():
                         where = {"checkpoint": checkpoint.name, "time": time, "layer": layer}
                         rows.append({**where, "order": kind, "block": size, "topk": topk, **numbers})
     return rows

@@ -6,8 +6,6 @@ import dataclasses
 import json
 import math
 import re
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,20 +21,11 @@ from sla_compile.measures import Measured
 from sla_compile.render import plain_text
 from tests.models import HEADS, OPTIONS, WIDTH, CalledTwice, Model, TwoAttentions, assert_follows_definition
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
+
 EAGER = {"inner": "aot_eager"}
 TOKENS, BLOCK = 320, 16  # 20 blocks
 BUDGET = 0.2
-
-
-@pytest.fixture(autouse=True)
-def float64_and_fresh_dynamo() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    torch.set_default_dtype(torch.float64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
-    torch.set_default_dtype(torch.float32)
 
 
 def uneven(blocks: int = 4) -> nn.Module:

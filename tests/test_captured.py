@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,21 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
 
 @pytest.fixture
-def examples() -> Iterator[Any]:
+def examples(scripts_on_path: None) -> Any:
     """What the test needs of the examples' modules."""
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        from captured import Captured
-        from experiment import Experiment, Job
-        from settings import PRESETS
+    from captured import Captured
+    from experiment import Experiment, Job
+    from settings import PRESETS
 
-        yield SimpleNamespace(Captured=Captured, Experiment=Experiment, Job=Job, PRESETS=PRESETS)
-    finally:
-        sys.path.remove(str(EXAMPLES))
+    return SimpleNamespace(Captured=Captured, Experiment=Experiment, Job=Job, PRESETS=PRESETS)
 
 
 def test_off_it_is_the_function(examples: Any) -> None:

@@ -5,9 +5,6 @@ The examples are those of tests/diffusers_zoo.py; ``python -m benchmarks.zoo`` r
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -17,6 +14,8 @@ from tests.helpers import assert_close
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 
 from tests.diffusers_zoo import EXAMPLES, build, call, transformer_classes
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 OPTIONS = {"inner": "aot_eager", "min_tokens": 32, "block_q": 16, "block_k": 16}
 
@@ -56,15 +55,6 @@ READ_VALUES = [
     ("QwenImage21Transformer2DModel", 2, 0),
 ]
 """Classes whose forward goes by values that a graph made; their attentions, and how many are rewritten."""
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
 
 
 @pytest.mark.parametrize("name", [*REWRITTEN, *DENSE_ONLY])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,17 +16,9 @@ from sla_compile.render import ReportView, plain_text
 from tests.helpers import assert_close
 from tests.models import HEADS, OPTIONS, WIDTH
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 DIM = WIDTH // HEADS
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    counters.clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
 
 
 class Joint(nn.Module):

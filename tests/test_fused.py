@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import types
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,16 +17,9 @@ from tests.capture import TOKENS, Capture, run
 from tests.helpers import assert_close
 from tests.models import OPTIONS, randomize_gates
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 WIDTH, HEADS = 32, 2
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
 
 
 class MultiHead(nn.Module):

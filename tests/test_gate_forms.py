@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,14 +13,9 @@ HEADS, TOKENS, DIM = 2, 400, 8
 
 
 @pytest.fixture
-def forms() -> Any:
+def forms(scripts_on_path: None) -> Any:
     """The benchmark as a module."""
-    root = Path(__file__).resolve().parent.parent
-    sys.path[:0] = [str(root / "benchmarks"), str(root / "examples")]
-    try:
-        yield importlib.import_module("gate_forms")
-    finally:
-        del sys.path[:2]
+    return importlib.import_module("gate_forms")
 
 
 def sums_of(forms: Any, number: float, by_mass: float) -> Any:

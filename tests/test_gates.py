@@ -7,7 +7,6 @@ import gc
 import pickle
 import warnings
 import weakref
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -34,19 +33,9 @@ from tests.models import (
     randomize_gates,
 )
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
+
 EAGER = {**OPTIONS, "inner": "aot_eager"}
-
-
-@pytest.fixture(autouse=True)
-def float64_and_fresh_dynamo() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    counters.clear()
-    torch.set_default_dtype(torch.float64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
-    torch.set_default_dtype(torch.float32)
 
 
 def graphs() -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,19 +18,12 @@ from tests.capture import HEAD_DIM, TOKENS, Caller, Capture, Wrapper, run
 from tests.helpers import assert_close, relative_error
 from tests.models import OPTIONS, randomize_gates
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 BATCH, HEADS, KEYS = 2, 6, 40
 EXACT: dict[str, Any] = {"topk": 1.0, "bottomk": 0.0}
 BLOCKS: dict[str, Any] = {name: OPTIONS[name] for name in ("topk", "bottomk", "block_q", "block_k")}
 sdpa = F.scaled_dot_product_attention
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
 
 
 def qkv(heads: int = HEADS, keys: int = TOKENS, queries: int = TOKENS, values: int = 0) -> list[Tensor]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,17 +19,10 @@ from tests.capture import HEAD_DIM, HEADS, TOKENS, Caller, Capture, Wrapper, qkv
 from tests.helpers import assert_close
 from tests.models import OPTIONS
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 BATCH = 2
 EXACT: dict[str, Any] = {"topk": 1.0, "bottomk": 0.0}
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
 
 
 def padding(batch: int = BATCH) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,14 +14,7 @@ from sla_compile.passes.decide import Keep, Rewrite
 from tests.capture import HEAD_DIM, HEADS, TOKENS, Caller, Capture, Wrapper, qkv, run
 from tests.helpers import assert_close
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 REWRITTEN: dict[str, Callable[..., Tensor]] = {

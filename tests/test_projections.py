@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,10 @@ from sla_compile.kernels import reference
 from tests.helpers import assert_close
 from tests.models import HEADS, OPTIONS, WIDTH, Attention, Model, TwoAttentions, random_input
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
+
 ALL = {**OPTIONS, "linear": "all"}
 DIM = WIDTH // HEADS
-
-
-@pytest.fixture(autouse=True)
-def float64_and_fresh_dynamo() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    torch.set_default_dtype(torch.float64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
-    torch.set_default_dtype(torch.float32)
 
 
 class AuthorsModule(nn.Module):

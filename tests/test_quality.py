@@ -54,13 +54,9 @@ def test_in_pieces_and_reported(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def quality() -> Any:
+def quality(scripts_on_path: None) -> Any:
     """The benchmark as a module."""
-    sys.path[:0] = [str(SCRIPT.parent), str(SCRIPT.parent.parent / "examples")]
-    try:
-        yield importlib.import_module("quality")
-    finally:
-        del sys.path[:2]
+    return importlib.import_module("quality")
 
 
 def test_a_divergence_is_told(quality: Any) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +27,13 @@ from tests.capture import HEAD_DIM, Capture, run
 from tests.helpers import assert_close, relative_error
 from tests.models import OPTIONS, WIDTH, Attention, Block, CheckpointedModel, Model, randomize_gates
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 GRID, TOKENS = (4, 5, 6), 120
 TILES: dict[str, Any] = {"reorder": "tiles", "grid": GRID}
 EXACT: dict[str, Any] = {"topk": 1.0, "bottomk": 0.0}
 BLOCKS: dict[str, Any] = {name: OPTIONS[name] for name in ("topk", "bottomk", "block_q", "block_k")}
 sdpa = F.scaled_dot_product_attention
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
 
 
 def qkv(queries: int = TOKENS, keys: int | None = None, heads: int = 2) -> list[Tensor]:

@@ -6,8 +6,6 @@ import copy
 import json
 import pickle
 import re
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +39,12 @@ from tests.models import (
     randomize_gates,
 )
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
+
 DIM = WIDTH // HEADS
 SCALED = {**OPTIONS, "sparse_scale": True}
 GATES = pytest.mark.parametrize("gate", ["shared", "per_head"])
 PATHS = ["blocks.0.attention.sla", "blocks.1.attention.sla"]
-
-
-@pytest.fixture(autouse=True)
-def float64_and_fresh_dynamo() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    torch.set_default_dtype(torch.float64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
-    torch.set_default_dtype(torch.float32)
 
 
 def made(model: nn.Module | None = None, **options: Any) -> nn.Module:

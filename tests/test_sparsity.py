@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,20 +28,10 @@ from tests.models import (
     randomize_gates,
 )
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
+
 AT_RUN_TIME = {**OPTIONS, "max_topk": 0.9}
 EAGER = {"inner": "aot_eager"}
-
-
-@pytest.fixture(autouse=True)
-def float64_and_fresh_dynamo() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    counters.clear()
-    torch.set_default_dtype(torch.float64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
-    torch.set_default_dtype(torch.float32)
 
 
 def graphs() -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,18 +18,11 @@ from tests.capture import HEAD_DIM, HEADS, TOKENS, Capture, qkv, run
 from tests.helpers import assert_close
 from tests.models import OPTIONS, Attention, random_input, randomize_gates
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 Call = Callable[..., Tensor]
 BATCH = 2
 SCALE = HEAD_DIM**-0.5
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
 
 
 def head_to_batch(x: Tensor) -> Tensor:
