@@ -27,7 +27,8 @@ def available(device: int) -> bool:
     """Whether ``device`` is a Hopper GPU and this Triton's Gluon is one that the kernels are written for."""
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     known = TRITON_VERSIONS[0] <= version <= TRITON_VERSIONS[1]
-    return known and torch.cuda.get_device_capability(device)[0] == 9
+    # an AMD GPU may say (9, x) too
+    return known and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def usable(*tensors: torch.Tensor, scale: float, block_q: int, block_k: int, masked: bool) -> bool:

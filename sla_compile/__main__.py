@@ -25,7 +25,7 @@ FACTORY is package.module:name of something callable (dots after the colon reach
 """
 
 _TUNE = """\
-time launches of the Triton kernels on this GPU, some minutes for each head dimension and dtype.
+time launches of the Triton kernels on this GPU, for each head dimension and dtype.
 
 Those that are faster than the shipped ones are written to FILE, beside what it has for other GPUs. They are in force
   where SLA_COMPILE_LAUNCHES=FILE is set.

@@ -75,6 +75,11 @@ def test_leaves_other_gpus_and_unknown_tritons(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(triton, "__version__", version)
         assert hopper.available(0) is expected, (capability, version)
     hopper.available.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not hopper.available(0)
+    hopper.available.cache_clear()
 
 
 def test_descriptors_of_equal_layouts_differ_in_their_base_alone() -> None:
