@@ -1,13 +1,14 @@
 """The sparse part alone beside other block-sparse kernels, and what each head dimension costs.
 
-    python benchmarks/sparse_part.py [--json FILE] [--no-head-dims]
+    python benchmarks/sparse_part.py [--json FILE] [--no-head-dims] [--no-popular]
 
 Every arm of the first table gets the same random critical blocks, 5% of each row, and q, k, v in (B, N, H, D) memory.
 Ours: the forward from ready lists; the backward whole, with the transposed lists. Rivals: FlexAttention (128x128),
 and cuDNN-frontend's block-sparse attention where it is installed (nvidia-cudnn-frontend, nvidia-cutlass-dsl); neither
-has a linear branch. All outputs and gradients are compared before anything is timed. The second table is the whole
-op, blocks 128x128, at other head dimensions: ms, the time a floating-point operation against that of D = 128, and
-cuDNN's dense kernel. Milliseconds by CUDA events, L2 flushed before each call: median (20th to 80th percentile).
+has a linear branch. All outputs and gradients are compared before anything is timed. The second table is our backward
+where some keys are popular: critical blocks drawn with weights exp(sigma * normal), one weight a block. The third is
+the whole op, blocks 128x128, at other head dimensions: ms, the time a floating-point operation against that of D = 128,
+and cuDNN's dense kernel. Milliseconds by CUDA events, L2 flushed before each call: median (20th to 80th percentile).
 """
 
 from __future__ import annotations
@@ -52,12 +53,14 @@ def activations(count: int, heads: int, head_dim: int, dtype: torch.dtype) -> li
     return [torch.randn(shape, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(count)]
 
 
-def random_blocks(block: int) -> tuple[Tensor, Tensor]:
-    """Ascending lists (B, H, T, count) int32 of critical blocks, and the block map of int8 that says the same."""
+def random_blocks(block: int, sigma: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Ascending lists (B, H, T, count) int32 of critical blocks, drawn with weights exp(sigma * normal), and the block map
+    of int8 that says the same."""
     blocks = TOKENS // block
-    order = torch.rand(BATCH, HEADS, blocks, blocks, device="cuda").argsort(-1)
-    lists = order[..., : int(0.05 * blocks)].sort(-1).values
-    block_map = torch.full(order.shape, -1, dtype=torch.int8, device="cuda").scatter_(-1, lists, 1)
+    gumbel = -torch.empty(BATCH, HEADS, blocks, blocks, device="cuda").exponential_().log()
+    drawn = (gumbel + sigma * torch.randn(BATCH, HEADS, 1, blocks, device="cuda")).topk(int(0.05 * blocks)).indices
+    lists = drawn.sort(-1).values
+    block_map = torch.full(gumbel.shape, -1, dtype=torch.int8, device="cuda").scatter_(-1, lists, 1)
     return lists.int().contiguous(), block_map
 
 
@@ -149,6 +152,35 @@ def sparse_part(console: Console) -> dict[str, dict[str, Times]]:
     return rows
 
 
+def popular(console: Console) -> dict[str, dict[str, Any]]:
+    """Our backward, and its dK and dV alone, where some blocks of keys are critical for many rows."""
+    rows: dict[str, dict[str, Any]] = {}
+    table = Table("", "most popular over mean", "backward, ms", "dK and dV, ms", title="popular keys")
+    for block in (128, 64):
+        inputs = activations(4, HEADS, HEAD_DIM, torch.bfloat16)
+        for sigma in (0.0, 1.0, 2.0, 4.0, 100.0):
+            lists, block_map = random_blocks(block, sigma)
+            backward = ours(inputs, block, lists, block_map)[1]
+            chosen = (block_map == 1).sum(-2)
+            over_mean = (chosen.max() / chosen.float().mean()).item()
+            name = f"{block}x{block}, sigma {sigma:g}"
+            rows[name] = {"over_mean": over_mean, "backward": milliseconds(backward), "key": key_milliseconds(backward)}
+            median, low, high = rows[name]["backward"]
+            table.add_row(name, f"{over_mean:.1f}", f"{median:.3f} ({low:.3f}-{high:.3f})", f"{rows[name]['key']:.3f}")
+    console.print(table)
+    return rows
+
+
+def key_milliseconds(backward: Call, calls: int = 10) -> float:
+    """The mean time of the kernel that makes dK and dV, by the profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            backward()
+        torch.cuda.synchronize()
+    names = ("key_kernel", "attention_backward_key_kernel")
+    return sum(event.device_time_total for event in profile.key_averages() if event.key in names) / 1e3 / calls
+
+
 def head_dims(console: Console) -> dict[str, dict[str, Any]]:
     """The whole op at other head dimensions, and cuDNN's dense kernel there."""
     rows: dict[str, dict[str, Any]] = {}
@@ -205,11 +237,16 @@ def dense_times(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> tuple[floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write every figure here")
-    parser.add_argument("--no-head-dims", action="store_true", help="the first table alone")
+    parser.add_argument("--no-popular", action="store_true", help="without the second table")
+    parser.add_argument("--no-head-dims", action="store_true", help="without the third table")
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 120)
     torch.manual_seed(0)
-    results = {"sparse part": sparse_part(console), "head dims": {} if options.no_head_dims else head_dims(console)}
+    results: dict[str, Any] = {"sparse part": sparse_part(console)}
+    if not options.no_popular:
+        results["popular"] = popular(console)
+    if not options.no_head_dims:
+        results["head dims"] = head_dims(console)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
 

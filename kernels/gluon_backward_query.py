@@ -58,7 +58,7 @@ def query_consumer(
     score_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, scores_layout))
     row_lanes = gl.arange(0, ROWS, layout=gl.SliceLayout(1, out_layout))
     dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, out_layout))
-    # its own rows stay in registers: from shared memory, products of 64 columns would ask for all that it can give
+    # its own rows stay in registers: products of 64 columns would take all that shared memory gives in a cycle
     own_layout: gl.constexpr = gl.DotOperandLayout(0, scores_layout, 2)
     scale_log2 = scale * 1.4426950408889634
 
