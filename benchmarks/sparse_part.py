@@ -54,8 +54,8 @@ def activations(count: int, heads: int, head_dim: int, dtype: torch.dtype) -> li
 
 
 def random_blocks(block: int, sigma: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Ascending lists (B, H, T, count) int32 of critical blocks, drawn with weights exp(sigma * normal), and the block map
-    of int8 that says the same."""
+    """Ascending lists (B, H, T, count) int32 of critical blocks, drawn with weights exp(sigma * normal), and the block
+    map of int8 that says the same."""
     blocks = TOKENS // block
     gumbel = -torch.empty(BATCH, HEADS, blocks, blocks, device="cuda").exponential_().log()
     drawn = (gumbel + sigma * torch.randn(BATCH, HEADS, 1, blocks, device="cuda")).topk(int(0.05 * blocks)).indices
