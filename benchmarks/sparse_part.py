@@ -178,7 +178,8 @@ def key_milliseconds(backward: Call, calls: int = 10) -> float:
             backward()
         torch.cuda.synchronize()
     names = ("key_kernel", "attention_backward_key_kernel")
-    return sum(event.device_time_total for event in profile.key_averages() if event.key in names) / 1e3 / calls
+    (total,) = (event.device_time_total for event in profile.key_averages() if event.key in names)
+    return float(total) / 1e3 / calls
 
 
 def head_dims(console: Console) -> dict[str, dict[str, Any]]:
