@@ -39,26 +39,36 @@ __all__ = ["linear_backward"]
 
 @gluon.jit
 def linear_producer(descriptors, buffers, barriers, extents, BLOCK_Q: gl.constexpr):
-    """Load a tile of queries, its gradients and outputs, the states of its block or two blocks, and the gate."""
+    """Load a tile of outputs, its gradients and queries, the states of its block or two blocks, and a head's gate.
+
+    Outputs are done with first, so those of the next tile come while this one is still worked on.
+    """
     q_desc, grad_desc, out_desc, linear_desc, state_desc, gate_desc = descriptors
     q_buffer, grad_buffer, out_buffer, linear_buffer, state_buffer, gate_buffer = buffers[:6]
-    full, empty, _joint = barriers
+    outputs_full, outputs_empty, grad_full, full, empty, _joint = barriers
     total_tiles, tiles_per_head, num_heads, state_rows, gate_heads, _slots = extents
+    tile_bytes: gl.constexpr = q_desc.block_type.nbytes
     STATES: gl.constexpr = state_buffer.type.shape[0]
     turn = 0
+    held_gate = -1
     for tile in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
         query_tile, batch, head = locate_tile(tile, tiles_per_head, num_heads)
         batch_head = batch * num_heads + head
         at = [batch, head, query_tile * 128, 0]
+        mbarrier.wait(outputs_empty, (turn & 1) ^ 1)
+        mbarrier.expect(outputs_full, 2 * tile_bytes)
+        load_tile(out_desc, at, outputs_full, out_buffer)
+        load_tile(linear_desc, at, outputs_full, linear_buffer)
         mbarrier.wait(empty, (turn & 1) ^ 1)
-        mbarrier.expect(
-            full,
-            4 * q_desc.block_type.nbytes + STATES * state_desc.block_type.nbytes + gate_desc.block_type.nbytes,
-        )
-        load_tile(grad_desc, at, full, grad_buffer)
-        load_tile(gate_desc, [gl.minimum(head, gate_heads - 1), 0, 0], full, gate_buffer)
-        load_tile(out_desc, at, full, out_buffer)
-        load_tile(linear_desc, at, full, linear_buffer)
+        gate_head = gl.minimum(head, gate_heads - 1)
+        if gate_head == held_gate:
+            mbarrier.expect(grad_full, tile_bytes)
+        else:
+            mbarrier.expect(grad_full, tile_bytes + gate_desc.block_type.nbytes)
+            load_tile(gate_desc, [gate_head, 0, 0], grad_full, gate_buffer)
+        held_gate = gate_head
+        load_tile(grad_desc, at, grad_full, grad_buffer)
+        mbarrier.expect(full, tile_bytes + STATES * state_desc.block_type.nbytes)
         load_tile(q_desc, at, full, q_buffer)
         for which in gl.static_range(STATES):
             block = (query_tile * 128 + which * 64) // BLOCK_Q
@@ -92,7 +102,7 @@ def linear_consumer(
     HAS_BIAS: gl.constexpr,
 ):
     q_buffer, grad_buffer, out_buffer, linear_buffer, state_buffer, gate_buffer, sums = buffers
-    full, empty, joint = barriers
+    outputs_full, outputs_empty, grad_full, full, empty, joint = barriers
     total_tiles, tiles_per_head, num_heads, state_rows, _gate_heads, slots = extents
     ROWS: gl.constexpr = 64
     STATES: gl.constexpr = state_buffer.type.shape[0]
@@ -126,11 +136,12 @@ def linear_consumer(
         block = first // BLOCK_Q
         state_row = batch_head * state_rows + gl.minimum(block, state_rows - 1)
 
-        mbarrier.wait(full, turn & 1)
+        mbarrier.wait(grad_full, turn & 1)
         zero = gl.zeros([ROWS, PADDED_DIM], gl.float32, layout)
         # [queries, out] x [out, in]
         grad_linear = warpgroup_mma(grad, gate, zero, use_acc=False, is_async=True)
         grad_rows = grad.load(layout).to(gl.float32)
+        mbarrier.wait(outputs_full, turn & 1)
         delta = gl.sum(grad_rows * output.load(layout).to(gl.float32), 1)
         if HAS_BIAS:
             shift = load_row(bias + head * stride_bh, dims, HEAD_DIM, PADDED_DIM).to(gl.float32)
@@ -140,6 +151,8 @@ def linear_consumer(
         delta -= linear_delta
         own_grads.store(grad_linear.to(state_dtype))
         fence_async_shared()
+        mbarrier.arrive(outputs_empty, count=1)
+        mbarrier.wait(full, turn & 1)
         # [queries, in] x [in, dims]
         grad_phi = warpgroup_mma(own_grads, state.permute((1, 0)), zero, use_acc=False, is_async=True)
 
@@ -251,8 +264,14 @@ def linear_kernel(
         state_desc.dtype, [STATES] + state_desc.block_type.shape, state_desc.layout
     )
     gate_buffer = gl.allocate_shared_memory(gate_desc.dtype, gate_desc.block_type.shape, gate_desc.layout)
+    outputs_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    outputs_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    grad_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(outputs_full, count=1)
+    mbarrier.init(outputs_empty, count=2)
+    mbarrier.init(grad_full, count=1)
     mbarrier.init(full, count=1)
     mbarrier.init(empty, count=2)
     if STATES == 2:
@@ -266,7 +285,7 @@ def linear_kernel(
     fence_async_shared()
     all_threads()
     buffers = (q_buffer, grad_buffer, out_buffer, linear_buffer, state_buffer, gate_buffer, sums)
-    barriers = (full, empty, joint)
+    barriers = (outputs_full, outputs_empty, grad_full, full, empty, joint)
     extents = (total_tiles, tiles_per_head, num_heads, state_rows, gate_heads, slots)
     descriptors = (q_desc, grad_desc, out_desc, linear_desc, state_desc, gate_desc)
     gl.warp_specialize(

@@ -23,7 +23,7 @@ from .triton_classify import (
 from .triton_forward import attention_forward
 from .triton_linear_backward import gate_backward, linear_backward
 from .triton_masks import block_tiers, key_bias
-from .triton_states import block_means, key_states, marginal_matrices, sum_of_states
+from .triton_states import block_means, key_states, marginal_matrix, sum_of_normalizers, sum_of_states
 from .triton_tiles import check_supported, gate_matrix, vector_readable
 
 __all__ = ["backward", "forward"]
@@ -84,8 +84,8 @@ def forward(
             always_critical=always_critical,
         )
         if states is not None and normalizers is not None:
-            matrices = _summed_blocks(block_map, states.dtype, linear, block_q, block_k, causal)
-            states, normalizers = _sum_over_keys(states, normalizers, matrices)
+            matrix = _summed_blocks(block_map, states.dtype, linear, block_q, block_k, causal)
+            states, normalizers = sum_of_states(matrix, states), sum_of_normalizers(matrix, normalizers)
         tensors = (q, k, v, gate, bias, lists, states, normalizers)
         if fast:
             results = hopper.attention_forward(*tensors, counts, scale, block_q, block_k, feature_map)
@@ -135,13 +135,13 @@ def backward(
         logit_bias = None if key_mask is None else key_bias(key_mask)
         masked = logit_bias is not None or causal
         fast = hopper.usable(grad_out, q, k, v, scale=scale, block_q=block_q, block_k=block_k, masked=masked)
-        gate = states = normalizers = matrices = None
+        gate = states = normalizers = matrix = None
         if weight is not None and has_linear:
             gate = gate_matrix(weight, q.dtype)
             linear_out = vector_readable(linear_out)
             states, normalizers, _ = _key_states(k, v, block_k, feature_map, logit_bias, fast, pool=False)
-            matrices = _summed_blocks(block_map, states.dtype, linear, block_q, block_k, causal)
-            states, normalizers = _sum_over_keys(states, normalizers, matrices)
+            matrix = _summed_blocks(block_map, states.dtype, linear, block_q, block_k, causal)
+            states, normalizers = sum_of_states(matrix, states), sum_of_normalizers(matrix, normalizers)
         grad_states: torch.Tensor | None
         grad_normalizers: torch.Tensor | None
         queries = (grad_out, q, gate, bias, out, linear_out, lse, states, normalizers)
@@ -157,8 +157,9 @@ def backward(
         if grad_states is not None and grad_normalizers is not None:
             repeat = grad_states.shape[2] // block_map.shape[2]
             if repeat > 1:
-                matrices = _summed_blocks(block_map, grad_states.dtype, linear, block_q, block_k, causal, repeat)
-            grad_states, grad_normalizers = _sum_over_queries(grad_states, grad_normalizers, matrices)
+                matrix = _summed_blocks(block_map, grad_states.dtype, linear, block_q, block_k, causal, repeat)
+            grad_states = sum_of_states(matrix, grad_states, transpose=True)
+            grad_normalizers = sum_of_normalizers(matrix, grad_normalizers, transpose=True)
         rows, columns = (critical_lists(block_map, by_column=by_column) for by_column in (False, True))
         # some keys are popular: rows have about as many critical blocks as each other, columns have not
         order = longest_first(columns[1], block_map.shape[2])
@@ -259,29 +260,8 @@ def _summed_blocks(
     block_k: int,
     causal: bool,
     repeat: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """`marginal_matrices` of the blocks that the linear branch sums; None where that is every block."""
+) -> torch.Tensor | None:
+    """`marginal_matrix` of the blocks that the linear branch sums; None where that is every block."""
     if linear == "marginal":
-        return marginal_matrices(block_map, dtype, repeat)
-    return marginal_matrices(block_map, dtype, repeat, (block_q, block_k)) if causal else None
-
-
-def _sum_over_keys(
-    states: torch.Tensor, normalizers: torch.Tensor, matrices: tuple[torch.Tensor, torch.Tensor] | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """H (B, H, Tm, D, D) and Z (B, H, Tm, D) from h and z; without matrices the one row that all share."""
-    matrix, single = matrices or (None, None)
-    return sum_of_states(matrix, states), sum_of_states(single, normalizers)
-
-
-def _sum_over_queries(
-    grad_states: torch.Tensor,
-    grad_normalizers: torch.Tensor,
-    matrices: tuple[torch.Tensor, torch.Tensor] | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dh (B, H, Tn, D, D) and dz (B, H, Tn, D) from dH and dZ of each query tile; or one row for all."""
-    matrix, single = matrices or (None, None)
-    return (
-        sum_of_states(matrix, grad_states, transpose=True),
-        sum_of_states(single, grad_normalizers, transpose=True),
-    )
+        return marginal_matrix(block_map, dtype, repeat)
+    return marginal_matrix(block_map, dtype, repeat, (block_q, block_k)) if causal else None

@@ -1,8 +1,8 @@
 """Classification on the GPU: block scores, the three classes, and the lists of critical blocks.
 
-The scores S = pool(Q) pool(K)^T * scale (B, H, Tm, Tn) come from float32 means by float32 products; each row
-is then split by threshold search over order-preserving integer keys: the ``critical`` largest are +1, what
-the largest ``Tn - negligible`` leave is -1, the rest 0, ties going to the lower key-block index first. No
+The scores S = pool(Q) pool(K)^T * scale (B, H, Tm, Tn) come from float32 means by products as precise as those of
+float32; each row is then split by threshold search over order-preserving integer keys: the ``critical`` largest are
++1, what the largest ``Tn - negligible`` leave is -1, the rest 0, ties going to the lower key-block index first. No
 sort, no host sync. Options (dead and forced blocks, causal, shares read on the device) have a kernel of their own,
 in which rows have unequal numbers of critical blocks, and so counts.
 """
@@ -18,12 +18,12 @@ import triton.language as tl
 from sla_compile.blocks import exact_fraction, num_blocks, shares_of
 
 from .triton_masks import batch_stride
-from .triton_tiles import ceil_div, power_of_two
+from .triton_tiles import FULL_PRECISION, ceil_div, power_of_two
 
 __all__ = ["block_scores", "classify_rows", "classify_rows_with_options", "critical_lists", "longest_first"]
 
-_SCORE_TILE = 64
-_ORDER_TILE = 128
+_ORDER_TILE = 16
+_ORDER_STEP = 512
 _ORDER_BINS = 32
 
 
@@ -38,6 +38,7 @@ def score_kernel(
     HEAD_DIM: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     batch_head = tl.program_id(0).to(tl.int64)
     queries = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -51,7 +52,7 @@ def score_kernel(
         key_mask = (keys < num_keys)[:, None] & (dims < HEAD_DIM)[None, :]
         query = tl.load(query_base + queries[:, None] * HEAD_DIM + dims[None, :], mask=query_mask, other=0.0)
         key = tl.load(key_base + keys[:, None] * HEAD_DIM + dims[None, :], mask=key_mask, other=0.0)
-        total = tl.dot(query, tl.trans(key), total, input_precision="ieee")
+        total = tl.dot(query, tl.trans(key), total, input_precision=PRECISION)
     base = scores + batch_head * num_queries * num_keys
     address = base + queries[:, None].to(tl.int64) * num_keys + keys[None, :]
     tl.store(address, total * scale, mask=(queries < num_queries)[:, None] & (keys < num_keys)[None, :])
@@ -60,24 +61,27 @@ def score_kernel(
 @triton.jit
 def take_largest(key, valid, count):
     """Mask of the ``count`` largest of ``key`` [lanes] (int32) in ``valid``; of equal keys the first."""
-    low = tl.full([], -(2**31), tl.int32)
-    high = tl.full([], 2**31 - 1, tl.int32)
+    low = tl.min(tl.where(valid, key, 2147483647), 0)
     # no threshold above the least integer is reached by what is not valid
-    key = tl.where(valid, key, low)
-    # the count-th largest key is the largest threshold that at least `count` keys reach
-    for _ in range(32):
+    key = tl.where(valid, key, -2147483648)
+    high = tl.max(key, 0)
+    # the count-th largest key is the largest threshold that at least `count` keys reach; one that exactly as many
+    # reach will do, and is found sooner
+    while low < high:
         # the upper middle, without overflow
         middle = (low | high) - ((low ^ high) >> 1)
         reached = tl.sum((key >= middle).to(tl.int32), 0)
-        enough = reached >= count
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
+        low = tl.where(reached >= count, middle, low)
+        high = tl.where(reached == count, middle, tl.where(reached > count, high, middle - 1))
     threshold = low
-    above = (key > threshold) & valid
-    tied = (key == threshold) & valid
-    ties_wanted = count - tl.sum(above.to(tl.int32), 0)
-    tie_rank = tl.cumsum(tied.to(tl.int32), 0)
-    return above | (tied & (tie_rank <= ties_wanted))
+    member = (key >= threshold) & valid
+    if tl.sum(member.to(tl.int32), 0) > count:
+        above = (key > threshold) & valid
+        tied = (key == threshold) & valid
+        ties_wanted = count - tl.sum(above.to(tl.int32), 0)
+        tie_rank = tl.cumsum(tied.to(tl.int32), 0)
+        member = above | (tied & (tie_rank <= ties_wanted))
+    return member
 
 
 @triton.jit
@@ -230,11 +234,11 @@ def length_key(counts, lines, total, longest, BINS: tl.constexpr):
 def longest_first_kernel(counts, order, total, longest, TILE: tl.constexpr, STEP: tl.constexpr, BINS: tl.constexpr):
     lines = tl.program_id(0) * TILE + tl.arange(0, TILE)
     key = length_key(counts, lines, total, longest, BINS)
-    place = tl.zeros([TILE], tl.int32)
+    before = tl.zeros([TILE, STEP], tl.int32)
     for first in range(0, total, STEP):
         others = length_key(counts, first + tl.arange(0, STEP), total, longest, BINS)
-        place += tl.sum((others[None, :] < key[:, None]).to(tl.int32), 1)
-    tl.store(order + place, lines, mask=lines < total)
+        before += (others[None, :] < key[:, None]).to(tl.int32)
+    tl.store(order + tl.sum(before, 1), lines, mask=lines < total)
     if tl.program_id(0) == 0:
         tl.store(order + total, 0)
 
@@ -253,9 +257,19 @@ def block_scores(pooled_q: torch.Tensor, pooled_k: torch.Tensor, scale: float) -
     batch, heads, num_queries, head_dim = pooled_q.shape
     num_keys = pooled_k.shape[2]
     scores = pooled_q.new_empty(batch, heads, num_queries, num_keys)
-    grid = (batch * heads, ceil_div(num_queries, _SCORE_TILE), ceil_div(num_keys, _SCORE_TILE))
+    tile = 64 if max(num_queries, num_keys) > 64 else 32
+    grid = (batch * heads, ceil_div(num_queries, tile), ceil_div(num_keys, tile))
     score_kernel[grid](
-        pooled_q, pooled_k, scores, scale, num_queries, num_keys, HEAD_DIM=head_dim, TILE=_SCORE_TILE, STEP=32
+        pooled_q,
+        pooled_k,
+        scores,
+        scale,
+        num_queries,
+        num_keys,
+        HEAD_DIM=head_dim,
+        TILE=tile,
+        STEP=32,
+        PRECISION=FULL_PRECISION,
     )
     return scores
 
@@ -375,6 +389,6 @@ def longest_first(counts: torch.Tensor, longest: int) -> torch.Tensor:
     total = counts.numel()
     order = counts.new_empty(total + 1)
     longest_first_kernel[(ceil_div(total, _ORDER_TILE),)](
-        counts, order, total, longest, TILE=_ORDER_TILE, STEP=_ORDER_TILE, BINS=_ORDER_BINS
+        counts, order, total, longest, TILE=_ORDER_TILE, STEP=_ORDER_STEP, BINS=_ORDER_BINS
     )
     return order

@@ -26,7 +26,9 @@ from .triton_tiles import ceil_div, head_stride, launch_for, padded_dim, vector_
 
 __all__ = ["gate_backward", "linear_backward"]
 
-_GATE_TILES_PER_SPLIT = 16
+# most programs of the gate's gradient and least tiles of each: a program leaves a part, to be added up afterwards
+_GATE_PROGRAMS = 256
+_GATE_TILES = 16
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_tiles", "num_heads", "state_rows"])
@@ -295,7 +297,9 @@ def gate_backward(
     if not has_linear and bias is None:
         return dweight, dbias
     launch = launch_for("gate", head_dim, grad_out.dtype, 64, 64)
-    splits = ceil_div(tokens, launch.tile_q * _GATE_TILES_PER_SPLIT)
+    tiles = ceil_div(tokens, launch.tile_q)
+    tiles_per_split = max(_GATE_TILES, ceil_div(tiles, max(1, _GATE_PROGRAMS // (batch * heads))))
+    splits = ceil_div(tiles, tiles_per_split)
     bias_parts = torch.empty((batch, heads, splits, head_dim), dtype=torch.float32, device=grad_out.device)
     weight_parts = bias_parts.new_empty((*bias_parts.shape, head_dim) if has_linear else (0,))
     chunks = ceil_div(padded_dim(head_dim), launch.chunk) if has_linear else 1
@@ -310,7 +314,7 @@ def gate_backward(
         tokens,
         splits,
         heads,
-        _GATE_TILES_PER_SPLIT,
+        tiles_per_split,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim),
         TILE=launch.tile_q,

@@ -1,8 +1,8 @@
 """Block means and block states on the GPU, and their sums over marginal blocks.
 
 For key block j over its tokens: pooled_j = mean K_j; h_j = phi(K_j)^T V_j [D, D]; z_j = phi(K_j)^T 1 [D]. For
-query row i: H_i = sum over marginal j of h_j and Z_i likewise, one batched matrix product with the 0/1 matrix
-(M == 0). Its backward is the product with the transpose. A key mask weighs K_j in the mean, and phi(K_j), by
+query row i: H_i = sum over marginal j of h_j and Z_i likewise, batched matrix products with the 0/1 matrix
+(M == 0). Their backward is the product with the transpose. A key mask weighs K_j in the mean, and phi(K_j), by
 exp(b_j). States are bfloat16 for both 16-bit input types,
 because sums over tens of thousands of keys leave float16's range, and float32 for float32; z and Z are
 float32.
@@ -18,7 +18,7 @@ from .triton_masks import batch_stride
 from .triton_primitives import feature_map, head_pointer, load_key_bias, load_tile, locate_program, store_tile
 from .triton_tiles import ceil_div, launch_for, padded_dim, power_of_two, row_pitch, vector_strides
 
-__all__ = ["block_means", "key_states", "marginal_matrices", "state_dtype", "sum_of_states"]
+__all__ = ["block_means", "key_states", "marginal_matrix", "state_dtype", "sum_of_normalizers", "sum_of_states"]
 
 
 @triton.jit(do_not_specialize=["stride_bias", "num_tokens", "num_blocks", "num_heads"])
@@ -137,7 +137,6 @@ def key_state_kernel(
 def marginal_kernel(
     block_map,
     matrix,
-    single,
     num_rows,
     num_columns,
     width,
@@ -156,7 +155,50 @@ def marginal_kernel(
         label = tl.load(block_map + row * num_columns + lanes, mask=lanes < num_columns, other=1)
         value = tl.where(label == 0, 1.0, 0.0)
     tl.store(matrix + program * width + lanes, value.to(matrix.dtype.element_ty), mask=lanes < width)
-    tl.store(single + program * width + lanes, value, mask=lanes < width)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_blocks", "vectors"])
+def normalizer_sum_kernel(
+    matrix,
+    normalizers,
+    sums,
+    num_rows,
+    num_blocks,
+    vectors,
+    HEAD_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+):
+    """With a bfloat16 matrix by exact products of that type: a float32 is the sum of three, and the matrix 0 and 1."""
+    batch_head = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    dims = tl.program_id(2) * TILE + tl.arange(0, TILE)
+    # the 8 shows the compiler that rows of the matrix are whole vectors
+    width = vectors * 8
+    normalizer_base = normalizers + batch_head * num_blocks * HEAD_DIM
+    total = tl.zeros([TILE, TILE], tl.float32)
+    for first in range(0, num_blocks, STEP):
+        blocks = first + tl.arange(0, STEP)
+        if TRANSPOSE:
+            address = matrix + (batch_head * num_blocks + blocks[None, :]) * width + rows[:, None]
+            mask = (rows < width)[:, None] & (blocks < num_blocks)[None, :]
+        else:
+            address = matrix + (batch_head * num_rows + rows[:, None]) * width + blocks[None, :]
+            mask = (rows < num_rows)[:, None] & (blocks < width)[None, :]
+        counted = tl.load(address, mask=mask, other=0.0)
+        mask = (blocks < num_blocks)[:, None] & (dims < HEAD_DIM)[None, :]
+        normalizer = tl.load(normalizer_base + blocks[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+        if matrix.dtype.element_ty == tl.float32:
+            total = tl.dot(counted, normalizer, total, input_precision="ieee")
+        else:
+            for _part in tl.static_range(3):
+                part = normalizer.to(tl.bfloat16)
+                normalizer -= part.to(tl.float32)
+                total = tl.dot(counted, part, total)
+    base = sums + batch_head * num_rows * HEAD_DIM
+    mask = (rows < num_rows)[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(base + rows[:, None] * HEAD_DIM + dims[None, :], total, mask=mask)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -239,25 +281,23 @@ def key_states(
     return states, normalizers, pooled
 
 
-def marginal_matrices(
+def marginal_matrix(
     block_map: torch.Tensor, dtype: torch.dtype, repeat: int = 1, below: tuple[int, int] | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(M == 0) as 0/1, each row ``repeat`` times: (B, H, Tm, Tn) -> (B*H, Tm*repeat, Tn), in ``dtype`` and
-    float32. With ``below``, (block_q, block_k), 1 at every key block that ends before the row begins instead.
+) -> torch.Tensor:
+    """(M == 0) as 0/1, each row ``repeat`` times: (B, H, Tm, Tn) -> (B*H, Tm*repeat, Tn), in ``dtype``.
+    With ``below``, (block_q, block_k), 1 at every key block that ends before the row begins instead.
 
     Rows are padded in memory to 16 bytes: cuBLAS leaves its fast kernels at an odd row pitch.
     """
     batch, heads, rows, columns = block_map.shape
     width = ceil_div(columns, 8) * 8
-    single = torch.empty((batch * heads, rows * repeat, width), dtype=torch.float32, device=block_map.device)
-    matrix = single if dtype == torch.float32 else torch.empty_like(single, dtype=dtype)
+    matrix = torch.empty((batch * heads, rows * repeat, width), dtype=dtype, device=block_map.device)
     lanes = min(1024, max(32, power_of_two(width)))
     grid = (batch * heads * rows * repeat, ceil_div(width, lanes))
     block_q, block_k = below or (1, 1)
     marginal_kernel[grid](
         block_map,
         matrix,
-        single,
         rows,
         columns,
         width,
@@ -268,7 +308,7 @@ def marginal_matrices(
         ALL_BELOW=below is not None,
         num_warps=1,
     )
-    return matrix[:, :, :columns], single[:, :, :columns]
+    return matrix[:, :, :columns]
 
 
 def sum_of_states(matrix: torch.Tensor | None, states: torch.Tensor, *, transpose: bool = False) -> torch.Tensor:
@@ -288,5 +328,34 @@ def sum_of_states(matrix: torch.Tensor | None, states: torch.Tensor, *, transpos
         matrix,
         states.view(batch * heads, blocks, state_shape.numel()),
         out=sums.view(batch * heads, matrix.shape[1], state_shape.numel()),
+    )
+    return sums
+
+
+def sum_of_normalizers(
+    matrix: torch.Tensor | None, normalizers: torch.Tensor, *, transpose: bool = False
+) -> torch.Tensor:
+    """`sum_of_states` of ``normalizers`` (B, H, T, D), float32, in float32.
+
+    Not ``torch.bmm``: it would want a matrix in float32, and under TF32, allowed by the user for the model's own
+    products, round the normalizers.
+    """
+    if matrix is None:
+        return normalizers.sum(dim=2, keepdim=True)
+    batch, heads, blocks, head_dim = normalizers.shape
+    rows = matrix.shape[2 if transpose else 1]
+    sums = normalizers.new_empty(batch, heads, rows, head_dim)
+    tile = 64 if rows > 64 else 32
+    normalizer_sum_kernel[(batch * heads, ceil_div(rows, tile), ceil_div(head_dim, tile))](
+        matrix,
+        normalizers,
+        sums,
+        rows,
+        blocks,
+        matrix.stride(1) // 8,
+        HEAD_DIM=head_dim,
+        TILE=tile,
+        STEP=64,
+        TRANSPOSE=transpose,
     )
     return sums

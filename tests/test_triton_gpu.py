@@ -200,6 +200,20 @@ def test_gate_gradients_at_any_length(head_dim: int, tokens: int) -> None:
         assert torch.equal(found[1], first[1])
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+def test_sums_of_normalizers_are_those_of_float32(transpose: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sla_compile.kernels.triton_states import marginal_matrix, sum_of_normalizers
+
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    generator = torch.Generator("cuda").manual_seed(0)
+    block_map = torch.randint(-1, 2, (2, 3, 77, 131), dtype=torch.int8, generator=generator, device="cuda")
+    marginal = (block_map == 0).double()
+    marginal = marginal.mT if transpose else marginal
+    normalizers = torch.rand(2, 3, marginal.shape[3], 72, generator=generator, device="cuda") * 128
+    sums = sum_of_normalizers(marginal_matrix(block_map, torch.bfloat16), normalizers, transpose=transpose)
+    assert_close("sums", sums, marginal @ normalizers.double(), 2e-6)
+
+
 def test_capture_in_a_cuda_graph() -> None:
     case = Case(tokens=1003, head_dim=128)
     tensors = inputs(case, torch.bfloat16, "cuda")
