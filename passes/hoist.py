@@ -27,8 +27,9 @@ MOVED_HERE = "sla_moved_here"
 
 _MOST_NODES = 400
 _VIEWS = {"transpose", "permute", "flatten", "reshape", "view", "unflatten", "contiguous", "to", "type_as", "float"}
-_OTHERS_DO_NOT_MATTER = {"linear", "matmul", "layer_norm", "rms_norm"}
-"""Operations that take nothing by token but their first argument, where the others have fewer axes."""
+_OTHERS_DO_NOT_MATTER = {"linear": 2, "matmul": 2, "layer_norm": 1, "rms_norm": 1}
+"""Operations that take nothing by token but their first argument, where the others have at most so many axes: a norm over
+tokens and channels has a weight for each token."""
 
 
 def hoist_gathers(module: fx.GraphModule) -> int:
@@ -134,7 +135,8 @@ class _Region:
             return False
         labels = self.followed.labels.get(node)
         for piece in labels if isinstance(labels, list) else [labels]:
-            if piece is None or self._axis(piece) is None:
+            axis = None if piece is None else self._axis(piece)
+            if axis is None or (name == "group_norm" and axis == 1):  # its channels
                 return False
         if node in self.projections:
             return all(other is self.source or int(example(other).dim()) <= 2 for other in node.all_input_nodes)
@@ -149,7 +151,8 @@ class _Region:
         if not isinstance(value, torch.Tensor) or other not in _read(node):
             return True
         if name in _OTHERS_DO_NOT_MATTER:
-            return value.dim() <= 2 and value.dim() < result.dim() and other is not node.args[0]
+            most = min(_OTHERS_DO_NOT_MATTER[name], result.dim() - 1)
+            return bool(value.dim() <= most) and other is not node.args[0]
         if name not in ALIGNED or not isinstance(result, torch.Tensor):
             return False
         axis = self._axis(self.followed.labels[node])

@@ -211,7 +211,8 @@ def _regrouped(result: Source, args: tuple[Any, ...], axis: Axis, group: Group) 
             continue
         if statically_known_true(before[position] == shape[axis]):
             return [(args[0], position, group)]
-        if not group:  # split off from a longer axis, as heads from batch and heads
+        # split off from a longer axis, as heads from batch and heads; not merged with others
+        if not group and statically_known_true(before[position] % shape[axis] == 0):
             return [(args[0], position, shape[axis])]
     return None
 

@@ -151,6 +151,11 @@ def outer(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return attention(q, k, v, (mask[:, None, None, :] & mask[:, None, :, None]) | torch.eye(TOKENS, dtype=torch.bool))
 
 
+def outer_of(mask: Tensor) -> Tensor:
+    """(Lq, Lk), True on the diagonal."""
+    return (mask[0, :, None] & mask[0]) | torch.eye(TOKENS, dtype=torch.bool)
+
+
 def written_afterwards(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Made as a mask over keys, then changed for some queries through a view."""
     mask = mask[:, None, None].repeat(1, 1, TOKENS, 1)
@@ -163,7 +168,26 @@ def one_head_off(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return attention(q, k, v, mask.repeat(HEADS, 1).view(BATCH, HEADS, 1, TOKENS))
 
 
+def of_each_frame(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """As an autoregressive video model's: the queries of a frame share a mask, those of another have another."""
+    frames = torch.stack([mask[0], ~mask[0], mask[1], mask[0] ^ mask[1]])
+    mask = frames[None, None, :, None].expand(BATCH, 1, 4, TOKENS // 4, TOKENS)
+    return attention(q, k, v, mask.reshape(BATCH, 1, TOKENS, TOKENS))
+
+
+def causal_by_frame(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    frames = torch.ones(4, 4, dtype=torch.bool, device=q.device).tril()
+    mask = frames[:, None, :, None].expand(4, TOKENS // 4, 4, TOKENS // 4).reshape(TOKENS, TOKENS)
+    return attention(q, k, v, mask)
+
+
 KEPT: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "of each frame's queries": (of_each_frame, "per-query attention mask"),
+    "causal by frame": (causal_by_frame, "per-query attention mask"),
+    "beside axes of one": (
+        lambda q, k, v, m: attention(q, k, v, outer_of(m)[None, :, None, :].reshape(1, 1, TOKENS, TOKENS)),
+        "per-query attention mask",
+    ),
     "outer product": (outer, "per-query attention mask"),
     "causal by hand": (
         lambda q, k, v, m: attention(q, k, v, torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()),
