@@ -295,7 +295,34 @@ class Random(Attention):
         return self.out(sdpa(q, k, v).transpose(1, 2).flatten(2))
 
 
-@pytest.mark.parametrize("kind", [Leaking, Random])
+class Normed(Attention):
+    """A norm over tokens and channels has a weight for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(TOKENS, self.qkv.out_features))
+
+    def normed(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, tuple(self.weight.shape), self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.normed(self.qkv(x)).unflatten(-1, (3, -1, HEAD_DIM)).permute(2, 0, 3, 1, 4)
+        return self.out(sdpa(q, k, v).transpose(1, 2).flatten(2))
+
+
+class RMSNormed(Normed):
+    def normed(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, tuple(self.weight.shape), self.weight)
+
+
+class GroupNormed(Normed):
+    """Groups of tokens, which it takes for channels."""
+
+    def normed(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, 2)
+
+
+@pytest.mark.parametrize("kind", [Leaking, Random, Normed, RMSNormed, GroupNormed])
 def test_gathers_stay_where_something_else_reads_the_same_tokens(kind: type[Attention]) -> None:
     model, x = nn.Sequential(kind()).double(), torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
     capture = Capture(**TILES, **EXACT)
