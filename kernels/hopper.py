@@ -40,6 +40,7 @@ def usable(*tensors: torch.Tensor, scale: float, block_q: int, block_k: int, mas
     return (
         first.is_cuda
         and not masked
+        and first.numel() > 0  # TMA has no axis of size 0
         and first.dtype in (torch.float16, torch.bfloat16)
         and first.shape[3] <= 128
         and block_q in (64, 128, 256)

@@ -298,7 +298,7 @@ def gate_backward(
         return dweight, dbias
     launch = launch_for("gate", head_dim, grad_out.dtype, 64, 64)
     tiles = ceil_div(tokens, launch.tile_q)
-    tiles_per_split = max(_GATE_TILES, ceil_div(tiles, max(1, _GATE_PROGRAMS // (batch * heads))))
+    tiles_per_split = max(_GATE_TILES, ceil_div(tiles, max(1, _GATE_PROGRAMS // max(1, batch * heads))))
     splits = ceil_div(tiles, tiles_per_split)
     bias_parts = torch.empty((batch, heads, splits, head_dim), dtype=torch.float32, device=grad_out.device)
     weight_parts = bias_parts.new_empty((*bias_parts.shape, head_dim) if has_linear else (0,))

@@ -6,12 +6,14 @@ never branch on a value, so a symbolic token count stays symbolic and gains no g
 
 from __future__ import annotations
 
+import functools
 from fractions import Fraction
 from typing import Any
 
 __all__ = ["exact_fraction", "forced_blocks", "num_blocks", "num_critical", "num_negligible", "shares_of"]
 
 
+@functools.lru_cache
 def exact_fraction(share: float) -> Fraction:
     """The decimal the user wrote, exactly: 0.29 is 29/100, not the nearest binary float below it."""
     return Fraction(repr(float(share)))

@@ -61,8 +61,9 @@ def sparse_linear_attention(
             float32, float16 or bfloat16, on the CPU float64 too.
         weight: the gate, (D, D) shared by the heads or (H, D, D), any floating dtype; None: no linear branch.
         bias: (D) or (H, D), any floating dtype; None: zero.
-        key_mask: (B, Lk) or (1, Lk), bool (true: attend) or additive; key j gets no weight in any branch, or the
-            weight exp(b_j); 64 or more below its row's largest is masked. A query without a key gets O^s = 0.
+        key_mask: (B, Lk) or (1, Lk), bool (true: attend) or additive, which gets no gradient; key j gets no weight in
+            any branch, or the weight exp(b_j); 64 or more below its row's largest is masked. A query without a key
+            gets O^s = 0.
         sparsity: int64 (2,), topk (at most the one below) and bottomk in millionths, read when the op runs.
         scale: factor of the logits; None: 1 / sqrt(D).
         topk, bottomk: share of a row's key blocks that is critical, in (0, 1], at least one block, and that is
@@ -83,6 +84,8 @@ def sparse_linear_attention(
         check_activations(q, k, v)
         options["scale"] = 1.0 / math.sqrt(q.shape[3])
     check(**tensors, **options)
+    if key_mask is not None and key_mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError("key_mask requires a gradient, accepted is a mask without one: sla computes none for it")
     out, _, _, _ = torch.ops.sla.forward.default(**tensors, **options)
     return out  # type: ignore[no-any-return]
 

@@ -98,11 +98,17 @@ PAIRS_OF_BLOCKS = [
     Case(tokens=999, head_dim=128, batch=2, topk=0.2),
     Case(tokens=667, head_dim=128, topk=0.2),  # an odd number of blocks
 ]
+# more than two tiles for each of an H100's 132 programs, of other heads with other gates
+MANY_TILES = [
+    Case(tokens=1003, heads=36, head_dim=128, weight="per_head", bias="per_head", topk=0.2),
+    Case(tokens=1003, heads=36, head_dim=128, weight="per_head", bias="per_head", topk=0.2, block_q=128, block_k=128),
+    Case(tokens=1003, heads=36, head_dim=64, weight="per_head", bias="per_head", topk=0.2),
+]
 
 
 @pytest.mark.parametrize("gluon", [True, False], ids=["gluon", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
-@pytest.mark.parametrize("case", [*LARGE_BLOCKS, *PAIRS_OF_BLOCKS], ids=str)
+@pytest.mark.parametrize("case", [*LARGE_BLOCKS, *PAIRS_OF_BLOCKS, *MANY_TILES], ids=str)
 def test_gluon_and_triton(case: Case, dtype: torch.dtype, gluon: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if gluon and not hopper.available(0):
         pytest.skip("needs a Hopper GPU and a Triton whose Gluon is known")

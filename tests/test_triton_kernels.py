@@ -119,6 +119,12 @@ else:
         _, block_map = run_kernels(case, tensors)
         assert torch.equal(block_map, expected)
 
+    def test_shapes_without_a_batch() -> None:
+        case = Case(batch=0, tokens=100, head_dim=32)
+        actual, _ = run_kernels(case, inputs(case, torch.float32, "cpu"))
+        assert actual["out"].shape == actual["dq"].shape == (0, case.heads, 100, 32)
+        assert not actual["dweight"].any()
+
     def test_gates_dense_identity() -> None:
         case = Case(topk=1.0, bottomk=0.0, bias="none", tokens=130, head_dim=32)
         tensors = inputs(case, torch.float32, "cpu")
