@@ -25,6 +25,8 @@ __all__ = ["block_scores", "classify_rows", "classify_rows_with_options", "criti
 _ORDER_TILE = 16
 _ORDER_STEP = 512
 _ORDER_BINS = 32
+# the kernel compares every line with every other: from here on a sort, of several launches, takes less
+_ORDER_SORTED = 16384
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
@@ -388,6 +390,11 @@ def longest_first(counts: torch.Tensor, longest: int) -> torch.Tensor:
     """
     total = counts.numel()
     order = counts.new_empty(total + 1)
+    if total > _ORDER_SORTED:
+        bins = counts.flatten() * _ORDER_BINS // (longest + 1)
+        order[:total] = bins.sort(descending=True, stable=True).indices
+        order[total] = 0
+        return order
     longest_first_kernel[(ceil_div(total, _ORDER_TILE),)](
         counts, order, total, longest, TILE=_ORDER_TILE, STEP=_ORDER_STEP, BINS=_ORDER_BINS
     )

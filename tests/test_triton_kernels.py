@@ -192,7 +192,7 @@ else:
             ):
                 assert torch.equal(member[:count].long(), (line == 1).nonzero().flatten())
 
-    @pytest.mark.parametrize("lines", [5, 131, 300])
+    @pytest.mark.parametrize("lines", [5, 131, 300, 9000])
     def test_popular_columns_come_first(lines: int) -> None:
         from sla_compile.kernels.triton_classify import longest_first
 
