@@ -28,8 +28,8 @@ MOVED_HERE = "sla_moved_here"
 _MOST_NODES = 400
 _VIEWS = {"transpose", "permute", "flatten", "reshape", "view", "unflatten", "contiguous", "to", "type_as", "float"}
 _OTHERS_DO_NOT_MATTER = {"linear": 2, "matmul": 2, "layer_norm": 1, "rms_norm": 1}
-"""Operations that take nothing by token but their first argument, where the others have at most so many axes: a norm over
-tokens and channels has a weight for each token."""
+"""Operations that take nothing by token but their first argument, where the others have at most so many axes: a norm
+over tokens and channels has a weight for each token."""
 
 
 def hoist_gathers(module: fx.GraphModule) -> int:

@@ -13,7 +13,15 @@ from torch import fx, nn
 
 import sla_compile.ops  # noqa: F401  the library ops that a rewritten graph calls
 from sla_compile.ahead import compile_ahead
-from sla_compile.compat import Frame, compiled_siblings, current_frame, data_parallel, fully_sharded, user_errors
+from sla_compile.compat import (
+    Frame,
+    compiled_siblings,
+    current_frame,
+    data_parallel,
+    fully_sharded,
+    on_recompile_limit,
+    user_errors,
+)
 from sla_compile.config import SLAConfig
 from sla_compile.gate import (
     attach_gate,
@@ -30,13 +38,17 @@ from sla_compile.record import remember, remember_break
 from sla_compile.reordering import inline_in_inductor
 from sla_compile.sites import BROKEN, Settings, Site, find_sites, remember_calls
 
-__all__ = ["TokenOrderWarning", "UntrainedGatesWarning", "rewrite_graph", "sla"]
+__all__ = ["RecompileLimitWarning", "TokenOrderWarning", "UntrainedGatesWarning", "rewrite_graph", "sla"]
 
 CompiledFunction = Callable[..., Any]
 
 
 class UntrainedGatesWarning(UserWarning):
     """Attention was made sparse whose gates are still zero."""
+
+
+class RecompileLimitWarning(UserWarning):
+    """Dynamo gave up compiling a forward: calls that it has no code for run dense."""
 
 
 class TokenOrderWarning(UserWarning):
@@ -71,6 +83,8 @@ def sla(
     if frame is not None:
         remember(sites, frame.code)
         remember_break(gm, frame.root_module())
+        if any(isinstance(site.decision, Rewrite) for site in sites):
+            on_recompile_limit(frame.code, partial(_warn_of_limit, sites[0].path or "the compiled module"))
     _warn_untrained(sites)
     _warn_of_order(sites)
     compile_inner = partial(_compile_inner, config=settings.config)
@@ -224,6 +238,16 @@ def _warn_untrained(sites: list[Site]) -> None:
 
 
 _warned = False
+
+
+def _warn_of_limit(path: str, limit: str) -> None:
+    warnings.warn(
+        f"{path}: Dynamo reached torch._dynamo.config.{limit} and compiles its forward no more: calls that need other "
+        f"code run as the model is written, their attention dense. Raise that limit, let what changes be dynamic "
+        f"(torch.compile(dynamic=True)), or take fullgraph=True, with which this is an error",
+        RecompileLimitWarning,
+        stacklevel=2,
+    )
 
 
 def _warn_of_order(sites: list[Site]) -> None:

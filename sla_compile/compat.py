@@ -6,6 +6,7 @@ Each entry says what public thing it waits for. ``tests/test_compat.py`` enters 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ __all__ = [
     "forget_code",
     "fully_sharded",
     "lower_gather",
+    "on_recompile_limit",
     "plain_function_name",
     "plain_module_path",
     "runs_forward_of",
@@ -36,6 +38,30 @@ __all__ = [
     "triton_cache_folder",
     "user_errors",
 ]
+
+
+class _RecompileLimits(logging.Filter):
+    """Sees Dynamo say in its log that it compiles a function no more."""
+
+    callbacks: ClassVar[weakref.WeakKeyDictionary[types.CodeType, Callable[[str], None]]] = weakref.WeakKeyDictionary()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if str(record.msg).startswith("torch._dynamo hit config.") and isinstance(record.args, tuple):
+            limit, _, function = record.args[:3]
+            for code, callback in list(self.callbacks.items()):
+                if function == f"'{code.co_name}' ({code.co_filename}:{code.co_firstlineno})":
+                    callback(str(limit))
+        return True
+
+
+_recompile_limits = _RecompileLimits()
+
+
+def on_recompile_limit(code: types.CodeType, callback: Callable[[str], None]) -> None:
+    """Call ``callback`` with the name of a limit in ``torch._dynamo.config`` when ``code`` reaches it: Dynamo runs
+    it as it is written from then on. Goes when Dynamo has a public way to learn of it."""
+    _recompile_limits.callbacks[code] = callback
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(_recompile_limits)
 
 
 @contextlib.contextmanager
@@ -112,11 +138,11 @@ class Frame:
         for it next would stand beside them in the cache, up to ``recompile_limit``. Goes when a backend can
         send a frame back to the cache.
         """
-        _drop_entries(self.code, self.compiler, lambda guards: bool(guards.check(self.locals)))
+        _drop_entries(self.code, lambda guards: bool(guards.check(self.locals)), self.compiler)
 
     def drop_entries(self) -> None:
         """Let nothing that this compiler made for this frame's code serve another call; a running one goes on."""
-        _drop_entries(self.code, self.compiler, lambda guards: True)
+        _drop_entries(self.code, lambda guards: True, self.compiler)
 
     def join_buckets(self) -> bool:
         """Whether DDP's optimizer cut this frame's graph; if so it will not when the frame is analysed again.
@@ -251,19 +277,18 @@ def _closure(function: Any) -> dict[str, Any]:
 
 def forget_code(code: types.CodeType) -> None:
     """Drop what Dynamo compiled for ``code``: it does not guard on module hooks, so it cannot notice a gate."""
-    from torch._C._dynamo.eval_frame import reset_code
+    # not reset_code: the compile that gives the gate may be of this code, and holds its entries
+    _drop_entries(code, lambda guards: True)
 
-    reset_code(code)
 
-
-def _drop_entries(code: types.CodeType, compiler: Any, stale: Callable[[Any], bool]) -> None:
-    """Invalidate the entries of ``code`` that ``compiler`` made and ``stale`` says yes to."""
+def _drop_entries(code: types.CodeType, stale: Callable[[Any], bool], compiler: Any = None) -> None:
+    """Invalidate the entries of ``code`` that ``stale`` says yes to, and ``compiler`` made where one is given."""
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
     from torch._dynamo.guards import DeletedGuardManagerWrapper
 
     for entry in _debug_get_cache_entry_list(code):
         guards: Any = entry.guard_manager
-        if guards.extra_state is None or _innermost(entry.backend) != _innermost(compiler):
+        if guards.extra_state is None or (compiler and _innermost(entry.backend) != _innermost(compiler)):
             continue
         if stale(guards):
             deleted: Any = DeletedGuardManagerWrapper("superseded by sla_compile")

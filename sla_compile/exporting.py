@@ -79,9 +79,10 @@ class _Program:
 
 def _rewrite(graph: fx.GraphModule, model: nn.Module, ranges: Mapping[Any, Any]) -> None:
     """Put the op where the compiled model has it, and take the markers out; ValueError where that cannot be."""
+    paths = {path: id(module) for path, module in model.named_modules(remove_duplicate=False)}
     for module in graphs(graph):
         for node in list(module.graph.nodes):
-            _as_traced_by_dynamo(node, model)
+            _as_traced_by_dynamo(node, paths)
     sites, markers = find_sites(graph, Settings.of(None), cast(Frame, _Program(model)))
     _check(sites, model, ranges)
     for site in sites:
@@ -128,14 +129,16 @@ _FUNCTIONS: dict[Any, Any] = {
 }
 
 
-def _as_traced_by_dynamo(node: fx.Node, model: nn.Module) -> None:
-    """Spell ``node`` as the passes know it: Python's methods and functions, and modules by their id."""
+def _as_traced_by_dynamo(node: fx.Node, paths: Mapping[str, int]) -> None:
+    """Spell ``node`` as the passes know it: Python's methods and functions, and modules by their id, of ``paths``."""
     stack = {}
     for key, (name, kind) in node.meta.get("nn_module_stack", {}).items():
         path, _, call = name.partition("@")
         identity, _, later_call = str(key).partition("@")
         if not identity.isdigit():  # strict export has the ids
-            identity = str(id(model.get_submodule(path)))
+            if path not in paths:  # what torch.export puts beside a symbolic size
+                continue
+            identity = str(paths[path])
         stack[f"{identity}@{later_call or call or 0}"] = (name, kind)
     node.meta["nn_module_stack"] = stack
     aten = torch.ops.aten

@@ -24,6 +24,9 @@ from sla_compile.gate_settings import UNSEEN, Seen, settings_text
 
 __all__ = ["Gate", "attach_gate", "detach", "detach_gate", "gate_name", "gate_parameters", "gates", "model_config"]
 
+PREPARED = "_sla_prepared"
+"""Attribute of an owner: (SLAConfig, module path) that ``prepare`` saw it under; survives deepcopy and pickle."""
+
 MILLION = 10**6
 """The unit of a gate's ``sparsity``."""
 
@@ -352,10 +355,11 @@ def remember_dense(owner: nn.Module, code: CodeType) -> None:
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Remove every gate and hook from ``model``, which is then as it was before it was prepared; returns it."""
+    """Remove every gate, hook and setting from ``model``, then as it was before it was prepared; returns it."""
     for owner in list(model.modules()):
         for gate in own_gates(owner).values():
             detach_gate(owner, gate.ordinal)
+        owner.__dict__.pop(PREPARED, None)
     return model
 
 

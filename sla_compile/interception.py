@@ -27,7 +27,7 @@ from sla_compile.passes.operands import example
 from sla_compile.preparation import prepare
 from sla_compile.reordering import reorder
 from sla_compile.reports import explain
-from sla_compile.sites import PREPARED, requirements
+from sla_compile.sites import requirements
 
 __all__ = ["GatedCall", "call_arguments", "first_of", "gated_calls", "nothing_gated", "prepared_for"]
 
@@ -203,8 +203,7 @@ def prepared_for(model: nn.Module, example: Arguments, config: SLAConfig | Mappi
         if previous is not None:
             prepare(model, *example, config=previous)
         else:
-            for module in detach(model).modules():
-                module.__dict__.pop(PREPARED, None)
+            detach(model)
         raise
 
 

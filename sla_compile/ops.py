@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import sla_compile.reordering  # noqa: F401  the library op beside these
 from sla_compile.blocks import num_blocks
@@ -53,8 +54,8 @@ def sparse_linear_attention(
     """Attention (B, H, Lq, D): exact on critical blocks, linear on marginal, none on negligible.
 
     O^s + O^l weight^T + bias (arXiv 2509.24006, section 4), in q's dtype, a view of (B, Lq, H, D) memory.
-    Differentiable once in q, k, v, weight and bias. On CPU and CUDA; autocast casts q, k, v. Raises TypeError
-    or ValueError for an argument that is not accepted.
+    Differentiable once, in reverse mode, in q, k, v, weight and bias. On CPU and CUDA; autocast casts q, k, v. Raises
+    TypeError or ValueError for an argument that is not accepted.
 
     Args:
         q, k, v: (B, H, Lq, D) and twice (B, H, Lk, D), any strides, one dtype and device; D from 16 to 256;
@@ -84,6 +85,8 @@ def sparse_linear_attention(
         check_activations(q, k, v)
         options["scale"] = 1.0 / math.sqrt(q.shape[3])
     check(**tensors, **options)
+    if not torch.compiler.is_compiling():
+        _refuse_tangents(q, k, v, weight, bias)
     if key_mask is not None and key_mask.requires_grad and torch.is_grad_enabled():
         raise ValueError("key_mask requires a gradient, accepted is a mask without one: sla computes none for it")
     out, _, _, _ = torch.ops.sla.forward.default(**tensors, **options)
@@ -91,6 +94,21 @@ def sparse_linear_attention(
 
 
 _NUM_INPUTS = 16  # of sla::forward
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raise NotImplementedError in forward mode, where the op would give a tangent of zero."""
+    if forward_ad._current_level < 0:
+        return
+    # inside the op autograd's keys are switched off, and with them what reads a tangent
+    nothing = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), nothing):
+        dual = any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)  # type: ignore[no-untyped-call]
+    if dual:
+        raise NotImplementedError(
+            "sparse_linear_attention has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad): "
+            "differentiate it in reverse mode, or leave the attention dense"
+        )
 
 
 def _kernels(q: Tensor) -> ModuleType:
@@ -142,6 +160,7 @@ def _forward(
         "always_critical": always_critical,
     }
     check(q, k, v, weight, bias, key_mask, sparsity, **options)
+    _refuse_tangents(q, k, v, weight, bias)  # functorch's do not come this far
     result: tuple[Tensor, Tensor, Tensor, Tensor] = _kernels(q).forward(
         q, k, v, weight, bias, key_mask, sparsity, **options
     )

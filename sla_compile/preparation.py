@@ -20,9 +20,19 @@ from torch import fx, nn
 from sla_compile.backend import rewrite_graph
 from sla_compile.compat import current_frame, plain_function_name, runs_forward_of, throw_away_compile
 from sla_compile.config import SLAConfig
-from sla_compile.gate import Gate, attach_gate, detach, detach_gate, gate_name, gates, own_gates, refuse_other_form
+from sla_compile.gate import (
+    PREPARED,
+    Gate,
+    attach_gate,
+    detach,
+    detach_gate,
+    gate_name,
+    gates,
+    own_gates,
+    refuse_other_form,
+)
 from sla_compile.record import GraphBreak, SiteReport, describe, graph_break
-from sla_compile.sites import PREPARED, Settings
+from sla_compile.sites import Settings
 from sla_compile.stand_ins import stand_ins
 
 __all__ = ["DryRun", "dry_run", "prepare", "unwrapped"]
@@ -226,6 +236,5 @@ def _shell(model: nn.Module) -> nn.Module:
     except Exception as error:
         raise ValueError(f"{type(model).__name__} cannot be copied for a trace: {error}") from error
     for module in shell.modules():
-        module.__dict__.pop(PREPARED, None)
         module.__dict__["_compiled_call_impl"] = None  # blocks compiled by themselves are traced as part of it
     return detach(shell)

@@ -19,7 +19,7 @@ from sla_compile.blocks import forced_blocks
 from sla_compile.compat import runs_forward_of, size_hint
 from sla_compile.config import SLAConfig
 from sla_compile.diffs import site_diff
-from sla_compile.gate import Gate, gate_name, own_gates
+from sla_compile.gate import PREPARED, Gate, gate_name, own_gates
 from sla_compile.order import RASTER
 from sla_compile.passes.call import AttentionCall
 from sla_compile.passes.cost import (
@@ -38,7 +38,7 @@ from sla_compile.passes.decide import Keep, Rewrite, Shape, example_shape
 from sla_compile.passes.operands import example
 from sla_compile.passes.origins import of_different_tensors
 from sla_compile.passes.token_order import TokenOrder
-from sla_compile.sites import PREPARED, Site
+from sla_compile.sites import Site
 
 __all__ = [
     "GraphBreak",

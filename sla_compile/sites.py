@@ -18,18 +18,16 @@ from torch import fx, nn
 
 from sla_compile.compat import Frame, plain_module_path, runs_forward_of
 from sla_compile.config import SITE_FIELDS, SLAConfig
-from sla_compile.gate import Gate, gate_name, own_gates
+from sla_compile.gate import PREPARED, Gate, gate_name, own_gates
 from sla_compile.gate_settings import UNSEEN, Seen, read_settings
 from sla_compile.order import RASTER
 from sla_compile.passes.decide import Decision, Keep, Requirements, Rewrite, decide
 from sla_compile.passes.grid import Grids
 from sla_compile.passes.match import AttentionCall, Marker, find_attention, find_markers
+from sla_compile.passes.operands import example
 from sla_compile.passes.token_order import Wanted
 
-__all__ = ["PREPARED", "Settings", "Site", "find_sites", "remember_calls", "requirements"]
-
-PREPARED = "_sla_prepared"
-"""Attribute of an owner: (SLAConfig, module path) that ``prepare`` saw it under; survives deepcopy and pickle."""
+__all__ = ["Settings", "Site", "find_sites", "remember_calls", "requirements"]
 
 BROKEN = "graph break between the owner's start and its attention"
 
@@ -172,11 +170,15 @@ def _site(
                 f"{'; '.join(conflicts)}. Call prepare(model, ..., config=...) to change the gate, or leave "
                 f"these options out"
             )
-        if "min_tokens" in settings.explicit:  # when to be sparse may differ from compile to compile
-            config = replace(config, min_tokens=settings.config.for_site(path).min_tokens)
+    explicit = settings.explicit
+    if marker is not None or gate is not None:  # when to be sparse may differ from compile to compile
+        explicit &= {"min_tokens"}
+    if explicit:
+        here = settings.config.for_site(path)
+        config = replace(config, **{field: getattr(here, field) for field in explicit})
     if config.reorder != RASTER and config.grid is None:
-        here = grids().of(call.query), grids().of(call.key)
-        seen = here if any(here) else seen
+        found = grids().of(call.query), grids().of(call.key)
+        seen = found if any(found) else seen
     rejected = settings.config.rejects(path) or (None if marker is not None else model_config.rejects(path))
     decision: Decision
     if rejected is not None:
@@ -185,6 +187,8 @@ def _site(
         decision = Keep("no module owns this attention", "a plain function calls it", "a call in a forward")
     else:
         decision = decide(call, requirements(config), seen)
+    if isinstance(decision, Rewrite) and marker is not None:
+        _check_gate(example(marker.weight), decision, path)
     if isinstance(decision, Rewrite) and marker is not None and marker.module is not call.module:
         decision = Keep(
             "its gate is bound outside the region that holds the attention",
@@ -192,6 +196,19 @@ def _site(
             "such a part that holds the whole owner",
         )
     return Site(call, path, owner, ordinal, marker, config, model_config, decision, seen)
+
+
+def _check_gate(weight: Any, decision: Rewrite, path: str) -> None:
+    """Raise ValueError where the gate at ``path`` is of another attention: a file's, or made before a layer changed."""
+    head_dim, heads = decision.shape.head_dim, decision.shape.heads
+    found = tuple(weight.shape)
+    accepted = ((head_dim, head_dim), (heads, head_dim, head_dim))
+    if found not in accepted:
+        raise ValueError(
+            f"{path or 'the compiled module'}: its gate has a weight of shape {found}, and its attention {heads} heads "
+            f"of {head_dim}; accepted: {accepted[0]}, or {accepted[1]} of gate='per_head'. Load gates of this model, "
+            f"or remove them by sla_compile.detach(model)"
+        )
 
 
 def _identities(stack: tuple[Any, ...]) -> tuple[tuple[int, int], ...]:

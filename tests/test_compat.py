@@ -181,6 +181,21 @@ def test_a_throw_away_compile_leaves_room_in_the_cache() -> None:
     assert len(calls) == 1, "Dynamo did not take the frame for one that recompiles too often"
 
 
+def test_a_recompile_limit_is_told() -> None:
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    told: list[str] = []
+    compat.on_recompile_limit(double.__code__, told.append)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        compiled = torch.compile(double, backend="eager", dynamic=False)
+        for size in (3, 4):
+            compiled(torch.ones(size))
+        assert not told
+        compiled(torch.ones(5))
+    assert told == ["recompile_limit"]
+
+
 def test_size_hint_adds_no_guard() -> None:
     hints = []
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import sla_compile
+from sla_compile.gate import detach_gate
 from tests.helpers import assert_close
 from tests.models import (
     HEADS,
@@ -204,6 +205,28 @@ def test_dynamic_shapes(strict: bool) -> None:
         assert_follows_definition(program.module(), model, random_input(tokens, batch))
 
 
+class Sized(Attention):
+    """With the sizes read from the input, which are symbolic where they are dynamic."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.out(out.transpose(1, 2).reshape(batch, tokens, -1))
+
+
+@STRICT
+def test_dynamic_sizes_that_the_model_reads(strict: bool) -> None:
+    x = random_input()
+    model = prepared(nn.Sequential(Sized()), x)
+    program = sla_compile.export(model, (x,), dynamic_shapes=({1: Dim("tokens", min=32, max=4096)},), strict=strict)
+    assert sparse(program) == 1
+    run = torch.compile(model, backend="sla", options=EAGER)
+    for tokens in (100, 77):
+        x = random_input(tokens)
+        assert_close("output", program.module()(x), run(x), 1e-12)
+
+
 def test_dynamic_shapes_that_decide() -> None:
     """Below min_tokens the compiled model is dense; an exported program is one or the other."""
     model = prepared(Model(), random_input(), min_tokens=50)
@@ -230,7 +253,7 @@ def test_what_is_refused() -> None:
     model = prepared(Model(), x, min_tokens=90)
     with pytest.raises(ValueError, match=r"blocks\.1\.attention: has a gate, but would stay dense: short sequence"):
         sla_compile.export(model, (random_input(64),))
-    sla_compile.detach(model.blocks[1])
+    detach_gate(model.blocks[1].attention, 0)
     with pytest.raises(ValueError, match=r"blocks\.1\.attention: has no gate; accepted: sla_compile\.prepare"):
         sla_compile.export(model, (x,))
     model = prepared(Model(), x)

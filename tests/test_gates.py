@@ -529,6 +529,59 @@ def test_detach_gives_the_model_back() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_detach_takes_the_settings_along() -> None:
+    model, x = Model(), random_input()
+    dense = model(x)
+    sla_compile.detach(sla_compile.prepare(model, (x,), config=OPTIONS))
+    torch.testing.assert_close(torch.compile(model, backend="sla", options={"inner": "eager"})(x), dense)
+    assert not sla_compile.gates(model), "fewer tokens than min_tokens"
+    compiled(model, topk=0.7)(x)  # no gate that it could contradict
+    assert {gate.config.topk for gate in sla_compile.gates(model).values()} == {0.7}
+
+
+def test_min_tokens_of_the_compile_hold_where_prepare_made_no_gate() -> None:
+    model, x = Model(), random_input()
+    sla_compile.prepare(model, (x,))
+    assert not sla_compile.gates(model)
+    compiled(model)(x)
+    assert len(sla_compile.gates(model)) == 2
+
+
+def test_a_gate_of_another_attention_is_refused() -> None:
+    model, x = Model(), random_input()
+    sla_compile.prepare(model, (x,), config=OPTIONS)
+    sla_compile.gates(model)["blocks.1.attention.sla"].weight = nn.Parameter(torch.zeros(5, 5))
+    with pytest.raises(ValueError, match=r"blocks\.1\.attention: its gate has a weight of shape \(5, 5\), and"):
+        compiled(model)(x)
+
+
+@pytest.mark.parametrize("dynamic", [None, False])
+def test_a_long_sequence_after_short_ones(dynamic: bool | None) -> None:
+    """The gates are made while Dynamo compiles code whose dense entries, made before, must not serve any more."""
+    model = Model()
+    run = torch.compile(model, backend="sla", options={**EAGER, "min_tokens": 100}, dynamic=dynamic)
+    for x in (random_input(40), random_input(60)):
+        torch.testing.assert_close(run(x), model(x))
+    x = random_input(200)
+    first_call(run, x)
+    assert_follows_definition(run, model, x)
+    short = random_input(50)
+    torch.testing.assert_close(run(short), model(short))
+
+
+def test_a_recompile_limit_is_no_silent_end() -> None:
+    from sla_compile.backend import RecompileLimitWarning
+
+    model = Model()
+    run = torch.compile(model, backend="sla", options=EAGER, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=2), warnings.catch_warnings():
+        warnings.simplefilter("error", RecompileLimitWarning)
+        for tokens in (100, 120):
+            run(random_input(tokens))
+        with pytest.raises(RecompileLimitWarning, match=r"reached torch\._dynamo\.config\.recompile_limit"):
+            run(random_input(140))
+
+
 def test_fullgraph() -> None:
     model, x = Model(), random_input()
     run = torch.compile(model, backend="sla", options=EAGER, fullgraph=True)

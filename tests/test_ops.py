@@ -259,6 +259,17 @@ def test_only_the_output_is_differentiable() -> None:
     assert not any(x.requires_grad for x in (linear_out, lse, block_map))
 
 
+def test_forward_mode_is_refused() -> None:
+    q, *rest = (x.detach() for x in make_inputs())
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda q: sparse_linear_attention(q, *rest, **OPTIONS), (q,), (q,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, q)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.ops.sla.forward.default(*op_arguments((dual, *rest)))
+        sparse_linear_attention(q, *rest, **OPTIONS)
+
+
 def test_double_backward_is_refused() -> None:
     inputs = make_inputs()
     (dq,) = torch.autograd.grad(sparse_linear_attention(*inputs, **OPTIONS).sum(), inputs[0], create_graph=True)
