@@ -211,8 +211,9 @@ def _check_gate(weight: Any, decision: Rewrite, path: str) -> None:
         )
 
 
-def _identities(stack: tuple[Any, ...]) -> tuple[tuple[int, int], ...]:
-    return tuple((level.identity, level.call) for level in stack)
+def _identities(stack: tuple[Any, ...]) -> tuple[tuple[int, int, str], ...]:
+    """Which call this is: Dynamo counts those of a module under each of its names by itself."""
+    return tuple((level.identity, level.call, level.source) for level in stack)
 
 
 def _module_paths(frame: Frame) -> dict[int, str]:

@@ -555,6 +555,15 @@ def test_a_gate_of_another_attention_is_refused() -> None:
         compiled(model)(x)
 
 
+def test_a_module_at_two_places_has_one_gate() -> None:
+    model, x = Model(3), random_input()
+    model.blocks[2] = model.blocks[0]
+    run = compiled(model)
+    first_call(run, x)
+    assert list(sla_compile.gates(model)) == ["blocks.0.attention.sla", "blocks.1.attention.sla"]
+    assert_follows_definition(run, model, x)
+
+
 @pytest.mark.parametrize("dynamic", [None, False])
 def test_a_long_sequence_after_short_ones(dynamic: bool | None) -> None:
     """The gates are made while Dynamo compiles code whose dense entries, made before, must not serve any more."""
