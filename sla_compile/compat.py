@@ -14,10 +14,11 @@ import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 __all__ = [
     "Frame",
@@ -27,6 +28,7 @@ __all__ = [
     "data_parallel",
     "forget_code",
     "fully_sharded",
+    "has_tangent",
     "lower_gather",
     "on_recompile_limit",
     "plain_function_name",
@@ -40,28 +42,34 @@ __all__ = [
 ]
 
 
-class _RecompileLimits(logging.Filter):
-    """Sees Dynamo say in its log that it compiles a function no more."""
-
-    callbacks: ClassVar[weakref.WeakKeyDictionary[types.CodeType, Callable[[str], None]]] = weakref.WeakKeyDictionary()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if str(record.msg).startswith("torch._dynamo hit config.") and isinstance(record.args, tuple):
-            limit, _, function = record.args[:3]
-            for code, callback in list(self.callbacks.items()):
-                if function == f"'{code.co_name}' ({code.co_filename}:{code.co_firstlineno})":
-                    callback(str(limit))
-        return True
+_AT_LIMIT: weakref.WeakKeyDictionary[types.CodeType, Callable[[str], None]] = weakref.WeakKeyDictionary()
 
 
-_recompile_limits = _RecompileLimits()
+def _watch_limits(record: logging.LogRecord) -> bool:
+    """A filter of Dynamo's log, which is where it says that it compiles a function no more."""
+    if str(record.msg).startswith("torch._dynamo hit config.") and isinstance(record.args, tuple):
+        limit, _, function = record.args[:3]
+        for code, callback in list(_AT_LIMIT.items()):
+            if function == f"'{code.co_name}' ({code.co_filename}:{code.co_firstlineno})":
+                callback(str(limit))
+    return True
 
 
 def on_recompile_limit(code: types.CodeType, callback: Callable[[str], None]) -> None:
     """Call ``callback`` with the name of a limit in ``torch._dynamo.config`` when ``code`` reaches it: Dynamo runs
     it as it is written from then on. Goes when Dynamo has a public way to learn of it."""
-    _recompile_limits.callbacks[code] = callback
-    logging.getLogger("torch._dynamo.convert_frame").addFilter(_recompile_limits)
+    _AT_LIMIT[code] = callback
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(_watch_limits)
+
+
+def has_tangent(*tensors: torch.Tensor | None) -> bool:
+    """Whether one is dual, also inside an op, where autograd's keys, which see that, are off. Goes with torch's own."""
+    if forward_ad._current_level < 0:
+        return False
+    unpacked: Any = forward_ad.unpack_dual
+    nothing = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), nothing):
+        return any(x is not None and unpacked(x).tangent is not None for x in tensors)
 
 
 @contextlib.contextmanager
@@ -138,11 +146,7 @@ class Frame:
         for it next would stand beside them in the cache, up to ``recompile_limit``. Goes when a backend can
         send a frame back to the cache.
         """
-        _drop_entries(self.code, lambda guards: bool(guards.check(self.locals)), self.compiler)
-
-    def drop_entries(self) -> None:
-        """Let nothing that this compiler made for this frame's code serve another call; a running one goes on."""
-        _drop_entries(self.code, lambda guards: True, self.compiler)
+        forget_code(self.code, self.compiler, lambda guards: bool(guards.check(self.locals)))
 
     def join_buckets(self) -> bool:
         """Whether DDP's optimizer cut this frame's graph; if so it will not when the frame is analysed again.
@@ -275,14 +279,11 @@ def _closure(function: Any) -> dict[str, Any]:
     return {name: cell.cell_contents for name, cell in zip(code.co_freevars, cells, strict=True)}
 
 
-def forget_code(code: types.CodeType) -> None:
-    """Drop what Dynamo compiled for ``code``: it does not guard on module hooks, so it cannot notice a gate."""
-    # not reset_code: the compile that gives the gate may be of this code, and holds its entries
-    _drop_entries(code, lambda guards: True)
+def forget_code(code: types.CodeType, compiler: Any = None, stale: Callable[[Any], bool] = lambda _: True) -> None:
+    """Let nothing that Dynamo compiled for ``code`` (by ``compiler``, with guards that are ``stale``) serve again.
 
-
-def _drop_entries(code: types.CodeType, stale: Callable[[Any], bool], compiler: Any = None) -> None:
-    """Invalidate the entries of ``code`` that ``stale`` says yes to, and ``compiler`` made where one is given."""
+    It does not guard on module hooks. Not ``reset_code``: a compile of ``code`` that is under way holds its entries.
+    """
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
     from torch._dynamo.guards import DeletedGuardManagerWrapper
 
@@ -293,7 +294,7 @@ def _drop_entries(code: types.CodeType, stale: Callable[[Any], bool], compiler: 
         if stale(guards):
             deleted: Any = DeletedGuardManagerWrapper("superseded by sla_compile")
             # A dead entry counts towards recompile_limit unless it is of another module's.
-            deleted.id_matched_objs = {"": weakref.ref(_drop_entries)}
+            deleted.id_matched_objs = {"": weakref.ref(forget_code)}
             guards.extra_state.invalidate(guards.cache_entry, deleted)
 
 
@@ -312,7 +313,7 @@ def throw_away_compile() -> Iterator[list[Frame]]:
             yield frames
         finally:
             for frame in frames:
-                frame.drop_entries()
+                forget_code(frame.code, frame.compiler)
             frames.clear()
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 import sla_compile.reordering  # noqa: F401  the library op beside these
 from sla_compile.blocks import num_blocks
@@ -28,6 +27,7 @@ from sla_compile.checks import (
     check_types,
     effective_dtype,
 )
+from sla_compile.compat import has_tangent
 
 __all__ = ["FEATURE_MAPS", "LINEAR_BRANCHES", "sparse_linear_attention"]
 
@@ -98,13 +98,7 @@ _NUM_INPUTS = 16  # of sla::forward
 
 def _refuse_tangents(*tensors: Tensor | None) -> None:
     """Raise NotImplementedError in forward mode, where the op would give a tangent of zero."""
-    if forward_ad._current_level < 0:
-        return
-    # inside the op autograd's keys are switched off, and with them what reads a tangent
-    nothing = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), nothing):
-        dual = any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)  # type: ignore[no-untyped-call]
-    if dual:
+    if has_tangent(*tensors):
         raise NotImplementedError(
             "sparse_linear_attention has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad): "
             "differentiate it in reverse mode, or leave the attention dense"

@@ -18,7 +18,13 @@ import torch
 from torch import fx, nn
 
 from sla_compile.backend import rewrite_graph
-from sla_compile.compat import current_frame, plain_function_name, runs_forward_of, throw_away_compile
+from sla_compile.compat import (
+    current_frame,
+    forget_code,
+    plain_function_name,
+    runs_forward_of,
+    throw_away_compile,
+)
 from sla_compile.config import SLAConfig
 from sla_compile.gate import (
     PREPARED,
@@ -173,7 +179,7 @@ def dry_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
             returned.append(True)
             # The next call of this code, by another block perhaps, is another site.
             if frame is not None:
-                frame.drop_entries()
+                forget_code(frame.code, frame.compiler)
             return without_running(*inputs)
 
         return run_once
