@@ -25,7 +25,7 @@ __all__ = ["block_scores", "classify_rows", "classify_rows_with_options", "criti
 _ORDER_TILE = 16
 _ORDER_STEP = 512
 _ORDER_BINS = 32
-# the kernel compares every line with every other: from here on a sort, of several launches, takes less
+# most lines for the kernel, which compares every line with every other; more are sorted, in several launches
 _ORDER_SORTED = 16384
 
 

@@ -18,13 +18,12 @@ from torch import fx, nn
 
 from sla_compile.compat import Frame, plain_module_path, runs_forward_of
 from sla_compile.config import SITE_FIELDS, SLAConfig
-from sla_compile.gate import PREPARED, Gate, gate_name, own_gates
+from sla_compile.gate import PREPARED, Gate, gate_name, own_gates, refuse_other_form
 from sla_compile.gate_settings import UNSEEN, Seen, read_settings
 from sla_compile.order import RASTER
 from sla_compile.passes.decide import Decision, Keep, Requirements, Rewrite, decide
 from sla_compile.passes.grid import Grids
 from sla_compile.passes.match import AttentionCall, Marker, find_attention, find_markers
-from sla_compile.passes.operands import example
 from sla_compile.passes.token_order import Wanted
 
 __all__ = ["Settings", "Site", "find_sites", "remember_calls", "requirements"]
@@ -187,28 +186,17 @@ def _site(
         decision = Keep("no module owns this attention", "a plain function calls it", "a call in a forward")
     else:
         decision = decide(call, requirements(config), seen)
-    if isinstance(decision, Rewrite) and marker is not None:
-        _check_gate(example(marker.weight), decision, path)
     if isinstance(decision, Rewrite) and marker is not None and marker.module is not call.module:
         decision = Keep(
             "its gate is bound outside the region that holds the attention",
             "a part of the owner's forward that is traced by itself, as a checkpoint is",
             "such a part that holds the whole owner",
         )
-    return Site(call, path, owner, ordinal, marker, config, model_config, decision, seen)
-
-
-def _check_gate(weight: Any, decision: Rewrite, path: str) -> None:
-    """Raise ValueError where the gate at ``path`` is of another attention: a file's, or made before a layer changed."""
-    head_dim, heads = decision.shape.head_dim, decision.shape.heads
-    found = tuple(weight.shape)
-    accepted = ((head_dim, head_dim), (heads, head_dim, head_dim))
-    if found not in accepted:
-        raise ValueError(
-            f"{path or 'the compiled module'}: its gate has a weight of shape {found}, and its attention {heads} heads "
-            f"of {head_dim}; accepted: {accepted[0]}, or {accepted[1]} of gate='per_head'. Load gates of this model, "
-            f"or remove them by sla_compile.detach(model)"
-        )
+    site = Site(call, path, owner, ordinal, marker, config, model_config, decision, seen)
+    if isinstance(decision, Rewrite) and marker is not None and site.gate is not None:
+        shape = decision.shape
+        refuse_other_form(site.gate, int(shape.heads), int(shape.head_dim), config, site.gate_path)
+    return site
 
 
 def _identities(stack: tuple[Any, ...]) -> tuple[tuple[int, int, str], ...]:

@@ -551,7 +551,7 @@ def test_a_gate_of_another_attention_is_refused() -> None:
     model, x = Model(), random_input()
     sla_compile.prepare(model, (x,), config=OPTIONS)
     sla_compile.gates(model)["blocks.1.attention.sla"].weight = nn.Parameter(torch.zeros(5, 5))
-    with pytest.raises(ValueError, match=r"blocks\.1\.attention: its gate has a weight of shape \(5, 5\), and"):
+    with pytest.raises(ValueError, match=r"blocks\.1\.attention\.sla: has a gate of shape \(5, 5\), but"):
         compiled(model)(x)
 
 
