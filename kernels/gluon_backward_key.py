@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -26,6 +27,7 @@ from .gluon_primitives import (
     matrix_descriptor,
     multiprocessors,
     padded_dim,
+    store_tile,
     tile_descriptor,
     view_as,
 )
@@ -39,10 +41,9 @@ def key_consumer(
     buffers,
     barriers,
     grad_normalizers,
-    grad_k,
-    grad_v,
+    grad_k_desc,
+    grad_v_desc,
     scale,
-    num_keys,
     extents,
     CONSUMER: gl.constexpr,
     TILE_K: gl.constexpr,
@@ -52,10 +53,11 @@ def key_consumer(
     PADDED_DIM: gl.constexpr,
     FEATURE_MAP: gl.constexpr,
     HAS_LINEAR: gl.constexpr,
+    HAS_OUTPUTS: gl.constexpr,
 ):
     """dK and dV of 64 keys: the linear branch's part from dh and dz, then one step for each tile of queries."""
-    own_k, own_v, ring, statistics_ring, turns = buffers
-    own_full, own_empty, ring_full, ring_empty = barriers
+    own_k, own_v, ring, statistics_ring, turns, out_buffers = buffers
+    own_full, own_empty, ring_full, ring_empty, _prior_full, _prior_empty = barriers
     _num_columns, _total_tiles, tiles_per_head, num_heads, _list_width, matrix_rows = extents
     ROWS: gl.constexpr = 64
     STAGES: gl.constexpr = ring.type.shape[0]
@@ -70,10 +72,9 @@ def key_consumer(
     tile_layout: gl.constexpr = own_k.layout
     matrix_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, PADDED_DIM, PADDED_DIM], gl.bfloat16)
     vector_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    row_lanes = gl.arange(0, ROWS, layout=gl.SliceLayout(1, out_layout))
     dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, out_layout))
-    key = own_k.reshape([TILE_K, PADDED_DIM]).slice(CONSUMER * ROWS, ROWS)
-    value = own_v.reshape([TILE_K, PADDED_DIM]).slice(CONSUMER * ROWS, ROWS)
+    key = own_k.index(CONSUMER).reshape([ROWS, PADDED_DIM])
+    value = own_v.index(CONSUMER).reshape([ROWS, PADDED_DIM])
     scale_log2 = scale * 1.4426950408889634
 
     taken = 0
@@ -159,23 +160,34 @@ def key_consumer(
                 taken += 1
             if AHEAD:
                 warpgroup_mma_wait(0, deps=(scoring,))
-        mbarrier.arrive(own_empty, count=1)
-
-        rows = key_tile * TILE_K + CONSUMER * ROWS + row_lanes
-        base = (batch.to(gl.int64) * num_keys * num_heads + head) * HEAD_DIM
-        row_offsets = rows.to(gl.int64) * (num_heads * HEAD_DIM)
-        if HEAD_DIM == PADDED_DIM:
-            stored = (rows < num_keys)[:, None]
+        at = [batch, head, key_tile * TILE_K + CONSUMER * ROWS, 0]
+        if HAS_OUTPUTS:
+            mbarrier.arrive(own_empty, count=1)
+            leaving = out_buffers.index(CONSUMER)
+            tma.store_wait(0)
+            leaving.reshape([ROWS, PADDED_DIM]).store(value_accumulator.to(dtype))
+            fence_async_shared()
+            store_tile(grad_v_desc, at, leaving)
+            tma.store_wait(0)
+            leaving.reshape([ROWS, PADDED_DIM]).store(key_accumulator.to(dtype))
+            fence_async_shared()
+            store_tile(grad_k_desc, at, leaving)
         else:
-            stored = (rows < num_keys)[:, None] & (dims < HEAD_DIM)[None, :]
-        gl.store((grad_k + base + row_offsets)[:, None] + dims[None, :], key_accumulator.to(dtype), mask=stored)
-        gl.store((grad_v + base + row_offsets)[:, None] + dims[None, :], value_accumulator.to(dtype), mask=stored)
+            # where keys and values were
+            value.store(value_accumulator.to(dtype))
+            key.store(key_accumulator.to(dtype))
+            fence_async_shared()
+            store_tile(grad_v_desc, at, own_v.index(CONSUMER))
+            store_tile(grad_k_desc, at, own_k.index(CONSUMER))
+            tma.store_wait(0)
+            mbarrier.arrive(own_empty, count=1)
         turn += 1
         mbarrier.wait(own_full, turn & 1)
         tile = read_turn(turns, 0)
+    tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_keys", "total_tiles", "list_width", "matrix_rows"])
+@gluon.jit(do_not_specialize=["total_tiles", "list_width", "matrix_rows"])
 def key_kernel(
     k_desc,
     v_desc,
@@ -183,14 +195,13 @@ def key_kernel(
     grad_desc,
     matrix_desc,
     statistics_desc,
+    grad_k_desc,
+    grad_v_desc,
     lists,
     counts,
     order,
     grad_normalizers,
-    grad_k,
-    grad_v,
     scale,
-    num_keys,
     total_tiles,
     tiles_per_head,
     num_heads,
@@ -206,19 +217,21 @@ def key_kernel(
     HAS_LINEAR: gl.constexpr,
 ):
     CONSUMERS: gl.constexpr = TILE_K // 64
-    buffers, barriers = make_buffers(k_desc, q_desc, statistics_desc, STAGES, CONSUMERS)
+    # two programs side by side have no room for them
+    HAS_OUTPUTS: gl.constexpr = CONSUMERS == 2
+    buffers, barriers = make_buffers(k_desc, q_desc, statistics_desc, STAGES, CONSUMERS, True, HAS_OUTPUTS)
     extents = (tiles_per_head, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows)
-    descriptors = (k_desc, v_desc, q_desc, grad_desc, matrix_desc, statistics_desc)
+    descriptors = (k_desc, v_desc, q_desc, grad_desc, matrix_desc, statistics_desc, k_desc)
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
                 (key_consumer, (
-                    buffers, barriers, grad_normalizers, grad_k, grad_v, scale, num_keys, extents, 0,
-                    TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR,
+                    buffers, barriers, grad_normalizers, grad_k_desc, grad_v_desc, scale, extents, 0,
+                    TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_OUTPUTS,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, order, extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
-                    HAS_LINEAR, True, True,
+                    HAS_LINEAR, True, True, False,
                 )),
             ],
             [1],
@@ -228,16 +241,16 @@ def key_kernel(
         gl.warp_specialize(
             [
                 (key_consumer, (
-                    buffers, barriers, grad_normalizers, grad_k, grad_v, scale, num_keys, extents, 0,
-                    TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR,
+                    buffers, barriers, grad_normalizers, grad_k_desc, grad_v_desc, scale, extents, 0,
+                    TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_OUTPUTS,
                 )),
                 (key_consumer, (
-                    buffers, barriers, grad_normalizers, grad_k, grad_v, scale, num_keys, extents, 1,
-                    TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR,
+                    buffers, barriers, grad_normalizers, grad_k_desc, grad_v_desc, scale, extents, 1,
+                    TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_OUTPUTS,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, order, extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
-                    HAS_LINEAR, True, True,
+                    HAS_LINEAR, True, True, False,
                 )),
             ],
             [4, 1],
@@ -270,20 +283,19 @@ def attention_backward_key(
     programs = min(total, multiprocessors(q.device.index) * (2 if block_k == 64 else 1))
     grad_k, grad_v = (k.new_empty(batch, keys, heads, head_dim).transpose(1, 2) for _ in range(2))
     key_kernel[(programs,)](
-        tile_descriptor(k, block_k),
-        tile_descriptor(v, block_k),
+        tile_descriptor(k, 64),
+        tile_descriptor(v, 64),
         tile_descriptor(q, tile_q),
         tile_descriptor(grad_out, tile_q),
         matrix_descriptor(grad_states if grad_states is not None else q, head_dim),
         statistics_descriptor(statistics, tile_q),
+        tile_descriptor(grad_k, 64),
+        tile_descriptor(grad_v, 64),
         lists,
         counts,
         order,
         grad_normalizers if grad_normalizers is not None else statistics,
-        grad_k,
-        grad_v,
         scale,
-        keys,
         total,
         tiles_per_head,
         heads,

@@ -12,12 +12,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from .gluon_pairs import make_buffers, pair_producer, split_pair, statistics_descriptor
-from .gluon_primitives import locate_tile, matrix_descriptor, multiprocessors, padded_dim, tile_descriptor
+from .gluon_primitives import (
+    locate_tile,
+    matrix_descriptor,
+    multiprocessors,
+    padded_dim,
+    store_tile,
+    tile_descriptor,
+)
 from .triton_tiles import ceil_div
 
 __all__ = ["attention_backward_query"]
@@ -29,9 +37,8 @@ def query_consumer(
     barriers,
     counts,
     statistics,
-    grad_q,
+    out_desc,
     scale,
-    num_queries,
     row_pitch,
     extents,
     CONSUMER: gl.constexpr,
@@ -43,9 +50,9 @@ def query_consumer(
     PADDED_DIM: gl.constexpr,
     HAS_LINEAR: gl.constexpr,
 ):
-    """dQ of 64 queries; the linear branch's part is already in ``grad_q``."""
-    own_q, own_grad, ring, _statistics_ring, _turns = buffers
-    own_full, own_empty, ring_full, ring_empty = barriers
+    """dQ of 64 queries, to which the linear branch's part, which is there already, is added."""
+    own_q, own_grad, ring, _statistics_ring, _turns, out_buffers = buffers
+    own_full, own_empty, ring_full, ring_empty, prior_full, prior_empty = barriers
     num_rows, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows = extents
     ROWS: gl.constexpr = 64
     STAGES: gl.constexpr = ring.type.shape[0]
@@ -56,8 +63,8 @@ def query_consumer(
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED_DIM, 16])
     operand_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     score_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, scores_layout))
-    row_lanes = gl.arange(0, ROWS, layout=gl.SliceLayout(1, out_layout))
-    dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, out_layout))
+    leaving = out_buffers.index(CONSUMER)
+    staged = leaving.reshape([ROWS, PADDED_DIM])
     # its own rows stay in registers: products of 64 columns would take all that shared memory gives in a cycle
     own_layout: gl.constexpr = gl.DotOperandLayout(0, scores_layout, 2)
     scale_log2 = scale * 1.4426950408889634
@@ -73,26 +80,16 @@ def query_consumer(
         lse = gl.load(row_statistics + score_rows)
         delta = gl.load(row_statistics + row_pitch + score_rows)
 
-        rows = first + row_lanes
-        base = (batch.to(gl.int64) * num_queries * num_heads + head) * HEAD_DIM
-        row_offsets = rows.to(gl.int64) * (num_heads * HEAD_DIM)
-        if HEAD_DIM == PADDED_DIM:
-            stored = (rows < num_queries)[:, None]
-        else:
-            stored = (rows < num_queries)[:, None] & (dims < HEAD_DIM)[None, :]
-        if HAS_LINEAR:
-            accumulator = gl.load((grad_q + base + row_offsets)[:, None] + dims[None, :], mask=stored, other=0.0).to(
-                gl.float32
-            )
-        else:
-            accumulator = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
-
         mbarrier.wait(own_full, turn & 1)
-        query = own_q.reshape([TILE_Q, PADDED_DIM]).slice(CONSUMER * ROWS, ROWS).load(own_layout)
-        grad = own_grad.reshape([TILE_Q, PADDED_DIM]).slice(CONSUMER * ROWS, ROWS).load(own_layout)
+        query = own_q.index(CONSUMER).reshape([ROWS, PADDED_DIM]).load(own_layout)
+        grad = own_grad.index(CONSUMER).reshape([ROWS, PADDED_DIM]).load(own_layout)
         fence_async_shared()
         mbarrier.arrive(own_empty, count=1)
-        turn += 1
+        # the output before has left
+        tma.store_wait(0)
+        if HAS_LINEAR:
+            mbarrier.arrive(prior_empty, count=1)
+        accumulator = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
         for _step in range(count * PARTS):
             index = taken % STAGES
             key, value = split_pair(ring.index(index), TILE_K, tile_layout)
@@ -112,10 +109,17 @@ def query_consumer(
             accumulator, _ = warpgroup_mma_wait(0, deps=(accumulator, operand))
             mbarrier.arrive(ring_empty.index(index), count=1)
             taken += 1
-        gl.store((grad_q + base + row_offsets)[:, None] + dims[None, :], accumulator.to(dtype), mask=stored)
+        if HAS_LINEAR:
+            mbarrier.wait(prior_full, turn & 1)
+            accumulator += staged.load(out_layout).to(gl.float32)
+        staged.store(accumulator.to(dtype))
+        fence_async_shared()
+        store_tile(out_desc, [batch, head, first, 0], leaving)
+        turn += 1
+    tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_queries", "row_pitch", "num_rows", "total_tiles", "list_width"])
+@gluon.jit(do_not_specialize=["row_pitch", "num_rows", "total_tiles", "list_width"])
 def query_kernel(
     q_desc,
     grad_desc,
@@ -123,12 +127,11 @@ def query_kernel(
     v_desc,
     matrix_desc,
     statistics_desc,
+    out_desc,
     lists,
     counts,
     statistics,
-    grad_q,
     scale,
-    num_queries,
     row_pitch,
     num_rows,
     total_tiles,
@@ -145,19 +148,19 @@ def query_kernel(
     HAS_LINEAR: gl.constexpr,
 ):
     CONSUMERS: gl.constexpr = TILE_Q // 64
-    buffers, barriers = make_buffers(q_desc, k_desc, statistics_desc, STAGES, CONSUMERS)
+    buffers, barriers = make_buffers(q_desc, k_desc, statistics_desc, STAGES, CONSUMERS, False, True)
     extents = (num_rows, total_tiles, tiles_per_head, num_heads, list_width, 1)
-    descriptors = (q_desc, grad_desc, k_desc, v_desc, matrix_desc, statistics_desc)
+    descriptors = (q_desc, grad_desc, k_desc, v_desc, matrix_desc, statistics_desc, out_desc)
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
                 (query_consumer, (
-                    buffers, barriers, counts, statistics, grad_q, scale, num_queries, row_pitch, extents, 0,
+                    buffers, barriers, counts, statistics, out_desc, scale, row_pitch, extents, 0,
                     BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM, HAS_LINEAR,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, lists, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
-                    False, False, False,
+                    False, False, False, HAS_LINEAR,
                 )),
             ],
             [1],
@@ -167,16 +170,16 @@ def query_kernel(
         gl.warp_specialize(
             [
                 (query_consumer, (
-                    buffers, barriers, counts, statistics, grad_q, scale, num_queries, row_pitch, extents, 0,
+                    buffers, barriers, counts, statistics, out_desc, scale, row_pitch, extents, 0,
                     BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM, HAS_LINEAR,
                 )),
                 (query_consumer, (
-                    buffers, barriers, counts, statistics, grad_q, scale, num_queries, row_pitch, extents, 1,
+                    buffers, barriers, counts, statistics, out_desc, scale, row_pitch, extents, 1,
                     BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM, HAS_LINEAR,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, lists, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
-                    False, False, False,
+                    False, False, False, HAS_LINEAR,
                 )),
             ],
             [4, 1],
@@ -207,18 +210,17 @@ def attention_backward_query(
     total = tiles_per_head * batch * heads
     programs = min(total, multiprocessors(q.device.index) * (2 if tile_q == 64 else 1))
     query_kernel[(programs,)](
-        tile_descriptor(q, tile_q),
-        tile_descriptor(grad_out, tile_q),
+        tile_descriptor(q, 64),
+        tile_descriptor(grad_out, 64),
         tile_descriptor(k, tile_k),
         tile_descriptor(v, tile_k),
         matrix_descriptor(q, head_dim),
         statistics_descriptor(statistics, tile_q),
+        tile_descriptor(grad_q, 64),
         lists,
         counts,
         statistics,
-        grad_q,
         scale,
-        queries,
         statistics.shape[3],
         ceil_div(queries, block_q),
         total,

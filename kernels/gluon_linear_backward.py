@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -29,6 +30,7 @@ from .gluon_primitives import (
     multiprocessors,
     padded_dim,
     reciprocal_or_zero,
+    store_tile,
     tile_descriptor,
     view_as,
 )
@@ -84,9 +86,9 @@ def linear_consumer(
     lse,
     bias,
     normalizers,
-    grad_q,
+    grad_q_desc,
     statistics,
-    grad_states,
+    grad_state_desc,
     grad_normalizers,
     scale,
     stride_bh,
@@ -97,11 +99,10 @@ def linear_consumer(
     BLOCK_Q: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     PADDED_DIM: gl.constexpr,
-    PITCH: gl.constexpr,
     FEATURE_MAP: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
-    q_buffer, grad_buffer, out_buffer, linear_buffer, state_buffer, gate_buffer, sums = buffers
+    q_buffer, grad_buffer, out_buffer, linear_buffer, state_buffer, gate_buffer, sums, leaving_buffers = buffers
     outputs_full, outputs_empty, grad_full, full, empty, joint = barriers
     total_tiles, tiles_per_head, num_heads, state_rows, _gate_heads, slots = extents
     ROWS: gl.constexpr = 64
@@ -114,7 +115,9 @@ def linear_consumer(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED_DIM, 16])
     dim_layout: gl.constexpr = gl.SliceLayout(0, layout)
     lane_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    HALF_DIM: gl.constexpr = PADDED_DIM // 2
     row_lanes = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    lanes = gl.arange(0, HALF_DIM, layout=lane_layout)
     dims = gl.arange(0, PADDED_DIM, layout=dim_layout)
     query = q_buffer.reshape([128, PADDED_DIM]).slice(CONSUMER * ROWS, ROWS)
     grad = grad_buffer.reshape([128, PADDED_DIM]).slice(CONSUMER * ROWS, ROWS)
@@ -126,6 +129,15 @@ def linear_consumer(
     shares = view_as(q_buffer, state_dtype, [1, 1, 128, PADDED_DIM], tile_layout).reshape([128, PADDED_DIM])
     grads = view_as(grad_buffer, state_dtype, [1, 1, 128, PADDED_DIM], tile_layout).reshape([128, PADDED_DIM])
     own_grads = grads.slice(CONSUMER * ROWS, ROWS)
+    # dQ and then dH leave from here: a state of its own is done with by then
+    FIRST_ROW: gl.constexpr = 0 if STATES == 2 else HALF
+    STATE_ROWS: gl.constexpr = PADDED_DIM if STATES == 2 else ROWS
+    leaving = leaving_buffers.index(CONSUMER)
+    state_layout: gl.constexpr = grad_state_desc.layout
+    state_shape: gl.constexpr = [1, STATE_ROWS, PADDED_DIM]
+    state_leaving = view_as(leaving, state_dtype, state_shape, state_layout)
+    query_shape: gl.constexpr = [STATE_ROWS // ROWS, 1, 1, ROWS, PADDED_DIM]
+    query_leaving = view_as(leaving, dtype, query_shape, tile_layout).index(0)
 
     turn = 0
     for tile in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
@@ -171,56 +183,56 @@ def linear_consumer(
         grad_phi = warpgroup_mma_wait(0, deps=(grad_phi,))
         grad_phi = (grad_phi - linear_delta[:, None] * normalizer[None, :]) * inverse[:, None]
         grad_query = feature_map_backward(own, phi, grad_phi, FEATURE_MAP)
-        base = (batch.to(gl.int64) * num_queries * num_heads + head) * HEAD_DIM
-        row_offsets = rows.to(gl.int64) * (num_heads * HEAD_DIM)
-        if HEAD_DIM == PADDED_DIM:
-            stored = (rows < num_queries)[:, None]
-        else:
-            stored = (rows < num_queries)[:, None] & (dims < HEAD_DIM)[None, :]
-        gl.store((grad_q + base + row_offsets)[:, None] + dims[None, :], grad_query.to(dtype), mask=stored)
+        tma.store_wait(0)
+        query_leaving.reshape([ROWS, PADDED_DIM]).store(grad_query.to(dtype))
+        fence_async_shared()
+        store_tile(grad_q_desc, [batch, head, first, 0], query_leaving)
 
         share = phi * inverse[:, None]
         own_shares = shares.slice(CONSUMER * ROWS, ROWS)
         own_shares.store(share.to(state_dtype))
+        # half of the dimensions at a time: that halves what a sum over warps takes of shared memory
+        halves = (share * linear_delta[:, None]).reshape([ROWS, 2, HALF_DIM]).permute((0, 2, 1))
+        first_half, second_half = gl.split(halves)
+        first_half = gl.convert_layout(-gl.sum(first_half, 0), lane_layout)
+        second_half = gl.convert_layout(-gl.sum(second_half, 0), lane_layout)
         if STATES == 2:
             fence_async_shared()
             # [dims, queries] x [queries, in]
             whole = gl.zeros([PADDED_DIM, PADDED_DIM], gl.float32, layout)
             grad_state = warpgroup_mma(own_shares.permute((1, 0)), own_grads, whole, use_acc=False, is_async=True)
-            state_dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(1, layout))
             slot = batch_head * slots + block
             there = block < slots
-            # half of the dimensions at a time: that halves what a sum over warps takes of shared memory
-            halves = (share * linear_delta[:, None]).reshape([ROWS, 2, PADDED_DIM // 2]).permute((0, 2, 1))
-            first_half, second_half = gl.split(halves)
-            lanes = gl.arange(0, PADDED_DIM // 2, layout=lane_layout)
-            line = grad_normalizers + slot * HEAD_DIM
-            first_half = gl.convert_layout(-gl.sum(first_half, 0), lane_layout)
-            gl.store(line + lanes, first_half, mask=(lanes < HEAD_DIM) & there)
-            lanes += PADDED_DIM // 2
-            second_half = gl.convert_layout(-gl.sum(second_half, 0), lane_layout)
-            gl.store(line + lanes, second_half, mask=(lanes < HEAD_DIM) & there)
-            inside = (state_dims < HEAD_DIM)[:, None] & (dims < HEAD_DIM)[None, :] & there
         else:
-            sums.index(CONSUMER).store(-gl.sum(share * linear_delta[:, None], 0))
+            if CONSUMER == 1:
+                sums.slice(0, HALF_DIM).store(first_half)
+                sums.slice(HALF_DIM, HALF_DIM).store(second_half)
             fence_async_shared()
             mbarrier.arrive(joint, count=1)
             mbarrier.wait(joint, turn & 1)
-            slot = batch_head * slots + query_tile
             if CONSUMER == 0:
-                grad_normalizer = sums.index(0).load(dim_layout) + sums.index(1).load(dim_layout)
-                gl.store(grad_normalizers + slot * HEAD_DIM + dims, grad_normalizer, mask=dims < HEAD_DIM)
+                first_half += sums.slice(0, HALF_DIM).load(lane_layout)
+                second_half += sums.slice(HALF_DIM, HALF_DIM).load(lane_layout)
+            slot = batch_head * slots + query_tile
+            there = slot >= 0
             # [dims, queries] x [queries, in]
             left = shares.slice(HALF, 64, dim=1).permute((1, 0))
             grad_state = warpgroup_mma(left, grads, zero, use_acc=False, is_async=True)
-            state_dims = HALF + row_lanes
-            inside = (state_dims < HEAD_DIM)[:, None] & (dims < HEAD_DIM)[None, :]
+        if STATES == 2 or CONSUMER == 0:
+            line = grad_normalizers + slot * HEAD_DIM
+            gl.store(line + lanes, first_half, mask=(lanes < HEAD_DIM) & there)
+            gl.store(line + HALF_DIM + lanes, second_half, mask=(HALF_DIM + lanes < HEAD_DIM) & there)
+        tma.store_wait(0)
         grad_state = warpgroup_mma_wait(0, deps=(grad_state,))
-        pointers = grad_states + slot * (HEAD_DIM * PITCH) + state_dims * PITCH
-        gl.store(pointers[:, None] + dims[None, :], grad_state.to(state_dtype), mask=inside)
+        state_leaving.reshape([STATE_ROWS, PADDED_DIM]).store(grad_state.to(state_dtype))
         fence_async_shared()
+        if there:
+            store_tile(grad_state_desc, [slot.to(gl.int32), FIRST_ROW, 0], state_leaving)
+        if STATES == 2:
+            tma.store_wait(0)
         mbarrier.arrive(empty, count=1)
         turn += 1
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["num_queries", "row_pitch", "total_tiles", "tiles_per_head", "state_rows", "slots"])
@@ -231,12 +243,12 @@ def linear_kernel(
     linear_desc,
     state_desc,
     gate_desc,
+    grad_q_desc,
+    grad_state_desc,
     lse,
     bias,
     normalizers,
-    grad_q,
     statistics,
-    grad_states,
     grad_normalizers,
     scale,
     stride_bh,
@@ -251,7 +263,6 @@ def linear_kernel(
     BLOCK_Q: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     PADDED_DIM: gl.constexpr,
-    PITCH: gl.constexpr,
     FEATURE_MAP: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
@@ -278,26 +289,28 @@ def linear_kernel(
         # two states leave no room for what two blocks have no use for
         sums = full
         joint = full
+        leaving_buffers = state_buffer
     else:
-        sums = gl.allocate_shared_memory(gl.float32, [2, PADDED_DIM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        sums = gl.allocate_shared_memory(gl.float32, [PADDED_DIM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         joint = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         mbarrier.init(joint, count=2)
+        leaving_buffers = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, 64, PADDED_DIM], q_desc.layout)
     fence_async_shared()
     all_threads()
-    buffers = (q_buffer, grad_buffer, out_buffer, linear_buffer, state_buffer, gate_buffer, sums)
+    buffers = (q_buffer, grad_buffer, out_buffer, linear_buffer, state_buffer, gate_buffer, sums, leaving_buffers)
     barriers = (outputs_full, outputs_empty, grad_full, full, empty, joint)
     extents = (total_tiles, tiles_per_head, num_heads, state_rows, gate_heads, slots)
     descriptors = (q_desc, grad_desc, out_desc, linear_desc, state_desc, gate_desc)
     gl.warp_specialize(
         [
             (linear_consumer, (
-                buffers, barriers, lse, bias, normalizers, grad_q, statistics, grad_states, grad_normalizers, scale,
-                stride_bh, num_queries, row_pitch, extents, 0, BLOCK_Q, HEAD_DIM, PADDED_DIM, PITCH, FEATURE_MAP,
+                buffers, barriers, lse, bias, normalizers, grad_q_desc, statistics, grad_state_desc, grad_normalizers,
+                scale, stride_bh, num_queries, row_pitch, extents, 0, BLOCK_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP,
                 HAS_BIAS,
             )),
             (linear_consumer, (
-                buffers, barriers, lse, bias, normalizers, grad_q, statistics, grad_states, grad_normalizers, scale,
-                stride_bh, num_queries, row_pitch, extents, 1, BLOCK_Q, HEAD_DIM, PADDED_DIM, PITCH, FEATURE_MAP,
+                buffers, barriers, lse, bias, normalizers, grad_q_desc, statistics, grad_state_desc, grad_normalizers,
+                scale, stride_bh, num_queries, row_pitch, extents, 1, BLOCK_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP,
                 HAS_BIAS,
             )),
             (linear_producer, (descriptors, buffers, barriers, extents, BLOCK_Q)),
@@ -340,12 +353,12 @@ def linear_backward(
         tile_descriptor(linear_out, 128),
         matrix_descriptor(states, head_dim),
         matrix_descriptor(weight, head_dim),
+        tile_descriptor(dq, 64),
+        matrix_descriptor(grad_states, head_dim, None if block_q == 64 else 64),
         lse,
         bias if bias is not None else q,
         normalizers,
-        dq,
         statistics,
-        grad_states,
         grad_normalizers,
         scale,
         head_stride(bias, 1),
@@ -360,7 +373,6 @@ def linear_backward(
         BLOCK_Q=block_q,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim),
-        PITCH=states.shape[4],
         FEATURE_MAP=feature_map,
         HAS_BIAS=bias is not None,
         num_warps=4,

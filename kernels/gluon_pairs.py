@@ -29,19 +29,21 @@ def pair_producer(
     HAS_MATRIX: gl.constexpr,
     HAS_STATISTICS: gl.constexpr,
     HAS_ORDER: gl.constexpr,
+    HAS_PRIOR: gl.constexpr,
 ):
     """Load a pair of own tiles, then through the ring (a matrix and) pairs of tiles (and their rows' statistics) of the
-    listed blocks.
+    listed blocks; last, where there is one, what the output is to be added to.
 
     With ``order``, of `longest_first`, programs take the next tile in it whenever they are done with one, and the
     consumers learn from ``turns`` which that is, -1 at the end, and how many blocks it has; without, each has its own.
     """
-    own_a_desc, own_b_desc, listed_a_desc, listed_b_desc, matrix_desc, statistics_desc = descriptors
-    own_a, own_b, ring, statistics_ring, turns = buffers
-    own_full, own_empty, ring_full, ring_empty = barriers
+    own_a_desc, own_b_desc, listed_a_desc, listed_b_desc, matrix_desc, statistics_desc, prior_desc = descriptors
+    own_a, own_b, ring, statistics_ring, turns, out_buffers = buffers
+    own_full, own_empty, ring_full, ring_empty, prior_full, prior_empty = barriers
     num_lines, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows = extents
     STAGES: gl.constexpr = ring.type.shape[0]
     PARTS: gl.constexpr = LISTED_BLOCK // LISTED_TILE
+    CONSUMERS: gl.constexpr = TILE // 64
     turn_layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     tile_layout: gl.constexpr = listed_a_desc.layout
     matrix_dtype: gl.constexpr = matrix_desc.dtype
@@ -69,9 +71,11 @@ def pair_producer(
             turns.index(0).store(gl.full([1], tile, gl.int32, turn_layout))
             turns.index(1).store(gl.full([1], count, gl.int32, turn_layout))
             all_threads()
-        mbarrier.expect(own_full, own_a_desc.block_type.nbytes + own_b_desc.block_type.nbytes)
-        load_tile(own_a_desc, [batch, head, own_tile * TILE, 0], own_full, own_a)
-        load_tile(own_b_desc, [batch, head, own_tile * TILE, 0], own_full, own_b)
+        mbarrier.expect(own_full, CONSUMERS * (own_a_desc.block_type.nbytes + own_b_desc.block_type.nbytes))
+        for consumer in gl.static_range(CONSUMERS):
+            at = [batch, head, own_tile * TILE + consumer * 64, 0]
+            load_tile(own_a_desc, at, own_full, own_a.index(consumer))
+            load_tile(own_b_desc, at, own_full, own_b.index(consumer))
         if HAS_MATRIX:
             index = filled % STAGES
             mbarrier.wait(ring_empty.index(index), (filled // STAGES & 1) ^ 1)
@@ -110,6 +114,12 @@ def pair_producer(
                 load_tile(listed_a_desc, [batch, head, start, 0], full, tile_a)
                 load_tile(listed_b_desc, [batch, head, start, 0], full, tile_b)
                 filled += 1
+        if HAS_PRIOR:
+            mbarrier.wait(prior_empty, (turn & 1) ^ 1)
+            mbarrier.expect(prior_full, CONSUMERS * prior_desc.block_type.nbytes)
+            for consumer in gl.static_range(CONSUMERS):
+                at = [batch, head, own_tile * TILE + consumer * 64, 0]
+                load_tile(prior_desc, at, prior_full, out_buffers.index(consumer))
         if HAS_ORDER:
             position = gl.atomic_add(order + total_tiles, 1)
         else:
@@ -154,26 +164,44 @@ def make_barrier_ring(STAGES: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def make_buffers(own_desc, listed_desc, statistics_desc, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
-    """Shared memory and barriers: two own tiles, and a ring whose stages hold a pair of listed tiles or a matrix."""
-    own_a = gl.allocate_shared_memory(own_desc.dtype, own_desc.block_type.shape, own_desc.layout)
-    own_b = gl.allocate_shared_memory(own_desc.dtype, own_desc.block_type.shape, own_desc.layout)
+def make_buffers(
+    own_desc,
+    listed_desc,
+    statistics_desc,
+    STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    HAS_STATISTICS: gl.constexpr,
+    HAS_OUTPUTS: gl.constexpr,
+):
+    """Shared memory and barriers: two own tiles for each consumer, a ring whose stages hold a pair of listed tiles or a
+    matrix, and where wanted rows' statistics beside them, and a tile of output for each consumer."""
+    own_shape: gl.constexpr = [CONSUMERS] + own_desc.block_type.shape
+    own_a = gl.allocate_shared_memory(own_desc.dtype, own_shape, own_desc.layout)
+    own_b = gl.allocate_shared_memory(own_desc.dtype, own_shape, own_desc.layout)
     tile: gl.constexpr = listed_desc.block_type.shape[2]
     dims: gl.constexpr = listed_desc.block_type.shape[3]
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 2 * tile, dims], listed_desc.dtype)
     ring = gl.allocate_shared_memory(listed_desc.dtype, [STAGES, 1, 2 * tile, dims], layout)
-    statistics_ring = gl.allocate_shared_memory(
-        gl.float32, [STAGES * 2] + statistics_desc.block_type.shape, statistics_desc.layout
-    )
+    # what is not there is not touched
+    statistics_ring = ring
+    if HAS_STATISTICS:
+        statistics_ring = gl.allocate_shared_memory(
+            gl.float32, [STAGES * 2] + statistics_desc.block_type.shape, statistics_desc.layout
+        )
+    out_buffers = own_a
+    if HAS_OUTPUTS:
+        out_buffers = gl.allocate_shared_memory(own_desc.dtype, own_shape, own_desc.layout)
     turns = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     own_full = make_barrier_ring(1, 1)
     own_empty = make_barrier_ring(1, CONSUMERS)
     ring_full = make_barrier_ring(STAGES, 1)
     ring_empty = make_barrier_ring(STAGES, CONSUMERS)
+    prior_full = make_barrier_ring(1, 1)
+    prior_empty = make_barrier_ring(1, CONSUMERS)
     fence_async_shared()
     all_threads()
-    buffers = (own_a, own_b, ring, statistics_ring, turns)
-    barriers = (own_full.index(0), own_empty.index(0), ring_full, ring_empty)
+    buffers = (own_a, own_b, ring, statistics_ring, turns, out_buffers)
+    barriers = (own_full.index(0), own_empty.index(0), ring_full, ring_empty, prior_full.index(0), prior_empty.index(0))
     return buffers, barriers
 
 

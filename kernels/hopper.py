@@ -32,7 +32,8 @@ def available(device: int) -> bool:
 
 
 def usable(*tensors: torch.Tensor, scale: float, block_q: int, block_k: int, masked: bool) -> bool:
-    """Whether the Gluon kernels take this call: 16-bit, head dimension up to 128, blocks of 64 or more, no mask.
+    """Whether the Gluon kernels take this call: 16-bit, head dimension a multiple of 8 up to 128, blocks of 64 or more,
+    no mask.
 
     ``tensors`` (B, H, L, D) are `vector_readable`. A scale below zero would turn the maximum into a minimum.
     """
@@ -43,6 +44,7 @@ def usable(*tensors: torch.Tensor, scale: float, block_q: int, block_k: int, mas
         and first.numel() > 0  # TMA has no axis of size 0
         and first.dtype in (torch.float16, torch.bfloat16)
         and first.shape[3] <= 128
+        and first.shape[3] % 8 == 0  # TMA takes results in whole vectors
         and block_q in (64, 128, 256)
         and block_k in (64, 128)
         and scale > 0
