@@ -261,6 +261,8 @@ def forward_consumer(
             index = next_index
             phase = next_phase
 
+        if not HAS_LINEAR and OUTPUTS > 0:
+            mbarrier.arrive(q_empty.index(CONSUMER), count=1)
         mbarrier.wait(v_full.index(index), phase)
         value = v_ring.index(index).reshape([TILE_K, PADDED_DIM])
         accumulator = warpgroup_mma(operand, value, accumulator, is_async=True)
@@ -315,8 +317,6 @@ def forward_consumer(
             accumulating = warpgroup_mma(linear_operand, gate.permute((1, 0)), accumulator, is_async=True)
             accumulator = warpgroup_mma_wait(0, deps=(accumulating,))
             mbarrier.arrive(gate_empty, count=1)
-        elif OUTPUTS > 0:
-            mbarrier.arrive(q_empty.index(CONSUMER), count=1)
         if HAS_BIAS:
             shift = load_row(bias + head * stride_bh, dims, HEAD_DIM, PADDED_DIM)
             accumulator += shift.to(gl.float32)[None, :]

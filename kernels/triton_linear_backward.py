@@ -210,6 +210,47 @@ def gate_gradient_kernel(
         tl.store(grad_bias + slot * HEAD_DIM + dims, bias_sum, mask=dims < HEAD_DIM)
 
 
+@triton.jit
+def sum_parts(parts, result, program, num_parts, num_splits, heads, SIZE: tl.constexpr, STEP: tl.constexpr):
+    """64 columns of ``result`` (heads, SIZE), by its tiles' number: the sum of ``parts`` (B, heads, splits, SIZE)."""
+    TILE: tl.constexpr = 64
+    tiles = tl.cdiv(SIZE, TILE)
+    head = program // tiles
+    columns = program % tiles * TILE + tl.arange(0, TILE)
+    rows = tl.arange(0, STEP)
+    total = tl.zeros([STEP, TILE], tl.float32)
+    for first in range(0, num_parts // heads, STEP):
+        row = first + rows
+        slot = (row // num_splits * heads + head) * num_splits + row % num_splits
+        mask = (row < num_parts // heads)[:, None] & (columns < SIZE)[None, :]
+        total += tl.load(parts + slot.to(tl.int64)[:, None] * SIZE + columns[None, :], mask=mask, other=0.0)
+    address = result + head.to(tl.int64) * SIZE + columns
+    tl.store(address, tl.sum(total, 0).to(result.dtype.element_ty), mask=columns < SIZE)
+
+
+@triton.jit(do_not_specialize=["num_parts", "num_splits", "weight_heads", "bias_heads", "weight_programs"])
+def gate_sum_kernel(
+    weight_parts,
+    bias_parts,
+    grad_weight,
+    grad_bias,
+    num_parts,
+    num_splits,
+    weight_heads,
+    bias_heads,
+    weight_programs,
+    HEAD_DIM: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """The gradients of a gate from their parts; one that all heads share has one head, and every part is its own."""
+    program = tl.program_id(0)
+    if program < weight_programs:
+        sum_parts(weight_parts, grad_weight, program, num_parts, num_splits, weight_heads, HEAD_DIM * HEAD_DIM, STEP)
+    else:
+        program -= weight_programs
+        sum_parts(bias_parts, grad_bias, program, num_parts, num_splits, bias_heads, HEAD_DIM, STEP)
+
+
 def linear_backward(
     grad_out: torch.Tensor,
     q: torch.Tensor,
@@ -292,8 +333,11 @@ def gate_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dW = dO^T O^l and db = sum of dO, by float32 sums over stretches of tokens, then over the stretches."""
     batch, heads, tokens, head_dim = grad_out.shape
-    dweight = weight.new_zeros(weight.shape) if weight is not None else grad_out.new_empty(0)
-    dbias = grad_out.new_empty(0)
+    if weight is None:
+        dweight = grad_out.new_empty(0)
+    else:
+        dweight = weight.new_empty(weight.shape) if has_linear else weight.new_zeros(weight.shape)
+    dbias = bias.new_empty(bias.shape) if bias is not None else grad_out.new_empty(0)
     if not has_linear and bias is None:
         return dweight, dbias
     launch = launch_for("gate", head_dim, grad_out.dtype, 64, 64)
@@ -323,13 +367,21 @@ def gate_backward(
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
-    if weight is not None and has_linear:
-        dweight = _sum_parts(weight_parts, weight, per_head=weight.dim() == 3)
-    if bias is not None:
-        dbias = _sum_parts(bias_parts, bias, per_head=bias.dim() == 2)
+    weight_heads = heads if dweight.dim() == 3 else 1
+    bias_heads = heads if dbias.dim() == 2 else 1
+    weight_programs = weight_heads * ceil_div(head_dim * head_dim, 64) if has_linear else 0
+    bias_programs = bias_heads * ceil_div(head_dim, 64) if bias is not None else 0
+    gate_sum_kernel[(weight_programs + bias_programs,)](
+        weight_parts,
+        bias_parts,
+        dweight,
+        dbias,
+        batch * heads * splits,
+        splits,
+        weight_heads,
+        bias_heads,
+        weight_programs,
+        HEAD_DIM=head_dim,
+        STEP=32,
+    )
     return dweight, dbias
-
-
-def _sum_parts(parts: torch.Tensor, like: torch.Tensor, *, per_head: bool) -> torch.Tensor:
-    """Float32 parts (B, H, splits, ...) summed over batch, splits and shared heads, as ``like``."""
-    return parts.sum((0, 2) if per_head else (0, 1, 2), dtype=torch.float32).to(like.dtype)

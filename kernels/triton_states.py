@@ -227,7 +227,7 @@ def block_means(x: torch.Tensor, block: int, bias: torch.Tensor | None = None) -
         PADDED_DIM=padded_dim(head_dim),
         BLOCK=block,
         HAS_KEY_BIAS=bias is not None,
-        num_warps=2,
+        num_warps=1,
     )
     return pooled
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def free_memory() -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize("head_dim", [16, 40, 64, 72, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [16, 36, 40, 64, 72, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_head_dims(dtype: torch.dtype, head_dim: int) -> None:
     case = Case(tokens=1003, head_dim=head_dim, batch=2, topk=0.2, bottomk=0.2)
@@ -185,22 +186,40 @@ def test_bits_are_the_same_every_time(head_dim: int) -> None:
             assert torch.equal(value, again[name]), name
 
 
+@pytest.mark.parametrize("block", [64, 128])
+def test_an_empty_batch(block: int) -> None:
+    from sla_compile.kernels import triton_attention
+
+    q = torch.empty(0, 3, 1000, 64, device="cuda", dtype=torch.bfloat16)
+    weight, bias = torch.ones(64, 64, device="cuda"), torch.ones(64, device="cuda")
+    settings: dict[str, Any] = {"scale": 0.125, "block_q": block, "block_k": block, "feature_map": "softmax"}
+    saved = triton_attention.forward(q, q, q, weight, bias, topk=0.1, bottomk=0.1, linear="marginal", **settings)
+    found = triton_attention.backward(q, q, q, q, weight, bias, None, *saved, linear="marginal", **settings)
+    assert [x.shape for x in (saved[0], *found[:3])] == [q.shape] * 4
+    assert all(torch.equal(x, torch.zeros_like(like)) for x, like in zip(found[3:], (weight, bias), strict=True))
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per head"])
 @pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
 @pytest.mark.parametrize("tokens", [333, 700, 1000, 32760])
-def test_gate_gradients_at_any_length(head_dim: int, tokens: int) -> None:
+def test_gate_gradients_at_any_length(head_dim: int, tokens: int, shared: bool) -> None:
     """With two stages and four warps, Triton 3.6's pipeline overwrote tiles that a product still read."""
     from sla_compile.kernels.triton_linear_backward import gate_backward
 
     generator = torch.Generator("cuda").manual_seed(0)
-    shape = (1, tokens, 4, head_dim)
+    shape = (2, tokens, 4, head_dim)
     grad_out, linear_out = (
         torch.randn(shape, generator=generator, device="cuda").bfloat16().transpose(1, 2) for _ in range(2)
     )
-    weight, bias = torch.zeros(head_dim, head_dim, device="cuda"), torch.zeros(head_dim, device="cuda")
-    expected = torch.einsum("bhni,bhnj->ij", grad_out.double(), linear_out.double())
+    heads = () if shared else (4,)
+    weight, bias = (torch.zeros(*heads, *dims, device="cuda") for dims in ((head_dim, head_dim), (head_dim,)))
+    expected = torch.einsum("bhni,bhnj->hij", grad_out.double(), linear_out.double())
+    sums = grad_out.double().sum((0, 2))
+    if shared:
+        expected, sums = expected.sum(0), sums.sum(0)
     first, *others = (gate_backward(grad_out, linear_out, weight, bias, True) for _ in range(8))
     assert_close("dweight", first[0], expected, 1e-5)
-    assert_close("dbias", first[1], grad_out.double().sum((0, 1, 2)), 1e-5)
+    assert_close("dbias", first[1], sums, 1e-5)
     for found in others:
         assert torch.equal(found[0], first[0])
         assert torch.equal(found[1], first[1])
