@@ -393,7 +393,7 @@ def longest_first(counts: torch.Tensor, longest: int) -> torch.Tensor:
     if total > _ORDER_SORTED:
         bins = counts.flatten() * _ORDER_BINS // (longest + 1)
         order[:total] = bins.sort(descending=True, stable=True).indices
-        order[total] = 0
+        order[total:].zero_()  # an assignment would copy from the host
         return order
     longest_first_kernel[(ceil_div(total, _ORDER_TILE),)](
         counts, order, total, longest, TILE=_ORDER_TILE, STEP=_ORDER_STEP, BINS=_ORDER_BINS

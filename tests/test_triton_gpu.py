@@ -239,7 +239,9 @@ def test_sums_of_normalizers_are_those_of_float32(transpose: bool, monkeypatch: 
     assert_close("sums", sums, marginal @ normalizers.double(), 2e-6)
 
 
-def test_capture_in_a_cuda_graph() -> None:
+@pytest.mark.parametrize("most_for_the_kernel", [16384, 16], ids=["order by the kernel", "order by a sort"])
+def test_capture_in_a_cuda_graph(most_for_the_kernel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sla_compile.kernels.triton_classify._ORDER_SORTED", most_for_the_kernel)
     case = Case(tokens=1003, head_dim=128)
     tensors = inputs(case, torch.bfloat16, "cuda")
     run_kernels(case, tensors)
