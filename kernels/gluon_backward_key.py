@@ -231,7 +231,7 @@ def key_kernel(
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, order, extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
-                    HAS_LINEAR, True, True, False,
+                    HAS_LINEAR, True, True, False, False,
                 )),
             ],
             [1],
@@ -250,7 +250,7 @@ def key_kernel(
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, order, extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
-                    HAS_LINEAR, True, True, False,
+                    HAS_LINEAR, True, True, False, False,
                 )),
             ],
             [4, 1],

@@ -20,7 +20,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .gluon_pairs import make_buffers, pair_producer, split_pair, statistics_descriptor
 from .gluon_primitives import (
     locate_tile,
-    matrix_descriptor,
     multiprocessors,
     padded_dim,
     store_tile,
@@ -36,9 +35,11 @@ def query_consumer(
     buffers,
     barriers,
     counts,
+    lse,
     statistics,
     out_desc,
     scale,
+    num_queries,
     row_pitch,
     extents,
     CONSUMER: gl.constexpr,
@@ -49,6 +50,7 @@ def query_consumer(
     HEAD_DIM: gl.constexpr,
     PADDED_DIM: gl.constexpr,
     HAS_LINEAR: gl.constexpr,
+    MAKES_STATISTICS: gl.constexpr,
 ):
     """dQ of 64 queries, to which the linear branch's part, which is there already, is added."""
     own_q, own_grad, ring, _statistics_ring, _turns, out_buffers = buffers
@@ -77,8 +79,9 @@ def query_consumer(
         count = gl.load(counts + batch_head * num_rows + query_tile * TILE_Q // BLOCK_Q)
         first = query_tile * TILE_Q + CONSUMER * ROWS
         row_statistics = statistics + batch_head * row_pitch * 2 + first
-        lse = gl.load(row_statistics + score_rows)
-        delta = gl.load(row_statistics + row_pitch + score_rows)
+        if not MAKES_STATISTICS:
+            row_lse = gl.load(row_statistics + score_rows)
+            delta = gl.load(row_statistics + row_pitch + score_rows)
 
         mbarrier.wait(own_full, turn & 1)
         query = own_q.index(CONSUMER).reshape([ROWS, PADDED_DIM]).load(own_layout)
@@ -89,6 +92,22 @@ def query_consumer(
         tma.store_wait(0)
         if HAS_LINEAR:
             mbarrier.arrive(prior_empty, count=1)
+        if MAKES_STATISTICS:
+            rows = first + score_rows
+            row_lse = gl.load(lse + batch_head * num_queries + rows, mask=rows < num_queries, other=float("inf"))
+            # a query without a key: every score is -inf
+            row_lse = gl.where(row_lse == float("-inf"), 0.0, row_lse * 1.4426950408889634)
+            index = taken % STAGES
+            mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
+            saved = split_pair(ring.index(index), ROWS, tile_layout)[CONSUMER].reshape([ROWS, PADDED_DIM])
+            output = saved.load(out_layout).to(gl.float32)
+            fence_async_shared()
+            mbarrier.arrive(ring_empty.index(index), count=1)
+            taken += 1
+            delta = gl.sum(gl.convert_layout(grad, out_layout).to(gl.float32) * output, 1) * scale
+            delta = gl.convert_layout(delta, gl.SliceLayout(1, scores_layout))
+            gl.store(row_statistics + score_rows, row_lse)
+            gl.store(row_statistics + row_pitch + score_rows, delta)
         accumulator = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
         for _step in range(count * PARTS):
             index = taken % STAGES
@@ -101,7 +120,7 @@ def query_consumer(
             grad_weights = warpgroup_mma(grad, value.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(1, deps=(scores,))
             # at most 1 by the definition of lse; past the last key, where K is 0, it could be infinite
-            weights = gl.exp2(gl.minimum(scores * scale_log2 - lse[:, None], 0.0))
+            weights = gl.exp2(gl.minimum(scores * scale_log2 - row_lse[:, None], 0.0))
             grad_weights = warpgroup_mma_wait(0, deps=(grad_weights,))
             grad_scores = weights * (grad_weights * scale - delta[:, None])
             operand = gl.convert_layout(grad_scores.to(dtype), operand_layout)
@@ -119,19 +138,21 @@ def query_consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["row_pitch", "num_rows", "total_tiles", "list_width"])
+@gluon.jit(do_not_specialize=["num_queries", "row_pitch", "num_rows", "total_tiles", "list_width"])
 def query_kernel(
     q_desc,
     grad_desc,
     k_desc,
     v_desc,
-    matrix_desc,
+    saved_desc,
     statistics_desc,
     out_desc,
     lists,
     counts,
+    lse,
     statistics,
     scale,
+    num_queries,
     row_pitch,
     num_rows,
     total_tiles,
@@ -146,21 +167,22 @@ def query_kernel(
     PADDED_DIM: gl.constexpr,
     STAGES: gl.constexpr,
     HAS_LINEAR: gl.constexpr,
+    MAKES_STATISTICS: gl.constexpr,
 ):
     CONSUMERS: gl.constexpr = TILE_Q // 64
     buffers, barriers = make_buffers(q_desc, k_desc, statistics_desc, STAGES, CONSUMERS, False, True)
     extents = (num_rows, total_tiles, tiles_per_head, num_heads, list_width, 1)
-    descriptors = (q_desc, grad_desc, k_desc, v_desc, matrix_desc, statistics_desc, out_desc)
+    descriptors = (q_desc, grad_desc, k_desc, v_desc, saved_desc, statistics_desc, out_desc)
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
                 (query_consumer, (
-                    buffers, barriers, counts, statistics, out_desc, scale, row_pitch, extents, 0,
-                    BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM, HAS_LINEAR,
+                    buffers, barriers, counts, lse, statistics, out_desc, scale, num_queries, row_pitch, extents, 0,
+                    BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM, HAS_LINEAR, MAKES_STATISTICS,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, lists, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
-                    False, False, False, HAS_LINEAR,
+                    False, False, False, MAKES_STATISTICS, HAS_LINEAR,
                 )),
             ],
             [1],
@@ -170,16 +192,16 @@ def query_kernel(
         gl.warp_specialize(
             [
                 (query_consumer, (
-                    buffers, barriers, counts, statistics, out_desc, scale, row_pitch, extents, 0,
-                    BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM, HAS_LINEAR,
+                    buffers, barriers, counts, lse, statistics, out_desc, scale, num_queries, row_pitch, extents, 0,
+                    BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM, HAS_LINEAR, MAKES_STATISTICS,
                 )),
                 (query_consumer, (
-                    buffers, barriers, counts, statistics, out_desc, scale, row_pitch, extents, 1,
-                    BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM, HAS_LINEAR,
+                    buffers, barriers, counts, lse, statistics, out_desc, scale, num_queries, row_pitch, extents, 1,
+                    BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM, HAS_LINEAR, MAKES_STATISTICS,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, lists, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
-                    False, False, False, HAS_LINEAR,
+                    False, False, False, MAKES_STATISTICS, HAS_LINEAR,
                 )),
             ],
             [4, 1],
@@ -200,13 +222,18 @@ def attention_backward_query(
     counts: torch.Tensor,
     grad_q: torch.Tensor,
     has_linear: bool,
+    saved: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> None:
-    """As ``triton_backward.attention_backward_query``, for what ``hopper.usable`` accepts."""
+    """As ``triton_backward.attention_backward_query``, for what ``hopper.usable`` accepts.
+
+    With ``saved``, an output without linear branch and bias and its lse, it makes the ``statistics`` too.
+    """
     batch, heads, queries, head_dim = q.shape
     padded = padded_dim(head_dim)
     tile_q = 128 if block_q % 128 == 0 else 64
     tile_k = 64
-    tiles_per_head = ceil_div(queries, tile_q)
+    # statistics are wanted up to the end of the last block
+    tiles_per_head = ceil_div(queries if saved is None else statistics.shape[3], tile_q)
     total = tiles_per_head * batch * heads
     programs = min(total, multiprocessors(q.device.index) * (2 if tile_q == 64 else 1))
     query_kernel[(programs,)](
@@ -214,13 +241,15 @@ def attention_backward_query(
         tile_descriptor(grad_out, 64),
         tile_descriptor(k, tile_k),
         tile_descriptor(v, tile_k),
-        matrix_descriptor(q, head_dim),
+        tile_descriptor(saved[0] if saved is not None else q, 64),
         statistics_descriptor(statistics, tile_q),
         tile_descriptor(grad_q, 64),
         lists,
         counts,
+        saved[1] if saved is not None else statistics,
         statistics,
         scale,
+        queries,
         statistics.shape[3],
         ceil_div(queries, block_q),
         total,
@@ -235,6 +264,7 @@ def attention_backward_query(
         PADDED_DIM=padded,
         STAGES=(4 if tile_q == 128 else 2) * (128 // padded),
         HAS_LINEAR=has_linear,
+        MAKES_STATISTICS=saved is not None,
         num_warps=4,
         maxnreg=168 if tile_q == 128 else 128,
     )

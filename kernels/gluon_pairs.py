@@ -29,15 +29,16 @@ def pair_producer(
     HAS_MATRIX: gl.constexpr,
     HAS_STATISTICS: gl.constexpr,
     HAS_ORDER: gl.constexpr,
+    HAS_SAVED: gl.constexpr,
     HAS_PRIOR: gl.constexpr,
 ):
-    """Load a pair of own tiles, then through the ring (a matrix and) pairs of tiles (and their rows' statistics) of the
-    listed blocks; last, where there is one, what the output is to be added to.
+    """Load a pair of own tiles, then through the ring (a matrix or own tiles of saved outputs and) pairs of tiles (and
+    their rows' statistics) of the listed blocks; last, where there is one, what the output is to be added to.
 
     With ``order``, of `longest_first`, programs take the next tile in it whenever they are done with one, and the
     consumers learn from ``turns`` which that is, -1 at the end, and how many blocks it has; without, each has its own.
     """
-    own_a_desc, own_b_desc, listed_a_desc, listed_b_desc, matrix_desc, statistics_desc, prior_desc = descriptors
+    own_a_desc, own_b_desc, listed_a_desc, listed_b_desc, leading_desc, statistics_desc, prior_desc = descriptors
     own_a, own_b, ring, statistics_ring, turns, out_buffers = buffers
     own_full, own_empty, ring_full, ring_empty, prior_full, prior_empty = barriers
     num_lines, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows = extents
@@ -46,8 +47,8 @@ def pair_producer(
     CONSUMERS: gl.constexpr = TILE // 64
     turn_layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     tile_layout: gl.constexpr = listed_a_desc.layout
-    matrix_dtype: gl.constexpr = matrix_desc.dtype
-    matrix_layout: gl.constexpr = matrix_desc.layout
+    matrix_dtype: gl.constexpr = leading_desc.dtype
+    matrix_layout: gl.constexpr = leading_desc.layout
 
     filled = 0
     turn = 0
@@ -79,10 +80,19 @@ def pair_producer(
         if HAS_MATRIX:
             index = filled % STAGES
             mbarrier.wait(ring_empty.index(index), (filled // STAGES & 1) ^ 1)
-            mbarrier.expect(ring_full.index(index), matrix_desc.block_type.nbytes)
+            mbarrier.expect(ring_full.index(index), leading_desc.block_type.nbytes)
             matrix_row = batch_head * matrix_rows + gl.minimum(block, matrix_rows - 1)
             matrix = matrix_of(ring.index(index), matrix_dtype, matrix_layout)
-            load_tile(matrix_desc, [matrix_row, 0, 0], ring_full.index(index), matrix)
+            load_tile(leading_desc, [matrix_row, 0, 0], ring_full.index(index), matrix)
+            filled += 1
+        if HAS_SAVED:
+            index = filled % STAGES
+            mbarrier.wait(ring_empty.index(index), (filled // STAGES & 1) ^ 1)
+            mbarrier.expect(ring_full.index(index), CONSUMERS * leading_desc.block_type.nbytes)
+            saved = split_pair(ring.index(index), 64, tile_layout)
+            for consumer in gl.static_range(CONSUMERS):
+                at = [batch, head, own_tile * TILE + consumer * 64, 0]
+                load_tile(leading_desc, at, ring_full.index(index), saved[consumer])
             filled += 1
         turn += 1
         for step in range(count):

@@ -145,10 +145,17 @@ def backward(
         grad_states: torch.Tensor | None
         grad_normalizers: torch.Tensor | None
         queries = (grad_out, q, gate, bias, out, linear_out, lse, states, normalizers)
+        saved = None
         if fast and has_linear:
             dq, statistics, grad_states, grad_normalizers = hopper.linear_backward(
                 *queries, scale, block_q, feature_map
             )
+        elif fast and bias is None:
+            # the dQ kernel makes them from what it loads
+            saved, grad_states, grad_normalizers = (out, lse), None, None
+            batch, heads, tokens, head_dim = q.shape
+            dq = q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+            statistics = lse.new_empty(batch, heads, 2, block_map.shape[2] * block_q)
         else:
             dq, statistics, grad_states, grad_normalizers = linear_backward(
                 *queries, scale=scale, block_q=block_q, feature_map=feature_map
@@ -165,7 +172,7 @@ def backward(
         order = longest_first(columns[1], block_map.shape[2])
         if fast:
             side = (grad_out, q, k, v, statistics, scale, block_q, block_k)
-            hopper.attention_backward_query(*side, *rows, dq, has_linear)
+            hopper.attention_backward_query(*side, *rows, dq, has_linear, saved)
             dk, dv = hopper.attention_backward_key(*side, *columns, order, grad_states, grad_normalizers, feature_map)
         else:
             attention_backward_query(

@@ -105,11 +105,17 @@ MANY_TILES = [
     Case(tokens=1003, heads=36, head_dim=128, weight="per_head", bias="per_head", topk=0.2, block_q=128, block_k=128),
     Case(tokens=1003, heads=36, head_dim=64, weight="per_head", bias="per_head", topk=0.2),
 ]
+SPARSE_ALONE = [
+    Case(tokens=1003, heads=36, head_dim=128, topk=0.2, block_q=128, block_k=128, weight="none", bias="none"),
+    Case(tokens=1003, heads=36, head_dim=72, batch=2, topk=0.2, weight="none", bias="none"),
+    # the last block has a tile without a query
+    Case(tokens=300, head_dim=64, block_q=256, topk=0.5, weight="none", bias="none"),
+]
 
 
 @pytest.mark.parametrize("gluon", [True, False], ids=["gluon", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
-@pytest.mark.parametrize("case", [*LARGE_BLOCKS, *PAIRS_OF_BLOCKS, *MANY_TILES], ids=str)
+@pytest.mark.parametrize("case", [*LARGE_BLOCKS, *PAIRS_OF_BLOCKS, *MANY_TILES, *SPARSE_ALONE], ids=str)
 def test_gluon_and_triton(case: Case, dtype: torch.dtype, gluon: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if gluon and not hopper.available(0):
         pytest.skip("needs a Hopper GPU and a Triton whose Gluon is known")
