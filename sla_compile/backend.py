@@ -142,7 +142,8 @@ def _inject(sites: list[Site], frame: Frame) -> int:
     for site, owner, _ in missing:
         refuse_taken_name(owner, site.ordinal, site.gate_path)
         if site.gate is None:
-            _refuse_unsynchronised(site, owner)
+            sharded = "fully_shard" if fully_sharded(owner) else None
+            refuse_unsynchronised(site.gate_path, "DistributedDataParallel" if data_parallel() else sharded)
     changed = []
     for site, owner, decision in missing:
         had_gate = site.gate is not None
@@ -157,12 +158,11 @@ def _inject(sites: list[Site], frame: Frame) -> int:
     return len(changed)
 
 
-def _refuse_unsynchronised(site: Site, owner: nn.Module) -> None:
-    """Raise ValueError where a new gate's gradients would stay on this process: its wrapper has not seen it."""
-    wrapper = "DistributedDataParallel" if data_parallel() else "fully_shard" if fully_sharded(owner) else None
+def refuse_unsynchronised(gate_path: str, wrapper: str | None) -> None:
+    """Raise ValueError where a new gate's gradients would stay on this process: ``wrapper`` has not seen it."""
     if wrapper is not None and torch.is_grad_enabled():
         raise ValueError(
-            f"{site.gate_path}: the model is in {wrapper} already, so each process would train a gate made now on "
+            f"{gate_path}: the model is in {wrapper} already, so each process would train a gate made now on "
             f"its own; call sla_compile.prepare(model, ...) first, {wrapper} after it"
         )
 

@@ -26,6 +26,7 @@ from torch import nn
 from sla_compile.config import LATER_SITE_FIELDS, SITE_FIELDS, SLAConfig
 from sla_compile.gate import MILLION, Gate, attach_gate, detach_gate, gates, model_config
 from sla_compile.gate_settings import UNSEEN, Seen, as_seen, written
+from sla_compile.module_paths import module_paths
 
 __all__ = ["File", "Site", "load", "not_plain", "raise_listed", "read", "save"]
 
@@ -284,11 +285,8 @@ def _load_of(path: str | os.PathLike[str], model: nn.Module) -> str:
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by the path that ``gates`` would give it; of a compiled module the one inside."""
-    return {
-        ".".join(part for part in name.split(".") if part != "_orig_mod"): module
-        for name, module in model.named_modules()
-    }
+    """Every module by the path that ``gates`` would give it; of a wrapped module the one inside."""
+    return dict(module_paths(model))
 
 
 def _unfit_owners(file: File, modules: dict[str, nn.Module]) -> Iterator[str]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sla_compile.compat import forget_code, skip_as_root_frame
 from sla_compile.config import SLAConfig
 from sla_compile.gate_settings import UNSEEN, Seen, settings_text
+from sla_compile.module_paths import module_paths
 
 __all__ = ["Gate", "attach_gate", "detach", "detach_gate", "gate_name", "gate_parameters", "gates", "model_config"]
 
@@ -366,11 +367,9 @@ def detach(model: nn.Module) -> nn.Module:
 def gates(model: nn.Module) -> dict[str, Gate]:
     """Every gate of ``model`` by the path of its module, for example ``"blocks.0.attn1.sla"``.
 
-    ``model`` may be compiled: the ``_orig_mod.`` that ``torch.compile`` puts into names is left out.
+    ``model`` may be compiled or in DistributedDataParallel: what those put into names is left out.
     """
-    return {
-        name.replace("_orig_mod.", ""): module for name, module in model.named_modules() if isinstance(module, Gate)
-    }
+    return {path: module for path, module in module_paths(model) if isinstance(module, Gate)}
 
 
 def gate_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

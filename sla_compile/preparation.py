@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sla_compile.backend import rewrite_graph
+from sla_compile.backend import refuse_unsynchronised, rewrite_graph
 from sla_compile.compat import (
     current_frame,
     forget_code,
+    fully_sharded,
     plain_function_name,
     runs_forward_of,
     throw_away_compile,
@@ -37,6 +38,7 @@ from sla_compile.gate import (
     own_gates,
     refuse_other_form,
 )
+from sla_compile.module_paths import module_paths
 from sla_compile.record import GraphBreak, SiteReport, describe, graph_break
 from sla_compile.sites import Settings
 from sla_compile.stand_ins import stand_ins
@@ -79,7 +81,8 @@ def prepare(
 
     Raises:
         ValueError: a setting is refused; a gate of another shape is there; settings that leave out a site would
-            drop its trained gate; or the model reads values after a graph break that a trace does not have.
+            drop its trained gate; the model is in DistributedDataParallel already, which would not see a new gate;
+            or the model reads values after a graph break that a trace does not have.
             Nothing is changed then.
     """
     settings = Settings.of(config)
@@ -91,13 +94,15 @@ def prepare(
             f"{type(model).__name__}: {found.reason} ({found.file}:{found.line}). Not all gates can be known before: "
             f"compile the model and call it once, which injects them"
         ) from run.stopped
-    _check(model, run)
+    modules = dict(module_paths(model))
+    planned = {(modules[path.rpartition(".")[0]], gate.ordinal) for path, gate in run.gates.items()}
+    _check(model, modules, run, planned)
     for owner in list(model.modules()):
         for gate in list(own_gates(owner).values()):
-            if not _planned(gate, owner, model, run):
+            if (owner, gate.ordinal) not in planned:
                 detach_gate(owner, gate.ordinal)
     for path, gate in run.gates.items():
-        owner = model.get_submodule(path.rpartition(".")[0])
+        owner = modules[path.rpartition(".")[0]]
         attach_gate(
             owner,
             gate.ordinal,
@@ -111,7 +116,7 @@ def prepare(
             seen=gate.seen,
         )
     for path in run.owners:
-        model.get_submodule(path).__dict__[PREPARED] = (settings.config, path)
+        modules[path].__dict__[PREPARED] = (settings.config, path)
     return model
 
 
@@ -123,38 +128,43 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def _planned(gate: Gate, owner: nn.Module, model: nn.Module, run: DryRun) -> bool:
-    paths = [name for name, module in model.named_modules(remove_duplicate=False) if module is owner]
-    return any(f"{path}.{gate_name(gate.ordinal)}".lstrip(".") in run.gates for path in paths)
-
-
-def _check(model: nn.Module, run: DryRun) -> None:
-    """Raise before anything is changed."""
+def _check(
+    model: nn.Module, modules: Mapping[str, nn.Module], run: DryRun, planned: Set[tuple[nn.Module, int]]
+) -> None:
+    """Raise before anything is changed; ``planned`` are the owners and ordinals of the gates of ``run``."""
     dropped = []
     for path, gate in gates(model).items():
-        owner = model.get_submodule(path.rpartition(".")[0])
-        if not _planned(gate, owner, model, run) and gate.trained():
+        if (modules[path.rpartition(".")[0]], gate.ordinal) not in planned and gate.trained():
             dropped.append(path)
     if dropped:
         raise ValueError(
             f"these settings leave out attention whose gate is trained: {', '.join(dropped)}; "
             f"select it again, or call sla_compile.detach(model) first to drop every gate"
         )
-    for path, planned in run.gates.items():
-        owner = model.get_submodule(path.rpartition(".")[0])
-        existing = getattr(owner, gate_name(planned.ordinal), None)
+    replicated = {
+        inner
+        for outer in model.modules()
+        if isinstance(outer, nn.parallel.DistributedDataParallel)
+        for inner in outer.modules()
+    }
+    for path, new in run.gates.items():
+        owner = modules[path.rpartition(".")[0]]
+        existing = getattr(owner, gate_name(new.ordinal), None)
         if isinstance(existing, Gate):
-            refuse_other_form(existing, planned.heads, planned.head_dim, planned.config, path)
+            refuse_other_form(existing, new.heads, new.head_dim, new.config, path)
+        else:
+            sharded = "fully_shard" if fully_sharded(owner) else None
+            refuse_unsynchronised(path, "DistributedDataParallel" if owner in replicated else sharded)
 
 
 def dry_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, settings: Settings) -> DryRun:
     """Trace ``model(*args, **kwargs)`` as ``backend="sla"`` would compile it; ``model`` is left untouched."""
     _check_call(args, kwargs)
     shell = _shell(model)
-    paths = {id(module): name for name, module in shell.named_modules()}
-    for name, module in shell.named_modules():
+    paths = {id(module): path for path, module in module_paths(shell)}
+    for path, module in module_paths(shell):
         # After a graph break the frame of a block would know only the path inside that block.
-        module.__dict__[PREPARED] = (settings.config, name)
+        module.__dict__[PREPARED] = (settings.config, path)
     run = DryRun()
     refused: list[bool] = []
     returned: list[bool] = []

@@ -20,6 +20,7 @@ from sla_compile.compat import runs_forward_of, size_hint
 from sla_compile.config import SLAConfig
 from sla_compile.diffs import site_diff
 from sla_compile.gate import PREPARED, Gate, gate_name, own_gates
+from sla_compile.module_paths import module_paths
 from sla_compile.order import RASTER
 from sla_compile.passes.call import AttentionCall
 from sla_compile.passes.cost import (
@@ -312,8 +313,7 @@ def remembered_breaks(model: nn.Module) -> list[GraphBreak]:
 def remembered(model: nn.Module) -> list[SiteReport]:
     """The sites of ``model`` as last compiled, by module path, and its gates that were not compiled yet."""
     found = []
-    for name, owner in model.named_modules():
-        path = ".".join(part for part in name.split(".") if part != "_orig_mod")
+    for path, owner in module_paths(model):
         accounts = dict(_BY_OWNER.get(owner, {}))
         for gate in own_gates(owner).values():
             if gate.ordinal not in accounts:

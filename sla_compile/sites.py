@@ -20,6 +20,7 @@ from sla_compile.compat import Frame, plain_module_path, runs_forward_of
 from sla_compile.config import SITE_FIELDS, SLAConfig
 from sla_compile.gate import PREPARED, Gate, gate_name, own_gates, refuse_other_form
 from sla_compile.gate_settings import UNSEEN, Seen, read_settings
+from sla_compile.module_paths import module_paths
 from sla_compile.order import RASTER
 from sla_compile.passes.decide import Decision, Keep, Requirements, Rewrite, decide
 from sla_compile.passes.grid import Grids
@@ -210,6 +211,6 @@ def _module_paths(frame: Frame) -> dict[int, str]:
     roots = [root] if root is not None else [v for v in frame.locals.values() if isinstance(v, nn.Module)]
     paths: dict[int, str] = {}
     for module in roots:
-        for name, child in module.named_modules():
-            paths.setdefault(id(child), name.replace("_orig_mod.", ""))
+        for path, child in module_paths(module):
+            paths.setdefault(id(child), path)
     return paths

@@ -139,8 +139,44 @@ def refused(rank: int, wrapper: str, folder: str) -> None:
         with torch.no_grad():
             wrapped(batch())
         assert len(sla_compile.gates(wrapped)) == 2
+        if wrapper == "ddp":
+            model = nn.parallel.DistributedDataParallel(Model())
+            with pytest.raises(ValueError, match=r"^blocks\.0\.attention\.sla: the model is in Dist.* already, "):
+                sla_compile.prepare(model, (batch(),), config=OPTIONS)
+            assert sla_compile.gates(model) == {}
+            with torch.no_grad():
+                sla_compile.prepare(model, (batch(),), config=OPTIONS)
+            assert [*sla_compile.gates(model)] == ["blocks.0.attention.sla", "blocks.1.attention.sla"]
     finally:
         dist.destroy_process_group()
+
+
+def named_as_unwrapped(rank: int, folder: str) -> None:
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=rank, world_size=1)
+    try:
+        torch.set_default_dtype(torch.float64)
+        model = seeded_model()
+        wrapped = torch.compile(
+            nn.parallel.DistributedDataParallel(model), backend="sla", options={"inner": "aot_eager"}
+        )
+        wrapped(batch())
+        assert sla_compile.gates(wrapped) == sla_compile.gates(model)
+        assert [site.path for site in sla_compile.report(wrapped).sites] == ["blocks.0.attention", "blocks.1.attention"]
+        sla_compile.save(wrapped, f"{folder}/gates.safetensors")
+        alone = sla_compile.load(Model(), f"{folder}/gates.safetensors")
+        with torch.no_grad():
+            for gate in sla_compile.gates(wrapped).values():
+                gate.weight.zero_()
+        sla_compile.load(wrapped, f"{folder}/gates.safetensors")
+        for path, gate in sla_compile.gates(alone).items():
+            assert torch.equal(gate.weight, sla_compile.gates(model)[path].weight)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_gates_in_a_wrapper_are_named_as_in_the_model(tmp_path: Path) -> None:
+    mp.spawn(named_as_unwrapped, args=(str(tmp_path),), nprocs=1)
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
