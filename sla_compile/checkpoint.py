@@ -77,7 +77,8 @@ class File:
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the gates of ``model`` (compiled or not) and its configuration to ``path``, atomically.
 
-    Raises ValueError where the model has no gates, or where gate parameters are sharded, fake or on meta.
+    Raises ValueError where the model has no gates, or where gate parameters are sharded, fake or on meta;
+    FileNotFoundError where ``path`` is in no folder that exists.
     """
     found = gates(model)
     config = model_config(model)
@@ -129,6 +130,8 @@ def _write(path: str | os.PathLike[str], content: bytes) -> None:
     """Replace ``path`` (or what it links to) in one step: a crash leaves the old file or the new one."""
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"save to {os.fspath(path)!r}: there is no folder {folder!r}")
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as handle:

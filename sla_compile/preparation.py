@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +72,7 @@ def prepare(
 
     Call it before the optimizer, FSDP or a checkpoint needs the gates' parameters. Until it is compiled, a
     prepared model computes exactly what it did. Twice is the same as once; again with another ``config``
-    changes the settings and keeps the gates' values.
+    changes the settings and keeps the gates' values. A UserWarning says so, and why, where no attention will be.
 
     Args:
         model: any module; also one that is compiled already.
@@ -117,7 +118,20 @@ def prepare(
         )
     for path in run.owners:
         modules[path].__dict__[PREPARED] = (settings.config, path)
+    if not any(site.rewritten for site in run.sites):
+        warnings.warn(f"prepare: no attention of {type(model).__name__} will be rewritten: {_why(run)}", stacklevel=2)
     return model
+
+
+def _why(run: DryRun) -> str:
+    """Why none of the sites is rewritten, in the words of the first."""
+    if not run.sites:
+        breaks = f" up to the graph break {run.graph_breaks[0].reason!r}" if run.graph_breaks else ""
+        return f"its forward has none{breaks}"
+    first = run.sites[0]
+    accepted = f"; accepted: {first.accepted}" if first.accepted else ""
+    others = f", and {len(run.sites) - 1} more (sla_compile.explain lists them)" if len(run.sites) > 1 else ""
+    return f"{first.path or first.owner} stays dense, {first.reason} ({first.value}{accepted}){others}"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

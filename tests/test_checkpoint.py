@@ -460,6 +460,8 @@ def test_inductor_options_of_another_torch_are_left_out_with_a_warning(saved: Pa
 
 
 def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=re.escape(f"there is no folder {str(tmp_path / 'none')!r}")):
+        save(prepared(), tmp_path / "none" / "gates.safetensors")
     with pytest.raises(FileNotFoundError, match=re.escape(f"load: no file {str(tmp_path / 'none')!r}")):
         load(Model(), tmp_path / "none")
 

@@ -7,6 +7,7 @@ import gc
 import pickle
 import warnings
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -384,6 +385,29 @@ def test_models_are_released() -> None:
     del model, run
     gc.collect()
     assert [ref() for ref in seen] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "why"),
+    [
+        (
+            Model,
+            {"include": ("nothing.*",)},
+            r"blocks\.0\.attention stays dense, matched by no include pattern: 'noth.*1 more",
+        ),
+        (
+            Model,
+            {"min_tokens": 101},
+            r"blocks\.0\.attention stays dense, short sequence \(100 tokens; accepted: at least",
+        ),
+        (lambda: nn.Linear(32, 32), {}, "its forward has none"),
+    ],
+    ids=["no pattern", "short", "no attention"],
+)
+def test_prepare_says_that_nothing_will_be_rewritten(model: Callable[[], nn.Module], config: dict, why: str) -> None:
+    with pytest.warns(UserWarning, match=f"^prepare: no attention of [A-Z][a-z]* will be rewritten: {why}"):
+        prepared = sla_compile.prepare(model(), (torch.zeros(1, 100, 32),), config={**OPTIONS, **config})
+    assert sla_compile.gates(prepared) == {}
 
 
 def test_prepare_changes_nothing_but_gates() -> None:
