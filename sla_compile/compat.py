@@ -41,7 +41,6 @@ __all__ = [
     "user_errors",
 ]
 
-
 _AT_LIMIT: weakref.WeakKeyDictionary[types.CodeType, Callable[[str], None]] = weakref.WeakKeyDictionary()
 
 
@@ -321,7 +320,7 @@ def lower_gather(op: Any, table: Callable[..., torch.Tensor]) -> None:
     """Let Inductor inline ``op``, a gather of x (..., N, D) along N, into what reads and what makes x.
 
     ``table`` gives the order (N) for N, the device of x and the op's other arguments; it becomes a constant of the
-    graph. Goes when a decomposition can have a tensor constant of its own.
+    graph. In a backward the result is written out. Goes when a decomposition can have a tensor constant of its own.
     """
     import sympy
     from torch._inductor import ir, lowering
@@ -329,14 +328,13 @@ def lower_gather(op: Any, table: Callable[..., torch.Tensor]) -> None:
     from torch._inductor.virtualized import ops as primitives
     from torch.utils._python_dispatch import _disable_current_modes
 
+    fallback: Any = lowering.fallback_handler
     if op in lowering.lowerings:
         return
 
     def gather(x: Any, *arguments: Any) -> Any:
-        sizes = x.get_size()
-        tokens = sizes[-2]
+        *_, tokens, _dims = sizes = x.get_size()
         if not isinstance(tokens, int | sympy.Integer):
-            fallback: Any = lowering.fallback_handler
             return fallback(op, add_to_fallback_set=False)(x, *arguments)
         with _disable_current_modes():  # the table is a real tensor, whatever is traced around
             order = table(int(tokens), x.get_device(), *arguments)
@@ -346,7 +344,10 @@ def lower_gather(op: Any, table: Callable[..., torch.Tensor]) -> None:
             token = primitives.indirect_indexing(place([index[-2]]), tokens, check=False, wrap_neg=False)
             return load([*index[:-2], token, index[-1]])
 
-        return ir.Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=element, ranges=sizes)
+        gathered = ir.Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=element, ranges=sizes)
+        if V.graph.is_backward:  # shifts' and scales' gradients sum over tokens: not over what is looked up each time
+            gathered.realize()
+        return gathered
 
     lowering.register_lowering(op, type_promotion_kind=None)(gather)
 

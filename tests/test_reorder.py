@@ -280,6 +280,42 @@ def test_gathers_move_out_of_the_way_and_cost_no_loop(kind: str) -> None:
     assert "add" in tiles[-1]
 
 
+class Modulated(Block):
+    """Shift, scale and gate of all tokens, whose gradients are sums over tokens in the model's order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.randn(3, 1, 1, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation
+        return x + gate * self.attention(self.norm(x) * scale + shift)
+
+
+def table_loads(code: str) -> int:
+    """Where Inductor's loops look a token up."""
+    loads = 0
+    for kernel in code.split("async_compile.cpp")[1:]:
+        for table in re.findall(r"const int32_t\* (in_ptr\d+)", kernel):
+            loads += len(re.findall(rf"= {table}\[", kernel))
+    return loads
+
+
+def test_a_backward_gathers_once_what_it_sums_over_tokens() -> None:
+    """On a GPU a sum over tokens that are looked up is slow, and there are two for every norm with shift and scale."""
+    model, x = Model(1), torch.randn(1, TOKENS, WIDTH, requires_grad=True)
+    model.blocks[0] = Modulated()
+    compiled = torch.compile(model, backend="sla", options={**OPTIONS, **TILES, **EXACT})
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, codes = run_and_get_code(lambda: compiled(x).square().sum().backward())
+    parameters = {name: p for name, p in model.named_parameters() if ".sla." not in name}
+    expected = torch.autograd.grad(model(x).square().sum(), [*parameters.values()])
+    for (name, parameter), gradient in zip(parameters.items(), expected, strict=True):
+        assert_close(name, parameter.grad, gradient, 1e-4)
+    # before the projections and in the residual sum, each forth and back
+    assert [table_loads(code) for code in codes] == [2, 2]
+
+
 class Leaking(Attention):
     """Something else reads the values, in the model's order: gathers stay at the attention."""
 
