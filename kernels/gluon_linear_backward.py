@@ -214,7 +214,7 @@ def linear_consumer(
                 first_half += sums.slice(0, HALF_DIM).load(lane_layout)
                 second_half += sums.slice(HALF_DIM, HALF_DIM).load(lane_layout)
             slot = batch_head * slots + query_tile
-            there = slot >= 0
+            there = slot >= 0  # every tile of a block of 128 or more is
             # [dims, queries] x [queries, in]
             left = shares.slice(HALF, 64, dim=1).permute((1, 0))
             grad_state = warpgroup_mma(left, grads, zero, use_acc=False, is_async=True)
