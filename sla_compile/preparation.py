@@ -125,8 +125,7 @@ def prepare(
 def _why(run: DryRun) -> str:
     """Why none of the sites is rewritten, in the words of the first."""
     if not run.sites:
-        breaks = f" up to the graph break {run.graph_breaks[0].reason!r}" if run.graph_breaks else ""
-        return f"its forward has none{breaks}"
+        return "none was found in its forward"
     first = run.sites[0]
     accepted = f"; accepted: {first.accepted}" if first.accepted else ""
     others = f", and {len(run.sites) - 1} more (sla_compile.explain lists them)" if len(run.sites) > 1 else ""

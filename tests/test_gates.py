@@ -400,7 +400,7 @@ def test_models_are_released() -> None:
             {"min_tokens": 101},
             r"blocks\.0\.attention stays dense, short sequence \(100 tokens; accepted: at least",
         ),
-        (lambda: nn.Linear(32, 32), {}, "its forward has none"),
+        (lambda: nn.Linear(32, 32), {}, "none was found in its forward"),
     ],
     ids=["no pattern", "short", "no attention"],
 )

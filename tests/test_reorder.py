@@ -302,7 +302,7 @@ def table_loads(code: str) -> int:
 
 
 def test_a_backward_gathers_once_what_it_sums_over_tokens() -> None:
-    """On a GPU a sum over tokens that are looked up is slow, and there are two for every norm with shift and scale."""
+    """There are two such sums for every norm with shift and scale; inlined, each looks every token up again."""
     model, x = Model(1), torch.randn(1, TOKENS, WIDTH, requires_grad=True)
     model.blocks[0] = Modulated()
     compiled = torch.compile(model, backend="sla", options={**OPTIONS, **TILES, **EXACT})
