@@ -50,7 +50,8 @@ def test_leaves_settings(change: dict[str, object]) -> None:
 
 def test_leaves_tensors() -> None:
     x = activations()
-    for other in (activations(head_dim=256), activations(dtype=torch.float32), torch.zeros(1, 2, 128, 64).bfloat16()):
+    on_the_cpu = torch.zeros(1, 2, 128, 64).bfloat16()
+    for other in (activations(head_dim=256), activations(head_dim=36), activations(dtype=torch.float32), on_the_cpu):
         assert not hopper.usable(other, other, other, **SETTINGS)
     # TMA wants strides above zero
     expanded = on_cuda(torch.zeros(1, 2, 128, 64, dtype=torch.bfloat16).expand(3, 2, 128, 64))
