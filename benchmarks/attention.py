@@ -33,7 +33,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import sla_compile
 from sla_compile.kernels import reference
-from sla_compile.ops import sparse_linear_attention
+from sla_compile.ops.attention import sparse_linear_attention
 
 BATCH, HEADS, HEAD_DIM = 1, 12, 128
 TOPK, BOTTOMK = 0.05, 0.10

@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sla_compile.kernels import reference
-from sla_compile.ops import sparse_linear_attention
+from sla_compile.ops.attention import sparse_linear_attention
 
 ARMS = ("dense", "sla")
 PASSES = ("forward", "forward+backward")

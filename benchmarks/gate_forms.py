@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sla_compile.interception import GatedCall, gated_calls
+from sla_compile.fitting.observer import GatedCall, gated_calls
 
 SPARSE, SPARSE_BY_MASS, LINEAR, LINEAR_BY_REST = range(4)
 

@@ -20,7 +20,8 @@ from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
-from sla_compile.kernels import hopper, triton_attention
+from sla_compile.kernels.hopper import support as hopper
+from sla_compile.kernels.triton import attention as triton_attention
 
 BATCH, HEADS, HEAD_DIM = 1, 12, 128
 

@@ -30,10 +30,10 @@ from rich.table import Table
 from torch import Tensor
 
 import sla_compile
-from sla_compile.calibration import gather
-from sla_compile.interception import GatedCall, gated_calls
-from sla_compile.order import ORDERS, Placement
-from sla_compile.reordering import reorder
+from sla_compile.common.token_orders import ORDERS, Placement
+from sla_compile.fitting.calibration import gather
+from sla_compile.fitting.observer import GatedCall, gated_calls
+from sla_compile.ops.reorder import reorder
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 TOPKS = (0.05, 0.10, 0.20)

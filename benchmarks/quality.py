@@ -40,7 +40,7 @@ from settings import PRESETS, Settings  # noqa: E402
 from training import OutOfTime  # noqa: E402
 
 from sla_compile.backend import UntrainedGatesWarning  # noqa: E402
-from sla_compile.blocks import num_blocks, num_critical  # noqa: E402
+from sla_compile.common.blocks import num_blocks, num_critical  # noqa: E402
 
 ROUNDS: tuple[tuple[tuple[str, ...], tuple[float, ...], int], ...] = (
     (MAIN, (0.95,), 99),

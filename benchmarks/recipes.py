@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sla_compile
-from sla_compile.calibration import gather
+from sla_compile.fitting.calibration import gather
 
 
 def measured(model: torch.nn.Module, compiled: Callable[..., torch.Tensor], held_out: list[Batch]) -> tuple[float, ...]:

@@ -28,8 +28,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from triton.testing import do_bench
 
-from sla_compile.kernels import hopper, triton_attention
-from sla_compile.kernels.triton_forward import attention_forward
+from sla_compile.kernels.hopper import support as hopper
+from sla_compile.kernels.triton import attention as triton_attention
+from sla_compile.kernels.triton.forward import attention_forward
 
 BATCH, HEADS, TOKENS, HEAD_DIM = 1, 12, 32768, 128
 SHAPES = [

@@ -28,8 +28,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import sla_compile
-from tests.diffusers_zoo import EXAMPLES, build, call, transformer_classes
-from tests.helpers import relative_error
+from tests.support.closeness import relative_error
+from tests.zoo.registry import EXAMPLES, build, call, transformer_classes
 
 OPTIONS = {"min_tokens": 32, "block_q": 16, "block_k": 16}
 DENSE = {**OPTIONS, "inner": "aot_eager", "topk": 1.0, "bottomk": 0.0}

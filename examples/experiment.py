@@ -29,7 +29,7 @@ from training import OutOfTime, Trainer, write
 from videos import Data
 
 import sla_compile
-from sla_compile.calibration import gather
+from sla_compile.fitting.calibration import gather
 
 __all__ = ["Experiment", "Job", "jobs_of"]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import sympy
 
-from sla_compile.blocks import exact_fraction, num_blocks
+from sla_compile.common.blocks import exact_fraction, num_blocks
 
 __all__ = [
     "BATCH",

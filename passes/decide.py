@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from sla_compile.order import block_ranges
-from sla_compile.passes.call import AttentionCall, Obstacle
-from sla_compile.passes.masks import key_mask
+from sla_compile.common.token_orders import block_ranges
+from sla_compile.passes.attention_call import AttentionCall, Obstacle
+from sla_compile.passes.cross_attention import of_different_tensors
+from sla_compile.passes.key_masks import key_mask
 from sla_compile.passes.operands import Source, Step, after
 from sla_compile.passes.operands import example as _example
-from sla_compile.passes.origins import of_different_tensors
+from sla_compile.passes.profitability import UnknownRange, Work, forced_tokens, token_ranges
 from sla_compile.passes.token_order import (
     AS_IN_THE_MODEL,
     AS_IT_IS,
@@ -28,7 +29,6 @@ from sla_compile.passes.token_order import (
     ordered_mask,
     token_order,
 )
-from sla_compile.passes.work import UnknownRange, Work, forced_tokens, token_ranges
 
 __all__ = ["Decision", "Keep", "Requirements", "Rewrite", "Shape", "decide", "example_shape"]
 

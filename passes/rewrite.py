@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from sla_compile.passes.decide import Rewrite
-from sla_compile.passes.match import AttentionCall, Marker
+from sla_compile.passes.find_attention import AttentionCall, Marker
 from sla_compile.passes.operands import REPLACED_BY, Step, after, build, example
 from sla_compile.passes.token_order import back
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sla_compile.order import RASTER, Placement, place
+from sla_compile.common.token_orders import RASTER, Placement, place
 from sla_compile.passes.operands import Operand, Step, after, example
 
 __all__ = ["AS_IN_THE_MODEL", "AS_IT_IS", "Grid", "TokenOrder", "Wanted"]

@@ -9,18 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sla_compile.allocation import AllocationReport, allocate
-    from sla_compile.calibration import CalibrationReport, calibrate
-    from sla_compile.checkpoint import load, save
+    from sla_compile.checkpoints.gate_files import load, save
+    from sla_compile.checkpoints.projections import load_projections
+    from sla_compile.compiler.exporting import export
+    from sla_compile.compiler.preparation import prepare
     from sla_compile.config import SLAConfig
-    from sla_compile.distillation import DistillationReport, distill
-    from sla_compile.exporting import export
+    from sla_compile.fitting.allocation import AllocationReport, allocate
+    from sla_compile.fitting.calibration import CalibrationReport, calibrate
+    from sla_compile.fitting.distillation import DistillationReport, distill
+    from sla_compile.fitting.sparsity import anneal, set_sparsity
     from sla_compile.gate import Gate, detach, gate_parameters, gates
-    from sla_compile.ops import sparse_linear_attention
-    from sla_compile.preparation import prepare
-    from sla_compile.projections import load_projections
-    from sla_compile.reports import Report, explain, report
-    from sla_compile.sparsity import anneal, set_sparsity
+    from sla_compile.ops.attention import sparse_linear_attention
+    from sla_compile.reporting.model_report import Report, explain, report
 
 __version__ = "0.1.0"
 
@@ -50,28 +50,28 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AllocationReport": "allocation",
-    "CalibrationReport": "calibration",
-    "DistillationReport": "distillation",
+    "AllocationReport": "fitting.allocation",
+    "CalibrationReport": "fitting.calibration",
+    "DistillationReport": "fitting.distillation",
     "Gate": "gate",
-    "Report": "reports",
+    "Report": "reporting.model_report",
     "SLAConfig": "config",
-    "allocate": "allocation",
-    "anneal": "sparsity",
-    "calibrate": "calibration",
+    "allocate": "fitting.allocation",
+    "anneal": "fitting.sparsity",
+    "calibrate": "fitting.calibration",
     "detach": "gate",
-    "distill": "distillation",
-    "explain": "reports",
-    "export": "exporting",
+    "distill": "fitting.distillation",
+    "explain": "reporting.model_report",
+    "export": "compiler.exporting",
     "gate_parameters": "gate",
     "gates": "gate",
-    "load": "checkpoint",
-    "load_projections": "projections",
-    "prepare": "preparation",
-    "report": "reports",
-    "save": "checkpoint",
-    "set_sparsity": "sparsity",
-    "sparse_linear_attention": "ops",
+    "load": "checkpoints.gate_files",
+    "load_projections": "checkpoints.projections",
+    "prepare": "compiler.preparation",
+    "report": "reporting.model_report",
+    "save": "checkpoints.gate_files",
+    "set_sparsity": "fitting.sparsity",
+    "sparse_linear_attention": "ops.attention",
 }
 
 

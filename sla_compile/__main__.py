@@ -121,7 +121,7 @@ def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
 
 def _explain(options: argparse.Namespace) -> str:
     from sla_compile.config import SLAConfig
-    from sla_compile.reports import explain
+    from sla_compile.reporting.model_report import explain
 
     try:
         config = SLAConfig.from_options(_pairs("--config", options.config)) if options.config else None
@@ -137,8 +137,8 @@ def _explain(options: argparse.Namespace) -> str:
 
 
 def _show(options: argparse.Namespace) -> str:
-    from sla_compile.checkpoint import read
-    from sla_compile.render import GatesView
+    from sla_compile.checkpoints.gate_files import read
+    from sla_compile.reporting.terminal import GatesView
 
     try:
         file = read(options.file)
@@ -168,13 +168,13 @@ def _show(options: argparse.Namespace) -> str:
 def _tune(options: argparse.Namespace) -> str:
     import torch
 
-    from sla_compile.kernels.launches import merge
+    from sla_compile.kernels.triton.launches import merge
 
     if importlib.util.find_spec("triton") is None:
         raise UsageError("tune: triton is not installed")
     if not torch.cuda.is_available():
         raise UsageError("tune: no GPU is available to torch; the Triton kernels run on nothing else")
-    from sla_compile.kernels.tuning import Outcome, Workload, on_gpu, tune
+    from sla_compile.kernels.triton.tuning import Outcome, Workload, on_gpu, tune
 
     sizes = (options.tokens, options.heads, options.blocks)
     works = [Workload(dim, getattr(torch, name), *sizes) for dim in options.head_dim for name in options.dtype]

@@ -12,7 +12,6 @@ import torch
 from torch import fx, nn
 
 import sla_compile.ops  # noqa: F401  the library ops that a rewritten graph calls
-from sla_compile.ahead import compile_ahead
 from sla_compile.compat import (
     Frame,
     compiled_siblings,
@@ -22,6 +21,8 @@ from sla_compile.compat import (
     on_recompile_limit,
     user_errors,
 )
+from sla_compile.compiler.precompile import compile_ahead
+from sla_compile.compiler.sites import BROKEN, Settings, Site, find_sites, remember_calls
 from sla_compile.config import SLAConfig
 from sla_compile.gate import (
     attach_gate,
@@ -31,12 +32,11 @@ from sla_compile.gate import (
     refuse_taken_name,
     remember_dense,
 )
+from sla_compile.ops.reorder import inline_in_inductor
 from sla_compile.passes.decide import Keep, Rewrite
-from sla_compile.passes.hoist import hoist_gathers
+from sla_compile.passes.hoist_gathers import hoist_gathers
 from sla_compile.passes.rewrite import erase_markers, replace_attention
-from sla_compile.record import remember, remember_break
-from sla_compile.reordering import inline_in_inductor
-from sla_compile.sites import BROKEN, Settings, Site, find_sites, remember_calls
+from sla_compile.reporting.site_report import remember, remember_break
 
 __all__ = ["RecompileLimitWarning", "TokenOrderWarning", "UntrainedGatesWarning", "rewrite_graph", "sla"]
 
@@ -271,7 +271,7 @@ def _compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], config: SL
     if config.inner == "inductor":
         from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-        from sla_compile.cache_key import in_cache_key
+        from sla_compile.compiler.cache_key import in_cache_key
 
         inline_in_inductor()
         # Also around the inner one, which a backward may reach only after this has returned.

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from sla_compile.accepts import RANGES, Accepts, FrozenMapping, choice, nearest, patterns, refusal, share
-from sla_compile.blocks import exact_fraction
-from sla_compile.order import ORDERS, RASTER
+from sla_compile.common.blocks import exact_fraction
+from sla_compile.common.token_orders import ORDERS, RASTER
+from sla_compile.config_values import RANGES, Accepts, FrozenMapping, choice, nearest, patterns, refusal, share
 
 __all__ = [
     "DEFAULT_MIN_TOKENS",

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import sla_compile.ops.gate_marker  # noqa: F401  the op that marks a gate in a graph
 from sla_compile.compat import forget_code, skip_as_root_frame
 from sla_compile.config import SLAConfig
 from sla_compile.gate_settings import UNSEEN, Seen, settings_text
@@ -32,24 +33,6 @@ MILLION = 10**6
 """The unit of a gate's ``sparsity``."""
 
 _GATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@torch.library.custom_op("sla::gate", mutates_args=())
-def _gate_marker(
-    weight: Tensor,
-    bias: Tensor,
-    sparsity: Tensor | None,
-    log_scale: Tensor | None,
-    ordinal: int,
-    settings: str,
-    from_child: bool,
-) -> None:
-    """Marks the owner's attention call number ``ordinal`` in a traced graph; does nothing when it runs."""
-
-
-@_gate_marker.register_fake
-def _(weight: Tensor, bias: Tensor, sparsity: Tensor | None, log_scale: Tensor | None, *_: Any) -> None:
-    return None
 
 
 class Gate(nn.Module):

@@ -6,8 +6,8 @@ import dataclasses
 import json
 from typing import Any
 
+from sla_compile.common.token_orders import RASTER
 from sla_compile.config import SITE_FIELDS, SLAConfig
-from sla_compile.order import RASTER
 from sla_compile.passes.token_order import Grid
 
 __all__ = ["UNSEEN", "Seen", "as_seen", "read_settings", "settings_text", "written"]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._device import _device_constructors
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.paths import ROOT
 
 _FRESH = (
     (torch, ("empty", "empty_like", "empty_strided")),

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.paths import ROOT
+
 SOURCES = ("sla_compile", "passes", "kernels", "pyproject.toml", "README.md", "LICENSE")
 
 FACTS = """\
@@ -92,7 +93,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in SOURCES:
         origin = ROOT / name
         if origin.is_dir():
-            shutil.copytree(origin, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(origin, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(origin, copy / name)
     return copy
@@ -125,21 +126,18 @@ def make_environment(folder: Path, without: tuple[str, ...] = ()) -> Path:
 
 def test_wheel_holds_the_three_rooms_and_the_entry_point(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
+        listed = archive.namelist()
+        names = set(listed)
         (metadata,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
         entry_points = archive.read(metadata).decode()
         licences = [name for name in names if name.endswith("licenses/LICENSE")]
-    packaged = {name for name in names if ".dist-info/" not in name}
-    expected = {
-        f"{room}/{file.name}"
-        for room, folder in (
-            ("sla_compile", "sla_compile"),
-            ("sla_compile/passes", "passes"),
-            ("sla_compile/kernels", "kernels"),
-        )
-        for file in (ROOT / folder).glob("*.py")
-    }
-    assert packaged == expected | {"sla_compile/py.typed"}
+    packaged = [name for name in listed if ".dist-info/" not in name]
+    expected = [
+        f"{prefix}{file.relative_to(ROOT)}"
+        for folder, prefix in (("sla_compile", ""), ("passes", "sla_compile/"), ("kernels", "sla_compile/"))
+        for file in (ROOT / folder).rglob("*.py")  # which does not follow the links to the other two
+    ]
+    assert sorted(packaged) == sorted([*expected, "sla_compile/py.typed"])
     assert entry_points.split() == ["[torch_dynamo_backends]", "sla", "=", "sla_compile.backend:sla"]
     assert licences
 
@@ -170,13 +168,33 @@ def test_editable_install_follows_the_sources(sources: Path, tmp_path: Path) -> 
     pip("install", "-e", str(sources), "--no-deps", "--no-build-isolation", "--no-index", python=python)
     facts = run_python(python, FACTS, cwd=tmp_path)
     assert facts["package"] == str(sources / "sla_compile" / "__init__.py")
-    assert facts["passes"] == str(sources / "passes" / "__init__.py")
-    assert facts["kernels"] == str(sources / "kernels" / "__init__.py")
+    assert facts["passes"] == str(sources / "sla_compile" / "passes" / "__init__.py")
+    assert facts["kernels"] == str(sources / "sla_compile" / "kernels" / "__init__.py")
     assert facts["strays"] == []
     compiled = run_python(python, COMPILES, "eager", cwd=tmp_path)
     assert compiled["gates"] == ["sla.bias", "sla.weight"]
     assert compiled["error"] < 1e-5  # type: ignore[operator]
     assert compiled["gradient"]
+
+
+def test_a_second_checkout_tests_itself(sources: Path, tmp_path: Path) -> None:
+    """Beside an editable install of another clone, a checkout's tests run on the checkout's own code."""
+    python = make_environment(tmp_path)
+    pip("install", "-e", str(sources), "--no-deps", "--no-build-isolation", "--no-index", python=python)
+    second = tmp_path / "second"
+    shutil.copytree(sources, second, symlinks=True, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    shutil.copytree(ROOT / "tests", second / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    run_tests = tmp_path / "elsewhere" / "run_tests.py"  # as the `pytest` script: its own folder is on sys.path
+    run_tests.parent.mkdir()
+    run_tests.write_text("import sys, pytest\nsys.exit(pytest.main(sys.argv[1:]))\n")
+    command = [str(python), str(run_tests), "-q", "-p", "no:cacheprovider", "tests/passes/test_profitability.py"]
+    passed = subprocess.run(command, cwd=second, capture_output=True, text=True, timeout=300)
+    assert passed.returncode == 0, passed.stdout + passed.stderr
+    with (second / "passes" / "profitability.py").open("a") as file:
+        file.write('\nraise RuntimeError("the second checkout")\n')
+    failed = subprocess.run(command, cwd=second, capture_output=True, text=True, timeout=300)
+    assert failed.returncode != 0
+    assert "RuntimeError: the second checkout" in failed.stdout
 
 
 def test_importing_every_public_name_loads_no_compiler_and_touches_no_device(tmp_path: Path) -> None:

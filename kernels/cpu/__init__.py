@@ -1,0 +1,1 @@
+"""Sparse-Linear Attention in vectorised PyTorch, for the CPU."""

@@ -1,0 +1,1 @@
+"""The hot kernels in Gluon, for Hopper GPUs."""

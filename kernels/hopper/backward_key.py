@@ -1,0 +1,315 @@
+"""dK and dV for Hopper, written in Gluon: one producer warp, one or two consumer warpgroups of 64 keys each.
+
+The arithmetic is that of ``triton_backward``, on S^T, so that P^T and dS^T are made in the registers in which the
+next product reads them. Each warpgroup owns its outputs, so the bits are the same every time. Some keys are popular (18
+times the mean in a Wan2.1 with random weights): programs take blocks of keys as they come, the longest lists first.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..triton.tiles import ceil_div
+from .pairs import make_buffers, matrix_of, pair_producer, read_turn, split_pair, statistics_descriptor
+from .primitives import (
+    feature_map_backward,
+    load_row,
+    locate_tile,
+    map_features,
+    matrix_descriptor,
+    multiprocessors,
+    padded_dim,
+    store_tile,
+    tile_descriptor,
+    view_as,
+)
+
+__all__ = ["attention_backward_key"]
+
+
+@gluon.jit
+def key_consumer(
+    buffers,
+    barriers,
+    grad_normalizers,
+    grad_k_desc,
+    grad_v_desc,
+    scale,
+    extents,
+    CONSUMER: gl.constexpr,
+    TILE_K: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    TILE_Q: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    PADDED_DIM: gl.constexpr,
+    FEATURE_MAP: gl.constexpr,
+    HAS_LINEAR: gl.constexpr,
+    HAS_OUTPUTS: gl.constexpr,
+):
+    """dK and dV of 64 keys: the linear branch's part from dh and dz, then one step for each tile of queries."""
+    own_k, own_v, ring, statistics_ring, turns, out_buffers = buffers
+    own_full, own_empty, ring_full, ring_empty, _prior_full, _prior_empty = barriers
+    _num_columns, _total_tiles, tiles_per_head, num_heads, _list_width, matrix_rows = extents
+    ROWS: gl.constexpr = 64
+    STAGES: gl.constexpr = ring.type.shape[0]
+    PARTS: gl.constexpr = BLOCK_Q // TILE_Q
+    # products in flight over the end of a step: the next S, but a lone consumer has no registers left for it
+    AHEAD: gl.constexpr = 1 if TILE_K == 128 else 0
+    dtype: gl.constexpr = ring.dtype
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED_DIM, 16])
+    operand_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    query_layout: gl.constexpr = gl.SliceLayout(0, scores_layout)
+    tile_layout: gl.constexpr = own_k.layout
+    matrix_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, PADDED_DIM, PADDED_DIM], gl.bfloat16)
+    vector_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, out_layout))
+    key = own_k.index(CONSUMER).reshape([ROWS, PADDED_DIM])
+    value = own_v.index(CONSUMER).reshape([ROWS, PADDED_DIM])
+    scale_log2 = scale * 1.4426950408889634
+
+    taken = 0
+    turn = 0
+    mbarrier.wait(own_full, 0)
+    tile = read_turn(turns, 0)
+    while tile >= 0:
+        count = read_turn(turns, 1)
+        key_tile, batch, head = locate_tile(tile, tiles_per_head, num_heads)
+        batch_head = (batch * num_heads + head).to(gl.int64)
+        zero = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
+        if HAS_LINEAR:
+            index = taken % STAGES
+            mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
+            grad_state = matrix_of(ring.index(index), gl.bfloat16, matrix_layout).reshape([PADDED_DIM, PADDED_DIM])
+            if dtype == gl.bfloat16:
+                grad_phi = warpgroup_mma(value, grad_state.permute((1, 0)), zero, use_acc=False, is_async=True)
+            else:
+                # states are bfloat16 beside float16 inputs
+                value_operand = gl.convert_layout(value.load(out_layout).to(gl.bfloat16), operand_layout)
+                grad_phi = warpgroup_mma(value_operand, grad_state.permute((1, 0)), zero, use_acc=False, is_async=True)
+            grad_phi = warpgroup_mma_wait(0, deps=(grad_phi,))
+            state_row = batch_head * matrix_rows + gl.minimum(key_tile, matrix_rows - 1)
+            normalizer = load_row(grad_normalizers + state_row * HEAD_DIM, dims, HEAD_DIM, PADDED_DIM)
+            grad_phi += normalizer[None, :]
+            own = key.load(out_layout).to(gl.float32)
+            phi = map_features(own, HEAD_DIM, PADDED_DIM, FEATURE_MAP, out_layout)
+            key_accumulator = feature_map_backward(own, phi, grad_phi, FEATURE_MAP)
+            phi_operand = gl.convert_layout(phi.to(gl.bfloat16), operand_layout)
+            value_accumulator = warpgroup_mma(phi_operand, grad_state, zero, use_acc=False, is_async=True)
+            value_accumulator = warpgroup_mma_wait(0, deps=(value_accumulator,))
+            fence_async_shared()
+            mbarrier.arrive(ring_empty.index(index), count=1)
+            taken += 1
+        else:
+            key_accumulator = zero
+            value_accumulator = zero
+
+        steps = count * PARTS
+        if steps > 0:
+            zero_scores = gl.zeros([ROWS, TILE_Q], gl.float32, scores_layout)
+            if AHEAD:
+                first = taken % STAGES
+                mbarrier.wait(ring_full.index(first), taken // STAGES & 1)
+                first_query = split_pair(ring.index(first), TILE_Q, tile_layout)[0].reshape([TILE_Q, PADDED_DIM])
+                scoring = warpgroup_mma(key, first_query.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+            for step in range(steps):
+                index = taken % STAGES
+                tiles = split_pair(ring.index(index), TILE_Q, tile_layout)
+                query = tiles[0].reshape([TILE_Q, PADDED_DIM])
+                grad = tiles[1].reshape([TILE_Q, PADDED_DIM])
+                # [keys, dims] x [dims, queries]
+                if AHEAD:
+                    scores = warpgroup_mma_wait(0, deps=(scoring,))
+                    grad_weights = warpgroup_mma(value, grad.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+                else:
+                    mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
+                    scores = warpgroup_mma(key, query.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+                    grad_weights = warpgroup_mma(value, grad.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+                    scores = warpgroup_mma_wait(1, deps=(scores,))
+                lse = view_as(statistics_ring.index(index * 2), gl.float32, [TILE_Q], vector_layout)
+                weights = gl.exp2(scores * scale_log2 - lse.load(query_layout)[None, :])
+                weights_operand = gl.convert_layout(weights.to(dtype), operand_layout)
+                # [keys, queries] x [queries, dims]
+                value_accumulator = warpgroup_mma(weights_operand, grad, value_accumulator, is_async=True)
+                grad_weights = warpgroup_mma_wait(1, deps=(grad_weights,))
+                delta = view_as(statistics_ring.index(index * 2 + 1), gl.float32, [TILE_Q], vector_layout)
+                grad_scores = weights * (grad_weights * scale - delta.load(query_layout)[None, :])
+                scores_operand = gl.convert_layout(grad_scores.to(dtype), operand_layout)
+                key_accumulator = warpgroup_mma(scores_operand, query, key_accumulator, is_async=True)
+                if AHEAD:
+                    # the last step makes its own scores again, which nobody reads
+                    following = taken + gl.where(step + 1 < steps, 1, 0)
+                    coming = following % STAGES
+                    mbarrier.wait(ring_full.index(coming), following // STAGES & 1)
+                    next_query = split_pair(ring.index(coming), TILE_Q, tile_layout)[0].reshape([TILE_Q, PADDED_DIM])
+                    scoring = warpgroup_mma(key, next_query.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+                value_accumulator, key_accumulator, _weights, _scores = warpgroup_mma_wait(
+                    AHEAD, deps=(value_accumulator, key_accumulator, weights_operand, scores_operand)
+                )
+                fence_async_shared()
+                mbarrier.arrive(ring_empty.index(index), count=1)
+                taken += 1
+            if AHEAD:
+                warpgroup_mma_wait(0, deps=(scoring,))
+        at = [batch, head, key_tile * TILE_K + CONSUMER * ROWS, 0]
+        if HAS_OUTPUTS:
+            mbarrier.arrive(own_empty, count=1)
+            leaving = out_buffers.index(CONSUMER)
+            tma.store_wait(0)
+            leaving.reshape([ROWS, PADDED_DIM]).store(value_accumulator.to(dtype))
+            fence_async_shared()
+            store_tile(grad_v_desc, at, leaving)
+            tma.store_wait(0)
+            leaving.reshape([ROWS, PADDED_DIM]).store(key_accumulator.to(dtype))
+            fence_async_shared()
+            store_tile(grad_k_desc, at, leaving)
+        else:
+            # where keys and values were
+            value.store(value_accumulator.to(dtype))
+            key.store(key_accumulator.to(dtype))
+            fence_async_shared()
+            store_tile(grad_v_desc, at, own_v.index(CONSUMER))
+            store_tile(grad_k_desc, at, own_k.index(CONSUMER))
+            tma.store_wait(0)
+            mbarrier.arrive(own_empty, count=1)
+        turn += 1
+        mbarrier.wait(own_full, turn & 1)
+        tile = read_turn(turns, 0)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["total_tiles", "list_width", "matrix_rows"])
+def key_kernel(
+    k_desc,
+    v_desc,
+    q_desc,
+    grad_desc,
+    matrix_desc,
+    statistics_desc,
+    grad_k_desc,
+    grad_v_desc,
+    lists,
+    counts,
+    order,
+    grad_normalizers,
+    scale,
+    total_tiles,
+    tiles_per_head,
+    num_heads,
+    list_width,
+    matrix_rows,
+    TILE_K: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    TILE_Q: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    PADDED_DIM: gl.constexpr,
+    STAGES: gl.constexpr,
+    FEATURE_MAP: gl.constexpr,
+    HAS_LINEAR: gl.constexpr,
+):
+    CONSUMERS: gl.constexpr = TILE_K // 64
+    # two programs side by side have no room for them
+    HAS_OUTPUTS: gl.constexpr = CONSUMERS == 2
+    buffers, barriers = make_buffers(k_desc, q_desc, statistics_desc, STAGES, CONSUMERS, True, HAS_OUTPUTS)
+    extents = (tiles_per_head, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows)
+    descriptors = (k_desc, v_desc, q_desc, grad_desc, matrix_desc, statistics_desc, k_desc)
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (key_consumer, (
+                    buffers, barriers, grad_normalizers, grad_k_desc, grad_v_desc, scale, extents, 0,
+                    TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_OUTPUTS,
+                )),
+                (pair_producer, (
+                    descriptors, buffers, barriers, lists, counts, order, extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
+                    HAS_LINEAR, True, True, False, False,
+                )),
+            ],
+            [1],
+            [24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (key_consumer, (
+                    buffers, barriers, grad_normalizers, grad_k_desc, grad_v_desc, scale, extents, 0,
+                    TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_OUTPUTS,
+                )),
+                (key_consumer, (
+                    buffers, barriers, grad_normalizers, grad_k_desc, grad_v_desc, scale, extents, 1,
+                    TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_OUTPUTS,
+                )),
+                (pair_producer, (
+                    descriptors, buffers, barriers, lists, counts, order, extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
+                    HAS_LINEAR, True, True, False, False,
+                )),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+
+
+def attention_backward_key(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    statistics: torch.Tensor,
+    scale: float,
+    block_q: int,
+    block_k: int,
+    lists: torch.Tensor,
+    counts: torch.Tensor,
+    order: torch.Tensor,
+    grad_states: torch.Tensor | None,
+    grad_normalizers: torch.Tensor | None,
+    feature_map: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``triton_backward.attention_backward_key``, for what ``hopper.usable`` accepts: tiles are blocks of keys."""
+    batch, heads, keys, head_dim = k.shape
+    padded = padded_dim(head_dim)
+    tile_q = 64
+    tiles_per_head = ceil_div(keys, block_k)
+    total = tiles_per_head * batch * heads
+    programs = min(total, multiprocessors(q.device.index) * (2 if block_k == 64 else 1))
+    grad_k, grad_v = (k.new_empty(batch, keys, heads, head_dim).transpose(1, 2) for _ in range(2))
+    key_kernel[(programs,)](
+        tile_descriptor(k, 64),
+        tile_descriptor(v, 64),
+        tile_descriptor(q, tile_q),
+        tile_descriptor(grad_out, tile_q),
+        matrix_descriptor(grad_states if grad_states is not None else q, head_dim),
+        statistics_descriptor(statistics, tile_q),
+        tile_descriptor(grad_k, 64),
+        tile_descriptor(grad_v, 64),
+        lists,
+        counts,
+        order,
+        grad_normalizers if grad_normalizers is not None else statistics,
+        scale,
+        total,
+        tiles_per_head,
+        heads,
+        lists.shape[3],
+        grad_states.shape[2] if grad_states is not None else 1,
+        TILE_K=block_k,
+        BLOCK_Q=block_q,
+        TILE_Q=tile_q,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded,
+        STAGES=(4 if block_k == 128 else 2) * (128 // padded),
+        FEATURE_MAP=feature_map,
+        HAS_LINEAR=grad_states is not None,
+        num_warps=4,
+        maxnreg=168 if block_k == 128 else 128,
+    )
+    return grad_k, grad_v

@@ -1,0 +1,515 @@
+"""The forward attention kernel for Hopper, written in Gluon: one producer warp, one or two consumer warpgroups.
+
+The arithmetic is that of ``triton_forward``. The producer warp walks the critical lists and keeps rings of key
+and value tiles filled by TMA; each consumer warpgroup owns 64 queries. While a warpgroup's softmax of one tile
+runs, its product P V of the tile before and the next Q K^T are in flight (FlashAttention-3, arXiv 2407.08608,
+section 3.2). Programs are persistent: the producer reads ahead over the end of a tile of queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..triton.tiles import ceil_div, head_stride
+from .primitives import (
+    all_threads,
+    load_row,
+    load_tile,
+    locate_tile,
+    map_features,
+    matrix_descriptor,
+    multiprocessors,
+    padded_dim,
+    reciprocal_or_zero,
+    store_tile,
+    tile_descriptor,
+    view_as,
+)
+
+__all__ = ["attention_forward"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Queries of one program, tiles in each ring, whether state and gate come through the rings too, tiles of output on
+    their way out for each consumer, registers a thread, programs on one multiprocessor."""
+
+    tile_q: int
+    stages: int
+    matrices_in_rings: bool
+    outputs: int
+    registers: int
+    programs: int
+
+
+def launch_for(block_q: int, block_k: int, padded: int) -> Launch:
+    """Two consumers share the lists of a block of 128 queries; a block of 64 has one, and two programs fit.
+
+    A tile of keys that is smaller than a matrix leaves it a buffer of its own, and less room for outputs.
+    """
+    narrow = padded * block_k <= 64 * 128
+    in_rings = block_k >= padded
+    if block_q % 128 == 0:
+        return Launch(128, 4 if narrow else 2, in_rings, 2 if in_rings else 1, 168, 1)
+    return Launch(64, 2 if narrow else 1, in_rings, 2 if in_rings else 0, 128, 2)
+
+
+@gluon.jit
+def first_matrix(buffer, dtype: gl.constexpr, layout: gl.constexpr):
+    """The matrix [1, dims, dims] that a tile [1, 1, rows, dims] of a ring begins with."""
+    dims: gl.constexpr = buffer.type.shape[3]
+    shape: gl.constexpr = [buffer.type.shape[2] // dims, 1, dims, dims]
+    return view_as(buffer, dtype, shape, layout).index(0)
+
+
+@gluon.jit
+def forward_producer(
+    descriptors,
+    buffers,
+    barriers,
+    lists,
+    counts,
+    extents,
+    BLOCK_Q: gl.constexpr,
+    TILE_Q: gl.constexpr,
+    TILE_K: gl.constexpr,
+    MATRICES_IN_RINGS: gl.constexpr,
+    HAS_LINEAR: gl.constexpr,
+    HAS_COUNTS: gl.constexpr,
+):
+    q_desc, k_desc, v_desc, state_desc, gate_desc = descriptors
+    q_buffers, k_ring, v_ring, matrix_buffer, _out_buffers = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, matrix_full, matrix_empty = barriers
+    num_rows, total_tiles, tiles_per_head, num_heads, list_width, state_rows, gate_heads = extents
+    STAGES: gl.constexpr = k_ring.type.shape[0]
+    CONSUMERS: gl.constexpr = TILE_Q // 64
+
+    filled = 0
+    turn = 0
+    for tile in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
+        query_tile, batch, head = locate_tile(tile, tiles_per_head, num_heads)
+        row = query_tile * TILE_Q // BLOCK_Q
+        line = (batch * num_heads + head) * num_rows + row
+        row_list = lists + line.to(gl.int64) * list_width
+        count = list_width
+        if HAS_COUNTS:
+            count = gl.load(counts + line)
+        block = gl.load(row_list + count - 1)
+
+        for consumer in gl.static_range(CONSUMERS):
+            mbarrier.wait(q_empty.index(consumer), (turn & 1) ^ 1)
+            mbarrier.expect(q_full.index(consumer), q_desc.block_type.nbytes)
+            at = [batch, head, query_tile * TILE_Q + consumer * 64, 0]
+            load_tile(q_desc, at, q_full.index(consumer), q_buffers.index(consumer))
+        turn += 1
+        for step in range(count):
+            start = block * TILE_K
+            # from the last block to the first, so that the only partial one comes first; read one ahead
+            block = gl.load(row_list + gl.maximum(count - 2 - step, 0))
+            index = filled % STAGES
+            phase = (filled // STAGES & 1) ^ 1
+            mbarrier.wait(k_empty.index(index), phase)
+            mbarrier.expect(k_full.index(index), k_desc.block_type.nbytes)
+            load_tile(k_desc, [batch, head, start, 0], k_full.index(index), k_ring.index(index))
+            mbarrier.wait(v_empty.index(index), phase)
+            mbarrier.expect(v_full.index(index), v_desc.block_type.nbytes)
+            load_tile(v_desc, [batch, head, start, 0], v_full.index(index), v_ring.index(index))
+            filled += 1
+        if HAS_LINEAR:
+            state_row = (batch * num_heads + head) * state_rows + gl.minimum(row, state_rows - 1)
+            gate_row = gl.minimum(head, gate_heads - 1)
+            # states are bfloat16 beside float16 inputs
+            dtype: gl.constexpr = gate_desc.dtype
+            state_dtype: gl.constexpr = state_desc.dtype
+            layout: gl.constexpr = gate_desc.layout
+            if MATRICES_IN_RINGS:
+                index = filled % STAGES
+                phase = (filled // STAGES & 1) ^ 1
+                mbarrier.wait(k_empty.index(index), phase)
+                mbarrier.expect(k_full.index(index), state_desc.block_type.nbytes)
+                state = first_matrix(k_ring.index(index), state_dtype, layout)
+                load_tile(state_desc, [state_row, 0, 0], k_full.index(index), state)
+                mbarrier.wait(v_empty.index(index), phase)
+                mbarrier.expect(v_full.index(index), gate_desc.block_type.nbytes)
+                gate = first_matrix(v_ring.index(index), dtype, layout)
+                load_tile(gate_desc, [gate_row, 0, 0], v_full.index(index), gate)
+                filled += 1
+            else:
+                # two matrices a tile: the phases are the same every time
+                mbarrier.wait(matrix_empty, 1)
+                mbarrier.expect(matrix_full, state_desc.block_type.nbytes)
+                load_tile(state_desc, [state_row, 0, 0], matrix_full, matrix_buffer)
+                mbarrier.wait(matrix_empty, 0)
+                mbarrier.expect(matrix_full, gate_desc.block_type.nbytes)
+                shape: gl.constexpr = gate_desc.block_type.shape
+                load_tile(gate_desc, [gate_row, 0, 0], matrix_full, view_as(matrix_buffer, dtype, shape, layout))
+
+
+@gluon.jit
+def forward_consumer(
+    buffers,
+    barriers,
+    lists,
+    counts,
+    normalizers,
+    bias,
+    out_desc,
+    linear_desc,
+    lse,
+    scale_log2,
+    stride_bh,
+    num_queries,
+    num_keys,
+    extents,
+    CONSUMER: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    TILE_Q: gl.constexpr,
+    TILE_K: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    PADDED_DIM: gl.constexpr,
+    MATRICES_IN_RINGS: gl.constexpr,
+    OUTPUTS: gl.constexpr,
+    FEATURE_MAP: gl.constexpr,
+    HAS_LINEAR: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_COUNTS: gl.constexpr,
+):
+    q_buffers, k_ring, v_ring, matrix_buffer, out_buffers = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, matrix_full, matrix_empty = barriers
+    num_rows, total_tiles, tiles_per_head, num_heads, list_width, state_rows, gate_heads = extents
+    ROWS: gl.constexpr = 64
+    STAGES: gl.constexpr = k_ring.type.shape[0]
+    dtype: gl.constexpr = k_ring.dtype
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_K, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED_DIM, 16])
+    weights_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    out_row_layout: gl.constexpr = gl.SliceLayout(1, out_layout)
+    dim_layout: gl.constexpr = gl.SliceLayout(0, out_layout)
+    key_lanes = gl.arange(0, TILE_K, layout=gl.SliceLayout(0, scores_layout))
+    row_lanes = gl.arange(0, ROWS, layout=out_row_layout)
+    dims = gl.arange(0, PADDED_DIM, layout=dim_layout)
+    query = q_buffers.index(CONSUMER).reshape([ROWS, PADDED_DIM])
+    # without buffers of their own, outputs leave from where the queries were
+    leaving = q_buffers.index(CONSUMER) if OUTPUTS == 0 else out_buffers.index(CONSUMER * OUTPUTS)
+    linear_leaving = q_buffers.index(CONSUMER) if OUTPUTS == 0 else out_buffers.index((CONSUMER + 1) * OUTPUTS - 1)
+    # stores that may still be reading when the next is made, which has another buffer
+    PENDING: gl.constexpr = 1 if HAS_LINEAR and OUTPUTS == 2 else 0
+    matrix_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, PADDED_DIM, PADDED_DIM], dtype)
+
+    taken = 0
+    turn = 0
+    for tile in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
+        query_tile, batch, head = locate_tile(tile, tiles_per_head, num_heads)
+        batch_head = (batch * num_heads + head).to(gl.int64)
+        row = query_tile * TILE_Q // BLOCK_Q
+        line = batch_head * num_rows + row
+        count = list_width
+        if HAS_COUNTS:
+            count = gl.load(counts + line)
+        first_start = gl.load(lists + line * list_width + count - 1) * TILE_K
+
+        mbarrier.wait(q_full.index(CONSUMER), turn & 1)
+        turn += 1
+        index = taken % STAGES
+        phase = taken // STAGES & 1
+        mbarrier.wait(k_full.index(index), phase)
+        zero_scores = gl.zeros([ROWS, TILE_K], gl.float32, scores_layout)
+        key = k_ring.index(index).reshape([TILE_K, PADDED_DIM])
+        scores = warpgroup_mma(query, key.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=(scores,))
+        mbarrier.arrive(k_empty.index(index), count=1)
+        scores = gl.where((first_start + key_lanes < num_keys)[None, :], scores, float("-inf"))
+        running_max = gl.max(scores, 1) * scale_log2
+        weights = gl.exp2(scores * scale_log2 - running_max[:, None])
+        running_sum = gl.sum(weights, 1)
+        operand = gl.convert_layout(weights.to(dtype), weights_layout)
+        accumulator = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
+
+        for _step in range(count - 1):
+            next_index = (taken + 1) % STAGES
+            next_phase = (taken + 1) // STAGES & 1
+            mbarrier.wait(k_full.index(next_index), next_phase)
+            key = k_ring.index(next_index).reshape([TILE_K, PADDED_DIM])
+            scores = warpgroup_mma(query, key.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+            mbarrier.wait(v_full.index(index), phase)
+            value = v_ring.index(index).reshape([TILE_K, PADDED_DIM])
+            accumulating = warpgroup_mma(operand, value, accumulator, is_async=True)
+            scores = warpgroup_mma_wait(1, deps=(scores,))
+            mbarrier.arrive(k_empty.index(next_index), count=1)
+            new_max = gl.maximum(running_max, gl.max(scores, 1) * scale_log2)
+            rescale = gl.exp2(running_max - new_max)
+            weights = gl.exp2(scores * scale_log2 - new_max[:, None])
+            running_sum = running_sum * rescale + gl.sum(weights, 1)
+            running_max = new_max
+            accumulator, operand = warpgroup_mma_wait(0, deps=(accumulating, operand))
+            mbarrier.arrive(v_empty.index(index), count=1)
+            accumulator = accumulator * gl.convert_layout(rescale, out_row_layout)[:, None]
+            # only now, so that the 16-bit tile before is no longer in registers
+            operand = gl.convert_layout(weights.to(dtype), weights_layout)
+            taken += 1
+            index = next_index
+            phase = next_phase
+
+        if not HAS_LINEAR and OUTPUTS > 0:
+            mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+        mbarrier.wait(v_full.index(index), phase)
+        value = v_ring.index(index).reshape([TILE_K, PADDED_DIM])
+        accumulator = warpgroup_mma(operand, value, accumulator, is_async=True)
+        accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
+        mbarrier.arrive(v_empty.index(index), count=1)
+        taken += 1
+
+        first = query_tile * TILE_Q + CONSUMER * ROWS
+        accumulator = accumulator * gl.convert_layout(1.0 / running_sum, out_row_layout)[:, None]
+        # log2 -> natural log
+        row_lse = gl.convert_layout((running_max + gl.log2(running_sum)) * 0.6931471805599453, out_row_layout)
+        rows = first + row_lanes
+        gl.store(lse + batch_head * num_queries + rows, row_lse, mask=rows < num_queries)
+
+        if HAS_LINEAR:
+            own = query.load(out_layout).to(gl.float32)
+            if OUTPUTS > 0:
+                fence_async_shared()
+                mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+            phi = map_features(own, HEAD_DIM, PADDED_DIM, FEATURE_MAP, out_layout)
+            state_row = batch_head * state_rows + gl.minimum(row, state_rows - 1)
+            normalizer = load_row(normalizers + state_row * HEAD_DIM, dims, HEAD_DIM, PADDED_DIM)
+            denominator = gl.sum(phi * normalizer[None, :], 1)
+            inverse = reciprocal_or_zero(denominator)
+            phi_operand = gl.convert_layout(phi.to(gl.bfloat16), weights_layout)
+            if MATRICES_IN_RINGS:
+                index = taken % STAGES
+                state_full, state_empty, state_phase = k_full.index(index), k_empty.index(index), taken // STAGES & 1
+                gate_full, gate_empty, gate_phase = v_full.index(index), v_empty.index(index), state_phase
+                state = first_matrix(k_ring.index(index), gl.bfloat16, matrix_layout)
+                gate = first_matrix(v_ring.index(index), dtype, matrix_layout)
+                taken += 1
+            else:
+                state_full, state_empty, state_phase = matrix_full, matrix_empty, 0
+                gate_full, gate_empty, gate_phase = matrix_full, matrix_empty, 1
+                state = matrix_buffer
+                gate = view_as(matrix_buffer, dtype, [1, PADDED_DIM, PADDED_DIM], matrix_layout)
+            mbarrier.wait(state_full, state_phase)
+            state = state.reshape([PADDED_DIM, PADDED_DIM])
+            zero = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
+            linear = warpgroup_mma(phi_operand, state, zero, use_acc=False, is_async=True)
+            linear = warpgroup_mma_wait(0, deps=(linear,))
+            mbarrier.arrive(state_empty, count=1)
+            linear = (linear * inverse[:, None]).to(dtype)
+            tma.store_wait(PENDING)
+            linear_leaving.reshape([ROWS, PADDED_DIM]).store(linear)
+            fence_async_shared()
+            store_tile(linear_desc, [batch, head, first, 0], linear_leaving)
+            mbarrier.wait(gate_full, gate_phase)
+            linear_operand = gl.convert_layout(linear, weights_layout)
+            gate = gate.reshape([PADDED_DIM, PADDED_DIM])
+            accumulating = warpgroup_mma(linear_operand, gate.permute((1, 0)), accumulator, is_async=True)
+            accumulator = warpgroup_mma_wait(0, deps=(accumulating,))
+            mbarrier.arrive(gate_empty, count=1)
+        if HAS_BIAS:
+            shift = load_row(bias + head * stride_bh, dims, HEAD_DIM, PADDED_DIM)
+            accumulator += shift.to(gl.float32)[None, :]
+        tma.store_wait(PENDING)
+        leaving.reshape([ROWS, PADDED_DIM]).store(accumulator.to(dtype))
+        fence_async_shared()
+        store_tile(out_desc, [batch, head, first, 0], leaving)
+        if OUTPUTS == 0:
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["num_queries", "num_keys", "num_rows", "total_tiles", "list_width", "state_rows"])
+def attention_forward_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    state_desc,
+    gate_desc,
+    lists,
+    counts,
+    normalizers,
+    bias,
+    out_desc,
+    linear_desc,
+    lse,
+    scale_log2,
+    stride_bh,
+    num_queries,
+    num_keys,
+    num_rows,
+    total_tiles,
+    tiles_per_head,
+    num_heads,
+    list_width,
+    state_rows,
+    gate_heads,
+    BLOCK_Q: gl.constexpr,
+    TILE_Q: gl.constexpr,
+    TILE_K: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    PADDED_DIM: gl.constexpr,
+    STAGES: gl.constexpr,
+    MATRICES_IN_RINGS: gl.constexpr,
+    OUTPUTS: gl.constexpr,
+    FEATURE_MAP: gl.constexpr,
+    HAS_LINEAR: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_COUNTS: gl.constexpr,
+):
+    CONSUMERS: gl.constexpr = TILE_Q // 64
+    q_buffers = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
+    k_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
+    v_ring = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
+    # what is not there is not touched
+    matrix_buffer = q_buffers
+    if not MATRICES_IN_RINGS:
+        matrix_buffer = gl.allocate_shared_memory(state_desc.dtype, state_desc.block_type.shape, state_desc.layout)
+    out_buffers = q_buffers
+    if OUTPUTS > 0:
+        shape: gl.constexpr = [CONSUMERS * OUTPUTS] + q_desc.block_type.shape
+        out_buffers = gl.allocate_shared_memory(q_desc.dtype, shape, q_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    matrix_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    matrix_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for consumer in gl.static_range(CONSUMERS):
+        mbarrier.init(q_full.index(consumer), count=1)
+        mbarrier.init(q_empty.index(consumer), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=CONSUMERS)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(v_empty.index(stage), count=CONSUMERS)
+    mbarrier.init(matrix_full, count=1)
+    mbarrier.init(matrix_empty, count=CONSUMERS)
+    fence_async_shared()
+    all_threads()
+
+    buffers = (q_buffers, k_ring, v_ring, matrix_buffer, out_buffers)
+    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, matrix_full, matrix_empty)
+    extents = (num_rows, total_tiles, tiles_per_head, num_heads, list_width, state_rows, gate_heads)
+    descriptors = (q_desc, k_desc, v_desc, state_desc, gate_desc)
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (forward_consumer, (
+                    buffers, barriers, lists, counts, normalizers, bias, out_desc, linear_desc, lse, scale_log2,
+                    stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
+                    PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_BIAS, HAS_COUNTS,
+                )),
+                (forward_producer, (
+                    descriptors, buffers, barriers, lists, counts, extents, BLOCK_Q, TILE_Q, TILE_K,
+                    MATRICES_IN_RINGS, HAS_LINEAR, HAS_COUNTS,
+                )),
+            ],
+            [1],
+            [24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (forward_consumer, (
+                    buffers, barriers, lists, counts, normalizers, bias, out_desc, linear_desc, lse, scale_log2,
+                    stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
+                    PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_BIAS, HAS_COUNTS,
+                )),
+                (forward_consumer, (
+                    buffers, barriers, lists, counts, normalizers, bias, out_desc, linear_desc, lse, scale_log2,
+                    stride_bh, num_queries, num_keys, extents, 1, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
+                    PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_BIAS, HAS_COUNTS,
+                )),
+                (forward_producer, (
+                    descriptors, buffers, barriers, lists, counts, extents, BLOCK_Q, TILE_Q, TILE_K,
+                    MATRICES_IN_RINGS, HAS_LINEAR, HAS_COUNTS,
+                )),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+
+
+def attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    lists: torch.Tensor,
+    states: torch.Tensor | None,
+    normalizers: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    scale: float,
+    block_q: int,
+    block_k: int,
+    feature_map: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As ``triton_forward.attention_forward``, for what ``hopper.usable`` accepts; every count at least 1."""
+    batch, heads, queries, head_dim = q.shape
+    padded = padded_dim(head_dim)
+    has_linear = states is not None
+    out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
+    linear_out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2) if has_linear else q.new_empty(0)
+    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+    launch = launch_for(block_q, block_k, padded)
+    tiles_per_head = ceil_div(queries, launch.tile_q)
+    total = tiles_per_head * batch * heads
+    programs = min(total, multiprocessors(q.device.index) * launch.programs)
+    # a handful of numbers; a stride of its own would cost the kernel registers
+    bias = bias.contiguous() if bias is not None else None
+    # an absent tensor's place is taken by one that is there; the kernel does not touch it
+    attention_forward_kernel[(programs,)](
+        tile_descriptor(q, 64),
+        tile_descriptor(k, block_k),
+        tile_descriptor(v, block_k),
+        matrix_descriptor(states if states is not None else q, head_dim),
+        matrix_descriptor(weight if weight is not None else q, head_dim),
+        lists,
+        counts if counts is not None else lists,
+        normalizers if normalizers is not None else lse,
+        bias if bias is not None else q,
+        tile_descriptor(out, 64),
+        tile_descriptor(linear_out if has_linear else out, 64),
+        lse,
+        scale * 1.4426950408889634,
+        head_stride(bias, 1),
+        queries,
+        k.shape[2],
+        ceil_div(queries, block_q),
+        total,
+        tiles_per_head,
+        heads,
+        lists.shape[3],
+        states.shape[2] if states is not None else 1,
+        weight.shape[0] if weight is not None and weight.dim() == 3 else 1,
+        BLOCK_Q=block_q,
+        TILE_Q=launch.tile_q,
+        TILE_K=block_k,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded,
+        STAGES=launch.stages,
+        MATRICES_IN_RINGS=launch.matrices_in_rings,
+        OUTPUTS=launch.outputs,
+        FEATURE_MAP=feature_map,
+        HAS_LINEAR=has_linear,
+        HAS_BIAS=bias is not None,
+        HAS_COUNTS=counts is not None,
+        num_warps=4,
+        maxnreg=launch.registers,
+    )
+    return out, linear_out, lse

@@ -1,0 +1,227 @@
+"""What the two backward kernels in Gluon share: the producer warp, its ring of pairs of tiles, the barriers."""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .primitives import all_threads, descriptor_of, load_tile, locate_tile, view_as
+
+__all__ = ["make_buffers", "matrix_of", "pair_producer", "read_turn", "split_pair", "statistics_descriptor"]
+
+
+@gluon.jit
+def pair_producer(
+    descriptors,
+    buffers,
+    barriers,
+    lists,
+    counts,
+    order,
+    extents,
+    BLOCK: gl.constexpr,
+    TILE: gl.constexpr,
+    LISTED_BLOCK: gl.constexpr,
+    LISTED_TILE: gl.constexpr,
+    HAS_MATRIX: gl.constexpr,
+    HAS_STATISTICS: gl.constexpr,
+    HAS_ORDER: gl.constexpr,
+    HAS_SAVED: gl.constexpr,
+    HAS_PRIOR: gl.constexpr,
+):
+    """Load a pair of own tiles, then through the ring (a matrix or own tiles of saved outputs and) pairs of tiles (and
+    their rows' statistics) of the listed blocks; last, where there is one, what the output is to be added to.
+
+    With ``order``, of `longest_first`, programs take the next tile in it whenever they are done with one, and the
+    consumers learn from ``turns`` which that is, -1 at the end, and how many blocks it has; without, each has its own.
+    """
+    own_a_desc, own_b_desc, listed_a_desc, listed_b_desc, leading_desc, statistics_desc, prior_desc = descriptors
+    own_a, own_b, ring, statistics_ring, turns, out_buffers = buffers
+    own_full, own_empty, ring_full, ring_empty, prior_full, prior_empty = barriers
+    num_lines, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows = extents
+    STAGES: gl.constexpr = ring.type.shape[0]
+    PARTS: gl.constexpr = LISTED_BLOCK // LISTED_TILE
+    CONSUMERS: gl.constexpr = TILE // 64
+    turn_layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    tile_layout: gl.constexpr = listed_a_desc.layout
+    matrix_dtype: gl.constexpr = leading_desc.dtype
+    matrix_layout: gl.constexpr = leading_desc.layout
+
+    filled = 0
+    turn = 0
+    position = gl.program_id(0)
+    if HAS_ORDER:
+        position = gl.atomic_add(order + total_tiles, 1)
+    while position < total_tiles:
+        tile = position
+        if HAS_ORDER:
+            tile = gl.load(order + position)
+        own_tile, batch, head = locate_tile(tile, tiles_per_head, num_heads)
+        block = own_tile * TILE // BLOCK
+        batch_head = batch * num_heads + head
+        line = batch_head * num_lines + block
+        listed = lists + line.to(gl.int64) * list_width
+        count = gl.load(counts + line)
+        entry = gl.load(listed, mask=count > 0, other=0)
+
+        mbarrier.wait(own_empty, (turn & 1) ^ 1)
+        if HAS_ORDER:
+            turns.index(0).store(gl.full([1], tile, gl.int32, turn_layout))
+            turns.index(1).store(gl.full([1], count, gl.int32, turn_layout))
+            all_threads()
+        mbarrier.expect(own_full, CONSUMERS * (own_a_desc.block_type.nbytes + own_b_desc.block_type.nbytes))
+        for consumer in gl.static_range(CONSUMERS):
+            at = [batch, head, own_tile * TILE + consumer * 64, 0]
+            load_tile(own_a_desc, at, own_full, own_a.index(consumer))
+            load_tile(own_b_desc, at, own_full, own_b.index(consumer))
+        if HAS_MATRIX:
+            index = filled % STAGES
+            mbarrier.wait(ring_empty.index(index), (filled // STAGES & 1) ^ 1)
+            mbarrier.expect(ring_full.index(index), leading_desc.block_type.nbytes)
+            matrix_row = batch_head * matrix_rows + gl.minimum(block, matrix_rows - 1)
+            matrix = matrix_of(ring.index(index), matrix_dtype, matrix_layout)
+            load_tile(leading_desc, [matrix_row, 0, 0], ring_full.index(index), matrix)
+            filled += 1
+        if HAS_SAVED:
+            index = filled % STAGES
+            mbarrier.wait(ring_empty.index(index), (filled // STAGES & 1) ^ 1)
+            mbarrier.expect(ring_full.index(index), CONSUMERS * leading_desc.block_type.nbytes)
+            saved = split_pair(ring.index(index), 64, tile_layout)
+            for consumer in gl.static_range(CONSUMERS):
+                at = [batch, head, own_tile * TILE + consumer * 64, 0]
+                load_tile(leading_desc, at, ring_full.index(index), saved[consumer])
+            filled += 1
+        turn += 1
+        for step in range(count):
+            first = entry * LISTED_BLOCK
+            # read one ahead
+            entry = gl.load(listed + gl.minimum(step + 1, count - 1))
+            for part in gl.static_range(PARTS):
+                start = first + part * LISTED_TILE
+                index = filled % STAGES
+                mbarrier.wait(ring_empty.index(index), (filled // STAGES & 1) ^ 1)
+                full = ring_full.index(index)
+                if HAS_STATISTICS:
+                    mbarrier.expect(
+                        full,
+                        listed_a_desc.block_type.nbytes
+                        + listed_b_desc.block_type.nbytes
+                        + 2 * statistics_desc.block_type.nbytes,
+                    )
+                    for which in gl.static_range(2):
+                        load_tile(
+                            statistics_desc,
+                            [batch_head * 2 + which, start],
+                            full,
+                            statistics_ring.index(index * 2 + which),
+                        )
+                else:
+                    mbarrier.expect(full, listed_a_desc.block_type.nbytes + listed_b_desc.block_type.nbytes)
+                tile_a, tile_b = split_pair(ring.index(index), LISTED_TILE, tile_layout)
+                load_tile(listed_a_desc, [batch, head, start, 0], full, tile_a)
+                load_tile(listed_b_desc, [batch, head, start, 0], full, tile_b)
+                filled += 1
+        if HAS_PRIOR:
+            mbarrier.wait(prior_empty, (turn & 1) ^ 1)
+            mbarrier.expect(prior_full, CONSUMERS * prior_desc.block_type.nbytes)
+            for consumer in gl.static_range(CONSUMERS):
+                at = [batch, head, own_tile * TILE + consumer * 64, 0]
+                load_tile(prior_desc, at, prior_full, out_buffers.index(consumer))
+        if HAS_ORDER:
+            position = gl.atomic_add(order + total_tiles, 1)
+        else:
+            position += gl.num_programs(0)
+    if HAS_ORDER:
+        mbarrier.wait(own_empty, (turn & 1) ^ 1)
+        turns.index(0).store(gl.full([1], -1, gl.int32, turn_layout))
+        all_threads()
+        mbarrier.arrive(own_full, count=1)
+
+
+@gluon.jit
+def read_turn(turns, INDEX: gl.constexpr):
+    """The tile (0) or its number of listed blocks (1) that the producer wrote."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.max(turns.index(INDEX).load(layout), 0)
+
+
+@gluon.jit
+def split_pair(unit, TILE: gl.constexpr, layout: gl.constexpr):
+    """The two tiles [1, 1, TILE, dims] of one stage of the ring."""
+    dtype: gl.constexpr = unit.dtype
+    shape: gl.constexpr = [2, 1, 1, TILE, unit.type.shape[2]]
+    pair = view_as(unit, dtype, shape, layout)
+    return pair.index(0), pair.index(1)
+
+
+@gluon.jit
+def matrix_of(unit, dtype: gl.constexpr, layout: gl.constexpr):
+    """The matrix [1, dims, dims] that one stage of the ring begins with: a stage has room for one or two."""
+    dims: gl.constexpr = unit.type.shape[2]
+    shape: gl.constexpr = [unit.type.shape[1] // dims, 1, dims, dims]
+    return view_as(unit, dtype, shape, layout).index(0)
+
+
+@gluon.jit
+def make_barrier_ring(STAGES: gl.constexpr, COUNT: gl.constexpr):
+    ring = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ring.index(stage), count=COUNT)
+    return ring
+
+
+@gluon.jit
+def make_buffers(
+    own_desc,
+    listed_desc,
+    statistics_desc,
+    STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    HAS_STATISTICS: gl.constexpr,
+    HAS_OUTPUTS: gl.constexpr,
+):
+    """Shared memory and barriers: two own tiles for each consumer, a ring whose stages hold a pair of listed tiles or a
+    matrix, and where wanted rows' statistics beside them, and a tile of output for each consumer."""
+    own_shape: gl.constexpr = [CONSUMERS] + own_desc.block_type.shape
+    own_a = gl.allocate_shared_memory(own_desc.dtype, own_shape, own_desc.layout)
+    own_b = gl.allocate_shared_memory(own_desc.dtype, own_shape, own_desc.layout)
+    tile: gl.constexpr = listed_desc.block_type.shape[2]
+    dims: gl.constexpr = listed_desc.block_type.shape[3]
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 2 * tile, dims], listed_desc.dtype)
+    ring = gl.allocate_shared_memory(listed_desc.dtype, [STAGES, 1, 2 * tile, dims], layout)
+    # what is not there is not touched
+    statistics_ring = ring
+    if HAS_STATISTICS:
+        statistics_ring = gl.allocate_shared_memory(
+            gl.float32, [STAGES * 2] + statistics_desc.block_type.shape, statistics_desc.layout
+        )
+    out_buffers = own_a
+    if HAS_OUTPUTS:
+        out_buffers = gl.allocate_shared_memory(own_desc.dtype, own_shape, own_desc.layout)
+    turns = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    own_full = make_barrier_ring(1, 1)
+    own_empty = make_barrier_ring(1, CONSUMERS)
+    ring_full = make_barrier_ring(STAGES, 1)
+    ring_empty = make_barrier_ring(STAGES, CONSUMERS)
+    prior_full = make_barrier_ring(1, 1)
+    prior_empty = make_barrier_ring(1, CONSUMERS)
+    fence_async_shared()
+    all_threads()
+    buffers = (own_a, own_b, ring, statistics_ring, turns, out_buffers)
+    barriers = (own_full.index(0), own_empty.index(0), ring_full, ring_empty, prior_full.index(0), prior_empty.index(0))
+    return buffers, barriers
+
+
+def statistics_descriptor(statistics: torch.Tensor, tile: int) -> TensorDescriptor:
+    """TMA over (B, H, 2, rows), one line of ``tile`` rows at a time."""
+    shape = statistics.shape
+
+    def make() -> TensorDescriptor:
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+        rows = shape[3]
+        return TensorDescriptor(statistics, [statistics.numel() // rows, rows], [rows, 1], [1, tile], layout)
+
+    return descriptor_of((shape, tile, "statistics"), statistics, make)

@@ -1,0 +1,1 @@
+"""Sparse-Linear Attention in portable Triton kernels."""

@@ -1,0 +1,401 @@
+"""Classification on the GPU: block scores, the three classes, and the lists of critical blocks.
+
+The scores S = pool(Q) pool(K)^T * scale (B, H, Tm, Tn) come from float32 means by products as precise as those of
+float32; each row is then split by threshold search over order-preserving integer keys: the ``critical`` largest are
++1, what the largest ``Tn - negligible`` leave is -1, the rest 0, ties going to the lower key-block index first. No
+sort, no host sync. Options (dead and forced blocks, causal, shares read on the device) have a kernel of their own,
+in which rows have unequal numbers of critical blocks, and so counts.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+import triton
+import triton.language as tl
+
+from sla_compile.common.blocks import exact_fraction, num_blocks, shares_of
+
+from .masks import batch_stride
+from .tiles import FULL_PRECISION, ceil_div, power_of_two
+
+__all__ = ["block_scores", "classify_rows", "classify_rows_with_options", "critical_lists", "longest_first"]
+
+_ORDER_TILE = 16
+_ORDER_STEP = 512
+_ORDER_BINS = 32
+# most lines for the kernel, which compares every line with every other; more are sorted, in several launches
+_ORDER_SORTED = 16384
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+def score_kernel(
+    pooled_q,
+    pooled_k,
+    scores,
+    scale,
+    num_queries,
+    num_keys,
+    HEAD_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    batch_head = tl.program_id(0).to(tl.int64)
+    queries = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    keys = tl.program_id(2) * TILE + tl.arange(0, TILE)
+    query_base = pooled_q + batch_head * num_queries * HEAD_DIM
+    key_base = pooled_k + batch_head * num_keys * HEAD_DIM
+    total = tl.zeros([TILE, TILE], tl.float32)
+    for first in range(0, HEAD_DIM, STEP):
+        dims = first + tl.arange(0, STEP)
+        query_mask = (queries < num_queries)[:, None] & (dims < HEAD_DIM)[None, :]
+        key_mask = (keys < num_keys)[:, None] & (dims < HEAD_DIM)[None, :]
+        query = tl.load(query_base + queries[:, None] * HEAD_DIM + dims[None, :], mask=query_mask, other=0.0)
+        key = tl.load(key_base + keys[:, None] * HEAD_DIM + dims[None, :], mask=key_mask, other=0.0)
+        total = tl.dot(query, tl.trans(key), total, input_precision=PRECISION)
+    base = scores + batch_head * num_queries * num_keys
+    address = base + queries[:, None].to(tl.int64) * num_keys + keys[None, :]
+    tl.store(address, total * scale, mask=(queries < num_queries)[:, None] & (keys < num_keys)[None, :])
+
+
+@triton.jit
+def take_largest(key, valid, count):
+    """Mask of the ``count`` largest of ``key`` [lanes] (int32) in ``valid``; of equal keys the first."""
+    low = tl.min(tl.where(valid, key, 2147483647), 0)
+    # no threshold above the least integer is reached by what is not valid
+    key = tl.where(valid, key, -2147483648)
+    high = tl.max(key, 0)
+    # the count-th largest key is the largest threshold that at least `count` keys reach; one that exactly as many
+    # reach will do, and is found sooner
+    while low < high:
+        # the upper middle, without overflow
+        middle = (low | high) - ((low ^ high) >> 1)
+        reached = tl.sum((key >= middle).to(tl.int32), 0)
+        low = tl.where(reached >= count, middle, low)
+        high = tl.where(reached == count, middle, tl.where(reached > count, high, middle - 1))
+    threshold = low
+    member = (key >= threshold) & valid
+    if tl.sum(member.to(tl.int32), 0) > count:
+        above = (key > threshold) & valid
+        tied = (key == threshold) & valid
+        ties_wanted = count - tl.sum(above.to(tl.int32), 0)
+        tie_rank = tl.cumsum(tied.to(tl.int32), 0)
+        member = above | (tied & (tie_rank <= ties_wanted))
+    return member
+
+
+@triton.jit
+def store_list(list_base, member, lanes):
+    """Write the indices of the members, ascending; return how many."""
+    indicator = member.to(tl.int32)
+    position = tl.cumsum(indicator, 0) - 1
+    tl.store(list_base + position, lanes, mask=member)
+    return tl.sum(indicator, 0)
+
+
+@triton.jit(do_not_specialize=["num_keys", "critical", "negligible"])
+def classify_kernel(scores, block_map, lists, num_keys, critical, negligible, LANES: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, LANES)
+    valid = lanes < num_keys
+    score = tl.load(scores + row * num_keys + lanes, mask=valid, other=0.0)
+    # -0 equals +0 as a score but not as bits
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    is_critical = take_largest(key, valid, critical)
+    label = tl.where(is_critical, 1, 0)
+    if negligible > 0:
+        is_kept = take_largest(key, valid, num_keys - negligible)
+        label = tl.where(is_kept, label, -1)
+    tl.store(block_map + row * num_keys + lanes, label.to(tl.int8), mask=valid)
+    store_list(lists + row * critical, is_critical, lanes)
+
+
+@triton.jit
+def share_of(size, numerator, denominator):
+    """floor(size * numerator / denominator), exactly."""
+    return size.to(tl.int64) * numerator // denominator
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_queries",
+        "num_rows",
+        "num_keys",
+        "num_heads",
+        "list_width",
+        "stride_tiers",
+        "topk",
+        "topk_whole",
+        "bottomk",
+        "bottomk_whole",
+    ]
+)
+def classify_with_options_kernel(
+    scores,
+    block_map,
+    lists,
+    counts,
+    tiers,
+    sparsity,
+    num_queries,
+    num_rows,
+    num_keys,
+    num_heads,
+    list_width,
+    stride_tiers,
+    topk,
+    topk_whole,
+    bottomk,
+    bottomk_whole,
+    LANES: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_TIERS: tl.constexpr,
+    HAS_SPARSITY: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """Shares are topk / topk_whole and bottomk / bottomk_whole of the row's blocks, or of those below the diagonal."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, LANES)
+    valid = lanes < num_keys
+    live = valid
+    forced = lanes < 0
+    if HAS_TIERS:
+        batch = row // (num_rows * num_heads)
+        tier = tl.load(tiers + batch * stride_tiers + lanes, mask=valid, other=-1)
+        live = tier >= 0
+        forced = tier > 0
+    scope = valid
+    size = tl.zeros([], tl.int32) + num_keys
+    least = 1
+    if CAUSAL:
+        first_query = (row % num_rows).to(tl.int32) * BLOCK_Q
+        last_query = tl.minimum(first_query + BLOCK_Q, num_queries) - 1
+        scope = valid & ((lanes + 1) * BLOCK_K <= first_query)
+        size = first_query // BLOCK_K
+        least = 0
+        forced = (forced & scope) | (live & ~scope & (lanes * BLOCK_K <= last_query))
+    critical = share_of(size, topk, topk_whole)
+    negligible = share_of(size, bottomk, bottomk_whole)
+    if HAS_SPARSITY:
+        wanted = tl.maximum(tl.load(sparsity), 0)
+        critical = tl.minimum(critical, share_of(size, tl.minimum(wanted, 1000000), 1000000))
+        dropped = tl.minimum(tl.maximum(tl.load(sparsity + 1), 0), 1000000)
+        negligible = share_of(size, dropped, 1000000)
+    candidate = scope & live & ~forced
+    candidates = tl.sum(candidate.to(tl.int32), 0)
+    # dead blocks rank last, so they use up the negligible first
+    dead = tl.sum((scope & ~live).to(tl.int32), 0)
+    critical = tl.minimum(tl.maximum(critical.to(tl.int32), least), candidates)
+    kept = candidates - tl.maximum(negligible.to(tl.int32) - dead, 0)
+
+    score = tl.load(scores + row * num_keys + lanes, mask=valid, other=0.0)
+    # -0 equals +0 as a score but not as bits
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    is_critical = forced | take_largest(key, candidate, critical)
+    is_kept = take_largest(key, candidate, tl.maximum(kept, 0))
+    label = tl.where(is_critical, 1, tl.where(is_kept, 0, -1))
+    tl.store(block_map + row * num_keys + lanes, label.to(tl.int8), mask=valid)
+    tl.store(counts + row, store_list(lists + row * list_width, is_critical, lanes))
+
+
+@triton.jit(do_not_specialize=["num_lines", "num_items", "stride_matrix", "stride_line", "stride_item"])
+def critical_list_kernel(
+    block_map,
+    lists,
+    counts,
+    num_lines,
+    num_items,
+    stride_matrix,
+    stride_line,
+    stride_item,
+    LANES: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    matrix = program // num_lines
+    line = program % num_lines
+    lanes = tl.arange(0, LANES)
+    address = block_map + matrix * stride_matrix + line * stride_line + lanes.to(tl.int64) * stride_item
+    member = tl.load(address, mask=lanes < num_items, other=0) == 1
+    tl.store(counts + program, store_list(lists + program * num_items, member, lanes))
+
+
+@triton.jit
+def length_key(counts, lines, total, longest, BINS: tl.constexpr):
+    """A key of each line by which the longest come first: its bin of length, then its index."""
+    count = tl.load(counts + lines, mask=lines < total, other=0)
+    bin_of_length = BINS - 1 - tl.minimum(count * BINS // (longest + 1), BINS - 1)
+    return tl.where(lines < total, bin_of_length * total + lines, 2147483647)
+
+
+@triton.jit(do_not_specialize=["total", "longest"])
+def longest_first_kernel(counts, order, total, longest, TILE: tl.constexpr, STEP: tl.constexpr, BINS: tl.constexpr):
+    lines = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    key = length_key(counts, lines, total, longest, BINS)
+    before = tl.zeros([TILE, STEP], tl.int32)
+    for first in range(0, total, STEP):
+        others = length_key(counts, first + tl.arange(0, STEP), total, longest, BINS)
+        before += (others[None, :] < key[:, None]).to(tl.int32)
+    tl.store(order + tl.sum(before, 1), lines, mask=lines < total)
+    if tl.program_id(0) == 0:
+        tl.store(order + total, 0)
+
+
+def _lanes_and_warps(items: int) -> tuple[int, int]:
+    lanes = max(32, power_of_two(items))
+    return lanes, max(1, min(8, lanes // 1024))
+
+
+def block_scores(pooled_q: torch.Tensor, pooled_k: torch.Tensor, scale: float) -> torch.Tensor:
+    """pool(Q) pool(K)^T * scale from contiguous float32 (B, H, Tm, D) and (B, H, Tn, D); float32 (B, H, Tm,
+    Tn).
+
+    Not ``torch.matmul``: under TF32, allowed by the user for the model's own products, rankings would change.
+    """
+    batch, heads, num_queries, head_dim = pooled_q.shape
+    num_keys = pooled_k.shape[2]
+    scores = pooled_q.new_empty(batch, heads, num_queries, num_keys)
+    tile = 64 if max(num_queries, num_keys) > 64 else 32
+    grid = (batch * heads, ceil_div(num_queries, tile), ceil_div(num_keys, tile))
+    score_kernel[grid](
+        pooled_q,
+        pooled_k,
+        scores,
+        scale,
+        num_queries,
+        num_keys,
+        HEAD_DIM=head_dim,
+        TILE=tile,
+        STEP=32,
+        PRECISION=FULL_PRECISION,
+    )
+    return scores
+
+
+def classify_rows(scores: torch.Tensor, critical: int, negligible: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split each row of ``scores`` (B, H, Tm, Tn).
+
+    Returns the block map, int8 (B, H, Tm, Tn), and the critical key blocks of each row in ascending order,
+    int32 (B, H, Tm, critical).
+    """
+    batch, heads, num_queries, num_keys = scores.shape
+    block_map = torch.empty(scores.shape, dtype=torch.int8, device=scores.device)
+    lists = torch.empty((batch, heads, num_queries, critical), dtype=torch.int32, device=scores.device)
+    lanes, warps = _lanes_and_warps(num_keys)
+    classify_kernel[(batch * heads * num_queries,)](
+        scores, block_map, lists, num_keys, critical, negligible, LANES=lanes, num_warps=warps
+    )
+    return block_map, lists
+
+
+def classify_rows_with_options(
+    scores: torch.Tensor,
+    *,
+    topk: float,
+    bottomk: float,
+    sparsity: torch.Tensor | None,
+    tiers: torch.Tensor | None,
+    queries: int,
+    block_q: int,
+    block_k: int,
+    causal: bool,
+    always_critical: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`classify_rows` under the options of ``sla::forward``: the shares by its rules, ``tiers`` a `block_tiers`.
+
+    ``always_critical`` is the most blocks that ``tiers`` forces. Returns the block map, lists (B, H, Tm, width)
+    int32, as wide as the options allow, and counts (B, H, Tm) int32: of each list the first count entries are
+    written, ascending.
+    """
+    batch, heads, rows, columns = scores.shape
+    width = always_critical + shares_of(columns, topk, bottomk)[0]
+    if causal:
+        width += num_blocks(block_q, block_k) + 1
+    width = min(columns, width)
+    block_map = torch.empty(scores.shape, dtype=torch.int8, device=scores.device)
+    lists = torch.empty((batch, heads, rows, width), dtype=torch.int32, device=scores.device)
+    counts = torch.empty((batch, heads, rows), dtype=torch.int32, device=scores.device)
+    critical, negligible = (_within_32_bits(exact_fraction(share)) for share in (topk, bottomk))
+    lanes, warps = _lanes_and_warps(columns)
+    classify_with_options_kernel[(batch * heads * rows,)](
+        scores,
+        block_map,
+        lists,
+        counts,
+        tiers if tiers is not None else block_map,
+        sparsity if sparsity is not None else block_map,
+        queries,
+        rows,
+        columns,
+        heads,
+        width,
+        batch_stride(tiers),
+        critical.numerator,
+        critical.denominator,
+        negligible.numerator,
+        negligible.denominator,
+        LANES=lanes,
+        BLOCK_Q=block_q,
+        BLOCK_K=block_k,
+        HAS_TIERS=tiers is not None,
+        HAS_SPARSITY=sparsity is not None,
+        CAUSAL=causal,
+        num_warps=warps,
+    )
+    return block_map, lists, counts
+
+
+def _within_32_bits(share: Fraction) -> Fraction:
+    """``share`` itself where its decimals are up to nine, else the nearest that keeps products within 64 bits."""
+    return share.limit_denominator(2**31 - 1)
+
+
+def critical_lists(block_map: torch.Tensor, *, by_column: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The critical blocks of each row (or column) of a contiguous int8 block map (B, H, Tm, Tn).
+
+    Returns lists, int32 (B, H, lines, items), of which the first ``counts`` (B, H, lines) entries of each
+    line are written, in ascending order. The width is the worst case, because the true one is known only on
+    the device.
+    """
+    batch, heads, num_queries, num_keys = block_map.shape
+    lines, items = (num_keys, num_queries) if by_column else (num_queries, num_keys)
+    strides = (1, num_keys) if by_column else (num_keys, 1)
+    lists = torch.empty((batch, heads, lines, items), dtype=torch.int32, device=block_map.device)
+    counts = torch.empty((batch, heads, lines), dtype=torch.int32, device=block_map.device)
+    lanes, warps = _lanes_and_warps(items)
+    critical_list_kernel[(batch * heads * lines,)](
+        block_map,
+        lists,
+        counts,
+        lines,
+        items,
+        num_queries * num_keys,
+        strides[0],
+        strides[1],
+        LANES=lanes,
+        num_warps=warps,
+    )
+    return lists, counts
+
+
+def longest_first(counts: torch.Tensor, longest: int) -> torch.Tensor:
+    """In which order to work on lines with ``counts`` (B, H, lines) entries, up to ``longest``.
+
+    Returns int32 (B * H * lines + 1): indices of lines, those with more entries first, in bins, so that lines of about
+    one length stay with their heads; and at the end a 0, for programs that count how far they are.
+    """
+    total = counts.numel()
+    order = counts.new_empty(total + 1)
+    if total > _ORDER_SORTED:
+        bins = counts.flatten() * _ORDER_BINS // (longest + 1)
+        order[:total] = bins.sort(descending=True, stable=True).indices
+        order[total:].zero_()  # an assignment would copy from the host
+        return order
+    longest_first_kernel[(ceil_div(total, _ORDER_TILE),)](
+        counts, order, total, longest, TILE=_ORDER_TILE, STEP=_ORDER_STEP, BINS=_ORDER_BINS
+    )
+    return order

@@ -1,0 +1,361 @@
+"""Block means and block states on the GPU, and their sums over marginal blocks.
+
+For key block j over its tokens: pooled_j = mean K_j; h_j = phi(K_j)^T V_j [D, D]; z_j = phi(K_j)^T 1 [D]. For
+query row i: H_i = sum over marginal j of h_j and Z_i likewise, batched matrix products with the 0/1 matrix
+(M == 0). Their backward is the product with the transpose. A key mask weighs K_j in the mean, and phi(K_j), by
+exp(b_j). States are bfloat16 for both 16-bit input types,
+because sums over tens of thousands of keys leave float16's range, and float32 for float32; z and Z are
+float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .masks import batch_stride
+from .primitives import feature_map, head_pointer, load_key_bias, load_tile, locate_program, store_tile
+from .tiles import ceil_div, launch_for, padded_dim, power_of_two, row_pitch, vector_strides
+
+__all__ = ["block_means", "key_states", "marginal_matrix", "state_dtype", "sum_of_normalizers", "sum_of_states"]
+
+
+@triton.jit(do_not_specialize=["stride_bias", "num_tokens", "num_blocks", "num_heads"])
+def mean_kernel(
+    x,
+    bias,
+    pooled,
+    stride_batch,
+    stride_head,
+    stride_token,
+    stride_bias,
+    num_tokens,
+    num_blocks,
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_KEY_BIAS: tl.constexpr,
+):
+    block, batch, head = locate_program(num_blocks, num_heads)
+    rows = tl.arange(0, BLOCK)
+    dims = tl.arange(0, PADDED_DIM)
+    start = block * BLOCK
+    base = head_pointer(x, batch, head, stride_batch, stride_head)
+    PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
+    PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
+    tile = load_tile(base, start, rows, dims, stride_token, num_tokens, PITCH, PADDED)
+    tile = tile.to(tl.float32)
+    count = tl.minimum(num_tokens - start, BLOCK).to(tl.float32)
+    if HAS_KEY_BIAS:
+        key_weight = tl.exp(load_key_bias(bias + batch.to(tl.int64) * stride_bias, start, rows, num_tokens))
+        tile *= key_weight[:, None]
+        total = tl.sum(key_weight, 0)
+        count = tl.where(total > 0, total, 1.0)
+    mean = tl.div_rn(tl.sum(tile, 0), tl.zeros([PADDED_DIM], tl.float32) + count)
+    tl.store(pooled + tl.program_id(0).to(tl.int64) * HEAD_DIM + dims, mean, mask=dims < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["stride_bias", "num_tokens", "num_blocks", "num_heads"])
+def key_state_kernel(
+    k,
+    v,
+    bias,
+    pooled,
+    states,
+    normalizers,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_bias,
+    num_tokens,
+    num_blocks,
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    STORE_POOLED: tl.constexpr,
+    HAS_KEY_BIAS: tl.constexpr,
+):
+    block, batch, head = locate_program(num_blocks, num_heads)
+    first_column = tl.program_id(1) * CHUNK
+    slot = tl.program_id(0).to(tl.int64)
+    state_type = states.dtype.element_ty
+    PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
+    PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
+    rows = tl.arange(0, TILE_K)
+    dims = tl.arange(0, PADDED_DIM)
+    columns = first_column + tl.arange(0, CHUNK)
+    k_base = head_pointer(k, batch, head, stride_kb, stride_kh)
+    v_base = head_pointer(v, batch, head, stride_vb, stride_vh)
+
+    key_sum = tl.zeros([PADDED_DIM], tl.float32)
+    normalizer = tl.zeros([PADDED_DIM], tl.float32)
+    total = tl.zeros([], tl.float32)
+    state = tl.zeros([PADDED_DIM, CHUNK], tl.float32)
+    for part in range(BLOCK_K // TILE_K):
+        start = block * BLOCK_K + part * TILE_K
+        key = load_tile(k_base, start, rows, dims, stride_kn, num_tokens, PITCH, PADDED)
+        value = load_tile(v_base, start, rows, columns, stride_vn, num_tokens, PITCH, PADDED)
+        phi = feature_map(key, dims, HEAD_DIM, PADDED, FEATURE_MAP)
+        if HAS_KEY_BIAS:
+            key_weight = tl.exp(load_key_bias(bias + batch.to(tl.int64) * stride_bias, start, rows, num_tokens))
+            total += tl.sum(key_weight, 0)
+            if STORE_POOLED:
+                key_sum += tl.sum(key.to(tl.float32) * key_weight[:, None], 0)
+            phi = (phi * key_weight[:, None]).to(state_type)
+        else:
+            if STORE_POOLED:
+                key_sum += tl.sum(key.to(tl.float32), 0)
+            phi = tl.where((start + rows < num_tokens)[:, None], phi, 0.0).to(state_type)
+        normalizer += tl.sum(phi.to(tl.float32), 0)
+        # [PADDED_DIM, TILE_K] x [TILE_K, CHUNK]
+        state = tl.dot(tl.trans(phi), value.to(state_type), state, input_precision="ieee")
+
+    store_tile(
+        states + slot * HEAD_DIM * PITCH, state, tl.zeros([], tl.int32), dims, columns, PITCH, HEAD_DIM,
+        PITCH, PADDED,
+    )  # fmt: skip
+    if tl.program_id(1) == 0:
+        tl.store(normalizers + slot * HEAD_DIM + dims, normalizer, mask=dims < HEAD_DIM)
+        if STORE_POOLED:
+            count = tl.minimum(num_tokens - block * BLOCK_K, BLOCK_K).to(tl.float32)
+            if HAS_KEY_BIAS:
+                count = tl.where(total > 0, total, 1.0)
+            mean = tl.div_rn(key_sum, tl.zeros([PADDED_DIM], tl.float32) + count)
+            tl.store(pooled + slot * HEAD_DIM + dims, mean, mask=dims < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "width", "repeat"])
+def marginal_kernel(
+    block_map,
+    matrix,
+    num_rows,
+    num_columns,
+    width,
+    repeat,
+    LANES: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ALL_BELOW: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    row = program // repeat
+    lanes = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    if ALL_BELOW:
+        value = tl.where((lanes + 1) * BLOCK_K <= (row % num_rows) * BLOCK_Q, 1.0, 0.0)
+    else:
+        label = tl.load(block_map + row * num_columns + lanes, mask=lanes < num_columns, other=1)
+        value = tl.where(label == 0, 1.0, 0.0)
+    tl.store(matrix + program * width + lanes, value.to(matrix.dtype.element_ty), mask=lanes < width)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_blocks", "vectors"])
+def normalizer_sum_kernel(
+    matrix,
+    normalizers,
+    sums,
+    num_rows,
+    num_blocks,
+    vectors,
+    HEAD_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+):
+    """With a bfloat16 matrix by exact products of that type: a float32 is the sum of three, and the matrix 0 and 1."""
+    batch_head = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    dims = tl.program_id(2) * TILE + tl.arange(0, TILE)
+    # the 8 shows the compiler that rows of the matrix are whole vectors
+    width = vectors * 8
+    normalizer_base = normalizers + batch_head * num_blocks * HEAD_DIM
+    total = tl.zeros([TILE, TILE], tl.float32)
+    for first in range(0, num_blocks, STEP):
+        blocks = first + tl.arange(0, STEP)
+        if TRANSPOSE:
+            address = matrix + (batch_head * num_blocks + blocks[None, :]) * width + rows[:, None]
+            mask = (rows < width)[:, None] & (blocks < num_blocks)[None, :]
+        else:
+            address = matrix + (batch_head * num_rows + rows[:, None]) * width + blocks[None, :]
+            mask = (rows < num_rows)[:, None] & (blocks < width)[None, :]
+        counted = tl.load(address, mask=mask, other=0.0)
+        mask = (blocks < num_blocks)[:, None] & (dims < HEAD_DIM)[None, :]
+        normalizer = tl.load(normalizer_base + blocks[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+        if matrix.dtype.element_ty == tl.float32:
+            total = tl.dot(counted, normalizer, total, input_precision="ieee")
+        else:
+            for _part in tl.static_range(3):
+                part = normalizer.to(tl.bfloat16)
+                normalizer -= part.to(tl.float32)
+                total = tl.dot(counted, part, total)
+    base = sums + batch_head * num_rows * HEAD_DIM
+    mask = (rows < num_rows)[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(base + rows[:, None] * HEAD_DIM + dims[None, :], total, mask=mask)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of the block states for inputs of ``dtype``."""
+    return torch.float32 if dtype == torch.float32 else torch.bfloat16
+
+
+def block_means(x: torch.Tensor, block: int, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over each block's true length: (B, H, N, D), `vector_readable` -> float32 (B, H, T, D).
+
+    A ``bias`` (`key_bias`) weighs the tokens by exp(bias); a block without weight has mean 0.
+    """
+    batch, heads, tokens, head_dim = x.shape
+    blocks = ceil_div(tokens, block)
+    pooled = torch.empty((batch, heads, blocks, head_dim), dtype=torch.float32, device=x.device)
+    mean_kernel[(blocks * batch * heads,)](
+        x,
+        bias if bias is not None else pooled,
+        pooled,
+        *vector_strides(x),
+        batch_stride(bias),
+        tokens,
+        blocks,
+        heads,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim(head_dim),
+        BLOCK=block,
+        HAS_KEY_BIAS=bias is not None,
+        num_warps=1,
+    )
+    return pooled
+
+
+def key_states(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_k: int,
+    feature_map_name: str,
+    bias: torch.Tensor | None = None,
+    *,
+    pool: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One pass over K and V (B, H, N, D), both `vector_readable`, weighed by exp(bias) of a `key_bias`.
+
+    Returns h (B, H, Tn, D, D up to a multiple of 8) in ``state_dtype``, z (B, H, Tn, D) float32, and the
+    means of K (B, H, Tn, D) float32, of shape (0,) without ``pool``.
+    """
+    batch, heads, tokens, head_dim = k.shape
+    blocks = ceil_div(tokens, block_k)
+    shape = (batch, heads, blocks, head_dim, row_pitch(head_dim))
+    states = torch.empty(shape, dtype=state_dtype(k.dtype), device=k.device)
+    normalizers = torch.empty((batch, heads, blocks, head_dim), dtype=torch.float32, device=k.device)
+    pooled = torch.empty(normalizers.shape if pool else (0,), dtype=torch.float32, device=k.device)
+    launch = launch_for("states", head_dim, k.dtype, block_k, block_k)
+    grid = (blocks * batch * heads, ceil_div(padded_dim(head_dim), launch.chunk))
+    key_state_kernel[grid](
+        k,
+        v,
+        bias if bias is not None else normalizers,
+        pooled,
+        states,
+        normalizers,
+        *vector_strides(k),
+        *vector_strides(v),
+        batch_stride(bias),
+        tokens,
+        blocks,
+        heads,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim(head_dim),
+        BLOCK_K=block_k,
+        TILE_K=launch.tile_k,
+        CHUNK=launch.chunk,
+        FEATURE_MAP=feature_map_name,
+        STORE_POOLED=pool,
+        HAS_KEY_BIAS=bias is not None,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+    return states, normalizers, pooled
+
+
+def marginal_matrix(
+    block_map: torch.Tensor, dtype: torch.dtype, repeat: int = 1, below: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """(M == 0) as 0/1, each row ``repeat`` times: (B, H, Tm, Tn) -> (B*H, Tm*repeat, Tn), in ``dtype``.
+    With ``below``, (block_q, block_k), 1 at every key block that ends before the row begins instead.
+
+    Rows are padded in memory to 16 bytes: cuBLAS leaves its fast kernels at an odd row pitch.
+    """
+    batch, heads, rows, columns = block_map.shape
+    width = ceil_div(columns, 8) * 8
+    matrix = torch.empty((batch * heads, rows * repeat, width), dtype=dtype, device=block_map.device)
+    lanes = min(1024, max(32, power_of_two(width)))
+    grid = (batch * heads * rows * repeat, ceil_div(width, lanes))
+    block_q, block_k = below or (1, 1)
+    marginal_kernel[grid](
+        block_map,
+        matrix,
+        rows,
+        columns,
+        width,
+        repeat,
+        LANES=lanes,
+        BLOCK_Q=block_q,
+        BLOCK_K=block_k,
+        ALL_BELOW=below is not None,
+        num_warps=1,
+    )
+    return matrix[:, :, :columns]
+
+
+def sum_of_states(matrix: torch.Tensor | None, states: torch.Tensor, *, transpose: bool = False) -> torch.Tensor:
+    """Sum ``states`` (B, H, T, *state) over blocks, weighted by a 0/1 ``matrix`` (B*H, rows, T).
+
+    Returns (B, H, rows, *state); with ``transpose`` the matrix is (B*H, T, rows). Without a matrix every
+    block counts in the one row that is returned, (B, H, 1, *state).
+    """
+    if matrix is None:
+        return states.sum(dim=2, keepdim=True, dtype=states.dtype)
+    batch, heads, blocks = states.shape[:3]
+    state_shape = states.shape[3:]
+    matrix = matrix.transpose(1, 2) if transpose else matrix
+    sums = states.new_empty((batch, heads, matrix.shape[1], *state_shape))
+    # out= keeps an enclosing autocast from changing the type of the product
+    torch.bmm(
+        matrix,
+        states.view(batch * heads, blocks, state_shape.numel()),
+        out=sums.view(batch * heads, matrix.shape[1], state_shape.numel()),
+    )
+    return sums
+
+
+def sum_of_normalizers(
+    matrix: torch.Tensor | None, normalizers: torch.Tensor, *, transpose: bool = False
+) -> torch.Tensor:
+    """`sum_of_states` of ``normalizers`` (B, H, T, D), float32, in float32.
+
+    Not ``torch.bmm``: it would want a matrix in float32, and under TF32, allowed by the user for the model's own
+    products, round the normalizers.
+    """
+    if matrix is None:
+        return normalizers.sum(dim=2, keepdim=True)
+    batch, heads, blocks, head_dim = normalizers.shape
+    rows = matrix.shape[2 if transpose else 1]
+    sums = normalizers.new_empty(batch, heads, rows, head_dim)
+    tile = 64 if rows > 64 else 32
+    normalizer_sum_kernel[(batch * heads, ceil_div(rows, tile), ceil_div(head_dim, tile))](
+        matrix,
+        normalizers,
+        sums,
+        rows,
+        blocks,
+        matrix.stride(1) // 8,
+        HEAD_DIM=head_dim,
+        TILE=tile,
+        STEP=64,
+        TRANSPOSE=transpose,
+    )
+    return sums

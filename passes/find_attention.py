@@ -1,0 +1,128 @@
+"""Find attention: every one in a graph, called or written out, in one normal form; and the markers.
+
+Works on the torch-level graph that Dynamo hands to a backend, including the subgraphs of higher-order ops such
+as activation checkpointing. Each node's ``nn_module_stack`` says which modules' ``forward`` it was traced in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from sla_compile.passes.attention_call import AttentionCall, ModuleCall, module_stack
+from sla_compile.passes.handwritten import scaled_matmul_softmax_matmul
+from sla_compile.passes.library_calls import attention_inside_call
+
+__all__ = [
+    "AttentionCall",
+    "Marker",
+    "ModuleCall",
+    "attention_call",
+    "find_attention",
+    "find_markers",
+    "graphs",
+]
+
+# torch.nn.functional.scaled_dot_product_attention is this builtin; the others reach a graph by torch.ops.
+SDPA_TARGETS: frozenset[Any] = frozenset(
+    {
+        torch.nn.functional.scaled_dot_product_attention,
+        torch._C._nn.scaled_dot_product_attention,
+        torch.ops.aten.scaled_dot_product_attention,
+        torch.ops.aten.scaled_dot_product_attention.default,
+    }
+)
+
+# The signature of scaled_dot_product_attention, with its defaults.
+_PARAMETERS: tuple[tuple[str, Any], ...] = (
+    ("query", None),
+    ("key", None),
+    ("value", None),
+    ("attn_mask", None),
+    ("dropout_p", 0.0),
+    ("is_causal", False),
+    ("scale", None),
+    ("enable_gqa", False),
+)
+
+
+@dataclass(frozen=True)
+class Marker:
+    """One call of ``sla::gate``: these are the gate's tensors for the owner's attention ``ordinal``."""
+
+    node: fx.Node
+    module: fx.GraphModule
+    owner: tuple[ModuleCall, ...]
+    weight: fx.Node
+    bias: fx.Node
+    sparsity: fx.Node | None
+    log_scale: fx.Node | None
+    ordinal: int
+    settings: str
+    from_child: bool
+
+
+def graphs(root: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """``root`` and every graph module below it, each once."""
+    for module in root.modules():
+        if isinstance(module, fx.GraphModule):
+            yield module
+
+
+def find_attention(root: fx.GraphModule) -> list[AttentionCall]:
+    """Every attention of ``root`` and its subgraphs, fused or written out, in graph order."""
+    found = (_attention(node, module) for module in graphs(root) for node in module.graph.nodes)
+    return [call for call in found if call is not None]
+
+
+def _attention(node: fx.Node, module: fx.GraphModule) -> AttentionCall | None:
+    """The attention whose last node is ``node``, if it is one."""
+    if node.op == "call_function" and node.target in SDPA_TARGETS:
+        return attention_call(node, module)
+    return attention_inside_call(node, module) or scaled_matmul_softmax_matmul(node, module)
+
+
+def attention_call(node: fx.Node, module: fx.GraphModule) -> AttentionCall:
+    """``node``, a call of scaled_dot_product_attention, in normal form."""
+    arguments: dict[str, Any] = dict(_PARAMETERS)
+    arguments.update(zip(arguments, node.args, strict=False))
+    arguments.update(node.kwargs)
+    return AttentionCall(node=node, module=module, stack=module_stack(node), **arguments)
+
+
+def find_markers(root: fx.GraphModule) -> list[Marker]:
+    """Every gate marker of ``root`` and its subgraphs, in graph order."""
+    marker = torch.ops.sla.gate
+    return [
+        _marker(node, module)
+        for module in graphs(root)
+        for node in module.graph.nodes
+        if node.op == "call_function" and node.target in (marker, marker.default)
+    ]
+
+
+def _marker(node: fx.Node, module: fx.GraphModule) -> Marker:
+    weight, bias, sparsity, log_scale, ordinal, settings, from_child = node.args
+    stack = module_stack(node)
+    return Marker(
+        node=node,
+        module=module,
+        owner=stack[:-1] if from_child else stack,
+        weight=_as_node(weight),
+        bias=_as_node(bias),
+        sparsity=None if sparsity is None else _as_node(sparsity),
+        log_scale=None if log_scale is None else _as_node(log_scale),
+        ordinal=int(str(ordinal)),
+        settings=str(settings),
+        from_child=bool(from_child),
+    )
+
+
+def _as_node(argument: Any) -> fx.Node:
+    if not isinstance(argument, fx.Node):
+        raise TypeError(f"sla::gate takes graph nodes for its tensors, got {argument!r}")
+    return argument

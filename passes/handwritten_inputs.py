@@ -1,0 +1,196 @@
+"""Queries, keys and values of a hand-written attention, followed back and brought to (B, H, N, D)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from sla_compile.passes.handwritten_ops import Axes, Masked, cast, copied, in_place, permutation, regrouped, scaled
+from sla_compile.passes.operands import Source, Step, after, example
+
+__all__ = ["Inputs", "Side", "same_sizes"]
+
+
+@dataclass
+class Side:
+    """A tensor whose axes have names, and what it was followed back by: a factor, and the nodes passed."""
+
+    node: fx.Node
+    axes: Axes
+    scale: float = 1.0
+    passed: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def example(self) -> torch.Tensor:
+        value: torch.Tensor = example(self.node)
+        return value
+
+    def size(self, axis: str) -> Any:
+        return self.example.shape[self.axes.index(axis)]
+
+    def ordered(self, axes: Axes) -> Iterator[Step]:
+        """The steps that put the axes in the order ``axes``."""
+        order = tuple(self.axes.index(axis) for axis in axes)
+        count = len(order)
+        if order == (*range(count - 2), count - 1, count - 2):
+            yield Step("transpose", (-2, -1))
+        elif order != tuple(range(count)):
+            yield Step("permute", order)
+
+
+_HEADS = ("batch", "head")
+
+
+def _follow(side: Side, last: Axes, dtype: torch.dtype, *, scales: bool, expand: bool) -> Side:
+    """Undo factors that are numbers, widening casts of a ``dtype``, copies, and, to ``expand``, merged heads."""
+    side = replace(side, passed=[])
+    while not in_place(side.node):
+        node, value = side.node, side.example
+        source: fx.Node | None = None
+        axes = side.axes
+        if (way := scaled(node)) is not None:
+            if scales and type(way[1]) in (int, float) and example(way[0]).dtype == value.dtype:
+                source = way[0]
+                side.scale *= way[1]
+        elif (before := cast(node)) is not None:
+            given = example(before).dtype
+            wider = scales and given == dtype and given.itemsize < value.dtype.itemsize
+            source = before if wider or given == value.dtype else None
+        elif (before := copied(node)) is not None:
+            source = before
+        elif (permuted := permutation(node)) is not None:
+            if axes[-2:] != last:
+                source, order = permuted
+                axes = tuple(axes[order.index(axis)] for axis in range(len(order)))
+        elif expand and len(axes) == 3 and axes[0] not in last:
+            before = regrouped(node)
+            if before is not None and example(before).dim() == 4:
+                source, axes = before, (*_HEADS, *axes[1:])
+        if source is None:
+            break
+        side.passed.append(node)
+        side.node, side.axes = source, axes
+    return side
+
+
+@dataclass
+class Inputs:
+    """The three sides in one layout. ``batch`` names the axes before the tokens, two where heads can be told."""
+
+    sides: tuple[Side, Side, Side]
+    batch: Axes
+    tokens: tuple[str, str]
+    width: str
+    original_batch: Axes
+
+    @classmethod
+    def of(cls, query: Side, key: Side, value: Side, *, batch: Axes, tokens: tuple[str, str], width: str) -> Inputs:
+        """Follow each side back, to where heads are an axis of their own if all three show them."""
+        dtype = value.example.dtype
+        given = ((query, (tokens[0], "width")), (key, (tokens[1], "width")), (value, (tokens[1], width)))
+        for expand in (len(batch) == 1, False):
+            sides = [_follow(side, last, dtype, scales=side is not value, expand=expand) for side, last in given]
+            merged = [side for side in sides if _HEADS[0] in side.axes]
+            sizes = [[side.size(axis) for axis in _HEADS] for side in merged]
+            if len(merged) == 3 and all(same_sizes(sizes[0], other) for other in sizes[1:]):
+                return cls((sides[0], sides[1], sides[2]), _HEADS, tokens, width, batch)
+            if not merged:
+                break
+        return cls((sides[0], sides[1], sides[2]), batch, tokens, width, batch)
+
+    @property
+    def merged(self) -> bool:
+        """Whether one axis stands for batch and heads."""
+        return len(self.batch) == 1
+
+    @property
+    def expanded(self) -> bool:
+        """Whether that axis was seen to be made of two."""
+        return self.batch != self.original_batch
+
+    @property
+    def scale(self) -> float:
+        return self.sides[0].scale * self.sides[1].scale
+
+    @property
+    def passed(self) -> list[fx.Node]:
+        return [node for side in self.sides for node in side.passed]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return functools.reduce(torch.promote_types, (side.example.dtype for side in self.sides))
+
+    def _source(self, index: int, token: str, width: str) -> Source:
+        side = self.sides[index]
+        steps = list(side.ordered((*self.batch, token, width)))
+        steps += [Step("unsqueeze", (1,))] * self.merged
+        # Each keeps its precision: what is wider decides, as nothing was lost before the products either.
+        steps += [Step("to", (self._dtype,))] * (side.example.dtype != self._dtype)
+        return after(side.node, *steps)
+
+    @property
+    def query(self) -> Source:
+        return self._source(0, self.tokens[0], "width")
+
+    @property
+    def key(self) -> Source:
+        return self._source(1, self.tokens[1], "width")
+
+    @property
+    def value(self) -> Source:
+        return self._source(2, self.tokens[1], self.width)
+
+    def restored(self, node: fx.Node, out_axes: Axes) -> tuple[fx.Node, tuple[Step, ...]]:
+        """The node to replace, and the steps from (B, H, N, D) to it: ``node``, or the view of it by heads."""
+        plain = (*self.original_batch, self.tokens[0], self.width)
+        mixed = any(side.example.dtype != self._dtype for side in self.sides)
+        steps = [Step("to", (example(node).dtype,))] * mixed
+        if self.expanded:
+            user = next(iter(node.users), None)
+            split = user is not None and len(node.users) == 1 and regrouped(user) is node
+            wanted = [self.sides[0].size(axis) for axis in (*_HEADS, self.tokens[0])]
+            if split and user is not None and plain == out_axes and same_sizes(example(user).shape[:-1], wanted):
+                return user, tuple(steps)
+            steps.append(Step("flatten", (0, 1)))
+        elif self.merged:
+            steps.append(Step("squeeze", (1,)))
+        return node, (*steps, *Side(node, plain).ordered(out_axes))
+
+    def mask(self, mask: Masked, axes: Axes, scale: float) -> Source | None:
+        """``attn_mask`` of scaled_dot_product_attention: boolean (True takes part) or added; None if unclear."""
+        value = example(mask.mask)
+        plain = (*self.original_batch, *self.tokens)
+        steps: list[Step] = []
+        if axes[0].startswith("grouped"):  # the scores themselves were seen by heads
+            if len(self.batch) != 2 or len(axes) != 4 or axes[-2:] != self.tokens:
+                return None
+        elif axes != plain:
+            if value.dim() != len(axes):
+                return None
+            steps += Side(mask.mask, axes).ordered(plain)
+        if len(self.original_batch) == 1 and not axes[0].startswith("grouped") and value.dim() == 3:
+            leading = value.shape[0]
+            if not self.expanded:
+                steps.append(Step("unsqueeze", (1,)))
+            elif not statically_known_true(leading == 1):
+                steps.append(Step("unflatten", (0, (-1, self.sides[0].size("head")))))
+        if mask.fill is not None:
+            if mask.fill * scale > -1e3:  # scaled down to where it leaves weight
+                return None
+            steps += [Step("logical_not")] * (not mask.keeps)
+        elif not value.is_floating_point():  # True that is added is 1, not leave to take part
+            steps += [Step("to", (self._dtype,)), Step("mul", (scale,))]
+        elif scale != 1.0:
+            steps.append(Step("mul", (scale,)))
+        return after(mask.mask, *steps)
+
+
+def same_sizes(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    """Whether two shapes are equal, provably."""
+    return len(left) == len(right) and all(statically_known_true(a == b) for a, b in zip(left, right, strict=True))

@@ -1,0 +1,269 @@
+"""``prepare``: give a model its gates before anything is compiled; and the dry run behind it and ``explain``.
+
+The dry run traces the model with Dynamo on a shell: a deep copy that shares every tensor with the model. No graph is
+executed; each returns zeros of the right shapes (``stand_ins``). So nothing the trace does to Python state reaches
+the model, no attention is computed, and no number of the model changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+import sla_compile
+from sla_compile.backend import refuse_unsynchronised, rewrite_graph
+from sla_compile.compat import (
+    current_frame,
+    forget_code,
+    plain_function_name,
+    runs_forward_of,
+    throw_away_compile,
+)
+from sla_compile.compiler.fake_run import stand_ins
+from sla_compile.compiler.sites import Settings
+from sla_compile.config import SLAConfig
+from sla_compile.gate import (
+    PREPARED,
+    Gate,
+    attach_gate,
+    detach,
+    detach_gate,
+    gate_name,
+    gates,
+    own_gates,
+    refuse_other_form,
+)
+from sla_compile.module_paths import module_paths
+from sla_compile.reporting.site_report import GraphBreak, SiteReport, describe, graph_break
+
+__all__ = ["DryRun", "dry_run", "prepare", "unwrapped"]
+
+
+@dataclass
+class DryRun:
+    """What a trace of a model found; paths are the model's own."""
+
+    sites: list[SiteReport] = field(default_factory=list)
+    gates: dict[str, Gate] = field(default_factory=dict)
+    """The gates that the shell was given, by their module path."""
+    owners: set[str] = field(default_factory=set)
+    """Module path of every owner of an attention, rewritten or kept."""
+    graph_breaks: list[GraphBreak] = field(default_factory=list)
+    stopped: Exception | None = None
+    """What ended the trace early: the model's own code, after a graph break, on values that a trace does not have."""
+
+
+def prepare(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    config: SLAConfig | Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Inject the gates of every attention that ``backend="sla"`` will rewrite, and return ``model``.
+
+    Call it before the optimizer, FSDP or a checkpoint needs the gates' parameters. Until it is compiled, a
+    prepared model computes exactly what it did. Twice is the same as once; again with another ``config``
+    changes the settings and keeps the gates' values. A UserWarning says so, and why, where no attention will be.
+
+    Args:
+        model: any module; also one that is compiled already.
+        args, kwargs: an example call, ``model(*args, **kwargs)``, with the shapes it will be used at (the
+            convention of ``torch.export.export``). It is traced, not executed.
+        config: an ``SLAConfig`` or a mapping of its fields.
+
+    Raises:
+        ValueError: a setting is refused; a gate of another shape is there; settings that leave out a site would
+            drop its trained gate; the model is in DistributedDataParallel already, which would not see a new gate;
+            or the model reads values after a graph break that a trace does not have.
+            Nothing is changed then.
+    """
+    settings = Settings.of(config)
+    model = unwrapped(model)
+    run = dry_run(model, args, kwargs, settings)
+    if run.stopped is not None:
+        found = run.graph_breaks[-1]
+        raise ValueError(
+            f"{type(model).__name__}: {found.reason} ({found.file}:{found.line}). Not all gates can be known before: "
+            f"compile the model and call it once, which injects them"
+        ) from run.stopped
+    modules = dict(module_paths(model))
+    planned = {(modules[path.rpartition(".")[0]], gate.ordinal) for path, gate in run.gates.items()}
+    _check(model, modules, run, planned)
+    for owner in list(model.modules()):
+        for gate in list(own_gates(owner).values()):
+            if (owner, gate.ordinal) not in planned:
+                detach_gate(owner, gate.ordinal)
+    for path, gate in run.gates.items():
+        owner = modules[path.rpartition(".")[0]]
+        attach_gate(
+            owner,
+            gate.ordinal,
+            head_dim=gate.head_dim,
+            heads=gate.heads,
+            config=gate.config,
+            model_config=settings.config,
+            device=gate.weight.device,
+            dtype=gate.weight.dtype,
+            path=path,
+            seen=gate.seen,
+        )
+    for path in run.owners:
+        modules[path].__dict__[PREPARED] = (settings.config, path)
+    if not any(site.rewritten for site in run.sites):
+        warnings.warn(f"prepare: no attention of {type(model).__name__} will be rewritten: {_why(run)}", stacklevel=2)
+    return model
+
+
+def _why(run: DryRun) -> str:
+    """Why none of the sites is rewritten, in the words of the first."""
+    if not run.sites:
+        return "none was found in its forward"
+    first = run.sites[0]
+    accepted = f"; accepted: {first.accepted}" if first.accepted else ""
+    others = f", and {len(run.sites) - 1} more (sla_compile.explain lists them)" if len(run.sites) > 1 else ""
+    return f"{first.path or first.owner} stays dense, {first.reason} ({first.value}{accepted}){others}"
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """``model``, or the module inside where ``torch.compile`` made it; TypeError where it is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}; accepted: a torch.nn.Module")
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _check(
+    model: nn.Module, modules: Mapping[str, nn.Module], run: DryRun, planned: Set[tuple[nn.Module, int]]
+) -> None:
+    """Raise before anything is changed; ``planned`` are the owners and ordinals of the gates of ``run``."""
+    dropped = []
+    for path, gate in gates(model).items():
+        if (modules[path.rpartition(".")[0]], gate.ordinal) not in planned and gate.trained():
+            dropped.append(path)
+    if dropped:
+        raise ValueError(
+            f"these settings leave out attention whose gate is trained: {', '.join(dropped)}; "
+            f"select it again, or call sla_compile.detach(model) first to drop every gate"
+        )
+    replicated = {
+        inner
+        for outer in model.modules()
+        if isinstance(outer, nn.parallel.DistributedDataParallel)
+        for inner in outer.modules()
+    }
+    for path, new in run.gates.items():
+        owner = modules[path.rpartition(".")[0]]
+        existing = getattr(owner, gate_name(new.ordinal), None)
+        if isinstance(existing, Gate):
+            refuse_other_form(existing, new.heads, new.head_dim, new.config, path)
+        else:
+            # one in fully_shard could not be copied for the dry run
+            refuse_unsynchronised(path, "DistributedDataParallel" if owner in replicated else None)
+
+
+def dry_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, settings: Settings) -> DryRun:
+    """Trace ``model(*args, **kwargs)`` as ``backend="sla"`` would compile it; ``model`` is left untouched."""
+    _check_call(args, kwargs)
+    shell = _shell(model)
+    paths = {id(module): path for path, module in module_paths(shell)}
+    for path, module in module_paths(shell):
+        # After a graph break the frame of a block would know only the path inside that block.
+        module.__dict__[PREPARED] = (settings.config, path)
+    run = DryRun()
+    refused: list[bool] = []
+    returned: list[bool] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        frame = current_frame()
+        frames.extend([frame] if frame is not None else [])
+        try:
+            sites = rewrite_graph(gm, settings, frame)
+        except ValueError:
+            refused.append(True)
+            raise
+        for site in sites:
+            run.sites.append(describe(site))
+            if site.owner is not None and id(site.owner) in paths:
+                run.owners.add(paths[id(site.owner)])
+        if (found := graph_break(gm)) is not None:
+            run.graph_breaks.append(found)
+        without_running = stand_ins(gm)
+
+        def run_once(*inputs: Any) -> tuple[Any, ...]:
+            returned.append(True)
+            # The next call of this code, by another block perhaps, is another site.
+            if frame is not None:
+                forget_code(frame.code, frame.compiler)
+            return without_running(*inputs)
+
+        return run_once
+
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with (
+        throw_away_compile() as frames,
+        torch.random.fork_rng([d.index for d in devices if d.index is not None]),
+        torch.no_grad(),
+    ):
+        try:
+            torch.compile(shell, backend=backend, dynamic=False)(*args, **(kwargs or {}))
+        except Exception as error:
+            if refused or not returned:  # the call itself is wrong, or its settings are
+                raise
+            run.stopped = error
+        given_up = not any(runs_forward_of(frame.code, shell) for frame in frames)
+    run.gates = gates(shell)
+    if run.stopped is not None:
+        run.graph_breaks.append(_end_of_trace(run.stopped))
+    elif run.sites and given_up:
+        # Dynamo gives up such a forward with no word to the backend, and compiles what it calls.
+        reason = f"{type(model).__name__}.forward is not compiled, only what it calls (a break in a loop, say)"
+        run.graph_breaks.append(GraphBreak(reason))
+    return run
+
+
+def _end_of_trace(error: Exception) -> GraphBreak:
+    """Where and why a trace stopped, and what to do."""
+    stack: Any = getattr(error, "real_stack", None) or traceback.extract_tb(error.__traceback__)
+    ours = (str(Path(torch.__file__).parent), str(Path(sla_compile.__file__).parent))
+    user = [frame for frame in stack if not frame.filename.startswith((*ours, "<"))] or list(stack)
+    text = next(iter(str(error).splitlines()), "")
+    return GraphBreak(
+        f"the trace stopped here, on a value that only a run gives ({type(error).__name__}: {text}); attention after "
+        f"it is not listed: compile the model, call it once and see sla_compile.report(model)",
+        user[-1].filename,
+        user[-1].lineno or 0,
+        plain_function_name(user[-1].name),
+    )
+
+
+def _check_call(args: Any, kwargs: Any) -> None:
+    # A tensor is a sequence of its rows, and would be unpacked into them.
+    if not isinstance(args, tuple | list):
+        raise TypeError(f"args: got {type(args).__name__}; accepted: a tuple of the positional arguments")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(f"kwargs: got {type(kwargs).__name__}; accepted: a mapping of the keyword arguments")
+
+
+def _shell(model: nn.Module) -> nn.Module:
+    """A copy of ``model``'s Python state, without gates, that shares every tensor with it."""
+    shared: dict[int, Any] = {}
+    for module in model.modules():
+        for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
+            if isinstance(value, torch.Tensor):
+                shared[id(value)] = value
+    try:
+        shell = copy.deepcopy(model, shared)
+    except Exception as error:
+        raise ValueError(f"{type(model).__name__} cannot be copied for a trace: {error}") from error
+    for module in shell.modules():
+        module.__dict__["_compiled_call_impl"] = None  # blocks compiled by themselves are traced as part of it
+    return detach(shell)

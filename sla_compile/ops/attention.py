@@ -1,0 +1,316 @@
+"""The library ops ``sla::forward`` and ``sla::backward``, and `sparse_linear_attention` over them.
+
+Importing this module registers the ops; a device's kernels are imported when an op first runs on it. Every
+check stands in plain Python that Dynamo traces, and again inside the op for those who call that directly.
+Axes: B batch, H heads, Lq queries, Lk keys, D head dimension, Tm = ceil(Lq / block_q), Tn = ceil(Lk / block_k).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sla_compile.ops.reorder  # noqa: F401  the library op beside these
+from sla_compile.common.blocks import num_blocks
+from sla_compile.compat import has_tangent
+from sla_compile.ops.validation import (
+    DEVICES,
+    FEATURE_MAPS,
+    LINEAR_BRANCHES,
+    check,
+    check_activations,
+    check_types,
+    effective_dtype,
+)
+
+__all__ = ["FEATURE_MAPS", "LINEAR_BRANCHES", "sparse_linear_attention"]
+
+
+def sparse_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    key_mask: Tensor | None = None,
+    sparsity: Tensor | None = None,
+    scale: float | None = None,
+    topk: float = 0.05,
+    bottomk: float = 0.10,
+    block_q: int = 64,
+    block_k: int = 64,
+    feature_map: str = "softmax",
+    linear: str = "marginal",
+    causal: bool = False,
+    always_critical: list[int] | None = None,
+) -> Tensor:
+    """Attention (B, H, Lq, D): exact on critical blocks, linear on marginal, none on negligible.
+
+    O^s + O^l weight^T + bias (arXiv 2509.24006, section 4), in q's dtype, a view of (B, Lq, H, D) memory.
+    Differentiable once, in reverse mode, in q, k, v, weight and bias. On CPU and CUDA; autocast casts q, k, v. Raises
+    TypeError or ValueError for an argument that is not accepted.
+
+    Args:
+        q, k, v: (B, H, Lq, D) and twice (B, H, Lk, D), any strides, one dtype and device; D from 16 to 256;
+            float32, float16 or bfloat16, on the CPU float64 too.
+        weight: the gate, (D, D) shared by the heads or (H, D, D), any floating dtype; None: no linear branch.
+        bias: (D) or (H, D), any floating dtype; None: zero.
+        key_mask: (B, Lk) or (1, Lk), bool (true: attend) or additive, which gets no gradient; key j gets no weight in
+            any branch, or the weight exp(b_j); 64 or more below its row's largest is masked. A query without a key
+            gets O^s = 0.
+        sparsity: int64 (2,), topk (at most the one below) and bottomk in millionths, read when the op runs.
+        scale: factor of the logits; None: 1 / sqrt(D).
+        topk, bottomk: share of a row's key blocks that is critical, in (0, 1], at least one block, and that is
+            negligible, in [0, 1); topk + bottomk <= 1.
+        block_q, block_k: tokens in a block, a power of two from 16 to 256.
+        feature_map: phi of the linear branch: "softmax" over the head axis, "elu" (elu(x) + 1) or "relu".
+        linear: key blocks that the linear branch sums: "marginal" (the paper), "all" (the authors' code), "none".
+        causal: key j for queries from j on; blocks on the diagonal are critical, shares are of those below it.
+        always_critical: token ranges [start, stop, start, stop, ...] of k, as in slices, whose blocks are critical
+            beside the topk share.
+    """
+    tensors: dict[str, Any] = {"q": q, "k": k, "v": v, "weight": weight, "bias": bias}
+    tensors |= {"key_mask": key_mask, "sparsity": sparsity}
+    options: dict[str, Any] = {"scale": scale, "topk": topk, "bottomk": bottomk, "block_q": block_q, "block_k": block_k}
+    options |= {"feature_map": feature_map, "linear": linear, "causal": causal, "always_critical": always_critical}
+    check_types(tensors, options)
+    if scale is None:
+        check_activations(q, k, v)
+        options["scale"] = 1.0 / math.sqrt(q.shape[3])
+    check(**tensors, **options)
+    if not torch.compiler.is_compiling():
+        _refuse_tangents(q, k, v, weight, bias)
+    if key_mask is not None and key_mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError("key_mask requires a gradient, accepted is a mask without one: sla computes none for it")
+    out, _, _, _ = torch.ops.sla.forward.default(**tensors, **options)
+    return out  # type: ignore[no-any-return]
+
+
+_NUM_INPUTS = 16  # of sla::forward
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raise NotImplementedError in forward mode, where the op would give a tangent of zero."""
+    if has_tangent(*tensors):
+        raise NotImplementedError(
+            "sparse_linear_attention has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad): "
+            "differentiate it in reverse mode, or leave the attention dense"
+        )
+
+
+def _kernels(q: Tensor) -> ModuleType:
+    """The kernels for q's device, imported at their first run."""
+    if q.device.type == "cpu":
+        return import_module("sla_compile.kernels.cpu.attention")
+    if q.device.type != "cuda":
+        raise ValueError(f"q is on {q.device}, accepted are cpu and cuda: sla has no kernel for another device")
+    if q.dtype == torch.float64:
+        raise TypeError("q has dtype torch.float64 on cuda, accepted there are float32, float16 and bfloat16")
+    return import_module("sla_compile.kernels.triton.attention")
+
+
+@torch.library.custom_op(
+    "sla::forward",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor? bias, Tensor? key_mask, Tensor? sparsity, "
+    "float scale, float topk, float bottomk, int block_q, int block_k, str feature_map, str linear, "
+    "bool causal=False, int[]? always_critical=None) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    sparsity: Tensor | None,
+    scale: float,
+    topk: float,
+    bottomk: float,
+    block_q: int,
+    block_k: int,
+    feature_map: str,
+    linear: str,
+    causal: bool = False,
+    always_critical: list[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out and linear_out (B, H, Lq, D), lse (B, H, Lq), block_map (B, H, Tm, Tn)."""
+    options: dict[str, Any] = {
+        "scale": scale,
+        "topk": topk,
+        "bottomk": bottomk,
+        "block_q": block_q,
+        "block_k": block_k,
+        "feature_map": feature_map,
+        "linear": linear,
+        "causal": causal,
+        "always_critical": always_critical,
+    }
+    check(q, k, v, weight, bias, key_mask, sparsity, **options)
+    _refuse_tangents(q, k, v, weight, bias)  # functorch's do not come this far
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = _kernels(q).forward(
+        q, k, v, weight, bias, key_mask, sparsity, **options
+    )
+    return result
+
+
+@_forward.register_fake
+def _forward_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    sparsity: Tensor | None,
+    scale: float,
+    topk: float,
+    bottomk: float,
+    block_q: int,
+    block_k: int,
+    feature_map: str,
+    linear: str,
+    causal: bool = False,
+    always_critical: list[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check(
+        q, k, v, weight, bias, key_mask, sparsity, scale, topk, bottomk, block_q, block_k, feature_map, linear, causal,
+        always_critical,
+    )  # fmt: skip
+    batch, heads, tokens, _ = q.shape
+    branch = weight is not None and linear != "none"
+    return (
+        _token_major(q),
+        _token_major(q) if branch else q.new_empty(0),
+        q.new_empty(batch, heads, tokens, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32),
+        q.new_empty(batch, heads, num_blocks(tokens, block_q), num_blocks(k.shape[2], block_k), dtype=torch.int8),
+    )
+
+
+def _token_major(q: Tensor) -> Tensor:
+    """An empty (B, H, L, D) whose memory is (B, L, H, D), as models read attention's output."""
+    batch, heads, tokens, dim = q.shape
+    return q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+
+
+@torch.library.custom_op(
+    "sla::backward",
+    mutates_args=(),
+    schema="(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor? bias, Tensor? key_mask, "
+    "Tensor out, Tensor linear_out, Tensor lse, Tensor block_map, float scale, int block_q, int block_k, "
+    "str feature_map, str linear, bool causal=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    out: Tensor,
+    linear_out: Tensor,
+    lse: Tensor,
+    block_map: Tensor,
+    scale: float,
+    block_q: int,
+    block_k: int,
+    feature_map: str,
+    linear: str,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dweight, dbias); shape (0,) for a gate tensor that is None."""
+    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _kernels(q).backward(
+        grad_out,
+        q,
+        k,
+        v,
+        weight,
+        bias,
+        key_mask,
+        out,
+        linear_out,
+        lse,
+        block_map,
+        scale=scale,
+        block_q=block_q,
+        block_k=block_k,
+        feature_map=feature_map,
+        linear=linear,
+        causal=causal,
+    )
+    return result
+
+
+@_backward.register_fake
+def _backward_fake(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dweight = q.new_empty(0) if weight is None else weight.new_empty(weight.shape)
+    dbias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return _token_major(q), _token_major(k), _token_major(v), dweight, dbias
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    out, linear_out, lse, block_map = output
+    # autograd shows the inputs with the schema's defaults filled in
+    *tensors, _, scale, _, _, block_q, block_k, feature_map, linear, causal, _ = inputs
+    ctx.save_for_backward(*tensors, out, linear_out, lse, block_map)
+    ctx.options = (scale, block_q, block_k, feature_map, linear, causal)
+    ctx.mark_non_differentiable(linear_out, lse, block_map)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * _NUM_INPUTS
+    gradients = torch.ops.sla.backward.default(grad_out, *ctx.saved_tensors, *ctx.options)
+    wanted = (g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False))
+    return (*wanted, *(None,) * (_NUM_INPUTS - 5))
+
+
+def _refuse_double_backward(ctx: Any, *gradients: Any) -> None:
+    raise NotImplementedError(
+        "sparse_linear_attention is differentiable once: there is no double backward (create_graph=True)"
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+_backward.register_autograd(_refuse_double_backward)
+
+
+def _autocast_forward(device_type: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The op under autocast: q, k, v in its dtype, the gates as they are."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        activations = [x.to(effective_dtype(x)) for x in (q, k, v)]
+        with torch.autocast(device_type, enabled=False):
+            result: tuple[Tensor, ...] = torch.ops.sla.forward.default(*activations, *rest)
+        return result
+
+    return forward
+
+
+def _autocast_backward(device_type: str) -> Callable[..., tuple[Tensor, ...]]:
+    """A backward called inside autocast: the kernels choose their own dtypes."""
+
+    def backward(*args: Any) -> tuple[Tensor, ...]:
+        with torch.autocast(device_type, enabled=False):
+            result: tuple[Tensor, ...] = torch.ops.sla.backward.default(*args)
+        return result
+
+    return backward
+
+
+# kept alive: the registrations end with it
+_autocast_rules = torch.library.Library("sla", "FRAGMENT")  # type: ignore[no-untyped-call]
+for _device, _key in zip(DEVICES, ("AutocastCPU", "AutocastCUDA"), strict=True):
+    _autocast_rules.impl("forward", _autocast_forward(_device), _key)  # type: ignore[no-untyped-call]
+    _autocast_rules.impl("backward", _autocast_backward(_device), _key)  # type: ignore[no-untyped-call]

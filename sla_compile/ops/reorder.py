@@ -1,0 +1,86 @@
+"""``sla::reorder``: tokens gathered into another order, or back from it; Inductor fuses it into what makes them.
+
+The order is not a tensor of the graph but the few numbers that it follows from: nothing to move to a device, to bind to
+a module or to copy. A gather is undone by a gather, so the backward of the op is the op, without atomics.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sla_compile.common.token_orders import Placement, inverted, positions
+from sla_compile.compat import lower_gather
+
+__all__ = ["arguments", "inline_in_inductor", "reorder"]
+
+
+def reorder(x: Tensor, placement: Placement, *, inverse: bool = False) -> Tensor:
+    """x (..., N, D) with its tokens in the order of ``placement``; with ``inverse``, from there back. Differentiable.
+
+    Raises ValueError where the grid of ``placement`` does not lie within N tokens.
+    """
+    result: Tensor = torch.ops.sla.reorder.default(x, *arguments(placement), inverse)
+    return result
+
+
+def arguments(placement: Placement) -> tuple[str, list[int], int, list[int]]:
+    """kind, grid, start and blocks as the op takes them."""
+    return placement.kind, list(placement.grid), placement.start, list(placement.blocks)
+
+
+def inline_in_inductor() -> None:
+    """From here on, in this process, Inductor fuses the op into its neighbours instead of calling it."""
+    lower_gather(torch.ops.sla.reorder.default, _table_of)
+
+
+def _table_of(
+    tokens: int, device: torch.device, kind: str, grid: list[int], start: int, blocks: list[int], inverse: bool = False
+) -> Tensor:
+    return _table(Placement(kind, tuple(grid), start, tuple(blocks)), tokens, inverse, device)
+
+
+@lru_cache(maxsize=128)
+def _table(placement: Placement, tokens: int, inverse: bool, device: torch.device) -> Tensor:
+    """int32 (tokens): where each token of the result comes from."""
+    order = (inverted if inverse else positions)(placement, tokens)
+    with torch.inference_mode(False):
+        return torch.tensor(order, dtype=torch.int32, device=device)
+
+
+@torch.library.custom_op(
+    "sla::reorder",
+    mutates_args=(),
+    schema="(Tensor x, str kind, int[] grid, int start, int[] blocks, bool inverse=False) -> Tensor",
+    # any strides will do, so Inductor need not write the input out before it gathers
+    tags=(torch.Tag.flexible_layout,),
+)
+def _reorder(x: Tensor, kind: str, grid: list[int], start: int, blocks: list[int], inverse: bool = False) -> Tensor:
+    """x (..., N, D) gathered along N, in the layout of ``_empty``."""
+    order = _table_of(x.shape[-2], x.device, kind, grid, start, blocks, inverse)
+    if x.dim() != 4:
+        return x.index_select(-2, order)
+    return x.transpose(1, 2).index_select(1, order).transpose(1, 2)
+
+
+@_reorder.register_fake
+def _(x: Tensor, kind: str, grid: list[int], start: int, blocks: list[int], inverse: bool = False) -> Tensor:
+    if x.dim() != 4:
+        return x.new_empty(x.shape)
+    batch, heads, tokens, dim = x.shape
+    return x.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+
+
+def _remember_order(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.order = inputs[1:]
+
+
+def _gather_back(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    *order, inverse = ctx.order
+    return torch.ops.sla.reorder.default(gradient, *order, not inverse), None, None, None, None, None
+
+
+_reorder.register_autograd(_gather_back, setup_context=_remember_order)

@@ -1,0 +1,1 @@
+"""What was rewritten and why, as data, as text and on a terminal."""

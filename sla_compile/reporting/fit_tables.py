@@ -1,0 +1,83 @@
+"""The reports of calibrate, distill and allocate on a terminal: attention errors, one line for each attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from sla_compile.reporting.terminal import TABLE_WIDTH, grouped_paths
+
+if TYPE_CHECKING:
+    from sla_compile.fitting.allocation import SiteAllocation
+    from sla_compile.fitting.calibration import SiteError
+
+__all__ = ["AllocationView", "ErrorsView"]
+
+
+class _SitesView:
+    """A table of sites where it fits, a list where it does not."""
+
+    caption: str
+    columns: tuple[str, ...]
+
+    def __init__(self, title: str, sites: Sequence[Any], unreached: Sequence[str]) -> None:
+        self.title = title
+        self.sites = sites
+        self.unreached = unreached
+
+    def cells(self, site: Any) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def sentence(self, site: Any) -> str:
+        raise NotImplementedError
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        yield Text(self.title, style="bold", overflow="fold")
+        if options.max_width >= TABLE_WIDTH:
+            table = Table(caption=self.caption)
+            table.add_column("gate", overflow="fold")
+            for name in self.columns:
+                table.add_column(name, justify="right")
+            for site in self.sites:
+                table.add_row(Text(site.path, style="bold"), *map(Text, self.cells(site)))
+            yield table
+        else:
+            for site in self.sites:
+                text = Text(site.path, style="bold", overflow="fold")
+                yield text.append(f"\n  {self.sentence(site)}", style="not bold")
+        if self.unreached:
+            text = Text("not reached, left as they were: ", style="yellow", overflow="fold")
+            yield text.append(", ".join(grouped_paths(self.unreached)))
+
+
+class ErrorsView(_SitesView):
+    """The attention error of each site before and after its gate was fitted or trained."""
+
+    caption = "relative attention error; closed: share of the sparse branch's that is gone"
+    columns = ("sparse only", "before", "after", "closed")
+
+    def cells(self, site: SiteError) -> tuple[str, ...]:
+        return f"{site.sparse_only:.4f}", f"{site.before:.4f}", f"{site.after:.4f}", f"{100 * site.closed:.1f}%"
+
+    def sentence(self, site: SiteError) -> str:
+        sparse, before, after, closed = self.cells(site)
+        return f"{sparse} sparse only, {before} -> {after}, {closed} closed"
+
+
+class AllocationView(_SitesView):
+    """The topk that each site was given, and its error."""
+
+    caption = "relative attention error: with the topk it had, the budget as topk, and the topk it has now"
+    columns = ("topk", "before", "budget", "now")
+
+    def cells(self, site: SiteAllocation) -> tuple[str, ...]:
+        topk = f"{100 * site.topk_before:.3g}% -> {100 * site.topk:.3g}%"
+        return topk, f"{site.before:.4f}", f"{site.uniform:.4f}", f"{site.after:.4f}"
+
+    def sentence(self, site: SiteAllocation) -> str:
+        topk, before, uniform, now = self.cells(site)
+        return f"topk {topk}, error {before} -> {now} ({uniform} with the budget as topk)"

@@ -1,0 +1,163 @@
+"""``explain`` and ``report``: which attention was, or would be, made sparse, why, and what that changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sla_compile.compiler.preparation import dry_run, unwrapped
+from sla_compile.compiler.sites import Settings
+from sla_compile.config import SLAConfig
+from sla_compile.gate import gates, model_config
+from sla_compile.reporting.site_report import GraphBreak, SiteReport, remembered, remembered_breaks
+
+__all__ = ["Report", "Totals", "explain", "report"]
+
+VERSION = 1
+"""Version of the dictionary form."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the attention calls of one forward; FLOPs and bytes over those whose sizes are known."""
+
+    attentions: int
+    rewritten: int
+    kept: int
+    not_compiled: int
+    """Prepared, but no compile has reached them yet."""
+    sizes_unknown: int
+    flops_before: int
+    flops_after: int
+    bytes_before: int
+    bytes_after: int
+    gate_parameters: int
+    """Each gate counted once, however often its module is called."""
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """What ``backend="sla"`` does to the attention of a model; prints as a table, ``to_dict`` for tools."""
+
+    model: str
+    """Class of the model."""
+    compiled: bool
+    """True for what was compiled, False for what would be."""
+    sites: tuple[SiteReport, ...]
+    """Every attention call, in the order of the traced graphs (of a compiled model, of its modules)."""
+    graph_breaks: tuple[GraphBreak, ...] = ()
+    untrained_gates: tuple[str, ...] = ()
+    """Module paths of the gates the model has that are still zero."""
+
+    @property
+    def totals(self) -> Totals:
+        """Sums over all sites."""
+        known = [site for site in self.sites if site.flops_before is not None]
+        sums = {
+            name: sum(getattr(site, name) for site in known)
+            for name in ("flops_before", "flops_after", "bytes_before", "bytes_after")
+        }
+        return Totals(
+            attentions=len(self.sites),
+            rewritten=sum(site.rewritten for site in self.sites),
+            kept=sum(site.compiled and not site.rewritten for site in self.sites),
+            not_compiled=sum(not site.compiled for site in self.sites),
+            sizes_unknown=len(self.sites) - len(known),
+            gate_parameters=sum({site.gate_path: site.gate_parameters for site in self.sites}.values()),
+            **sums,
+        )
+
+    def without_diffs(self) -> Report:
+        """The same report without the graphs around each site."""
+        sites = tuple(dataclasses.replace(site, diff=()) for site in self.sites)
+        return dataclasses.replace(self, sites=sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types: version, model, compiled, sites, totals, graph_breaks, untrained_gates."""
+        return {
+            "version": VERSION,
+            "model": self.model,
+            "compiled": self.compiled,
+            "sites": [site.to_dict() for site in self.sites],
+            "totals": dataclasses.asdict(self.totals),
+            "graph_breaks": [dataclasses.asdict(found) for found in self.graph_breaks],
+            "untrained_gates": list(self.untrained_gates),
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """``to_dict`` as JSON text."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def __rich__(self) -> Any:
+        from sla_compile.reporting.terminal import ReportView
+
+        return ReportView(self)
+
+    def __str__(self) -> str:
+        from sla_compile.reporting.terminal import ReportView, plain_text
+
+        return plain_text(ReportView(self), width=100)
+
+    def __repr__(self) -> str:
+        totals = self.totals
+        return f"<Report of {self.model}: {totals.rewritten} of {totals.attentions} attentions rewritten>"
+
+
+def explain(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    config: SLAConfig | Mapping[str, Any] | None = None,
+) -> Report:
+    """What ``torch.compile(model, backend="sla")`` would do to each attention of ``model``, and why.
+
+    Nothing in the model changes: no gate, hook, parameter or random state. It is traced, not executed: where its Python
+    code reads a value after a graph break that only a run could give, the report ends there, and says so.
+
+    Args:
+        model: any module, prepared, compiled, or neither.
+        args, kwargs: an example call, ``model(*args, **kwargs)``, with the shapes it will be used at.
+        config: an ``SLAConfig`` or a mapping of its fields; by default the one the model was prepared with.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``args`` no tuple.
+        ValueError: a setting is refused.
+    """
+    model = unwrapped(model)
+    run = dry_run(model, args, kwargs, Settings.of(config if config is not None else model_config(model)))
+    return Report(
+        model=type(model).__name__,
+        compiled=False,
+        sites=tuple(run.sites),
+        graph_breaks=tuple(run.graph_breaks),
+        untrained_gates=_untrained(model),
+    )
+
+
+def report(model: nn.Module) -> Report:
+    """What was compiled of ``model``: each attention as last compiled, and the gates that were not yet.
+
+    Args:
+        model: a module after its first call with ``backend="sla"``; compiled whole or by blocks.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    model = unwrapped(model)
+    return Report(
+        model=type(model).__name__,
+        compiled=True,
+        sites=tuple(remembered(model)),
+        graph_breaks=tuple(remembered_breaks(model)),
+        untrained_gates=_untrained(model),
+    )
+
+
+def _untrained(model: nn.Module) -> tuple[str, ...]:
+    return tuple(path for path, gate in gates(model).items() if not gate.trained())

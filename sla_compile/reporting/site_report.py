@@ -1,0 +1,353 @@
+"""The account of every attention site: what was decided, why, and what it costs, as plain data.
+
+What was compiled is remembered by the module that owns each attention, and forgotten with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sla_compile.common.blocks import forced_blocks
+from sla_compile.common.token_orders import RASTER
+from sla_compile.compat import runs_forward_of, size_hint
+from sla_compile.compiler.sites import Site
+from sla_compile.config import SLAConfig
+from sla_compile.gate import PREPARED, Gate, gate_name, own_gates
+from sla_compile.module_paths import module_paths
+from sla_compile.passes.attention_call import AttentionCall
+from sla_compile.passes.cost import (
+    BATCH,
+    ELEMENT_BYTES,
+    HEAD_DIM,
+    HEADS,
+    KEY_TOKENS,
+    TOKENS,
+    Cost,
+    dense_cost,
+    evaluate,
+    sla_cost,
+)
+from sla_compile.passes.cross_attention import of_different_tensors
+from sla_compile.passes.decide import Keep, Rewrite, Shape, example_shape
+from sla_compile.passes.operands import example
+from sla_compile.passes.token_order import TokenOrder
+from sla_compile.reporting.graph_diff import site_diff
+
+__all__ = [
+    "GraphBreak",
+    "SiteReport",
+    "describe",
+    "graph_break",
+    "remember",
+    "remember_break",
+    "remembered",
+    "remembered_breaks",
+]
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention call. FLOPs and bytes are of one forward; None where the sizes are not known."""
+
+    path: str
+    """Module path of the owner, for example ``"blocks.0.attn1"``."""
+    owner: str
+    """Class of the owner; empty where no module owns the attention."""
+    ordinal: int
+    """Which attention call of the owner, counted from 0."""
+    rewritten: bool
+    reason: str
+    """Why it was rewritten or kept."""
+    value: str = ""
+    """The value that decided."""
+    accepted: str = ""
+    """What would have been accepted, where it was kept."""
+    condition: str = ""
+    """Guard under which this holds, for a symbolic number of tokens."""
+    compiled: bool = True
+    """False for a gate whose attention no compile has reached yet."""
+    mask: str = ""
+    """The attention mask, where there is one: dtype and shape."""
+    causal: bool = False
+    """Whether a query sees only the keys up to its own place."""
+    shape: dict[str, int | str] = field(default_factory=dict)
+    """batch, heads, tokens, head_dim, dtype, device; key_tokens where they differ; a symbolic size is a string."""
+    traced: dict[str, int] = field(default_factory=dict)
+    """The sizes of ``shape`` while it was traced, which the numbers below are for; empty where unknown."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """topk, bottomk, block_q, block_k, feature_map, linear, gate, sparse_scale, always_critical, max_topk; or empty.
+
+    topk and bottomk are those of now where ``set_sparsity`` can change them."""
+    order: dict[str, Any] = field(default_factory=dict)
+    """Order of the tokens in the blocks: kind, with grid and start where it is not the model's, and the reason where
+    it is but another was asked for; empty where kept."""
+    critical_tokens: tuple[int, ...] = ()
+    """start, stop, start, stop, ... of the key tokens, in that order, that are critical in every row."""
+    gate_path: str = ""
+    gate_parameters: int = 0
+    """Numbers in the gate's parameters."""
+    flops_before: int | None = None
+    flops_after: int | None = None
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+    formula_before: str = ""
+    """FLOPs in short symbols, which ``where`` explains."""
+    formula_after: str = ""
+    where: tuple[str, ...] = ()
+    expression_before: str = ""
+    """FLOPs as an exact sympy expression in B, H, N, d (and L for the keys of a cross-attention)."""
+    expression_after: str = ""
+    diff: tuple[str, ...] = ()
+    """The graph around the site: lines that start with "- " (before), "+ " (after) or two blanks (both)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        lists = {name: list(getattr(self, name)) for name in ("where", "diff", "critical_tokens")}
+        return {**dataclasses.asdict(self), **lists}
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """Where and why Dynamo ended a graph; ``file`` is empty where it does not say."""
+
+    reason: str
+    file: str = ""
+    line: int = 0
+    function: str = ""
+
+
+def describe(site: Site) -> SiteReport:
+    """``site`` as plain data that holds on to no graph and no module."""
+    decision = site.decision
+    shape = example_shape(site.call)
+    gate = site.gate
+    keep = decision if isinstance(decision, Keep) else None
+    plain, traced = _sizes(shape)
+    return SiteReport(
+        path=site.path,
+        owner=type(site.owner).__name__ if site.owner is not None else "",
+        ordinal=site.ordinal,
+        rewritten=keep is None,
+        reason=_kind(site.call, shape) if keep is None else keep.reason,
+        value=_sizes_in_words(plain) if keep is None else keep.value,
+        accepted=keep.accepted if keep is not None else "",
+        condition=decision.condition or "",
+        mask=_mask(site.call),
+        causal=site.call.is_causal is True,
+        shape=plain,
+        traced=traced,
+        settings=_settings(site.config) if keep is None else {},
+        order=_order(decision.order) if isinstance(decision, Rewrite) else {},
+        critical_tokens=decision.always_critical if isinstance(decision, Rewrite) else (),
+        gate_path=site.gate_path if keep is None else "",
+        gate_parameters=_count(gate) if gate is not None and keep is None else 0,
+        diff=site_diff(site),
+        **(_costs(site, shape, traced) if shape is not None else {}),
+    )
+
+
+def _settings(config: SLAConfig) -> dict[str, Any]:
+    ranges = [list(pair) for pair in config.always_critical]
+    form = {"gate": config.gate, "sparse_scale": config.sparse_scale}
+    return {**config.kernel_options(), **form, "always_critical": ranges, "max_topk": config.max_topk}
+
+
+def _order(order: TokenOrder) -> dict[str, Any]:
+    placement = order.queries or order.keys
+    if placement is None:
+        return {"kind": RASTER, **({"reason": order.obstacle} if order.obstacle else {})}
+    return {"kind": placement.kind, "grid": list(placement.grid), "start": placement.start}
+
+
+def _kind(call: AttentionCall, shape: Shape | None) -> str:
+    if (shape is not None and shape.keys is not None) or of_different_tensors(call.query, call.key):
+        return "cross-attention"
+    return "causal self-attention" if call.is_causal is True else "self-attention"
+
+
+def _sizes_in_words(plain: dict[str, int | str]) -> str:
+    if "key_tokens" in plain:
+        return f"{plain['tokens']} queries, {plain['key_tokens']} keys"
+    return f"{plain['tokens']} tokens"
+
+
+def _mask(call: AttentionCall) -> str:
+    value = example(call.attn_mask)
+    if not isinstance(value, torch.Tensor):
+        return ""
+    return f"{str(value.dtype).removeprefix('torch.')} ({', '.join(map(str, value.shape))})"
+
+
+def _sizes(shape: Shape | None) -> tuple[dict[str, int | str], dict[str, int]]:
+    """The sizes as the graph has them, and as they were while it was traced."""
+    if shape is None:
+        return {}, {}
+    sizes = shape.sizes
+    plain: dict[str, int | str] = {name: size if isinstance(size, int) else str(size) for name, size in sizes.items()}
+    hints = {name: size_hint(size) for name, size in sizes.items()}
+    traced = {name: hint for name, hint in hints.items() if hint is not None}
+    details = {"dtype": str(shape.dtype).removeprefix("torch."), "device": str(shape.device)}
+    return {**plain, **details}, traced if len(traced) == len(sizes) else {}
+
+
+def _costs(site: Site, shape: Shape, traced: dict[str, int]) -> dict[str, Any]:
+    form = {"cross": shape.keys is not None, "causal": site.call.is_causal is True}
+    dense = dense_cost(**form)
+    after = dense
+    if isinstance(site.decision, Rewrite):
+        after = _sparse_cost(_settings(site.config), site.decision.always_critical, traced, form)
+    numbers = {**_numbers("before", dense, traced, shape.dtype), **_numbers("after", after, traced, shape.dtype)}
+    return {"where": after.where, **numbers}
+
+
+def _sparse_cost(
+    settings: Mapping[str, Any], ranges: Sequence[int], traced: dict[str, int], form: dict[str, bool]
+) -> Cost:
+    """The cost with ``settings``, as ``_settings`` gives them; ``traced`` are the sizes, empty where unknown."""
+    keys = traced.get("key_tokens", traced.get("tokens", 0))
+    touched = forced_blocks(list(ranges), keys, settings["block_k"])
+    forced = len({block for first, last in touched for block in range(first, last)})
+    names = ("topk", "block_q", "block_k", "linear")
+    return sla_cost(*(settings[name] for name in names), forced=forced, **form)
+
+
+def _numbers(when: str, cost: Cost, traced: dict[str, int], dtype: torch.dtype) -> dict[str, Any]:
+    """The fields of a report that say ``cost``, before or after."""
+    numbers: dict[str, Any] = {f"formula_{when}": cost.formula, f"expression_{when}": str(cost.flops)}
+    if traced:
+        known = {
+            BATCH: traced["batch"],
+            HEADS: traced["heads"],
+            TOKENS: traced["tokens"],
+            KEY_TOKENS: traced.get("key_tokens", traced["tokens"]),
+            HEAD_DIM: traced["head_dim"],
+            ELEMENT_BYTES: dtype.itemsize,
+        }
+        numbers[f"flops_{when}"] = evaluate(cost.flops, known)
+        numbers[f"bytes_{when}"] = evaluate(cost.bytes, known)
+    return numbers
+
+
+def _as_set_now(account: SiteReport, gate: Gate | None) -> SiteReport:
+    """``account`` with the topk and bottomk that ``set_sparsity`` has given ``gate``, and their cost."""
+    if gate is None or gate.sparsity is None or not account.settings:
+        return account
+    topk, bottomk = gate.shares()
+    settings = {**account.settings, "topk": topk, "bottomk": bottomk}
+    if not account.traced:
+        return dataclasses.replace(account, settings=settings)
+    form = {"cross": "key_tokens" in account.shape, "causal": account.causal}
+    after = _sparse_cost(settings, account.critical_tokens, account.traced, form)
+    dtype = getattr(torch, str(account.shape["dtype"]))
+    numbers = _numbers("after", after, account.traced, dtype)
+    return dataclasses.replace(account, settings=settings, where=after.where, **numbers)
+
+
+def _count(gate: Gate) -> int:
+    return sum(parameter.numel() for parameter in gate.parameters())
+
+
+def graph_break(gm: fx.GraphModule) -> GraphBreak | None:
+    """The graph break that ended ``gm``; None where it is the end of its function."""
+    reason: Any = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not getattr(reason, "graph_break", False):
+        return None
+    text = next((line.strip() for line in str(reason.reason).splitlines() if line.strip()), "no reason given")
+    if not reason.user_stack:
+        return GraphBreak(text)
+    frame = reason.user_stack[-1]
+    return GraphBreak(text, frame.filename, frame.lineno or 0, frame.name)
+
+
+# By owner and ordinal, the calls of one forward.
+_BY_OWNER: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[SiteReport, ...]]] = weakref.WeakKeyDictionary()
+# Modules that run code compiled for another of their class (regional compile, a deepcopy) have no entry of
+# their own; the one of their class, with the same settings, is theirs.
+_BY_CLASS: weakref.WeakKeyDictionary[type, dict[tuple[int, str], tuple[SiteReport, ...]]] = weakref.WeakKeyDictionary()
+_BREAKS: weakref.WeakKeyDictionary[nn.Module, dict[GraphBreak, None]] = weakref.WeakKeyDictionary()
+
+
+# Attention that a graph break cut off from its owner, by the code that holds it.
+_BY_CODE: weakref.WeakKeyDictionary[CodeType, list[SiteReport]] = weakref.WeakKeyDictionary()
+
+
+def remember(sites: Sequence[Site], code: CodeType) -> None:
+    """Keep the account of what one graph, compiled from ``code``, holds, for ``report(model)``."""
+    calls: dict[tuple[int, int], list[Site]] = {}
+    _BY_CODE.pop(code, None)
+    for site in sites:
+        if site.owner is not None:
+            calls.setdefault((id(site.owner), site.ordinal), []).append(site)
+        else:
+            _BY_CODE.setdefault(code, []).append(describe(site))
+    for group in calls.values():
+        account = tuple(describe(site) for site in group)
+        owner, ordinal, gate = group[0].owner, group[0].ordinal, group[0].gate
+        if owner is None:
+            continue
+        _BY_OWNER.setdefault(owner, {})[ordinal] = account
+        if gate is not None:
+            _BY_CLASS.setdefault(type(owner), {})[(ordinal, gate.settings)] = account
+
+
+def remember_break(gm: fx.GraphModule, root: nn.Module | None) -> None:
+    """Keep the graph break that ended ``gm``, a graph of the forward of ``root``, for ``report(model)``."""
+    found = graph_break(gm)
+    if found is not None and root is not None:
+        _BREAKS.setdefault(root, {})[found] = None
+
+
+def remembered_breaks(model: nn.Module) -> list[GraphBreak]:
+    """The graph breaks in the forward of ``model`` and of the modules in it."""
+    return [found for module in model.modules() for found in _BREAKS.get(module, ())]
+
+
+def remembered(model: nn.Module) -> list[SiteReport]:
+    """The sites of ``model`` as last compiled, by module path, and its gates that were not compiled yet."""
+    found = []
+    for path, owner in module_paths(model):
+        accounts = dict(_BY_OWNER.get(owner, {}))
+        for gate in own_gates(owner).values():
+            if gate.ordinal not in accounts:
+                shared = _BY_CLASS.get(type(owner), {}).get((gate.ordinal, gate.settings))
+                accounts[gate.ordinal] = shared if shared is not None else (_not_compiled(gate, owner),)
+        full = path or owner.__dict__.get(PREPARED, (None, ""))[1]
+        for code, cut_off in _BY_CODE.items():
+            if runs_forward_of(code, owner):
+                found += [_moved(account, full, account.ordinal) for account in cut_off]
+        for ordinal, calls in sorted(accounts.items()):
+            gate_now = own_gates(owner).get(gate_name(ordinal))
+            found += [_moved(_as_set_now(account, gate_now), full, ordinal) for account in calls]
+    return found
+
+
+def _moved(account: SiteReport, path: str, ordinal: int) -> SiteReport:
+    """``account`` for an owner at module path ``path``."""
+    diff = account.diff
+    if account.path and account.path != path:
+        diff = tuple(line.replace(f"{account.path}.", f"{path}.".lstrip(".")) for line in diff)
+    gate_path = f"{path}.{gate_name(ordinal)}".lstrip(".") if account.gate_path else ""
+    return dataclasses.replace(account, path=path, gate_path=gate_path, diff=diff)
+
+
+def _not_compiled(gate: Gate, owner: nn.Module) -> SiteReport:
+    return SiteReport(
+        path=gate.path,
+        owner=type(owner).__name__,
+        ordinal=gate.ordinal,
+        rewritten=False,
+        reason="prepared, not compiled yet",
+        accepted='torch.compile(model, backend="sla") and a call',
+        compiled=False,
+        settings=_settings(gate.config),
+        gate_path=gate.path,
+        gate_parameters=_count(gate),
+    )

@@ -1,0 +1,90 @@
+"""The quality benchmark runs in pieces, ends in time, and writes its table from what is there."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.paths import ROOT
+
+SCRIPT = ROOT / "benchmarks" / "quality.py"
+
+
+def run(*arguments: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--out", "out", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_in_pieces_and_reported(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    smoke = ("--preset", "smoke", "--seeds", "2", "--device", "cpu")
+    first = run(*smoke, "--seconds", "12", "--reserve", "10", folder=tmp_path)
+    counts = [int(n) for n in re.findall(r"(\d+) of 60 arms done", first)]
+    assert counts
+    assert counts[0] < 60
+    assert "call again; the next is" in first
+    before = json.loads((tmp_path / "out/results.json").read_text()) if counts[0] else {}
+    assert "all is done" in run(*smoke, "--workers", "2", folder=tmp_path)
+    after = json.loads((tmp_path / "out/results.json").read_text())
+    assert {key: after[key] for key in before} == before  # nothing is done twice
+    assert len(after) == 61
+
+    (tmp_path / "report").mkdir()
+    run("--report", "--report-to", "report", folder=tmp_path)
+    text = (tmp_path / "report/quality.md").read_text()
+    assert text.count("| SLA, calibrated, trained | 95% |") == 2
+    assert text.count("| SLA, trained four times as long | 95% |") == 1  # in a table of its own
+    assert "**met**" in text or "**missed**" in text
+    named = re.findall(r"\]\((\S+)\)", text)
+    assert len(named) == 2
+    for name in (*named, "quality.csv"):
+        assert (tmp_path / "report" / name).stat().st_size > 1000
+
+
+@pytest.fixture
+def quality(scripts_on_path: None) -> Any:
+    """The benchmark as a module."""
+    return importlib.import_module("quality")
+
+
+def test_a_divergence_is_told(quality: Any) -> None:
+    row = {"seed": 0, "sparsity": 0.95, "before": 2.0, "after": 1.0}
+    falls = [[10 * i + 10, 2.0 - i / 200] for i in range(200)]
+    assert "no NaN and no divergence" in quality.stability([{**row, "losses": falls}])[0]
+    rises = [*falls[:150], *([step, 5.0] for step, _ in falls[150:])]
+    assert "**it diverged**" in quality.stability([{**row, "losses": rises}])[0]
+
+
+def test_figures_are_those_of_the_rows(quality: Any) -> None:
+    def rows(after: list[float], **more: float) -> list[dict[str, object]]:
+        extra = {"before": 2.0, "frechet": 1.0, "step_ms": 3.0, **more}
+        return [{"seed": seed, "after": value, **extra} for seed, value in enumerate(after)]
+
+    groups = {
+        ("dense", None): rows([1.0, 2.0]),
+        ("sparse", 0.95): rows([1.06, 2.12]),
+        ("sla", 0.95): rows([1.005, 2.03]),
+        ("sla-tiles", 0.95): rows([1.01505, 2.03]),
+        ("calibrated", 0.95): rows([1.0, 2.0], error_sparse=0.4, error_gated=0.1),
+    }
+    table = quality.main_table(groups, 4096, 64)
+    assert "| SLA | 95% | 3 of 64 | 2.0000 | 1.5175 (1.0050 to 2.0300) | +1.00 (+0.50 to +1.50) |" in table[4]
+    assert quality.variants(groups) == ["- SLA, tokens in tiles, beside SLA, 95%: +0.50 (+0.00 to +1.00)%."]
+    lines = quality.bars(groups)
+    assert "**missed**" not in lines[2]
+    assert "**met**, 6.0 times (+6.00% to +1.00%)" in lines[1]
+    assert "**met**, 75.0 (75.0 to 75.0)%" in lines[2]

@@ -1,0 +1,187 @@
+"""The examples run, and show what they promise."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from tests.support.paths import ROOT
+
+EXAMPLES = ROOT / "examples"
+SMOKE = ("finetune.py", "--smoke", "--save-every", "2")
+
+# finetune.py, ended right after a checkpoint within a training
+INTERRUPTED = """\
+import sys
+key, step, folder, *sys.argv[1:] = sys.argv[1:]
+sys.path.insert(0, folder)
+import finetune, training
+save = training.Trainer.save
+def save_and_end(self, at, student, optimizer):
+    save(self, at, student, optimizer)
+    if (at.key, at.step) == (key, int(step)):
+        sys.exit(0)
+training.Trainer.save = save_and_end
+finetune.main()
+sys.exit("never interrupted")
+"""
+
+
+def run_example(*command: str, folder: Path, blocked: str = "") -> str:
+    """Output of ``examples/command``, run in ``folder``, where the module ``blocked`` cannot be imported."""
+    environment = {**os.environ, "COLUMNS": "120"}
+    if blocked:
+        (folder / "blocked").mkdir()
+        (folder / "blocked" / f"{blocked}.py").write_text("raise ImportError('blocked by the test')\n")
+        environment["PYTHONPATH"] = str(folder / "blocked")
+    script = str(EXAMPLES / command[0])
+    done = subprocess.run(
+        [sys.executable, script, *command[1:]], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def check_quickstart(output: str, folder: Path) -> None:
+    losses = re.search(r"at each step:\n([\d. \n]+)\n", output)
+    assert losses, output
+    values = [float(number) for number in losses[1].split()]
+    assert values[-1] < 0.9 * values[0]
+    difference = re.search(r"the fine-tuned and the loaded model: ([\d.e+-]+)", output)
+    assert difference, output
+    assert float(difference[1]) < 1e-5
+    assert "times" in output
+    assert (folder / "runs/quickstart/gates.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_quickstart_with_diffusers(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    output = run_example("quickstart.py", folder=tmp_path)
+    assert "WanTransformer3DModel: 2 of 4 attentions are sparse-linear" in output
+    assert "cross-attention" in output
+    check_quickstart(output, tmp_path)
+
+
+@pytest.mark.slow
+def test_quickstart_without_diffusers(tmp_path: Path) -> None:
+    output = run_example("quickstart.py", folder=tmp_path, blocked="diffusers")
+    assert "diffusers is not installed" in output
+    assert "VideoDiT: 2 of 2 attentions are sparse-linear" in output
+    check_quickstart(output, tmp_path)
+
+
+def results(folder: Path) -> dict[str, dict[str, Any]]:
+    """What finetune.py found, by arm, without what differs from run to run."""
+    found = json.loads((folder / "runs/finetune/results.json").read_text())
+    return {key: {k: v for k, v in row.items() if k not in ("seconds", "step_ms")} for key, row in found.items()}
+
+
+def test_finetune_smoke_runs_every_arm(tmp_path: Path) -> None:
+    output = run_example(*SMOKE, folder=tmp_path)
+    assert "2 of 2 attentions are sparse-linear" in output
+    found = results(tmp_path)
+    sparse = [f"{arm}/0.95/0" for arm in ("sparse", "all", "sla", "calibrated", "calibrated-tuned")]
+    assert set(found) == {"real", "checkpoint/-/0", "dense/-/0", "linear/-/0", *sparse}
+    after = {key: row["after"] for key, row in found.items() if key != "real"}
+    assert len(set(after.values())) == len(after)  # each arm is something else
+    for key, row in found.items():
+        assert row["frechet"] > 0
+        if key in ("checkpoint/-/0", "calibrated/0.95/0"):
+            assert row["after"] == row["before"]
+        elif key != "real":
+            assert row["after"] < row["before"]
+    start = found["sparse/0.95/0"]["before"]
+    assert found["sla/0.95/0"]["before"] == pytest.approx(start, rel=1e-6)  # gates of zero
+    folder = tmp_path / "runs/finetune"
+    with (folder / "results.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(after)
+    gates = safetensors.torch.load_file(folder / "sla-0.95-0.gates.safetensors")
+    assert len(gates) == 4
+    assert all(gate.any() for gate in gates.values())
+    pytest.importorskip("matplotlib")
+    assert (folder / "results.png").stat().st_size > 10_000
+    assert (folder / "samples.gif").read_bytes()[:4] == b"GIF8"
+    assert (folder / "samples.txt").read_text().split("\n")[:-1] == list(found)[1:]
+
+
+@pytest.mark.parametrize(
+    ("key", "saved"),
+    [
+        ("dense training, seed 0", []),
+        ("SLA, calibrated, trained 95%, seed 0", ["dense/-/0", "sla/0.95/0"]),
+    ],
+)
+def test_finetune_goes_on_after_a_kill(tmp_path: Path, key: str, saved: list[str]) -> None:
+    command = (*SMOKE, "--arms", "dense", "sla", "calibrated-tuned")
+    (tmp_path / "straight").mkdir()
+    run_example(*command, folder=tmp_path / "straight")
+    killed = [sys.executable, "-c", INTERRUPTED, key, "2", str(EXAMPLES), *command[1:]]
+    subprocess.run(killed, cwd=tmp_path, check=True, capture_output=True, timeout=600)
+    if saved:
+        assert [name for name in results(tmp_path) if name != "real"] == saved
+    run_example(*command, "--resume", folder=tmp_path)
+    assert results(tmp_path) == results(tmp_path / "straight")
+    assert not list((tmp_path / "runs/finetune").glob("running*"))
+
+
+def test_finetune_refuses_to_mix_runs(tmp_path: Path) -> None:
+    command = (*SMOKE, "--arms", "checkpoint")
+    run_example(*command, folder=tmp_path)
+    for flags, message in (
+        ((), "runs/finetune holds a run already: add --resume"),
+        (("--resume", "--steps", "5"), "holds an experiment with other settings of steps"),
+        (("--resume", "--sparsity", "1"), "--sparsity: got 1.0; accepted: shares from 0 to below 1"),
+    ):
+        done = subprocess.run(
+            [sys.executable, str(EXAMPLES / command[0]), *command[1:], *flags],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert message in " ".join(done.stderr.split()), done.stderr
+
+
+def test_finetune_towards_the_dense_model(tmp_path: Path) -> None:
+    """What is trained alone, and the other target, change what comes out."""
+    command = (*SMOKE, "--arms", "sla", "--output")
+    run_example(*command, "all", folder=tmp_path)
+    run_example(*command, "gates", "--train", "gates", "--loss", "teacher", folder=tmp_path)
+    weights = {name: torch.load(tmp_path / name / "sla-0.95-0.pt") for name in ("all", "gates")}
+    dense = torch.load(tmp_path / "gates/pretrained-0.pt")
+    assert all(torch.equal(weights["gates"][name], value) for name, value in dense.items())
+    assert not all(torch.equal(weights["all"][name], value) for name, value in dense.items())
+
+
+@pytest.mark.slow
+def test_finetune_of_wan_compiled(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    command = (*SMOKE, "--model", "wan", "--inner", "inductor", "--arms", "dense", "sla")
+    output = run_example(*command, folder=tmp_path)
+    assert "4 of 5 attentions are sparse-linear" in output  # one cross-attention, in the code that all blocks share
+    assert results(tmp_path)["dense/-/0"]["after"] < results(tmp_path)["dense/-/0"]["before"]
+    assert (tmp_path / "runs/finetune/sla-0.95-0.gates.safetensors").is_file()
+
+
+def test_finetune_says_where_there_is_nothing_to_resume(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "finetune.py"), "--resume"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "there is no settings.json in runs/finetune" in done.stderr

@@ -1,0 +1,294 @@
+"""allocate: the topk of each attention from data; measured against the definition."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sla_compile
+from sla_compile.common.blocks import num_critical
+from sla_compile.fitting.allocation import _water_fill
+from sla_compile.fitting.observer import GatedCall, gated_calls
+from sla_compile.fitting.sensitivity import Measured
+from sla_compile.kernels import reference
+from sla_compile.reporting.terminal import plain_text
+from tests.support.models import HEADS, OPTIONS, WIDTH, CalledTwice, Model, TwoAttentions, assert_follows_definition
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
+
+EAGER = {"inner": "aot_eager"}
+TOKENS, BLOCK = 320, 16  # 20 blocks
+BUDGET = 0.2
+
+
+def uneven(blocks: int = 4) -> nn.Module:
+    """Even blocks attend to their own neighbourhood, which few critical blocks hold; odd ones to everything."""
+    model = Model(blocks)
+    for i, block in enumerate(model.blocks):
+        with torch.no_grad():
+            query, key, _ = block.attention.qkv.weight.view(3, WIDTH, WIDTH)
+            query.copy_(torch.eye(WIDTH) * (4.0 if i % 2 == 0 else 0.3))
+            key.copy_(torch.eye(WIDTH) * (1.0 if i % 2 == 0 else 0.3))
+    return model
+
+
+def batches(count: int = 2) -> list[tuple[Tensor]]:
+    """Neighbouring tokens are alike, as in a video."""
+    around = torch.randn(count, 1, TOKENS // BLOCK, 1, WIDTH).expand(-1, -1, -1, BLOCK, -1)
+    return [(x,) for x in (around + 0.3 * torch.randn_like(around)).reshape(count, 1, TOKENS, WIDTH)]
+
+
+def prepared(model: nn.Module, **settings: Any) -> nn.Module:
+    return sla_compile.prepare(model, batches()[0], config={**OPTIONS, "topk": BUDGET, "bottomk": 0.1, **settings})
+
+
+def errors(model: nn.Module, data: list[tuple[Tensor]], topks: dict[str, float]) -> dict[str, float]:
+    """||O - dense|| / ||dense|| at each attention by the definition."""
+    sums: dict[str, list[float]] = {}
+
+    def observe(call: GatedCall) -> Tensor:
+        gate, options = call.gate, call.gate.config.kernel_options()
+        options |= {"topk": topks[call.path], "bottomk": gate.shares()[1], "scale": call.scale}
+        out = reference.sparse_linear_attention(
+            call.query, call.key, call.value, gate.weight.detach(), gate.bias.detach(), **options
+        )
+        total = sums.setdefault(call.path, [0.0, 0.0])
+        total[0] += (out - call.dense).square().sum().item()
+        total[1] += call.dense.square().sum().item()
+        return call.dense
+
+    with gated_calls(model, observe), torch.no_grad():
+        for batch in data:
+            model(*batch)
+    return {path: math.sqrt(error / dense) for path, (error, dense) in sums.items()}
+
+
+def topks(model: nn.Module) -> dict[str, float]:
+    return {path: gate.shares()[0] for path, gate in sla_compile.gates(model).items()}
+
+
+def refused(*parts: str) -> Any:
+    return pytest.raises(ValueError, match="(?s)" + ".*".join(re.escape(part) for part in parts))
+
+
+@pytest.mark.parametrize("at_run_time", [False, True], ids=["constants", "run time"])
+def test_less_error_at_the_same_total(at_run_time: bool) -> None:
+    model = prepared(uneven(), **({"max_topk": 1.0} if at_run_time else {}))
+    data = batches()
+    uniform = errors(model, data, dict.fromkeys(sla_compile.gates(model), BUDGET))
+    report = sla_compile.allocate(model, iter(data), budget=BUDGET, objective="attention")
+    given = topks(model)
+    after = errors(model, data, given)
+
+    blocks = TOKENS // BLOCK
+    assert sum(num_critical(topk, blocks) for topk in given.values()) <= 4 * num_critical(BUDGET, blocks)
+    assert report.critical <= report.critical_uniform == pytest.approx(BUDGET)
+    assert 0.9 * BUDGET < report.mean_topk <= BUDGET + 1e-12
+    assert sum(e**2 for e in after.values()) < 0.8 * sum(e**2 for e in uniform.values())
+    assert given["blocks.0.attention.sla"] < BUDGET < given["blocks.1.attention.sla"]
+    assert [site.path for site in report.sites] == list(sla_compile.gates(model))
+    for site in report.sites:
+        assert site.topk == given[site.path]
+        assert site.uniform == site.before == pytest.approx(uniform[site.path], rel=1e-9)
+        assert site.after == pytest.approx(after[site.path], rel=1e-9)
+        assert (site.work, site.calls) == (0.25, 2)
+    assert report.mean("after") == pytest.approx(math.sqrt(sum(e**2 for e in after.values()) / 4))
+
+    with torch.no_grad():
+        for parameter in sla_compile.gate_parameters(model):
+            parameter.normal_(std=0.5)
+    run = torch.compile(model, backend="sla", options=EAGER)
+    assert_follows_definition(run, model, data[0][0])
+
+
+def output_error(model: nn.Module, data: list[tuple[Tensor]]) -> float:
+    """Of the compiled model against the dense one."""
+    run = torch.compile(model, backend="sla", options={**EAGER})
+    with torch.no_grad():
+        dense = torch.cat([model(*batch) for batch in data])
+        return ((torch.cat([run(*batch) for batch in data]) - dense).norm() / dense.norm()).item()
+
+
+@pytest.mark.parametrize("at_run_time", [False, True], ids=["constants", "run time"])
+def test_what_reaches_the_output_counts(at_run_time: bool) -> None:
+    """The layer with the largest error of its own hardly reaches the output, so its blocks go to others."""
+    model = uneven()
+    with torch.no_grad():
+        model.blocks[1].attention.out.weight.mul_(0.02)
+    prepared(model, **({"max_topk": 1.0} if at_run_time else {}))
+    data = batches()
+    even = output_error(model, data)
+    report = sla_compile.allocate(model, data, budget=BUDGET)
+    assert report.output_uniform == pytest.approx(even, rel=1e-6)
+    assert report.output == pytest.approx(output_error(model, data), rel=1e-6)
+    assert report.output < 0.9 * even
+    assert report.critical <= report.critical_uniform
+    effects = {site.path: site.effect for site in report.sites}
+    assert min(effects, key=effects.__getitem__) == "blocks.1.attention.sla"  # type: ignore[arg-type]
+    given = topks(model)
+    assert given["blocks.1.attention.sla"] < BUDGET < given["blocks.3.attention.sla"]
+    attention = sla_compile.allocate(prepared(model, max_topk=1.0), data, budget=BUDGET, objective="attention")
+    assert report.output < attention.output
+    assert attention.sites[1].effect is None
+
+
+def test_an_output_that_no_attention_reaches() -> None:
+    model = uneven(2)
+    for block in model.blocks:
+        nn.init.zeros_(block.attention.out.weight)
+    report = sla_compile.allocate(prepared(model), batches(), budget=BUDGET)
+    assert report.output == report.output_uniform == 0
+    assert [site.effect for site in report.sites] == [None, None]
+
+
+def test_gates_count_in_the_error() -> None:
+    """A gate that makes up for a layer's missing blocks leaves them to others."""
+    model, data = prepared(uneven(2)), batches()
+    before = sla_compile.allocate(model, data, budget=BUDGET, objective="attention")
+    sla_compile.calibrate(model, data)
+    after = sla_compile.allocate(model, data, budget=BUDGET, objective="attention")
+    assert after.mean("uniform") < 0.9 * before.mean("uniform")
+    given = topks(model)
+    expected = errors(model, data, given)
+    assert [site.after for site in after.sites] == pytest.approx(list(expected.values()), rel=1e-9)
+
+
+def test_larger_attentions_cost_more() -> None:
+    """Work counts, not the number of attentions: over a quarter of the tokens, a raise costs a sixteenth."""
+
+    class Pooled(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.blocks[0](x)
+            short = self.blocks[1](x[:, : TOKENS // 2])
+            return torch.cat([short, x[:, TOKENS // 2 :]], dim=1)
+
+    model = Pooled(2)
+    sla_compile.prepare(model, batches()[0], config={**OPTIONS, "topk": BUDGET, "bottomk": 0.0})
+    report = sla_compile.allocate(model, batches(), budget=BUDGET)
+    assert [site.work for site in report.sites] == pytest.approx([0.8, 0.2])
+    blocks = [TOKENS // BLOCK, TOKENS // BLOCK // 2]
+    shares = [num_critical(site.topk, n) / n for site, n in zip(report.sites, blocks, strict=True)]
+    assert report.critical == pytest.approx(0.8 * shares[0] + 0.2 * shares[1])
+    assert report.critical <= report.critical_uniform
+
+
+def test_unprepared_model_and_overrides() -> None:
+    """An override of the user's stays, the topk of each module comes after it."""
+    settings = {**OPTIONS, "overrides": {"blocks.0.attention": {"linear": "none"}, "blocks.*": {"topk": 0.25}}}
+    model, data = uneven(2), batches()
+    report = sla_compile.allocate(model, data, budget=BUDGET, config=settings)
+    gates = sla_compile.gates(model)
+    assert [gate.config.linear for gate in gates.values()] == ["none", "marginal"]
+    assert [gate.config.topk for gate in gates.values()] == [site.topk for site in report.sites]
+    assert [site.topk_before for site in report.sites] == [0.25, 0.25]
+    config = next(iter(gates.values())).model_config
+    assert [config.for_site(path.removesuffix(".sla")).topk for path in gates] == list(topks(model).values())
+    again = sla_compile.allocate(model, data, budget=BUDGET)
+    assert [site.topk for site in again.sites] == [site.topk for site in report.sites]
+
+
+def test_two_attentions_of_one_module() -> None:
+    """One override is for both; buffers are for each."""
+    data = [(x[0, :, :WIDTH],) for x in [b[0][None] for b in batches()]]
+    constants = prepared(TwoAttentions())
+    report = sla_compile.allocate(constants, data, budget=BUDGET)
+    assert len({site.topk for site in report.sites}) == 1
+    at_run_time = prepared(TwoAttentions(), max_topk=1.0)
+    sla_compile.allocate(at_run_time, data, budget=BUDGET)
+    assert len(topks(at_run_time)) == 2
+
+
+def test_a_module_called_twice() -> None:
+    model = prepared(CalledTwice())
+    report = sla_compile.allocate(model, batches(), budget=BUDGET)
+    assert [site.calls for site in report.sites] == [4]
+
+
+def test_even_layers_are_left_even() -> None:
+    model = prepared(uneven(1))
+    report = sla_compile.allocate(model, batches(), budget=BUDGET)
+    assert topks(model) == {"blocks.0.attention.sla": BUDGET}
+    assert report.mean("after") == report.mean("uniform")
+
+
+def test_never_worse_than_the_budget_spread_evenly() -> None:
+    """The best raise first can leave room that no other fits: 2.5 + 10 then, against 5.1 + 5.1."""
+
+    def site(path: str, rungs: tuple[float, ...], cost: list[float], loss: list[float]) -> Any:
+        return Measured(path, 0.2, 0.0, rungs, torch.tensor(loss), BLOCK, dense=1.0, critical=cost)
+
+    tempting = site("a.sla", (0.1, 0.2, 0.25), [1.0, 2.0, 2.5], [10.0, 5.1, 2.5])
+    plain = site("b.sla", (0.1, 0.2), [1.0, 2.0], [10.0, 5.1])
+    assert _water_fill([tempting, plain], 0.2, True) == {"a.sla": 0.2, "b.sla": 0.2}
+    roomy = site("b.sla", (0.1, 0.2), [0.5, 1.5], [10.0, 5.1])
+    assert _water_fill([tempting, roomy], 0.2, True) == {"a.sla": 0.2, "b.sla": 0.2}
+    worthless = site("b.sla", (0.1, 0.2), [1.0, 2.0], [10.0, 9.9])
+    assert _water_fill([tempting, worthless], 0.2, True) == {"a.sla": 0.25, "b.sla": 0.1}
+
+
+def test_numbers_do_not_grow_with_tokens_or_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    original = Measured.add
+
+    def spy(self: Any, call: GatedCall) -> None:
+        original(self, call)
+        kept.append(sum(v.numel() for v in vars(self).values() if isinstance(v, Tensor)) + len(self.critical))
+
+    monkeypatch.setattr(Measured, "add", spy)
+    sla_compile.allocate(prepared(uneven(1)), batches(3), budget=BUDGET)
+    assert len(set(kept)) == 1
+    assert kept[0] < 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget": 0.0}, "topk: got 0.0 (float); accepted: a number above 0 and up to 1"),
+        ({"budget": 0.5}, "blocks.0.attention.sla: got budget=0.5; accepted: up to 0.4, for its max_topk and bottomk"),
+        ({"ladder": ()}, "ladder: got (); accepted: at least one finite number above 0"),
+        ({"ladder": (1.0, -1.0)}, "ladder: got (1.0, -1.0)"),
+        ({"max_batches": 0}, "max_batches: got 0"),
+        ({"objective": "loss"}, "objective: got 'loss'; accepted: one of ('output', 'attention')"),
+        ({"batches": []}, "batches: empty"),
+        ({"batches": [(math.nan * torch.ones(1, TOKENS, WIDTH).double(),)]}, "is not finite on these batches"),
+    ],
+)
+def test_what_is_refused_changes_nothing(arguments: dict[str, Any], message: str) -> None:
+    model = prepared(uneven(), max_topk=0.4)
+    data = arguments.pop("batches", batches())
+    with refused(message):
+        sla_compile.allocate(model, data, **{"budget": BUDGET, **arguments})
+    assert set(topks(model).values()) == {BUDGET}
+
+
+def test_an_exception_leaves_an_unprepared_model_without_gates() -> None:
+    model = uneven()
+    with pytest.raises(TypeError, match="batches: item 1 is a Tensor"):
+        sla_compile.allocate(model, [*batches(1), batches(1)[0][0]], budget=BUDGET, config=OPTIONS)  # type: ignore[list-item]
+    assert not sla_compile.gates(model)
+    with refused("no attention with a gate was reached"):
+        sla_compile.allocate(prepared(uneven()), [(torch.randn(1, 8, WIDTH),)], budget=0.1, config={"min_tokens": 64})
+
+
+def test_report_renders() -> None:
+    model = prepared(uneven())
+    report = sla_compile.allocate(model, batches(), budget=BUDGET)
+    data = json.loads(report.to_json())
+    assert data["mean"]["after"] == report.mean("after")
+    assert data["sites"][1]["topk"] == report.sites[1].topk
+    assert len(data["sites"]) == HEADS * 2
+    assert "blocks.1.attention.sla" in str(report)
+    for width in (60, 120):
+        text = plain_text(dataclasses.replace(report, unreached=("blocks.9.sla",)).__rich__(), width)
+        assert all(len(line) <= width for line in text.splitlines())
+        assert "not reached, left as they were: blocks.9.sla" in text
+        assert f"-> {100 * report.sites[1].topk:.3g}%" in text
+    assert "AllocationReport of Model" in repr(report)
+    assert f"output error {report.output_uniform:.4f} spread evenly, {report.output:.4f} as allocated" in report.title

@@ -1,0 +1,573 @@
+"""``calibrate``: the closed form is the least-squares gate, its report is true, and nothing else is touched."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sla_compile
+from sla_compile.compiler.sites import PREPARED
+from sla_compile.fitting.calibration import SiteStatistics, gather
+from sla_compile.fitting.observer import GatedCall, gated_calls
+from sla_compile.gate import Gate
+from sla_compile.kernels import reference
+from tests.support.closeness import assert_close, relative_error
+from tests.support.models import (
+    HEADS,
+    OPTIONS,
+    WIDTH,
+    Attention,
+    CalledTwice,
+    Model,
+    TwoAttentions,
+    random_input,
+    randomize_gates,
+)
+
+DIM = WIDTH // HEADS
+
+
+class Failed(Exception):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+
+def batches(count: int = 3, tokens: int = 100) -> list[tuple[Tensor]]:
+    return [(random_input(tokens),) for _ in range(count)]
+
+
+def made(model: nn.Module | None = None, **options: Any) -> nn.Module:
+    """A float64 model (two blocks by default) with gates."""
+    model = (Model() if model is None else model).double().eval()
+    return sla_compile.prepare(model, (random_input(),), config={**OPTIONS, **options})
+
+
+def recorded(model: nn.Module, data: list[tuple[Tensor]]) -> dict[str, list[GatedCall]]:
+    calls: dict[str, list[GatedCall]] = {}
+
+    def record(call: GatedCall) -> Tensor:
+        calls.setdefault(call.path, []).append(call)
+        return call.dense
+
+    with torch.no_grad(), gated_calls(model, record):
+        for args in data:
+            model(*args)
+    return calls
+
+
+def defined_error(calls: list[GatedCall], weight: Tensor | None = None, bias: Tensor | None = None) -> float:
+    """||O - dense|| / ||dense|| by the definition; with the site's own gate unless one is given."""
+    outs, denses = [], []
+    for call in calls:
+        gate = call.gate.weight if weight is None else weight, call.gate.bias if bias is None else bias
+        outs.append(
+            reference.sparse_linear_attention(
+                call.query, call.key, call.value, *gate, scale=call.scale, **call.gate.config.kernel_options()
+            ).flatten()
+        )
+        denses.append(call.dense.flatten())
+    return relative_error(torch.cat(outs), torch.cat(denses))
+
+
+def direct_solution(calls: list[GatedCall], ridge: float) -> tuple[Tensor, Tensor]:
+    """weight and bias of ``calls`` by least squares over all tokens at once, the ridge as extra rows."""
+    gate = calls[0].gate
+    heads = range(gate.heads) if gate.weight.dim() == 3 else [slice(None)]
+    solved = []
+    for head in heads:
+        parts = []
+        for call in calls:
+            sparse, linear = call.branches()
+            assert linear is not None
+            parts.append([t[:, head].reshape(-1, DIM) for t in (linear, call.dense - sparse)])
+        x, r = (torch.cat(rows) for rows in zip(*parts, strict=True))
+        variance = (x - x.mean(0)).square().sum() / DIM
+        penalty = torch.cat([(ridge * variance).sqrt() * torch.eye(DIM, dtype=x.dtype), x.new_zeros(DIM, 1)], dim=1)
+        x = torch.cat([F.pad(x, (0, 1), value=1.0), penalty])
+        solved.append(torch.linalg.lstsq(x, torch.cat([r, r.new_zeros(DIM, DIM)])).solution)
+    solution = torch.stack(solved)
+    weight, bias = solution[:, :DIM].mT, solution[:, DIM]
+    return weight.reshape(gate.weight.shape), bias.reshape(gate.bias.shape)
+
+
+@pytest.mark.parametrize("gate", ["shared", "per_head"])
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+def test_closed_form_is_the_least_squares_solution(gate: str, ridge: float) -> None:
+    model, data = made(gate=gate), batches()
+    expected = {path: direct_solution(calls, ridge) for path, calls in recorded(model, data).items()}
+    sla_compile.calibrate(model, data, ridge=ridge)
+    assert len(expected) == 2
+    for path, (weight, bias) in expected.items():
+        assert_close(f"{path} weight", sla_compile.gates(model)[path].weight, weight, 1e-8)
+        assert_close(f"{path} bias", sla_compile.gates(model)[path].bias, bias, 1e-8)
+
+
+def test_closed_form_on_random_numbers() -> None:
+    """Branches far from those of an attention, on tokens that do not fill the last chunk."""
+    config = sla_compile.SLAConfig(gate="per_head")
+    gate = Gate(head_dim=16, heads=3, config=config, dtype=torch.float64)
+    linear, sparse, dense = torch.randn(3, 2, 3, 2100, 16, dtype=torch.float64)
+
+    class Given(GatedCall):
+        def branches(self) -> tuple[Tensor, Tensor | None]:
+            return sparse, linear
+
+    statistics = SiteStatistics(gate, linear.device)
+    statistics.add(Given("site", gate, dense, dense, dense, key_mask=None, decision=cast(Any, None), dense=dense))
+    weight, bias = statistics.solve(0.0)
+    for head in range(3):
+        x = F.pad(linear[:, head].reshape(-1, 16), (0, 1), value=1.0)
+        solution = torch.linalg.lstsq(x, (dense - sparse)[:, head].reshape(-1, 16)).solution
+        assert_close("weight", weight[head], solution[:16].mT, 1e-8)
+        assert_close("bias", bias[head], solution[16], 1e-8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gate": "per_head"},
+        {"linear": "all"},
+        {"linear": "none"},
+        {"feature_map": "relu"},
+        {"topk": 1.0, "bottomk": 0},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())) or "default",
+)
+@pytest.mark.parametrize("sequential", [False, True])
+def test_report_states_the_errors_of_the_definition(options: dict[str, Any], sequential: bool) -> None:
+    model, data = made(**options), batches(2)
+    randomize_gates(model)
+    zero, before = {}, {}
+    for path, calls in recorded(model, data).items():
+        gate = calls[0].gate
+        zero[path] = defined_error(calls, torch.zeros_like(gate.weight), torch.zeros_like(gate.bias))
+        before[path] = defined_error(calls)
+    report = sla_compile.calibrate(model, data, sequential=sequential)
+    assert [site.path for site in report.sites] == ["blocks.0.attention.sla", "blocks.1.attention.sla"]
+    # Only the first layer's inputs are the same in both variants.
+    checked = report.sites[:1] if sequential else report.sites
+    for site in checked:
+        after = defined_error(recorded(model, data)[site.path])
+        for name, actual, expected in (
+            ("sparse only", site.sparse_only, zero[site.path]),
+            ("before", site.before, before[site.path]),
+            ("after", site.after, after),
+        ):
+            assert abs(actual - expected) < 1e-6 + 1e-8 * expected, f"{site.path} {name}: {actual}, {expected}"
+    for site in report.sites:
+        # The penalty counts against the fit, and the bound is its value at a gate of zero.
+        assert site.after <= site.sparse_only + 1e-7
+        assert site.after <= site.before
+        assert site.calls == 2
+    assert report.sequential is sequential
+    assert report.batches == 2
+
+
+def test_sequential_fits_a_layer_to_what_the_calibrated_ones_give_it() -> None:
+    model, data = made(), batches(2)
+    report = sla_compile.calibrate(model, data, sequential=True, ridge=0.0)
+    calls: list[GatedCall] = []
+
+    def gated(call: GatedCall) -> Tensor:
+        calls.extend([call] if call.path == "blocks.1.attention.sla" else [])
+        return call.gated(call.gate.weight, call.gate.bias)
+
+    with torch.no_grad(), gated_calls(model, gated):
+        for args in data:
+            model(*args)
+    weight, bias = direct_solution(calls, 0.0)
+    assert_close("weight", calls[0].gate.weight, weight, 1e-8)
+    assert_close("bias", calls[0].gate.bias, bias, 1e-8)
+    assert abs(report.sites[1].after - defined_error(calls)) < 1e-7
+    one_pass = made()
+    one_pass.load_state_dict(model.state_dict())
+    sla_compile.calibrate(one_pass, data, ridge=0.0)
+    other = sla_compile.gates(one_pass)["blocks.1.attention.sla"].weight
+    assert relative_error(other, calls[0].gate.weight) > 1e-4
+
+
+def test_what_is_calibrated_is_what_the_compiled_model_computes() -> None:
+    model, data = made(Model(blocks=1)), batches(2)
+    (path,) = sla_compile.gates(model)
+    report = sla_compile.calibrate(model, data)
+    caught = []
+    attention = model.get_submodule("blocks.0.attention")
+    handle = attention.out.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    with torch.no_grad():
+        model(*data[0])
+        model(*data[1])
+        compiled = torch.compile(model, backend="sla", options={"inner": "eager"})
+        compiled(*data[0])
+        compiled(*data[1])
+    handle.remove()
+    error = relative_error(torch.stack(caught[2:]), torch.stack(caught[:2]))
+    assert abs(error - report.sites[0].after) < 1e-7
+    assert 0 < report.sites[0].after < 0.9 * report.sites[0].sparse_only, path
+
+
+def test_two_attentions_of_one_owner_have_a_gate_each() -> None:
+    model, data = made(TwoAttentions()), batches()
+    calls = recorded(model, data)
+    assert list(calls) == ["sla", "sla_1"]
+    assert [call.scale for call in (calls["sla"][0], calls["sla_1"][0])] == [DIM**-0.5, 0.4]
+    expected = {path: direct_solution(found, 0.0) for path, found in calls.items()}
+    report = sla_compile.calibrate(model, data, ridge=0.0)
+    for path, (weight, _) in expected.items():
+        assert_close(path, sla_compile.gates(model)[path].weight, weight, 1e-8)
+    assert [site.calls for site in report.sites] == [3, 3]
+
+
+def test_an_owner_called_twice_fits_its_gate_to_both_calls() -> None:
+    model, data = made(CalledTwice()), batches()
+    calls = recorded(model, data)["attention.sla"]
+    assert len(calls) == 6
+    weight, _ = direct_solution(calls, 0.0)
+    report = sla_compile.calibrate(model, data, ridge=0.0)
+    assert report.sites[0].calls == 6
+    assert_close("weight", sla_compile.gates(model)["attention.sla"].weight, weight, 1e-8)
+
+
+class Inner(nn.Module):
+    """Attention of a child, without a gate, inside an owner that has two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.child = TwoAttentions()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, DIM)).permute(2, 0, 3, 1, 4)
+        masked = F.scaled_dot_product_attention(q, k, v, q.new_ones(x.shape[1], x.shape[1]).tril())
+        q = q + self.child(masked.transpose(1, 2).flatten(2)).unflatten(-1, (HEADS, DIM)).transpose(1, 2)
+        return F.scaled_dot_product_attention(query=q, key=k, value=v, scale=0.3).transpose(1, 2).flatten(2)
+
+
+def test_ordinals_are_those_of_the_compiled_graph() -> None:
+    model = made(Inner(), exclude=("child",))
+    assert list(sla_compile.gates(model)) == ["sla_1"]
+    calls = recorded(model, batches(1))
+    assert [(path, call.scale) for path, found in calls.items() for call in found] == [("sla_1", 0.3)]
+    report = sla_compile.calibrate(model, batches(1))
+    assert [site.path for site in report.sites] == ["sla_1"]
+
+
+def test_attention_too_short_for_its_settings_is_left_dense() -> None:
+    model = made(min_tokens=80)
+    assert recorded(model, batches(1, tokens=79)) == {}
+    assert len(recorded(model, batches(1, tokens=80))) == 2
+
+
+def test_mixed_settings_per_site() -> None:
+    overrides = {"blocks.0.*": {"linear": "none"}, "blocks.1.*": {"gate": "per_head", "feature_map": "elu"}}
+    model, data = made(overrides=overrides), batches()
+    report = sla_compile.calibrate(model, data)
+    first, second = sla_compile.gates(model).values()
+    assert not first.weight.any()
+    calls = recorded(model, data)[report.sites[0].path]
+    missed = torch.cat([(call.dense - call.branches()[0]).transpose(1, 2).reshape(-1, DIM) for call in calls])
+    assert_close("bias", first.bias, missed.mean(0), 1e-10)
+    assert second.weight.shape == (HEADS, DIM, DIM)
+    assert report.sites[1].after < report.sites[1].sparse_only
+
+
+def test_without_marginal_blocks_the_weight_stays_zero() -> None:
+    model = made(topk=0.5, bottomk=0.5)
+    report = sla_compile.calibrate(model, batches(tokens=96))  # six blocks: three critical, three negligible
+    for gate in sla_compile.gates(model).values():
+        assert not gate.weight.any()
+        assert gate.bias.any()
+    assert all(site.after < site.sparse_only for site in report.sites)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gates_of_lower_precision(dtype: torch.dtype) -> None:
+    model, data = made(), batches()
+    sla_compile.calibrate(model, data)
+    exact = {path: gate.weight.detach().clone() for path, gate in sla_compile.gates(model).items()}
+    low = sla_compile.prepare(Model().to(dtype), (random_input().to(dtype),), config=OPTIONS)
+    low.load_state_dict({name: value for name, value in model.state_dict().items() if ".sla." not in name})
+    report = sla_compile.calibrate(low, [(x.to(dtype),) for (x,) in data])
+    for path, gate in sla_compile.gates(low).items():
+        assert gate.weight.dtype == dtype
+        # loose: the inputs of the fit are rounded too, and its small directions amplify that
+        assert_close(path, gate.weight, exact[path], {torch.float32: 1e-3}.get(dtype, 0.5))
+    for site in report.sites:
+        assert site.after < site.sparse_only
+
+
+def test_autocast() -> None:
+    model = Model()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        report = sla_compile.calibrate(model, [(x.float(),) for (x,) in batches(1)], config=OPTIONS)
+    assert all(site.after < site.sparse_only for site in report.sites)
+    assert all(gate.weight.dtype == torch.float32 for gate in sla_compile.gates(model).values())
+
+
+def test_prepares_takes_compiled_models_and_keyword_batches() -> None:
+    model = Model().double()
+    compiled = torch.compile(model, backend="sla", options={**OPTIONS, "inner": "eager"})
+    seen = iter([{"x": random_input()} for _ in range(5)])
+    report = sla_compile.calibrate(compiled, seen, config=OPTIONS, max_batches=2)
+    assert report.batches == 2
+    assert len(list(seen)) == 3
+    assert len(sla_compile.gates(model)) == 2
+    assert all(gate.trained() for gate in sla_compile.gates(model).values())
+
+
+def test_blocks_compiled_one_by_one_run_dense_meanwhile() -> None:
+    model, data = made(), batches(2)
+    randomize_gates(model)
+    expected = {path: defined_error(calls) for path, calls in recorded(model, data).items()}
+    for block in model.blocks:
+        block.compile(backend="sla", options={"inner": "eager"})
+    sparse = model(*data[0])
+    report = sla_compile.calibrate(model, data)
+    for site in report.sites:
+        assert abs(site.before - expected[site.path]) < 1e-7
+    assert relative_error(model(*data[0]), sparse) > 1e-3
+
+
+def test_blocks_compiled_one_by_one_are_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = made(), batches(1)
+    for block in model.blocks:
+        block.compile(backend="sla", options={"inner": "eager"})
+    model(*data[0])
+    compiled: list[Any] = []
+    monkeypatch.setattr("sla_compile.backend.rewrite_graph", lambda *arguments: compiled.append(arguments) or [])
+    sla_compile.calibrate(model, data)
+    assert not compiled
+
+
+class Forgiving(Attention):
+    """Goes on where a child fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with contextlib.suppress(Failed):
+            self.child(x)
+        return super().forward(x)
+
+
+def test_an_exception_that_the_model_catches_does_not_hide_the_owner() -> None:
+    model = made(Forgiving())
+
+    def fail(module: nn.Module, args: Any) -> None:
+        raise Failed
+
+    model.child.register_forward_pre_hook(fail)
+    assert [site.path for site in sla_compile.calibrate(model, batches(1)).sites] == ["sla"]
+
+
+def test_a_gate_that_the_fit_would_not_improve_stays() -> None:
+    model, data = made(), batches(1)
+    best = sla_compile.calibrate(model, data, ridge=0.0)
+    gates = {path: gate.weight.detach().clone() for path, gate in sla_compile.gates(model).items()}
+    again = sla_compile.calibrate(model, data, ridge=1.0)
+    for path, weight in gates.items():
+        assert torch.equal(sla_compile.gates(model)[path].weight, weight)
+    assert [site.after for site in again.sites] == [site.after for site in best.sites]
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    hooks = {
+        name: (list(m._forward_pre_hooks.items()), list(m._forward_hooks.items()), m.__dict__.get(PREPARED))
+        for name, m in model.named_modules()
+    }
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    settings = {path: (g.config, g.settings, g.model_config) for path, g in sla_compile.gates(model).items()}
+    return {"hooks": hooks, "tensors": tensors, "settings": settings}
+
+
+def assert_same_state(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert actual["settings"] == expected["settings"]
+    assert actual["tensors"].keys() == expected["tensors"].keys()
+    for name, tensor in actual["tensors"].items():
+        assert torch.equal(tensor, expected["tensors"][name]), name
+
+    # ``prepare`` renews its markers; what they do is in their attributes.
+    def plain(hooks: dict[str, Any]) -> Any:
+        return {n: ([vars(h) for _, h in pre], list(post), prepared) for n, (pre, post, prepared) in hooks.items()}
+
+    assert plain(actual["hooks"]) == plain(expected["hooks"])
+
+
+def failing(count: int) -> Iterator[tuple[Tensor]]:
+    yield from batches(count)
+    raise Failed
+
+
+@pytest.mark.parametrize("config", [None, {**OPTIONS, "topk": 0.5}], ids=["as it was", "other settings"])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_an_exception_leaves_a_prepared_model_as_it_was(config: Any, sequential: bool) -> None:
+    model = made()
+    randomize_gates(model)
+    before = state(model)
+    with pytest.raises(Failed):
+        sla_compile.calibrate(model, failing(2), config=config, sequential=sequential)
+    assert_same_state(state(model), before)
+    calls = []
+
+    def fail(module: nn.Module, args: Any) -> None:
+        calls.append(module)
+        if len(calls) == 3:
+            raise Failed
+
+    handle = model.blocks[1].norm.register_forward_pre_hook(fail)
+    with pytest.raises(Failed):
+        sla_compile.calibrate(model, batches(4), sequential=sequential)
+    handle.remove()
+    assert len(calls) == 3
+    assert_same_state(state(model), before)
+
+
+def test_an_exception_leaves_an_unprepared_model_as_it_was() -> None:
+    model = Model().double()
+    before = state(model)
+    with pytest.raises(Failed):
+        sla_compile.calibrate(model, failing(1), config=OPTIONS)
+    assert_same_state(state(model), before)
+    assert not sla_compile.gates(model)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_name_the_site(bad: float) -> None:
+    model, data = made(), batches()
+    before = state(model)
+    handle = model.blocks[1].norm.register_forward_hook(lambda m, args, out: out * bad)
+    with pytest.raises(ValueError, match=r"blocks\.1\.attention\.sla: attention.*not finite"):
+        sla_compile.calibrate(model, data)
+    handle.remove()
+    assert_same_state(state(model), before)
+
+
+def test_what_is_refused() -> None:
+    model = made()
+    with pytest.raises(ValueError, match="batches: empty"):
+        sla_compile.calibrate(model, [])
+    with pytest.raises(TypeError, match="item 0 is a Tensor; accepted: a tuple"):
+        sla_compile.calibrate(model, [random_input()])
+    with pytest.raises(TypeError, match="item 1 is a int"):
+        sla_compile.calibrate(model, [(random_input(),), 3])
+    with pytest.raises(ValueError, match=r"ridge: got -1"):
+        sla_compile.calibrate(model, batches(1), ridge=-1)
+    with pytest.raises(ValueError, match="max_batches: got 0"):
+        sla_compile.calibrate(model, batches(1), max_batches=0)
+    with pytest.raises(TypeError, match=r"accepted: a torch\.nn\.Module"):
+        sla_compile.calibrate(lambda x: x, batches(1))  # type: ignore[arg-type]
+
+
+def test_no_gated_attention_says_why() -> None:
+    model = Model().double()
+    reason = r"Model: no attention with a gate.*blocks\.0\.attention: short sequence, 100 tokens.*min_tokens=4096"
+    with pytest.raises(ValueError, match=reason):
+        sla_compile.calibrate(model, batches(1))
+    assert not sla_compile.gates(model)
+    model = made(min_tokens=100)
+    with pytest.raises(ValueError, match="short sequence, 50 tokens"):
+        sla_compile.calibrate(model, batches(1, tokens=50))
+    with pytest.raises(ValueError, match=r"no call of F\.scaled_dot_product_attention was found"):
+        sla_compile.calibrate(nn.Linear(WIDTH, WIDTH).double(), batches(1))
+
+
+class Branching(Model):
+    def forward(self, x: Tensor, last: bool = True) -> Tensor:
+        x = self.blocks[0](x)
+        return self.blocks[1](x) if last else x
+
+
+def test_report_renders_and_lists_gates_that_were_not_reached() -> None:
+    model = made(Branching())
+    report = sla_compile.calibrate(model, [(random_input(), False)])
+    assert report.unreached == ("blocks.1.attention.sla",)
+    assert not sla_compile.gates(model)["blocks.1.attention.sla"].trained()
+    data = json.loads(report.to_json())
+    assert data["sites"][0]["path"] == "blocks.0.attention.sla"
+    assert data["mean"]["after"] == report.sites[0].after
+    assert data["unreached"] == ["blocks.1.attention.sla"]
+    assert 0 < data["sites"][0]["closed"] < 1
+    from sla_compile.reporting.terminal import plain_text
+
+    for width in (40, 120):
+        text = plain_text(report, width)
+        assert all(len(line) <= width for line in text.splitlines())
+        for part in ("blocks.0.attention.sla", f"{report.sites[0].after:.4f}", f"{100 * report.sites[0].closed:.1f}%"):
+            assert part in text
+        assert "not reached" in text
+    assert str(report) == plain_text(report, 100)
+    assert "CalibrationReport of Branching" in repr(report)
+
+
+def test_statistics_do_not_grow_with_tokens_or_batches() -> None:
+    model = made()
+    _, small = gather(model, iter([((random_input(64),), {})]))
+    _, large = gather(model, iter([((random_input(640),), {})] * 3))
+    for path, statistics in small.items():
+        sizes = [t.numel() for t in vars(statistics).values() if isinstance(t, Tensor)]
+        assert sizes == [t.numel() for t in vars(large[path]).values() if isinstance(t, Tensor)]
+        assert max(sizes) == (DIM + 1) ** 2
+
+
+def wan() -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+    """A small WanTransformer3DModel of diffusers, a batch by keyword, and settings for its 192 tokens."""
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+    )
+    batch = {
+        "hidden_states": torch.randn(1, 4, 3, 16, 16),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 12, 16),
+    }
+    return model, batch, {**OPTIONS, "min_tokens": 64}
+
+
+def test_diffusers() -> None:
+    model, batch, options = wan()
+    report = sla_compile.calibrate(model, [batch], config=options)
+    gates = sla_compile.gates(model)
+    assert [site.path for site in report.sites] == list(gates) == ["blocks.0.attn1.sla", "blocks.1.attn1.sla"]
+    for site in report.sites:
+        assert site.after < site.sparse_only
+        assert gates[site.path].trained()
+
+
+def test_an_owner_that_mixes_in_attention_written_by_hand_is_refused() -> None:
+    """The compiler counts both kinds; seen from outside, the second would take the gate of the first."""
+
+    class Mixed(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.heads(x)
+            first = (q @ k.transpose(-2, -1) * 0.25).softmax(-1) @ v
+            second = F.scaled_dot_product_attention(q, k, v)
+            return self.out((first + second).transpose(1, 2).flatten(2))
+
+    model = nn.Sequential(Mixed()).double()
+    batches = [(random_input(),)]
+    sla_compile.prepare(model, batches[0], config=OPTIONS)
+    assert list(sla_compile.gates(model)) == ["0.sla", "0.sla_1"]
+    with pytest.raises(ValueError, match=r"0\.sla, 0\.sla_1: the owner called .* 1 time\(s\).*number 2"):
+        sla_compile.calibrate(model, batches)
+    assert not any(bool(p.any()) for p in sla_compile.gate_parameters(model))

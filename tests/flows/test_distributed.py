@@ -1,0 +1,185 @@
+"""Two processes give the gradients of one: DistributedDataParallel and FSDP2, blocks compiled one by one."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from torch import nn
+
+import sla_compile
+from tests.support.closeness import assert_close
+from tests.support.models import OPTIONS, Model, randomize_gates
+
+WORLD = 2
+
+
+def seeded_model() -> nn.Module:
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    model = Model()
+    sla_compile.prepare(model, (torch.zeros(1, 100, 32),), config={**OPTIONS, "max_topk": 0.9})
+    sla_compile.set_sparsity(model, topk=0.5)
+    randomize_gates(model)
+    return model
+
+
+def batch() -> torch.Tensor:
+    return torch.randn(WORLD, 100, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    for block in model.blocks:
+        block.compile(backend="sla", options={"inner": "aot_eager"})
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    compile_blocks(model)
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def fully_sharded(model: nn.Module) -> nn.Module:
+    compile_blocks(sharded(model))
+    return model
+
+
+def compiled_data_parallel(model: nn.Module) -> nn.Module:
+    """Compiled as a whole, cut by torch's DDPOptimizer into buckets too small to hold an attention and its gate."""
+    # A real model's blocks are larger than these bytes, which torch reads anew for each frame.
+    dist._DEFAULT_FIRST_BUCKET_BYTES = 1
+    wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.003)
+    return torch.compile(wrapped, backend="sla", options={"inner": "aot_eager"})  # type: ignore[return-value]
+
+
+WRAPPERS = {"ddp": data_parallel, "ddp, compiled whole": compiled_data_parallel, "fsdp2": fully_sharded}
+
+
+def work(rank: int, wrapper: str, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="localhost", RANK=str(rank), WORLD_SIZE=str(WORLD))
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", WORLD)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
+    try:
+        model = seeded_model()
+        wrapped = WRAPPERS[wrapper](model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        wrapped(batch()[rank : rank + 1]).square().mean().backward()
+        gradients = {name: _whole(p.grad) for name, p in model.named_parameters()}
+        dcp.save({"model": model.state_dict()}, checkpoint_id=f"{folder}/checkpoint")
+        optimizer.step()
+        state = {name: _whole(p.detach()) for name, p in model.named_parameters()}
+        kinds = [type(p).__name__ for p in sla_compile.gate_parameters(model)]
+        rewritten = [site.rewritten for site in sla_compile.report(model).sites]
+        graphs = torch._dynamo.utils.counters["aot_autograd"]["total"]
+        if rank == 0:
+            measured = {"kinds": kinds, "rewritten": rewritten, "graphs": graphs}
+            torch.save({"gradients": gradients, "state": state, **measured}, f"{folder}/result.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def _whole(tensor: Any) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_two_processes_give_the_gradients_of_one(wrapper: str, tmp_path: Path) -> None:
+    mp.spawn(work, args=(wrapper, str(tmp_path)), nprocs=WORLD)
+    result = torch.load(tmp_path / "result.pt")
+    if wrapper == "fsdp2":
+        assert set(result["kinds"]) == {"DTensor"}, "gates are sharded like any parameter"
+    if wrapper == "ddp, compiled whole":
+        assert result["graphs"] > 3, "cut into buckets"
+    assert result["rewritten"] == [True, True]
+    try:
+        model = seeded_model()
+        compile_blocks(model)
+        model(batch()).square().mean().backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            assert_close(f"gradient of {name}", result["gradients"][name], parameter.grad, 1e-10)
+            assert_close(name, result["state"][name], parameter.detach() - parameter.grad, 1e-10)
+        # The sharded checkpoint goes into a model of one process.
+        other = sla_compile.prepare(Model(), (torch.zeros(1, 100, 32),), config={**OPTIONS, "max_topk": 0.9})
+        state = {"model": other.state_dict()}
+        dcp.load(state, checkpoint_id=tmp_path / "checkpoint")
+        other.load_state_dict(state["model"])
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(other.state_dict()[name], tensor), name
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def refused(rank: int, wrapper: str, folder: str) -> None:
+    warnings.simplefilter("ignore")
+    store = dist.FileStore(f"{folder}/store", 1)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=1)
+    try:
+        torch.set_default_dtype(torch.float64)
+        model = nn.parallel.DistributedDataParallel(Model()) if wrapper == "ddp" else sharded(Model())
+        wrapped = torch.compile(model, backend="sla", options={**OPTIONS, "inner": "aot_eager"})
+        with pytest.raises(ValueError, match=r"attention\.sla: the model is in .* already, .*call sla_compile\.prep"):
+            wrapped(batch())
+        with torch.no_grad():
+            wrapped(batch())
+        assert len(sla_compile.gates(wrapped)) == 2
+        if wrapper == "ddp":
+            model = nn.parallel.DistributedDataParallel(Model())
+            with pytest.raises(ValueError, match=r"^blocks\.0\.attention\.sla: the model is in Dist.* already, "):
+                sla_compile.prepare(model, (batch(),), config=OPTIONS)
+            assert sla_compile.gates(model) == {}
+            with torch.no_grad():
+                sla_compile.prepare(model, (batch(),), config=OPTIONS)
+            assert [*sla_compile.gates(model)] == ["blocks.0.attention.sla", "blocks.1.attention.sla"]
+    finally:
+        dist.destroy_process_group()
+
+
+def named_as_unwrapped(rank: int, folder: str) -> None:
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=rank, world_size=1)
+    try:
+        torch.set_default_dtype(torch.float64)
+        model = seeded_model()
+        wrapped = torch.compile(
+            nn.parallel.DistributedDataParallel(model), backend="sla", options={"inner": "aot_eager"}
+        )
+        wrapped(batch())
+        assert sla_compile.gates(wrapped) == sla_compile.gates(model)
+        assert [site.path for site in sla_compile.report(wrapped).sites] == ["blocks.0.attention", "blocks.1.attention"]
+        sla_compile.save(wrapped, f"{folder}/gates.safetensors")
+        alone = sla_compile.load(Model(), f"{folder}/gates.safetensors")
+        with torch.no_grad():
+            for gate in sla_compile.gates(wrapped).values():
+                gate.weight.zero_()
+        sla_compile.load(wrapped, f"{folder}/gates.safetensors")
+        for path, gate in sla_compile.gates(alone).items():
+            assert torch.equal(gate.weight, sla_compile.gates(model)[path].weight)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_gates_in_a_wrapper_are_named_as_in_the_model(tmp_path: Path) -> None:
+    mp.spawn(named_as_unwrapped, args=(str(tmp_path),), nprocs=1)
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_no_gate_is_made_behind_the_wrappers_back(wrapper: str, tmp_path: Path) -> None:
+    """Its gradients would not be averaged over the processes; without gradients it does no harm."""
+    mp.spawn(refused, args=(wrapper, str(tmp_path)), nprocs=1)

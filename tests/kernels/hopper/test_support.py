@@ -1,0 +1,98 @@
+"""Which calls the Gluon kernels take; what they compute is tested on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from sla_compile.kernels.hopper import support as hopper
+
+SETTINGS = {"scale": 0.1, "block_q": 64, "block_k": 64, "masked": False}
+
+
+class OnCuda(Tensor):
+    """A CPU tensor that says it lies on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+def on_cuda(x: Tensor) -> Tensor:
+    return x.as_subclass(OnCuda)
+
+
+@pytest.fixture(autouse=True)
+def a_hopper_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "available", lambda device: True)
+
+
+def activations(head_dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return on_cuda(torch.zeros(1, 128, 2, head_dim, dtype=dtype).transpose(1, 2))
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_takes(head_dim: int, dtype: torch.dtype) -> None:
+    x = activations(head_dim, dtype)
+    for block_q, block_k in ((64, 64), (128, 64), (256, 128)):
+        assert hopper.usable(x, x, x, **{**SETTINGS, "block_q": block_q, "block_k": block_k})
+
+
+@pytest.mark.parametrize(
+    "change", [{"masked": True}, {"scale": -0.1}, {"scale": 0.0}, {"block_q": 32}, {"block_k": 256}, {"block_k": 16}]
+)
+def test_leaves_settings(change: dict[str, object]) -> None:
+    x = activations()
+    assert not hopper.usable(x, x, x, **{**SETTINGS, **change})  # type: ignore[arg-type]
+
+
+def test_leaves_tensors() -> None:
+    x = activations()
+    on_the_cpu = torch.zeros(1, 2, 128, 64).bfloat16()
+    for other in (activations(head_dim=256), activations(head_dim=36), activations(dtype=torch.float32), on_the_cpu):
+        assert not hopper.usable(other, other, other, **SETTINGS)
+    # TMA wants strides above zero
+    expanded = on_cuda(torch.zeros(1, 2, 128, 64, dtype=torch.bfloat16).expand(3, 2, 128, 64))
+    assert not hopper.usable(expanded, x, x, **SETTINGS)
+    assert not hopper.usable(x, x, expanded, **SETTINGS)
+
+
+def test_leaves_other_gpus_and_unknown_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    monkeypatch.undo()
+    for capability, version, expected in (
+        ((9, 0), "3.6.0", True),
+        ((9, 0), "3.9.1", True),
+        ((9, 0), "3.5.1", False),
+        ((9, 0), "4.0.0", False),
+        ((8, 0), "3.6.0", False),
+        ((10, 0), "3.6.0", False),
+    ):
+        hopper.available.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        monkeypatch.setattr(triton, "__version__", version)
+        assert hopper.available(0) is expected, (capability, version)
+    hopper.available.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not hopper.available(0)
+    hopper.available.cache_clear()
+
+
+def test_descriptors_of_equal_layouts_differ_in_their_base_alone() -> None:
+    """Triton's checks are made once for a layout, so what is remembered must be all of it."""
+    primitives = pytest.importorskip("sla_compile.kernels.hopper.primitives")
+    first, second = (torch.randn(2, 128, 3, 64, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+    made = [primitives.tile_descriptor(x, 64) for x in (first, second)]
+    assert [descriptor.base is x for descriptor, x in zip(made, (first, second), strict=True)] == [True, True]
+    assert {**vars(made[0]), "base": None} == {**vars(made[1]), "base": None}
+    assert made[0].strides == [128 * 3 * 64, 64, 3 * 64, 1]
+    assert primitives.tile_descriptor(first, 128).block_shape == [1, 1, 128, 64]
+    assert primitives.tile_descriptor(first[:, :, :100], 64).shape == [2, 3, 100, 64]
+    assert primitives.tile_descriptor(first.contiguous(), 64).strides == [3 * 128 * 64, 128 * 64, 64, 1]
+    matrices = [primitives.matrix_descriptor(first.new_zeros(count, 64, 64), 64) for count in (1, 5, 5)]
+    assert [matrix.shape for matrix in matrices] == [[1, 64, 64], [5, 64, 64], [5, 64, 64]]

@@ -1,0 +1,242 @@
+"""The Triton kernels in Triton's interpreter, float32 on the CPU, against the definition in float64.
+
+Triton decides at its import whether kernels are interpreted, and an earlier test may have imported it: the
+checks run in one fresh process, which pytest starts on this same file with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from sla_compile.kernels import reference
+from tests.support.closeness import assert_close
+from tests.support.triton_cases import OPTIONS, Case, check, expected_classes, inputs, run_kernels
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not() -> str | None:
+    """What keeps Triton's interpreter from running here, if anything does."""
+    versions = []
+    for name in ("triton", "numpy"):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed"
+        found = importlib.import_module(name).__version__
+        versions.append(tuple(int(part) for part in found.split(".")[:2]))
+    if versions[0] <= (3, 6) and versions[1] >= (2, 4):
+        return "the interpreter of Triton 3.6 takes int() of one-element arrays, which numpy 2.4 refuses"
+    return None
+
+
+# pieces of about equal time, so that two workers share them
+GROUPS = ("shapes", "gates", "classes", "masks", "options")
+
+if not INTERPRETED:
+
+    @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+    @pytest.mark.parametrize("group", GROUPS)
+    def test_in_the_interpreter(group: str) -> None:
+        environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1", PYTHONSAFEPATH="1")
+        environment = {n: v for n, v in environment.items() if not n.startswith("PYTEST_XDIST")}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", group, __file__]
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert process.returncode == 0, process.stdout[-8000:] + process.stderr[-2000:]
+        assert "skipped" not in process.stdout, process.stdout
+
+else:
+    pytestmark = pytest.mark.usefixtures("nan_fresh_buffers")
+
+    SHAPES = [
+        Case(),
+        Case(tokens=63, head_dim=40, batch=2),
+        Case(tokens=65, head_dim=80, block_q=32, block_k=16, feature_map="elu"),
+        Case(tokens=200, head_dim=128, layout="head_major"),
+        Case(tokens=150, head_dim=16, block_q=16, block_k=64, feature_map="relu"),
+        Case(tokens=100, head_dim=72, block_q=128, block_k=32, layout="packed"),
+        Case(tokens=130, head_dim=96, heads=1, layout="dim_before_token"),
+        Case(tokens=50, head_dim=256, heads=1, block_q=32, block_k=16),
+        Case(tokens=1, head_dim=16),
+        Case(tokens=100, head_dim=33, layout="slice"),
+        Case(tokens=100, head_dim=36, layout="slice"),
+        Case(tokens=100, head_dim=32, layout="slice"),
+        Case(tokens=100, head_dim=32, layout="off by one"),
+    ]
+    GATES = [
+        Case(weight="per_head", bias="per_head", head_dim=32),
+        Case(weight="per_head", bias="none", feature_map="relu", block_k=32),
+        Case(weight="none", head_dim=32),
+        Case(weight="none", bias="none", head_dim=32),
+        Case(linear="none", head_dim=32),
+        Case(linear="all", feature_map="elu", block_q=32),
+        Case(linear="all", weight="per_head", head_dim=128, tokens=100),
+        Case(linear="all", topk=1.0, bottomk=0.0, feature_map="relu", tokens=100, head_dim=32),
+        Case(topk=1.0, bottomk=0.0, tokens=130, head_dim=32),
+        Case(topk=0.5, bottomk=0.5, tokens=250, head_dim=32),
+        Case(gate_dtype=torch.float64, head_dim=32),
+        Case(block_q=128, block_k=64, tokens=250, head_dim=32),
+        Case(block_q=64, block_k=256, tokens=600, head_dim=16, heads=1),
+        Case(block_q=256, block_k=128, tokens=600, head_dim=16, heads=1),
+    ]
+
+    @pytest.mark.parametrize("case", SHAPES, ids=str)
+    def test_shapes(case: Case) -> None:
+        check(case, inputs(case, torch.float32, "cpu"), 1e-5, 1e-5)
+
+    @pytest.mark.parametrize("case", GATES, ids=str)
+    def test_gates(case: Case) -> None:
+        check(case, inputs(case, torch.float32, "cpu"), 1e-5, 1e-5)
+
+    def check_smaller(case: Case) -> None:
+        case = replace(case, heads=1, tokens=case.tokens * 3 // 5, keys=case.keys and case.keys * 3 // 5)
+        tensors = inputs(case, torch.float32, "cpu")
+        assert torch.equal(check(case, tensors, 1e-5, 1e-5), expected_classes(case, tensors))
+
+    @pytest.mark.parametrize("case", [case for case in OPTIONS if case.mask != "none"], ids=str)
+    def test_masks(case: Case) -> None:
+        check_smaller(case)
+
+    @pytest.mark.parametrize("case", [case for case in OPTIONS if case.mask == "none"], ids=str)
+    def test_options(case: Case) -> None:
+        check_smaller(case)
+
+    @pytest.mark.parametrize("topk", [1 / 3, 0.3, 0.07, 1e-9])
+    def test_options_have_exact_shares_when_causal(topk: float) -> None:
+        case = Case(tokens=400, heads=1, block_q=32, block_k=16, head_dim=16, causal=True, topk=topk, bottomk=0.29)
+        tensors = inputs(replace(case, weight="none", bias="none", linear="none"), torch.float32, "cpu")
+        expected = expected_classes(case, tensors)
+        if topk == 1 / 3:
+            # 16 decimals are taken as the third that they stand for
+            expected = expected_classes(replace(case, topk=0.33333333333333337), tensors)
+        _, block_map = run_kernels(case, tensors)
+        assert torch.equal(block_map, expected)
+
+    def test_shapes_without_a_batch() -> None:
+        case = Case(batch=0, tokens=100, head_dim=32)
+        actual, _ = run_kernels(case, inputs(case, torch.float32, "cpu"))
+        assert actual["out"].shape == actual["dq"].shape == (0, case.heads, 100, 32)
+        assert not actual["dweight"].any()
+
+    def test_gates_dense_identity() -> None:
+        case = Case(topk=1.0, bottomk=0.0, bias="none", tokens=130, head_dim=32)
+        tensors = inputs(case, torch.float32, "cpu")
+        actual, _ = run_kernels(case, tensors)
+        dense = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in tensors[:3]))
+        assert_close("out", actual["out"], dense, 1e-6)
+        assert not actual["dweight"].any()
+
+    EXTREMES = {
+        "logits of 1e6": lambda x: x * 1e3 * 32**0.25,
+        "equal keys": lambda x: torch.ones_like(x),
+        "zeros": lambda x: torch.zeros_like(x),
+        "negative": lambda x: -x.abs() - 1,
+    }
+
+    @pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu"])
+    @pytest.mark.parametrize("name", EXTREMES)
+    def test_gates_finite(name: str, feature_map: str) -> None:
+        case = Case(tokens=100, head_dim=32, block_q=32, block_k=32, heads=1, feature_map=feature_map)
+        q, k, *rest = inputs(case, torch.float32, "cpu")
+        assert q is not None
+        assert k is not None
+        actual, _ = run_kernels(case, [EXTREMES[name](q), EXTREMES[name](k), *rest])
+        for tensor_name, value in actual.items():
+            assert torch.isfinite(value).all(), tensor_name
+
+    def test_gates_logits_far_below_zero() -> None:
+        # exp(-lse) overflows: what pads the last block must be masked, not multiplied by zero
+        case = Case(tokens=100, head_dim=32, block_q=32, block_k=32, topk=1.0, bottomk=0.0)
+        q, k, *rest = inputs(case, torch.float32, "cpu")
+        assert q is not None
+        assert k is not None
+        check(case, [q.abs() * 4 + 8, -k.abs() - 8, *rest], 1e-4, 1e-4)
+
+    def classes_of(scores: torch.Tensor, critical: int, negligible: int) -> torch.Tensor:
+        rank = scores.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
+        block_map = torch.zeros_like(rank, dtype=torch.int8)
+        block_map[rank < critical] = 1
+        block_map[rank >= scores.shape[-1] - negligible] = -1
+        return block_map
+
+    @pytest.mark.parametrize(("critical", "negligible"), [(1, 0), (3, 4), (7, 30), (37, 0), (1, 36)])
+    def test_classes_with_ties(critical: int, negligible: int) -> None:
+        from sla_compile.kernels.triton.classify import classify_rows, critical_lists
+
+        generator = torch.Generator().manual_seed(0)
+        scores = torch.randint(-3, 4, (1, 2, 8, 37), generator=generator).float() / 4
+        scores[0, 0, 0] = 0.0
+        scores[0, 0, 0, ::3] = -0.0
+        scores[0, 0, 1] = torch.randn(37, generator=generator)
+        scores[0, 0, 2, 5] = float("inf")
+        scores[0, 0, 3, :20] = float("-inf")
+        scores[0, 0, 4] *= 1e38
+        scores[0, 0, 5] *= 1e-45
+        block_map, lists = classify_rows(scores, critical, negligible)
+        expected = classes_of(scores, critical, negligible)
+        assert torch.equal(block_map, expected)
+        for line, row in zip(lists.view(-1, critical), expected.view(-1, 37), strict=True):
+            assert torch.equal(line.long(), (row == 1).nonzero().flatten())
+        for by_column, lines in ((False, expected), (True, expected.mT)):
+            members, counts = critical_lists(block_map, by_column=by_column)
+            assert torch.equal(counts.long(), (lines == 1).sum(-1))
+            for member, count, line in zip(
+                members.flatten(0, 2), counts.flatten(), lines.reshape(-1, lines.shape[-1]), strict=True
+            ):
+                assert torch.equal(member[:count].long(), (line == 1).nonzero().flatten())
+
+    @pytest.mark.parametrize("lines", [5, 131, 300, 9000])
+    def test_popular_columns_come_first(lines: int) -> None:
+        from sla_compile.kernels.triton.classify import longest_first
+
+        counts = torch.randint(0, 1000, (2, 1, lines), generator=torch.Generator().manual_seed(0)).int()
+        counts[0, 0, 1], counts[1, 0, 2] = 0, 1000
+        *order, taken = longest_first(counts, 1000).tolist()
+        assert taken == 0
+        assert sorted(order) == [*range(2 * lines)]
+        lengths = [counts.flatten()[line].item() * 32 // 1001 for line in order]
+        assert lengths == sorted(lengths, reverse=True)
+        assert all(i < j for (i, a), (j, b) in pairwise(zip(order, lengths, strict=True)) if a == b)
+
+    @pytest.mark.parametrize("case", [Case(tokens=401, block_k=16), Case(tokens=250, block_q=16, block_k=32)], ids=str)
+    def test_classes_of_inputs(case: Case) -> None:
+        q, k, *rest = inputs(case, torch.float32, "cpu")
+        _, block_map = run_kernels(case, [q, k, *rest])
+        assert q is not None
+        assert k is not None
+        expected = reference.classify(
+            q, k, scale=case.head_dim**-0.5, topk=case.topk, bottomk=case.bottomk, block_q=case.block_q,
+            block_k=case.block_k,
+        )  # fmt: skip
+        assert torch.equal(block_map, expected)
+
+    def test_classes_equal_keys_go_to_the_lower_index() -> None:
+        case = Case(tokens=200, head_dim=32, block_k=16, topk=0.3, bottomk=0.3)
+        q, k, *rest = inputs(case, torch.float32, "cpu")
+        assert k is not None
+        assert q is not None
+        # sixteenths: every sum is exact, in whatever order it is taken
+        _, block_map = run_kernels(case, [(q * 16).round() / 16, torch.full_like(k, 0.5), *rest])
+        row = torch.tensor([1] * 3 + [0] * 7 + [-1] * 3, dtype=torch.int8)
+        assert torch.equal(block_map, row.expand_as(block_map))
+
+    def test_classes_refuse_what_the_kernels_lack() -> None:
+        case = Case(tokens=10)
+        tensors = inputs(case, torch.float64, "cpu")
+        with pytest.raises(TypeError, match=r"float64; accepted: torch.float32, torch.float16, torch.bfloat16"):
+            run_kernels(case, tensors)
+        tensors = inputs(case, torch.float32, "cpu")
+        with pytest.raises(ValueError, match="block_q is 48; accepted: 16, 32, 64, 128, 256"):
+            run_kernels(Case(tokens=10, block_q=48), tensors)
+        with pytest.raises(ValueError, match="feature_map is 'hedgehog'; accepted: softmax, elu, relu"):
+            run_kernels(Case(tokens=10, feature_map="hedgehog"), tensors)
+        wide = Case(tokens=10, head_dim=257)
+        with pytest.raises(ValueError, match="head dimension is 257; accepted: 1 to 256"):
+            run_kernels(wide, inputs(wide, torch.float32, "cpu"))

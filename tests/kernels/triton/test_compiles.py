@@ -1,0 +1,153 @@
+"""Every kernel compiles for Hopper under every option, without a GPU: the interpreter takes what Triton refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.triton_cases import Case, inputs, run_kernels
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(sys.platform != "linux", reason="Triton's assembler is for Linux"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted here"),
+]
+
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+def descriptor_type(descriptor: Any) -> str:
+    """A tensor descriptor as Triton's signatures spell it."""
+    return f"tensordesc<{TYPES[descriptor.base.dtype][1:]}{list(descriptor.block_shape)},{descriptor.layout!r}>"
+
+
+def source_of(kernel: Any, arguments: dict[str, Any]) -> Any:
+    """What Triton, or Gluon, would compile for these arguments of a launch."""
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
+        value = arguments[name]
+        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or one:
+            signature[name], constants[i,] = "constexpr", value
+            continue
+        aligned = isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
+        if isinstance(value, torch.Tensor) or aligned:
+            attributes[i,] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+        elif hasattr(value, "block_shape"):
+            signature[name] = descriptor_type(value)
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        else:
+            assert isinstance(value, float), name
+            signature[name] = "fp32"
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    return source(kernel, signature, constants, attributes)
+
+
+SHARED_MEMORY = 232448
+"""Bytes that one program may have on an H100."""
+
+CASES = [
+    Case(tokens=70),
+    Case(tokens=70, head_dim=72, mask="bool", sparsity=(100_000, 100_000)),
+    Case(tokens=70, keys=50, head_dim=128, mask="moderate", always=(0, 10)),
+    Case(tokens=70, causal=True, linear="all", feature_map="elu"),
+    Case(tokens=70, causal=True, mask="bool", sparsity=(100_000, 100_000), feature_map="relu", weight="none"),
+]
+
+
+HOPPER_CASES = [
+    Case(tokens=300, head_dim=128, block_q=128, block_k=128),
+    Case(tokens=300, head_dim=128),
+    Case(tokens=300, head_dim=72, block_q=256, block_k=128, feature_map="elu", linear="all"),
+    Case(tokens=300, head_dim=64, block_q=128, feature_map="relu", sparsity=(100_000, 100_000)),
+    Case(tokens=300, keys=200, head_dim=128, block_k=128, weight="none"),
+]
+
+
+def compile_launches(
+    monkeypatch: pytest.MonkeyPatch, capability: int = 90, shared_memory: int = SHARED_MEMORY
+) -> list[str]:
+    """From now on a launch compiles for a GPU, an H100, and goes no further; the names of the kernels launched."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    compiled: list[str] = []
+
+    def launcher(kernel: Any, grid: Any) -> Any:
+        def launch(
+            *arguments: Any, num_warps: int = 4, num_stages: int = 3, maxnreg: int | None = None, **constants: Any
+        ) -> None:
+            source = source_of(kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | constants)
+            options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
+            binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+            assert binary.metadata.shared <= shared_memory, kernel.fn.__name__
+            compiled.append(kernel.fn.__name__)
+
+        return launch
+
+    monkeypatch.setattr(JITFunction, "__getitem__", launcher)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+    return compiled
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_launch_compiles(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = compile_launches(monkeypatch)
+    run_kernels(case, inputs(case, dtype, "cpu"))
+    assert {"attention_forward_kernel", "attention_backward_query_kernel", "attention_backward_key_kernel"} <= {
+        *compiled
+    }
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_every_launch_fits_a_smaller_gpu(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ada, as an RTX 4090, and the small Blackwells give a program 99 KiB of shared memory."""
+    compiled = compile_launches(monkeypatch, 89, 99 * 1024)
+    case = Case(tokens=70, head_dim=head_dim)
+    run_kernels(case, inputs(case, torch.bfloat16, "cpu"))
+    assert {"attention_forward_kernel", "key_state_kernel", "gate_gradient_kernel"} <= {*compiled}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
+def test_every_launch_of_gluon_compiles(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sla_compile.kernels.hopper import support as hopper
+    from sla_compile.kernels.hopper.support import primitives as gluon_primitives
+
+    compiled = compile_launches(monkeypatch)
+    monkeypatch.setattr(hopper, "usable", lambda *tensors, **settings: True)
+    for user in ("states", "forward", "backward_query", "backward_key", "linear_backward"):
+        module = importlib.import_module(f"sla_compile.kernels.gluon_{user}")
+        assert module.multiprocessors is gluon_primitives.multiprocessors
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
+    run_kernels(case, inputs(case, dtype, "cpu"))
+    expected = {"attention_forward_kernel", "query_kernel", "key_kernel"}
+    if case.weight != "none":
+        expected |= {"states_kernel", "linear_kernel"}
+    assert expected <= {*compiled}
+    assert not {"attention_backward_key_kernel", "key_state_kernel"} & {*compiled}

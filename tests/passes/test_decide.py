@@ -1,0 +1,184 @@
+"""Every call form of attention, each with the nearest call that must stay, through a backend that keeps graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from sla_compile.passes.decide import Keep, Rewrite
+from tests.support.capture import HEAD_DIM, HEADS, TOKENS, Caller, Capture, Wrapper, qkv, run
+from tests.support.closeness import assert_close
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+REWRITTEN: dict[str, Callable[..., Tensor]] = {
+    "positional": lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
+    "keywords": lambda q, k, v: F.scaled_dot_product_attention(value=v, key=k, query=q),
+    "all positional": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, None, 0.0, False),
+    "defaults spelled out": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ),
+    "scale": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.3),
+    "integer scale": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=1),
+    "aten packet": lambda q, k, v: torch.ops.aten.scaled_dot_product_attention(q, k, v, scale=0.3),
+    "aten overload": lambda q, k, v: torch.ops.aten.scaled_dot_product_attention.default(q, k, v, None, 0.0),
+    "dropout of 0 as an integer": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0),
+}
+
+
+@pytest.mark.parametrize("form", REWRITTEN)
+def test_every_call_form_is_rewritten(form: str) -> None:
+    call, inputs = REWRITTEN[form], qkv()
+    capture, output = run(call, *inputs, topk=1.0, bottomk=0.0)
+    assert (capture.rewritten, capture.kept) == (1, 0)
+    assert capture.count(torch.ops.sla.gate) == 0, "markers are erased"
+    assert isinstance(capture.sites[0].decision, Rewrite)
+    assert_close("topk=1 is dense attention", output, call(*inputs), 1e-5)
+    # With topk below 1 it is another function: the identity above was not dense attention left in place.
+    assert (run(call, *inputs)[1] - call(*inputs)).norm() > 0.01
+
+
+KEPT: dict[str, tuple[Callable[..., Tensor], str, str]] = {
+    "dropout": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, None, 0.1),
+        "attention dropout",
+        "dropout_p=0.1",
+    ),
+    "cross-attention": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :, :40], v[:, :, :40]),
+        "cross-attention",
+        "96 queries, 40 keys",
+    ),
+    "one key fewer": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :, 1:], v[:, :, 1:]),
+        "cross-attention",
+        "96 queries, 95 keys",
+    ),
+    "broadcast heads": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :1], v),
+        "query and key differ in shape",
+        "(2, 2, 96, 16), (2, 1, 96, 16)",
+    ),
+    "other value width": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v[..., :8]),
+        "query and value differ in shape",
+        "(2, 2, 96, 16), (2, 2, 96, 8)",
+    ),
+    "three dimensions": (
+        lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]),
+        "query has 3 dimensions",
+        "(2, 96, 16)",
+    ),
+    "narrow heads": (
+        lambda q, k, v: F.scaled_dot_product_attention(q[..., :8], k[..., :8], v[..., :8]),
+        "head dimension out of range",
+        "8",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", KEPT)
+def test_what_cannot_be_rewritten_stays_with_its_reason(form: str) -> None:
+    call, reason, value = KEPT[form]
+    inputs = qkv()
+    capture, output = run(call, *inputs)
+    assert (capture.rewritten, capture.kept) == (0, 1)
+    decision = capture.sites[0].decision
+    assert isinstance(decision, Keep)
+    assert (decision.reason, value in decision.value) == (reason, True), decision
+    assert decision.accepted
+    if "dropout" not in form:
+        assert torch.equal(output, call(*inputs)), "a kept call is exactly what it was"
+
+
+def test_short_sequences_stay_dense() -> None:
+    call = REWRITTEN["positional"]
+    assert run(call, *qkv(95), min_tokens=96)[0].rewritten == 0
+    capture, _ = run(call, *qkv(95), min_tokens=96)
+    assert str(capture.sites[0].decision) == "short sequence: 95 tokens (accepted: at least min_tokens=96)"
+    assert run(call, *qkv(96), min_tokens=96)[0].rewritten == 1
+
+
+def test_attention_of_a_plain_function_stays_dense() -> None:
+    capture = Capture()
+    torch.compile(REWRITTEN["positional"], backend=capture)(*qkv())
+    assert (capture.rewritten, capture.kept) == (0, 1)
+    assert isinstance(capture.sites[0].decision, Keep)
+    assert capture.sites[0].decision.reason == "no module owns this attention"
+
+
+def test_include_and_exclude() -> None:
+    call = REWRITTEN["positional"]
+    capture, _ = run(call, *qkv(), exclude=["inner"])
+    assert capture.rewritten == 0
+    assert "exclude pattern 'inner'" in str(capture.sites[0].decision)
+    assert run(call, *qkv(), include=["other.*"])[0].rewritten == 0
+    assert run(call, *qkv(), include=["inn*"])[0].rewritten == 1
+
+
+def test_lengths_equal_by_chance_are_not_self_attention() -> None:
+    """Two symbolic lengths that are equal in this call only: proven from the ShapeEnv, not by a guard."""
+    capture = Capture()
+    model = Wrapper(Caller(lambda x, y: F.scaled_dot_product_attention(x, y, y)))
+    x, y = qkv()[:2]
+    for tensor in (x, y):
+        torch._dynamo.mark_dynamic(tensor, 2)
+    with torch.fx.experimental._config.patch(use_duck_shape=False):
+        torch.compile(model, backend=capture)(x, y)
+    assert (capture.rewritten, capture.kept) == (0, 1)
+    decision = capture.sites[0].decision
+    assert isinstance(decision, Keep)
+    assert (decision.reason, decision.accepted) == (
+        "cross-attention",
+        "as many queries as keys, provably, or cross_attention=True",
+    )
+
+
+def test_symbolic_length_adds_only_the_guard_of_min_tokens() -> None:
+    counters.clear()
+    capture = Capture(min_tokens=50)
+    model = Wrapper(Caller(lambda x: F.scaled_dot_product_attention(x, 2 * x, x)))
+    compiled = torch.compile(model, backend=capture)
+    for tokens in (96, 50, 200, 129):
+        x = torch.randn(2, HEADS, tokens, HEAD_DIM)
+        torch._dynamo.mark_dynamic(x, 2)
+        compiled(x)
+        assert capture.rewritten == 1
+    assert counters["stats"]["unique_graphs"] == 1
+    decision = capture.sites[0].decision
+    assert isinstance(decision, Rewrite)
+    assert decision.condition is not None
+    assert decision.condition.endswith(">= 50")
+    compiled(torch.randn(2, HEADS, 49, HEAD_DIM))
+    assert (capture.rewritten, capture.kept) == (0, 1)
+
+
+def test_symbolic_head_dimension_stays_dense() -> None:
+    capture = Capture()
+    torch.compile(Wrapper(Caller(REWRITTEN["positional"])), backend=capture, dynamic=True)(*qkv())
+    assert capture.rewritten == 0
+    assert "heads and head dimension must be fixed" in str(capture.sites[0].decision)
+
+
+@pytest.mark.parametrize("token_major", [False, True])
+def test_a_view_of_the_output_still_works(token_major: bool) -> None:
+    """SDPA's output has the layout of whichever kernel ran; a model may view it where that one allowed it."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(q, k, v)
+        if y.transpose(1, 2).is_contiguous():
+            return y.transpose(1, 2).view(2, TOKENS, HEADS * HEAD_DIM)
+        return y.view(2 * HEADS, TOKENS, HEAD_DIM)
+
+    inputs = qkv()
+    if token_major:
+        inputs = tuple(x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs)
+    capture, output = run(call, *inputs, topk=1.0, bottomk=0.0)
+    assert capture.rewritten == 1
+    assert_close("viewed output", output, call(*inputs), 1e-5)

@@ -1,0 +1,55 @@
+"""Run as a process of its own by test_compile_cache: compile a prepared model, and print what came of it as JSON.
+
+Usage: python -m tests.support.cache_process SETTINGS..., where each is a JSON object of fields of SLAConfig.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+
+import torch
+from torch._dynamo.utils import counters
+
+import sla_compile
+from tests.support.closeness import relative_error
+from tests.support.models import OPTIONS, Model, defined, random_input, randomize_gates
+
+
+def compile_once(settings: dict[str, object]) -> dict[str, object]:
+    """Seconds of the first forward and backward, the largest error against the definition, and the caches' counts."""
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    model, x = Model(blocks=1), random_input().requires_grad_()
+    sla_compile.prepare(model, (x,), config={**OPTIONS, **settings})
+    randomize_gates(model)
+    compiled = torch.compile(model, backend="sla")
+    start = time.perf_counter()
+    output = compiled(x)
+    output.square().mean().backward()
+    seconds = time.perf_counter() - start
+    with defined(model):
+        expected = model(x)
+        wanted = torch.autograd.grad(expected.square().mean(), [x, *model.parameters()])
+    pairs = [(output, expected), *zip([x.grad, *(p.grad for p in model.parameters())], wanted, strict=True)]
+    return {
+        "seconds": seconds,
+        "error": max(relative_error(actual, right) for actual, right in pairs if actual is not None),
+        "norm of dq": x.grad.norm().item() if x.grad is not None else 0.0,
+        **{name: counters["aot_autograd"][f"autograd_cache_{name}"] for name in ("hit", "miss", "bypass")},
+        **{f"graph {name}": counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss", "bypass")},
+    }
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_default_dtype(torch.float64)
+    import torch._inductor.compile_fx  # importing the compiler is not compiling
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    pick_vec_isa()  # nor is this probe of the CPU, seconds in every process of torch 2.11, whatever is cached
+
+    print(json.dumps([compile_once(json.loads(settings)) for settings in sys.argv[1:]]))

@@ -1,0 +1,271 @@
+"""What the tests of the kernels, on the CPU, in Triton's interpreter and on the GPU, share: inputs, one run, its
+reference."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from sla_compile.common.blocks import num_blocks, num_critical, num_negligible
+from sla_compile.kernels import reference
+from tests.support.closeness import assert_close
+
+NAMES = ("out", "dq", "dk", "dv", "dweight", "dbias")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape and one setting of the kernels."""
+
+    tokens: int = 200
+    head_dim: int = 64
+    batch: int = 1
+    heads: int = 2
+    block_q: int = 64
+    block_k: int = 64
+    topk: float = 0.3
+    bottomk: float = 0.3
+    feature_map: str = "softmax"
+    linear: str = "marginal"
+    weight: str = "shared"
+    bias: str = "shared"
+    layout: str = "token_major"
+    gate_dtype: torch.dtype | None = None
+    keys: int | None = None
+    """Tokens of k and v; None: as many as queries."""
+    mask: str = "none"
+    sparsity: tuple[int, int] | None = None
+    causal: bool = False
+    always: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        changed = [
+            f"{n}={getattr(self, n)}" for n in self.__dataclass_fields__ if getattr(self, n) != getattr(_BASE, n)
+        ]
+        return ",".join(changed) or "base"
+
+    @property
+    def num_keys(self) -> int:
+        return self.tokens if self.keys is None else self.keys
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Critical and negligible key blocks in a row, without options that change them."""
+        key_blocks = num_blocks(self.tokens, self.block_k)
+        critical = num_critical(self.topk, key_blocks)
+        return critical, num_negligible(self.bottomk, critical, key_blocks)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keywords that both launchers take."""
+        return {
+            "scale": self.head_dim**-0.5,
+            "block_q": self.block_q,
+            "block_k": self.block_k,
+            "feature_map": self.feature_map,
+            "linear": self.linear,
+            "causal": self.causal,
+        }
+
+    def classes(self, sparsity: torch.Tensor | None) -> dict[str, Any]:
+        """Keywords that decide the classes, of the launchers and of the definition."""
+        shares: dict[str, Any] = {"topk": self.topk, "bottomk": self.bottomk}
+        return shares | {"sparsity": sparsity, "always_critical": list(self.always) or None}
+
+
+_BASE = Case()
+
+
+def activation(case: Case, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+    """One of q, k, v, grad_out (B, H, N, D) in the case's memory layout, on the generator's device."""
+    shape = {
+        "token_major": (case.batch, case.tokens, case.heads, case.head_dim),
+        "head_major": (case.batch, case.heads, case.tokens, case.head_dim),
+        "packed": (case.batch, case.tokens, 3, case.heads, case.head_dim),
+        "dim_before_token": (case.batch, case.heads, case.head_dim, case.tokens),
+        "slice": (case.batch, case.tokens, case.heads, case.head_dim // 8 * 8 + 16),
+        "off by one": (case.batch, case.tokens, case.heads, case.head_dim + 8),
+    }[case.layout]
+    x = torch.randn(shape, generator=generator, device=generator.device).to(dtype)
+    if case.layout == "token_major":
+        return x.transpose(1, 2)
+    if case.layout in ("slice", "off by one"):
+        # what lies beside the slice must not be read as part of it
+        first = 0 if case.layout == "slice" else 1
+        x[..., :first] = x[..., first + case.head_dim :] = float("nan")
+        return x[..., first : first + case.head_dim].transpose(1, 2)
+    if case.layout == "packed":
+        return x[:, :, 1].transpose(1, 2)
+    return x.mT if case.layout == "dim_before_token" else x
+
+
+def key_mask(case: Case, device: str) -> torch.Tensor | None:
+    """The case's mask, (B, Lk) or (1, Lk): the first batch row attends to more than the last."""
+    if case.mask == "none":
+        return None
+    generator = torch.Generator(device).manual_seed(zlib.crc32(str(case).encode()))
+    keys = case.num_keys
+    live = torch.ones(case.batch, keys, dtype=torch.bool, device=device)
+    # a hole over whole blocks, single tokens here and there, and the end
+    live[-1, keys // 8 : keys // 2] = False
+    live[-1, ::3] = False
+    live[-1, -keys // 8 :] = False
+    moderate = torch.randn(live.shape, generator=generator, device=device) * 2
+    if case.mask == "bool":
+        return live
+    if case.mask == "one row":
+        return live[-1:]
+    if case.mask == "dead row":
+        live[-1] = False
+        return live
+    if case.mask == "front":
+        live[:, : keys * 2 // 5] = False
+        return live
+    if case.mask == "-inf":
+        return moderate.masked_fill(~live, -math.inf)
+    if case.mask == "-10000":
+        return torch.where(live, 0.0, -10000.0)
+    if case.mask == "all -10000":
+        return torch.full_like(moderate, -10000.0)
+    assert case.mask == "moderate", case.mask
+    return moderate - 3
+
+
+def inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> list[torch.Tensor | None]:
+    """q, k, v, weight, bias, grad_out."""
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens = (case.tokens, case.num_keys, case.num_keys, case.tokens)
+    q, k, v, grad_out = (activation(replace(case, tokens=n), generator, dtype) for n in tokens)
+    gate_dtype = case.gate_dtype or dtype
+    dim, heads = case.head_dim, case.heads
+    # v off zero: else the linear branch, a mean over many keys, is too small to be seen in the sum
+    v += 0.5
+    weight = bias = None
+    if case.weight != "none":
+        shape: tuple[int, ...] = (dim, dim) if case.weight == "shared" else (heads, dim, dim)
+        weight = (torch.randn(shape, generator=generator, device=device) * 2 / dim**0.5).to(gate_dtype)
+    if case.bias != "none":
+        shape = (dim,) if case.bias == "shared" else (heads, dim)
+        bias = torch.randn(shape, generator=generator, device=device).to(gate_dtype)
+    return [q, k, v, weight, bias, grad_out]
+
+
+def run_kernels(
+    case: Case, tensors: list[torch.Tensor | None], kernels: ModuleType | None = None
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The launchers' out and gradients by name, and their block map; ``kernels`` None: Triton's."""
+    if kernels is None:
+        from sla_compile.kernels.triton import attention as kernels
+
+    *arguments, grad_out = tensors
+    assert grad_out is not None
+    mask = key_mask(case, grad_out.device.type)
+    sparsity = None if case.sparsity is None else torch.tensor(case.sparsity, device=grad_out.device)
+    out, linear_out, lse, block_map = kernels.forward(*arguments, mask, **case.classes(sparsity), **case.options)
+    has_linear = arguments[3] is not None and case.linear != "none"
+    assert linear_out.shape == (out.shape if has_linear else (0,))
+    assert out.transpose(1, 2).is_contiguous()
+    gradients = kernels.backward(grad_out, *arguments, mask, out, linear_out, lse, block_map, **case.options)
+    for tensor, gradient in zip(arguments, gradients, strict=True):
+        assert gradient.shape == ((0,) if tensor is None else tensor.shape)
+        assert tensor is None or gradient.dtype == tensor.dtype
+    return dict(zip(NAMES, (out, *gradients), strict=True)), block_map
+
+
+def run_reference(case: Case, tensors: list[torch.Tensor | None], block_map: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The definition in float64 at the kernels' own classes: out and the gradients that exist."""
+    *arguments, grad_out = tensors
+    assert grad_out is not None
+    doubles = [None if x is None else x.detach().double().requires_grad_() for x in arguments]
+    mask = key_mask(case, grad_out.device.type)
+    out = reference.sparse_linear_attention(*doubles, key_mask=mask, block_map=block_map, **case.options)
+    present = {n: x for n, x in zip(NAMES[1:], doubles, strict=True) if x is not None}
+    gradients = torch.autograd.grad(
+        out, list(present.values()), grad_out.double(), allow_unused=True, materialize_grads=True
+    )
+    return {"out": out.detach(), **dict(zip(present, gradients, strict=True))}
+
+
+def expected_classes(case: Case, tensors: list[torch.Tensor | None]) -> torch.Tensor:
+    """The definition's block map in float64."""
+    q, k, grad_out = tensors[0], tensors[1], tensors[-1]
+    assert q is not None
+    assert k is not None
+    assert grad_out is not None
+    sparsity = None if case.sparsity is None else torch.tensor(case.sparsity)
+    return reference.classify(
+        q.double(),
+        k.double(),
+        scale=case.head_dim**-0.5,
+        block_q=case.block_q,
+        block_k=case.block_k,
+        key_mask=key_mask(case, grad_out.device.type),
+        causal=case.causal,
+        **case.classes(sparsity),
+    )
+
+
+def check(
+    case: Case,
+    tensors: list[torch.Tensor | None],
+    forward_budget: float,
+    gradient_budget: float,
+    kernels: ModuleType | None = None,
+) -> torch.Tensor:
+    """Kernels against the definition, out and every gradient; returns the block map."""
+    actual, block_map = run_kernels(case, tensors, kernels)
+    expected = run_reference(case, tensors, block_map)
+    for name, value in expected.items():
+        assert_close(name, actual[name], value, forward_budget if name == "out" else gradient_budget)
+    return block_map
+
+
+OPTIONS = [
+    *(
+        Case(tokens=200, batch=2, block_q=32, block_k=16, head_dim=dim, mask=mask)
+        for mask, dim in (("bool", 40), ("-inf", 72), ("-10000", 64), ("moderate", 32), ("dead row", 32))
+    ),
+    Case(tokens=150, batch=2, block_q=64, block_k=32, head_dim=128, mask="bool", weight="per_head", bias="per_head"),
+    Case(tokens=150, batch=3, block_k=16, head_dim=32, mask="one row", feature_map="elu", layout="packed"),
+    Case(tokens=150, batch=2, block_k=16, head_dim=32, mask="-inf", linear="all", feature_map="relu"),
+    Case(tokens=150, batch=2, block_k=16, head_dim=32, mask="moderate", linear="none", bias="none"),
+    Case(tokens=150, batch=2, block_k=16, head_dim=32, mask="all -10000", weight="none"),
+    # a first tile without a key; with causal, queries without one in a row of blocks that has some
+    Case(tokens=200, batch=2, block_q=32, block_k=64, head_dim=32, mask="front", topk=0.5),
+    Case(tokens=200, batch=2, block_q=32, block_k=16, head_dim=32, mask="front", causal=True),
+    Case(tokens=90, keys=250, batch=2, block_q=32, block_k=16, head_dim=32),
+    Case(tokens=250, keys=40, batch=2, block_q=64, block_k=32, head_dim=40, linear="all"),
+    Case(tokens=70, keys=333, batch=2, block_q=16, block_k=64, head_dim=72, mask="bool"),
+    Case(tokens=200, batch=2, block_q=32, block_k=16, head_dim=32, sparsity=(170_000, 500_000)),
+    Case(tokens=200, batch=2, block_q=32, block_k=16, head_dim=32, sparsity=(900_000, 950_000)),
+    Case(tokens=200, batch=2, block_q=32, block_k=16, head_dim=32, sparsity=(0, -5), mask="bool"),
+    Case(tokens=200, batch=2, block_q=32, block_k=16, head_dim=40, always=(0, 17, -20, 10**9)),
+    Case(
+        tokens=200,
+        batch=2,
+        block_q=32,
+        block_k=16,
+        head_dim=32,
+        always=(60, 120),
+        mask="bool",
+        sparsity=(100_000, 300_000),
+    ),
+    Case(tokens=80, keys=200, batch=2, block_q=32, block_k=16, head_dim=32, always=(0, 200), bottomk=0.5),
+    *(
+        Case(tokens=200, batch=2, block_q=q, block_k=k, head_dim=dim, causal=True)
+        for q, k, dim in ((32, 16, 40), (16, 64, 32), (64, 64, 64))
+    ),
+    Case(tokens=129, batch=2, block_q=16, block_k=16, head_dim=128, causal=True, topk=0.5, bottomk=0.5),
+    Case(tokens=200, batch=2, block_q=32, block_k=16, head_dim=32, causal=True, linear="all", feature_map="elu"),
+    Case(tokens=200, batch=2, block_q=32, block_k=16, head_dim=72, causal=True, mask="-inf", always=(30, 40)),
+    Case(
+        tokens=200, batch=2, block_q=16, block_k=16, head_dim=32, causal=True, sparsity=(200_000, 100_000), mask="bool"
+    ),
+    Case(tokens=150, batch=2, block_q=128, block_k=32, head_dim=32, causal=True, linear="all", mask="dead row"),
+]
+"""Every option, alone and with others, on shapes that no block divides."""
