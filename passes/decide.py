@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from sla_compile.common.limits import MAX_HEAD_DIM, MIN_HEAD_DIM
 from sla_compile.common.token_orders import block_ranges
 from sla_compile.passes.attention_call import AttentionCall, Obstacle
 from sla_compile.passes.cross_attention import of_different_tensors
@@ -33,8 +34,6 @@ from sla_compile.passes.token_order import (
 __all__ = ["Decision", "Keep", "Requirements", "Rewrite", "Shape", "decide", "example_shape"]
 
 Size = int | torch.SymInt
-
-HEAD_DIMS = (16, 256)
 
 
 @dataclass(frozen=True)
@@ -224,11 +223,10 @@ def _refuse_tensors(call: AttentionCall, requirements: Requirements) -> Keep | N
 
 def _refuse_lengths(call: AttentionCall, cross_attention: bool) -> Keep | None:
     query, key, value = (_example(node) for node in (call.query, call.key, call.value))
-    least, most = HEAD_DIMS
     if not isinstance(query.shape[1], int) or not isinstance(query.shape[3], int):
         return Keep("heads and head dimension must be fixed", _shape(query), "sizes that are not symbolic")
-    if not least <= query.shape[-1] <= most:
-        return Keep("head dimension out of range", str(query.shape[-1]), f"{least} to {most}")
+    if not MIN_HEAD_DIM <= query.shape[-1] <= MAX_HEAD_DIM:
+        return Keep("head dimension out of range", str(query.shape[-1]), f"{MIN_HEAD_DIM} to {MAX_HEAD_DIM}")
     if not cross_attention and not statically_known_true(query.shape[2] == key.shape[2]):
         got = f"{query.shape[2]} queries, {key.shape[2]} keys"
         return Keep("cross-attention", got, "as many queries as keys, provably, or cross_attention=True")

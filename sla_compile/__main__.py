@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from sla_compile.common.limits import BLOCK_SIZES, MAX_HEAD_DIM, MIN_HEAD_DIM
+
 __all__ = ["main"]
 
 _EXPLAIN = """\
@@ -91,11 +93,13 @@ def _parser() -> _Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     tune.add_argument("file", metavar="FILE")
-    tune.add_argument("--head-dim", nargs="+", type=_integer(16, 256), default=[64, 128], help="of each, 16 to 256")
+    tune.add_argument(
+        "--head-dim", nargs="+", type=_integer(MIN_HEAD_DIM, MAX_HEAD_DIM), default=[64, 128], help="of each, 16 to 256"
+    )
     tune.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["bfloat16", "float32"])
     tune.add_argument("--tokens", type=_integer(1), default=16384, help="of the attention that is timed")
     tune.add_argument("--heads", type=_integer(1), default=12)
-    tune.add_argument("--blocks", type=int, choices=(16, 32, 64, 128, 256), default=64, help="block_q and block_k")
+    tune.add_argument("--blocks", type=int, choices=BLOCK_SIZES, default=64, help="block_q and block_k")
     tune.set_defaults(run=_tune)
     for command in (explain, show):
         command.add_argument("--json", action="store_true", help="print JSON")

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from sla_compile.common.blocks import exact_fraction
+from sla_compile.common.limits import BLOCK_SIZES, FEATURE_MAPS, GATE_FORMS, LINEAR_BRANCHES
 from sla_compile.common.token_orders import ORDERS, RASTER
 from sla_compile.config_values import RANGES, Accepts, FrozenMapping, choice, nearest, patterns, refusal, share
 
@@ -70,7 +71,7 @@ _GRID = Accepts(
     lambda value: None if value is None else tuple(value),
 )
 _TOKEN = Accepts("None, or an integer", lambda value: value is None or type(value) is int)
-_BLOCK = Accepts("a power of two from 16 to 256", lambda value: type(value) is int and value in (16, 32, 64, 128, 256))
+_BLOCK = Accepts("a power of two from 16 to 256", lambda value: type(value) is int and value in BLOCK_SIZES)
 
 
 def _setting(default: Any, accepts: Accepts) -> Any:
@@ -97,13 +98,13 @@ class SLAConfig:
     block_k: int = _setting(64, _BLOCK)
     """Key tokens in a block. Range: 16, 32, 64, 128 or 256."""
 
-    feature_map: str = _setting("softmax", choice("softmax", "elu", "relu"))
+    feature_map: str = _setting("softmax", choice(*FEATURE_MAPS))
     """Feature map of the linear branch. Range: "softmax" (over the head dimension), "elu" (+ 1), "relu"."""
 
-    linear: str = _setting("marginal", choice("marginal", "all", "none"))
+    linear: str = _setting("marginal", choice(*LINEAR_BRANCHES))
     """Key blocks of the linear branch. Range: "marginal" (paper), "all" (the authors' release), "none"."""
 
-    gate: str = _setting("shared", choice("shared", "per_head"))
+    gate: str = _setting("shared", choice(*GATE_FORMS))
     """Gate of a site. Range: "shared" by its heads, (D, D) and (D), or "per_head", (H, D, D) and (H, D)."""
 
     sparse_scale: bool = _setting(False, Accepts("True or False", lambda value: type(value) is bool))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import sla_compile.ops.gate_marker  # noqa: F401  the op that marks a gate in a graph
+from sla_compile.common.limits import FLOATING_DTYPES
 from sla_compile.compat import forget_code, skip_as_root_frame
 from sla_compile.config import SLAConfig
 from sla_compile.gate_settings import UNSEEN, Seen, settings_text
@@ -31,8 +32,6 @@ PREPARED = "_sla_prepared"
 
 MILLION = 10**6
 """The unit of a gate's ``sparsity``."""
-
-_GATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Gate(nn.Module):
@@ -278,7 +277,7 @@ def refuse_other_form(existing: Gate, heads: int, head_dim: int, config: SLAConf
 def gate_dtype(owner: nn.Module, fallback: torch.dtype) -> torch.dtype:
     """The dtype a gate of ``owner`` gets: that of its first ordinary floating-point parameter."""
     for parameter in owner.parameters():
-        if parameter.dtype in _GATE_DTYPES:
+        if parameter.dtype in FLOATING_DTYPES:
             return parameter.dtype
     return fallback
 

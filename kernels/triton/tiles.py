@@ -12,6 +12,15 @@ from functools import cache
 
 import torch
 
+from sla_compile.common.limits import (
+    BLOCK_SIZES,
+    DTYPES,
+    FEATURE_MAPS,
+    LINEAR_BRANCHES,
+    MAX_HEAD_DIM,
+    MIN_HEAD_DIM,
+)
+
 from .launches import KERNELS, Launch, check_environment, replaced
 
 __all__ = [
@@ -33,9 +42,6 @@ __all__ = [
     "vector_strides",
 ]
 
-FEATURE_MAPS = ("softmax", "elu", "relu")
-LINEAR_FORMS = ("marginal", "all", "none")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FULL_PRECISION = "ieee" if torch.version.hip is not None else "tf32x3"
 """How ``tl.dot`` multiplies float32 where 24 bits are wanted: on NVIDIA's matrix units in three products, whose error
 is that of float32 (1.5e-7 of block scores, 2.1e-7 by "ieee") in a third of the time."""
@@ -166,15 +172,15 @@ def check_supported(q: torch.Tensor, block_q: int, block_k: int, feature_map: st
     """Raise a TypeError or ValueError, before anything is launched, for what these kernels cannot do or for a mistake
     in the user's file of launches."""
     check_environment()
-    if q.dtype not in DTYPES:
-        accepted = ", ".join(str(dtype) for dtype in DTYPES)
+    if q.dtype not in DTYPES["cuda"]:
+        accepted = ", ".join(map(str, DTYPES["cuda"]))
         raise TypeError(f"sla on CUDA: dtype of q is {q.dtype}; accepted: {accepted} (float64 runs on the CPU only)")
-    if not 1 <= q.shape[-1] <= 256:
-        raise ValueError(f"sla on CUDA: head dimension is {q.shape[-1]}; accepted: 1 to 256")
+    if not MIN_HEAD_DIM <= q.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(f"sla on CUDA: head dimension is {q.shape[-1]}; accepted: {MIN_HEAD_DIM} to {MAX_HEAD_DIM}")
     for name, block in (("block_q", block_q), ("block_k", block_k)):
-        if block not in (16, 32, 64, 128, 256):
-            raise ValueError(f"sla on CUDA: {name} is {block}; accepted: 16, 32, 64, 128, 256")
+        if block not in BLOCK_SIZES:
+            raise ValueError(f"sla on CUDA: {name} is {block}; accepted: {', '.join(map(str, BLOCK_SIZES))}")
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"sla on CUDA: feature_map is {feature_map!r}; accepted: {', '.join(FEATURE_MAPS)}")
-    if linear not in LINEAR_FORMS:
-        raise ValueError(f"sla on CUDA: linear is {linear!r}; accepted: {', '.join(LINEAR_FORMS)}")
+    if linear not in LINEAR_BRANCHES:
+        raise ValueError(f"sla on CUDA: linear is {linear!r}; accepted: {', '.join(LINEAR_BRANCHES)}")

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
+from sla_compile.common.limits import FLOATING_DTYPES
 from sla_compile.config import LATER_SITE_FIELDS, SITE_FIELDS, SLAConfig
 from sla_compile.gate import MILLION, Gate, attach_gate, detach_gate, gates, model_config
 from sla_compile.gate_settings import UNSEEN, Seen, as_seen, written
@@ -34,7 +35,6 @@ FORMAT, VERSION = "sla_compile", "1"
 # How a graph is compiled changes nothing that a gate learns.
 COMPILE_FIELDS = ("inner", "inductor")
 SPARSITY = "sparsity"
-GATE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _parse(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> File:
                 problems.append(f"{path}.{part}: missing in the file")
             elif tuple(tensor.shape) != shape:
                 problems.append(f"{path}.{part}: shape {tuple(tensor.shape)} in the file, its site needs {shape}")
-            elif tensor.dtype not in ((torch.int64,) if part == SPARSITY else GATE_DTYPES):
+            elif tensor.dtype not in ((torch.int64,) if part == SPARSITY else FLOATING_DTYPES):
                 accepted = "torch.int64" if part == SPARSITY else "a floating dtype"
                 problems.append(f"{path}.{part}: {tensor.dtype} in the file; accepted: {accepted}")
             else:
@@ -344,7 +344,7 @@ def _home(modules: dict[str, nn.Module], path: str) -> tuple[torch.device, torch
     """Device and floating dtype of the owner's parameters, or of the nearest module around it with any."""
     while True:
         for parameter in modules[path].parameters():
-            if parameter.dtype in GATE_DTYPES:
+            if parameter.dtype in FLOATING_DTYPES:
                 return parameter.device, parameter.dtype
         if not path:
             return torch.device("cpu"), None

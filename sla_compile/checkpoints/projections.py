@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sla_compile.checkpoints.gate_files import GATE_DTYPES, not_plain, raise_listed
+from sla_compile.checkpoints.gate_files import not_plain, raise_listed
+from sla_compile.common.limits import FLOATING_DTYPES
 from sla_compile.gate import Gate, gates
 
 __all__ = ["load_projections"]
@@ -141,7 +142,7 @@ def _grouped(tensors: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], 
         owner, _, last = path.rpartition(".")
         if last != PROJECTION or part not in ("weight", "bias"):
             problems.append(f"{key}: not the weight or the bias of a {PROJECTION}")
-        elif not isinstance(value, Tensor) or value.dtype not in GATE_DTYPES:
+        elif not isinstance(value, Tensor) or value.dtype not in FLOATING_DTYPES:
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             problems.append(f"{key}: {kind}; accepted: a tensor of a floating dtype")
         else:

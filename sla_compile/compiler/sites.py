@@ -13,9 +13,9 @@ from functools import cache
 from types import CodeType
 from typing import Any
 
-import torch
 from torch import fx, nn
 
+from sla_compile.common.limits import DTYPES
 from sla_compile.common.token_orders import RASTER
 from sla_compile.compat import Frame, plain_module_path, runs_forward_of
 from sla_compile.config import SITE_FIELDS, SLAConfig
@@ -30,13 +30,6 @@ from sla_compile.passes.token_order import Wanted
 __all__ = ["Settings", "Site", "find_sites", "remember_calls", "requirements"]
 
 BROKEN = "graph break between the owner's start and its attention"
-
-DTYPES = {
-    "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-    "meta": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
-}
-"""Dtypes that the kernels of a device take; a model without values, on meta, is prepared for another device."""
 
 
 @dataclass(frozen=True)

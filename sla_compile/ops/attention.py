@@ -21,15 +21,13 @@ from sla_compile.common.blocks import num_blocks
 from sla_compile.compat import has_tangent
 from sla_compile.ops.validation import (
     DEVICES,
-    FEATURE_MAPS,
-    LINEAR_BRANCHES,
     check,
     check_activations,
     check_types,
     effective_dtype,
 )
 
-__all__ = ["FEATURE_MAPS", "LINEAR_BRANCHES", "sparse_linear_attention"]
+__all__ = ["sparse_linear_attention"]
 
 
 def sparse_linear_attention(

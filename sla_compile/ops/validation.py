@@ -13,14 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DEVICES", "FEATURE_MAPS", "LINEAR_BRANCHES", "check", "check_activations", "check_types", "effective_dtype"]
+from sla_compile.common.limits import (
+    BLOCK_SIZES,
+    FEATURE_MAPS,
+    FLOATING_DTYPES,
+    LINEAR_BRANCHES,
+    MAX_HEAD_DIM,
+    MIN_HEAD_DIM,
+)
 
-FEATURE_MAPS = ("softmax", "elu", "relu")
-LINEAR_BRANCHES = ("marginal", "all", "none")
+__all__ = ["DEVICES", "check", "check_activations", "check_types", "effective_dtype"]
+
 DEVICES = ("cpu", "cuda")
-_BLOCKS = (16, 32, 64, 128, 256)
-_HEAD_DIMS = (16, 256)
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _AXES = "(batch, heads, tokens, head dimension)"
 
 
@@ -38,7 +42,7 @@ def check_types(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     for name in ("block_q", "block_k"):
         block = options[name]
         if isinstance(block, bool) or not isinstance(block, int):
-            raise TypeError(f"{name}={block!r}, accepted is an int, one of {_BLOCKS}")
+            raise TypeError(f"{name}={block!r}, accepted is an int, one of {BLOCK_SIZES}")
     for name in ("feature_map", "linear"):
         if not isinstance(options[name], str):
             raise TypeError(f"{name}={options[name]!r}, accepted is a str")
@@ -79,8 +83,8 @@ def check(
     if topk + bottomk > 1 + 1e-12:
         raise ValueError(f"topk={topk} and bottomk={bottomk} add up to {topk + bottomk}, accepted is at most 1")
     for name, block in (("block_q", block_q), ("block_k", block_k)):
-        if block not in _BLOCKS:
-            raise ValueError(f"{name}={block}, accepted is one of {_BLOCKS}")
+        if block not in BLOCK_SIZES:
+            raise ValueError(f"{name}={block}, accepted is one of {BLOCK_SIZES}")
     _check_name("feature_map", feature_map, FEATURE_MAPS)
     _check_name("linear", linear, LINEAR_BRANCHES)
     check_activations(q, k, v)
@@ -110,8 +114,8 @@ def check_activations(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, accepted are four axes {_AXES}")
-        if x.dtype not in _DTYPES:
-            raise TypeError(f"{name} has dtype {x.dtype}, accepted are {', '.join(map(str, _DTYPES))}")
+        if x.dtype not in FLOATING_DTYPES:
+            raise TypeError(f"{name} has dtype {x.dtype}, accepted are {', '.join(map(str, FLOATING_DTYPES))}")
         if x.shape[2] < 1:
             raise ValueError(f"{name} has no tokens, accepted is at least one")
     for name, x in (("k", k), ("v", v)):
@@ -126,8 +130,8 @@ def check_activations(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     if v.shape != k.shape:
         raise ValueError(f"v has shape {tuple(v.shape)}, accepted is that of k, {tuple(k.shape)}")
-    if not _HEAD_DIMS[0] <= q.shape[3] <= _HEAD_DIMS[1]:
-        raise ValueError(f"head dimension {q.shape[3]}, accepted is {_HEAD_DIMS[0]} to {_HEAD_DIMS[1]}")
+    if not MIN_HEAD_DIM <= q.shape[3] <= MAX_HEAD_DIM:
+        raise ValueError(f"head dimension {q.shape[3]}, accepted is {MIN_HEAD_DIM} to {MAX_HEAD_DIM}")
 
 
 def effective_dtype(x: Tensor) -> torch.dtype:
@@ -142,8 +146,8 @@ def effective_dtype(x: Tensor) -> torch.dtype:
 def _check_gate(
     name: str, gate: Tensor, shared: tuple[int, ...], per_head: tuple[int, ...], device: torch.device
 ) -> None:
-    if gate.dtype not in _DTYPES:
-        raise TypeError(f"{name} has dtype {gate.dtype}, accepted are {', '.join(map(str, _DTYPES))}")
+    if gate.dtype not in FLOATING_DTYPES:
+        raise TypeError(f"{name} has dtype {gate.dtype}, accepted are {', '.join(map(str, FLOATING_DTYPES))}")
     if gate.device != device:
         raise ValueError(f"{name} is on {gate.device}, accepted is the device of q, {device}")
     if tuple(gate.shape) != (shared if gate.dim() == len(shared) else per_head):
@@ -151,10 +155,10 @@ def _check_gate(
 
 
 def _check_key_mask(key_mask: Tensor, k: Tensor) -> None:
-    if key_mask.dtype != torch.bool and key_mask.dtype not in _DTYPES:
+    if key_mask.dtype != torch.bool and key_mask.dtype not in FLOATING_DTYPES:
         raise TypeError(
             f"key_mask has dtype {key_mask.dtype}, accepted are torch.bool (true: attend) and, to be added to the "
-            f"logits, {', '.join(map(str, _DTYPES))}"
+            f"logits, {', '.join(map(str, FLOATING_DTYPES))}"
         )
     if key_mask.device != k.device:
         raise ValueError(f"key_mask is on {key_mask.device}, accepted is the device of q, {k.device}")

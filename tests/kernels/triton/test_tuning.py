@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_ahead import HOPPER, work_of
 
 import sla_compile
 from sla_compile.__main__ import main
@@ -25,6 +24,7 @@ from sla_compile.kernels.triton import tiles as triton_tiles
 from sla_compile.kernels.triton.launches import KERNELS, VARIABLE, Key, Launch, merge, read
 from sla_compile.kernels.triton.tiles import launch_for, shipped_launch
 from sla_compile.kernels.triton.tuning import Outcome, Trials, Workload, candidates, tune
+from tests.compiler.test_precompile import HOPPER, work_of
 from tests.support.closeness import assert_close
 from tests.support.paths import ROOT
 from tests.support.triton_cases import Case, inputs

@@ -1,0 +1,43 @@
+"""What Sparse-Linear Attention takes: block sizes, head dimensions, feature maps, linear branches, gates and dtypes.
+
+The one place for each of these. Settings, the op, the passes and the launchers of the kernels all read them here.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = [
+    "BLOCK_SIZES",
+    "DTYPES",
+    "FEATURE_MAPS",
+    "FLOATING_DTYPES",
+    "GATE_FORMS",
+    "LINEAR_BRANCHES",
+    "MAX_HEAD_DIM",
+    "MIN_HEAD_DIM",
+]
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+"""Tokens in a block of queries or of keys."""
+
+MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
+
+FEATURE_MAPS = ("softmax", "elu", "relu")
+"""phi of the linear branch: softmax over the head dimension, elu(x) + 1, or relu."""
+
+LINEAR_BRANCHES = ("marginal", "all", "none")
+"""Key blocks that the linear branch sums: the marginal ones (the paper), all (the authors' code), or none."""
+
+GATE_FORMS = ("shared", "per_head")
+"""One gate for the heads of an attention, or one for each."""
+
+FLOATING_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Dtypes of gates and of additive masks, on any device."""
+
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "cpu": FLOATING_DTYPES,
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+    "meta": FLOATING_DTYPES,
+}
+"""Dtypes of q, k and v by device. A model on meta is prepared there for another device."""
