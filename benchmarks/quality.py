@@ -39,7 +39,7 @@ from pictures import aggregate, save_csv, save_plot, save_samples  # noqa: E402
 from settings import PRESETS, Settings  # noqa: E402
 from training import OutOfTime  # noqa: E402
 
-from sla_compile.backend import UntrainedGatesWarning  # noqa: E402
+from sla_compile import UntrainedGatesWarning  # noqa: E402
 from sla_compile.common.blocks import num_blocks, num_critical  # noqa: E402
 
 ROUNDS: tuple[tuple[tuple[str, ...], tuple[float, ...], int], ...] = (

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from settings import PRESETS, Settings
 
-from sla_compile.backend import UntrainedGatesWarning
+from sla_compile import UntrainedGatesWarning
 
 SHARED = ("size", "batch", "dense_steps", "steps", "dense_lr", "lr", "gate_lr", "loss", "train", "inner", "held_out")
 

@@ -21,6 +21,7 @@ from sla_compile.common.blocks import exact_fraction, num_blocks
 
 __all__ = [
     "BATCH",
+    "CRITICAL_BLOCKS",
     "ELEMENT_BYTES",
     "HEADS",
     "HEAD_DIM",
@@ -30,6 +31,7 @@ __all__ = [
     "dense_cost",
     "evaluate",
     "readable",
+    "sla_backward_cost",
     "sla_cost",
     "substitute",
 ]
@@ -37,7 +39,7 @@ __all__ = [
 _NAMES = "B H N L d s bq bk Tq Tk C"
 _SYMBOLS = sympy.symbols(_NAMES, integer=True, positive=True)
 BATCH, HEADS, TOKENS, KEY_TOKENS, HEAD_DIM, ELEMENT_BYTES = _SYMBOLS[:6]
-_BLOCK_Q, _BLOCK_K, _QUERY_BLOCKS, _KEY_BLOCKS, _CRITICAL = _SYMBOLS[6:]
+_BLOCK_Q, _BLOCK_K, _QUERY_BLOCKS, _KEY_BLOCKS, CRITICAL_BLOCKS = _SYMBOLS[6:]
 
 _FLOAT32, _INT32, _INT8 = 4, 4, 1
 
@@ -111,11 +113,11 @@ def sla_cost(
     pairs = _QUERY_BLOCKS * _KEY_BLOCKS
     token = rows * HEAD_DIM * ELEMENT_BYTES
     stages = {
-        "sparse": 4 * rows * _QUERY_BLOCKS * _BLOCK_Q * _CRITICAL * _BLOCK_K * HEAD_DIM,
+        "sparse": 4 * rows * _QUERY_BLOCKS * _BLOCK_Q * CRITICAL_BLOCKS * _BLOCK_K * HEAD_DIM,
         "classify": 2 * rows * pairs * HEAD_DIM,
     }
     means = rows * (_QUERY_BLOCKS + _KEY_BLOCKS) * HEAD_DIM * _FLOAT32
-    lists = rows * _QUERY_BLOCKS * _CRITICAL * _INT32
+    lists = rows * _QUERY_BLOCKS * CRITICAL_BLOCKS * _INT32
     traffic = {
         "pooling": token * (TOKENS if linear != "none" else TOKENS + keys) + means,
         "classify": means + rows * pairs * (2 * _FLOAT32 + _INT8) + lists,
@@ -138,6 +140,35 @@ def sla_cost(
     return Cost(stages, traffic, definitions, _where(topk, block_q, block_k, forced, cross=cross, causal=causal))
 
 
+@lru_cache
+def sla_backward_cost(block_q: int, block_k: int, linear: str, *, cross: bool = False, causal: bool = False) -> Cost:
+    """FLOPs of one backward in the stages of ``kernels/``, its critical blocks in a mean row left as a symbol.
+
+    The sparse branch is five products for the forward's two: scores again, and the gradients of probabilities, v, q and
+    k. Block states and their sums are made again. ``traffic`` is empty.
+    """
+    keys = KEY_TOKENS if cross else TOKENS
+    rows = BATCH * HEADS
+    pairs = _QUERY_BLOCKS * _KEY_BLOCKS
+    stages = {"sparse": 10 * rows * _QUERY_BLOCKS * _BLOCK_Q * CRITICAL_BLOCKS * _BLOCK_K * HEAD_DIM}
+    if linear != "none":
+        additions = 2 * pairs if linear == "marginal" or causal else _KEY_BLOCKS
+        state = HEAD_DIM**2 + HEAD_DIM
+        stages["states"] = 2 * rows * keys * HEAD_DIM**2
+        stages["combine"] = rows * additions * state
+        stages["gate"] = 4 * rows * TOKENS * HEAD_DIM**2  # of the linear branch's output, and of the weight
+        stages["linear"] = 4 * rows * TOKENS * HEAD_DIM**2  # phi(Q) and H
+        stages["combine back"] = rows * additions * state
+        stages["keys"] = 4 * rows * keys * HEAD_DIM**2  # phi(K) and V
+    definitions = {
+        _QUERY_BLOCKS: sympy.ceiling(TOKENS / _BLOCK_Q),
+        _KEY_BLOCKS: sympy.ceiling(keys / _BLOCK_K),
+        _BLOCK_Q: sympy.Integer(block_q),
+        _BLOCK_K: sympy.Integer(block_k),
+    }
+    return Cost(stages, {}, definitions)
+
+
 def _definitions(
     topk: float, block_q: int, block_k: int, forced: int, *, cross: bool, causal: bool
 ) -> dict[sympy.Symbol, sympy.Expr]:
@@ -150,7 +181,7 @@ def _definitions(
         critical = sympy.Max(1, sympy.floor(rational * _KEY_BLOCKS))
         critical = sympy.Min(_KEY_BLOCKS, forced + critical) if forced else critical
     return {
-        _CRITICAL: critical,
+        CRITICAL_BLOCKS: critical,
         _QUERY_BLOCKS: sympy.ceiling(TOKENS / _BLOCK_Q),
         _KEY_BLOCKS: sympy.ceiling((KEY_TOKENS if cross else TOKENS) / _BLOCK_K),
         _BLOCK_Q: sympy.Integer(block_q),

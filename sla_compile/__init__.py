@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sla_compile.gate import Gate, detach, gate_parameters, gates
     from sla_compile.ops.attention import sparse_linear_attention
     from sla_compile.reporting.model_report import Report, explain, report
+    from sla_compile.user_warnings import RecompileLimitWarning, TokenOrderWarning, UntrainedGatesWarning
 
 __version__ = "0.1.0"
 
@@ -29,8 +30,11 @@ __all__ = [
     "CalibrationReport",
     "DistillationReport",
     "Gate",
+    "RecompileLimitWarning",
     "Report",
     "SLAConfig",
+    "TokenOrderWarning",
+    "UntrainedGatesWarning",
     "allocate",
     "anneal",
     "calibrate",
@@ -54,6 +58,9 @@ _HOMES = {
     "CalibrationReport": "fitting.calibration",
     "DistillationReport": "fitting.distillation",
     "Gate": "gate",
+    "RecompileLimitWarning": "user_warnings",
+    "TokenOrderWarning": "user_warnings",
+    "UntrainedGatesWarning": "user_warnings",
     "Report": "reporting.model_report",
     "SLAConfig": "config",
     "allocate": "fitting.allocation",

@@ -10,9 +10,7 @@ arguments and erases it. A prepared model that is not compiled is exactly the de
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Iterator
-from types import CodeType
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 import sla_compile.ops.gate_marker  # noqa: F401  the op that marks a gate in a graph
 from sla_compile.common.limits import FLOATING_DTYPES
 from sla_compile.compat import forget_code, skip_as_root_frame
+from sla_compile.compiler.memory import take_dense_code
 from sla_compile.config import SLAConfig
 from sla_compile.gate_settings import UNSEEN, Seen, settings_text
 from sla_compile.module_paths import module_paths
@@ -228,7 +227,7 @@ def attach_gate(
         gate.train(owner.training)
         owner.add_module(name, gate)
         _mark(owner)
-        for code in _DENSE_CODE.pop(owner, ()):
+        for code in take_dense_code(owner):  # Dynamo does not guard on hooks
             forget_code(code)
         return gate
     refuse_taken_name(owner, ordinal, path)
@@ -325,16 +324,6 @@ def _set_marker(module: nn.Module, names: tuple[str, ...], owner: nn.Module | No
             del module._forward_pre_hooks[key]
     if names:
         module.register_forward_pre_hook(GateMarker(names, owner))
-
-
-# Code compiled while it held a dense attention of an owner; dropped when that owner gets a gate, since Dynamo
-# does not guard on hooks.
-_DENSE_CODE: weakref.WeakKeyDictionary[nn.Module, set[CodeType]] = weakref.WeakKeyDictionary()
-
-
-def remember_dense(owner: nn.Module, code: CodeType) -> None:
-    """Note that ``code`` was compiled with an attention of ``owner`` left dense."""
-    _DENSE_CODE.setdefault(owner, set()).add(code)
 
 
 def detach(model: nn.Module) -> nn.Module:

@@ -603,7 +603,7 @@ def test_a_long_sequence_after_short_ones(dynamic: bool | None) -> None:
 
 
 def test_a_recompile_limit_is_no_silent_end() -> None:
-    from sla_compile.backend import RecompileLimitWarning
+    from sla_compile import RecompileLimitWarning
 
     model = Model()
     run = torch.compile(model, backend="sla", options=EAGER, dynamic=False)
@@ -622,14 +622,12 @@ def test_fullgraph() -> None:
     assert_follows_definition(run, model, x)
 
 
-def test_untrained_gates_warn_once() -> None:
-    import sla_compile.backend as backend
-
-    backend._warned = False
-    with pytest.warns(backend.UntrainedGatesWarning, match="2 attention.* gates that are still zero"):
+def test_untrained_gates_warn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sla_compile.compiler.memory._warned", set())
+    with pytest.warns(sla_compile.UntrainedGatesWarning, match="2 attention.* gates that are still zero"):
         compiled(Model())(random_input())
     with warnings.catch_warnings():
-        warnings.simplefilter("error", backend.UntrainedGatesWarning)
+        warnings.simplefilter("error", sla_compile.UntrainedGatesWarning)
         compiled(Model())(random_input())
 
 

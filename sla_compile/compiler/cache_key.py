@@ -16,7 +16,7 @@ __all__ = ["in_cache_key", "package_key"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_TRACED = ("ops/*.py", "common/*.py", "compat.py")
+_TRACED = ("ops/*.py", "common/*.py", "compat/*.py")
 """Files whose code ends up in a compiled graph. Kernels run behind the op, and so are always those of now."""
 
 

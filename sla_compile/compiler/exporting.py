@@ -19,12 +19,11 @@ from torch.export import ExportedProgram
 import sla_compile.ops  # noqa: F401  the library op that an exported program calls
 from sla_compile.compat import Frame, always_holds
 from sla_compile.compiler.preparation import unwrapped
+from sla_compile.compiler.rewriting import apply_decisions
 from sla_compile.compiler.sites import Settings, Site, find_sites
 from sla_compile.gate import gates, marked_exports
 from sla_compile.passes.decide import Keep, Rewrite
 from sla_compile.passes.find_attention import graphs
-from sla_compile.passes.hoist_gathers import hoist_gathers
-from sla_compile.passes.rewrite import erase_markers, replace_attention
 
 __all__ = ["export"]
 
@@ -85,13 +84,7 @@ def _rewrite(graph: fx.GraphModule, model: nn.Module, ranges: Mapping[Any, Any])
             _as_traced_by_dynamo(node, paths)
     sites, markers = find_sites(graph, Settings.of(None), cast(Frame, _Program(model)))
     _check(sites, model, ranges)
-    for site in sites:
-        if isinstance(site.decision, Rewrite) and site.marker is not None:
-            replace_attention(site.call, site.decision, site.marker, site.config.compiled_options())
-    erase_markers(markers)
-    for module in graphs(graph):
-        hoist_gathers(module)
-        module.recompile()
+    apply_decisions(sites, markers, graphs(graph))
 
 
 def _check(sites: Sequence[Site], model: nn.Module, ranges: Mapping[Any, Any]) -> None:

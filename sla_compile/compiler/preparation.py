@@ -19,7 +19,6 @@ import torch
 from torch import fx, nn
 
 import sla_compile
-from sla_compile.backend import refuse_unsynchronised, rewrite_graph
 from sla_compile.compat import (
     current_frame,
     forget_code,
@@ -28,6 +27,8 @@ from sla_compile.compat import (
     throw_away_compile,
 )
 from sla_compile.compiler.fake_run import stand_ins
+from sla_compile.compiler.rewriting import refuse_unsynchronised, rewrite_graph
+from sla_compile.compiler.site_report import GraphBreak, SiteReport, describe, graph_break
 from sla_compile.compiler.sites import Settings
 from sla_compile.config import SLAConfig
 from sla_compile.gate import (
@@ -42,7 +43,6 @@ from sla_compile.gate import (
     refuse_other_form,
 )
 from sla_compile.module_paths import module_paths
-from sla_compile.reporting.site_report import GraphBreak, SiteReport, describe, graph_break
 
 __all__ = ["DryRun", "dry_run", "prepare", "unwrapped"]
 

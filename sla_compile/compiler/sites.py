@@ -5,12 +5,10 @@ This is where the passes (which know graphs) meet the modules (which own gates).
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from types import CodeType
 from typing import Any
 
 from torch import fx, nn
@@ -18,6 +16,7 @@ from torch import fx, nn
 from sla_compile.common.limits import DTYPES
 from sla_compile.common.token_orders import RASTER
 from sla_compile.compat import Frame, plain_module_path, runs_forward_of
+from sla_compile.compiler.memory import remember_root_calls, root_calls
 from sla_compile.config import SITE_FIELDS, SLAConfig
 from sla_compile.gate import PREPARED, Gate, gate_name, own_gates, refuse_other_form
 from sla_compile.gate_settings import UNSEEN, Seen, read_settings
@@ -122,19 +121,16 @@ def find_sites(gm: fx.GraphModule, settings: Settings, frame: Frame) -> tuple[li
     return sites, markers
 
 
-# How many attention calls a graph compiled for this code has that are those of the frame's own module.
-_CALLS: weakref.WeakKeyDictionary[CodeType, int] = weakref.WeakKeyDictionary()
-
-
 def remember_calls(sites: list[Site], frame: Frame) -> None:
     """Note how many calls come before those of a frame that resumes this one after a graph break."""
-    _CALLS[frame.code] = sum(site.owner is frame.root_module() for site in sites if site.owner is not None)
+    count = sum(site.owner is frame.root_module() for site in sites if site.owner is not None)
+    remember_root_calls(frame.code, count)
 
 
 def _calls_before(frame: Frame, root: nn.Module) -> int:
     """Attention calls of ``root`` in the part of its forward that ran before the graph break."""
     first = frame.code.co_firstlineno  # of a frame that resumes, the line of the break
-    parts = {(code.co_name, code.co_firstlineno): n for code, n in _CALLS.items() if runs_forward_of(code, root)}
+    parts = {(code.co_name, code.co_firstlineno): n for code, n in root_calls() if runs_forward_of(code, root)}
     return sum(n for (_, line), n in parts.items() if line < first)
 
 

@@ -18,12 +18,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sla_compile.backend import UntrainedGatesWarning
 from sla_compile.compiler.preparation import unwrapped
 from sla_compile.config import SLAConfig
 from sla_compile.fitting.calibration import SiteError, SiteStatistics, gather, mean_error, sites_dict
 from sla_compile.fitting.observer import Arguments, call_arguments, nothing_gated, prepared_for
 from sla_compile.gate import gates, model_config
+from sla_compile.user_warnings import UntrainedGatesWarning
 
 __all__ = ["LOSSES", "DistillationReport", "distill", "floating"]
 

@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from sla_compile.compiler.compiled_sites import compiled_breaks, compiled_sites
 from sla_compile.compiler.preparation import dry_run, unwrapped
+from sla_compile.compiler.site_report import GraphBreak, SiteReport
 from sla_compile.compiler.sites import Settings
 from sla_compile.config import SLAConfig
 from sla_compile.gate import gates, model_config
-from sla_compile.reporting.site_report import GraphBreak, SiteReport, remembered, remembered_breaks
 
 __all__ = ["Report", "Totals", "explain", "report"]
 
@@ -153,8 +154,8 @@ def report(model: nn.Module) -> Report:
     return Report(
         model=type(model).__name__,
         compiled=True,
-        sites=tuple(remembered(model)),
-        graph_breaks=tuple(remembered_breaks(model)),
+        sites=tuple(compiled_sites(model)),
+        graph_breaks=tuple(compiled_breaks(model)),
         untrained_gates=_untrained(model),
     )
 

@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from sla_compile.reporting.site_report import SiteReport
+from sla_compile.compiler.site_report import SiteReport
 
 if TYPE_CHECKING:
     from sla_compile.reporting.model_report import Report

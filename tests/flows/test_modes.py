@@ -244,8 +244,8 @@ def rewritten_then(gm: torch.fx.GraphModule, inputs: Any, compiler: Any) -> Any:
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-    from sla_compile.backend import rewrite_graph
     from sla_compile.compat import current_frame
+    from sla_compile.compiler.rewriting import rewrite_graph
     from sla_compile.compiler.sites import Settings
 
     rewrite_graph(gm, Settings.of(None), current_frame())

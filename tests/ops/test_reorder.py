@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import sla_compile
+from sla_compile import TokenOrderWarning
 from sla_compile.__main__ import main
-from sla_compile.backend import TokenOrderWarning
 from sla_compile.checkpoints.gate_files import read
 from sla_compile.common.token_orders import Placement, block_ranges, positions
 from sla_compile.kernels import reference

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sla_compile.backend import rewrite_graph
 from sla_compile.compat import current_frame
+from sla_compile.compiler.rewriting import rewrite_graph
 from sla_compile.compiler.sites import Settings, Site
 from tests.support.models import OPTIONS
 

@@ -1,54 +1,41 @@
-"""Every use of a private PyTorch API, and every difference between torch 2.11 and 2.15, in one place.
-
-Each entry says what public thing it waits for. ``tests/test_compat.py`` enters each one on the installed torch.
-"""
+"""Dynamo: the frame it compiles, the code it keeps, and how it names things."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import torch
 from torch import nn
-from torch.autograd import forward_ad
+
+from sla_compile.compiler.memory import limit_callbacks, remember_limit_callback
 
 __all__ = [
     "Frame",
-    "always_holds",
     "compiled_siblings",
     "current_frame",
-    "data_parallel",
     "forget_code",
-    "fully_sharded",
-    "has_tangent",
-    "lower_gather",
     "on_recompile_limit",
     "plain_function_name",
     "plain_module_path",
     "runs_forward_of",
-    "size_hint",
     "skip_as_root_frame",
     "throw_away_compile",
-    "triton_cache_folder",
     "user_errors",
 ]
-
-_AT_LIMIT: weakref.WeakKeyDictionary[types.CodeType, Callable[[str], None]] = weakref.WeakKeyDictionary()
 
 
 def _watch_limits(record: logging.LogRecord) -> bool:
     """A filter of Dynamo's log, which is where it says that it compiles a function no more."""
     if str(record.msg).startswith("torch._dynamo hit config.") and isinstance(record.args, tuple):
         limit, _, function = record.args[:3]
-        for code, callback in list(_AT_LIMIT.items()):
+        for code, callback in limit_callbacks():
             if function == f"'{code.co_name}' ({code.co_filename}:{code.co_firstlineno})":
                 callback(str(limit))
     return True
@@ -56,26 +43,16 @@ def _watch_limits(record: logging.LogRecord) -> bool:
 
 def on_recompile_limit(code: types.CodeType, callback: Callable[[str], None]) -> None:
     """Call ``callback`` with the name of a limit in ``torch._dynamo.config`` when ``code`` reaches it: Dynamo runs
-    it as it is written from then on. Goes when Dynamo has a public way to learn of it."""
-    _AT_LIMIT[code] = callback
+    it as it is written from then on. Remove when Dynamo has a public way to learn of it."""
+    remember_limit_callback(code, callback)
     logging.getLogger("torch._dynamo.convert_frame").addFilter(_watch_limits)
-
-
-def has_tangent(*tensors: torch.Tensor | None) -> bool:
-    """Whether one is dual, also inside an op, where autograd's keys, which see that, are off. Goes with torch's own."""
-    if forward_ad._current_level < 0:
-        return False
-    unpacked: Any = forward_ad.unpack_dual
-    nothing = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), nothing):
-        return any(x is not None and unpacked(x).tangent is not None for x in tensors)
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
     """Let a ValueError raised under this reach the caller of the compiled model as the ValueError that it is.
 
-    Dynamo turns a backend's exception into BackendCompilerFailed unless it is of one of its own kinds. Goes when
+    Dynamo turns a backend's exception into BackendCompilerFailed unless it is of one of its own kinds. Remove when
     Dynamo has a public way for a backend to reject what the user asked.
     """
     from torch._dynamo.exc import ShortenTraceback
@@ -97,7 +74,7 @@ def user_errors() -> Iterator[None]:
 def skip_as_root_frame(function: Callable[..., Any]) -> None:
     """Never let Dynamo compile ``function`` as a frame of its own; inlining it into another frame still works.
 
-    Without it, the hook of a module that is itself the root of a compile becomes a tiny graph. Goes when a
+    Without it, the hook of a module that is itself the root of a compile becomes a tiny graph. Remove when a
     public decorator can say "inline me, but do not start at me".
     """
     from torch._C._dynamo import eval_frame
@@ -142,7 +119,7 @@ class Frame:
         """Invalidate compiled entries that would serve this frame as its modules are by now.
 
         A model of a known class that arrives without gates fails their guards only for that; what is compiled
-        for it next would stand beside them in the cache, up to ``recompile_limit``. Goes when a backend can
+        for it next would stand beside them in the cache, up to ``recompile_limit``. Remove when a backend can
         send a frame back to the cache.
         """
         forget_code(self.code, self.compiler, lambda guards: bool(guards.check(self.locals)))
@@ -151,7 +128,7 @@ class Frame:
         """Whether DDP's optimizer cut this frame's graph; if so it will not when the frame is analysed again.
 
         It cuts by the parameters' sizes, so that a gate's marker can be in one part and its attention in another.
-        ``in_buckets`` then cuts what was rewritten. Goes when a backend can see the graph before it is cut.
+        ``in_buckets`` then cuts what was rewritten. Remove when a backend can see the graph before it is cut.
         """
         optimizer = _ddp_optimizer(self.compiler)
         if optimizer is None or len(optimizer.buckets) < 2:
@@ -172,7 +149,7 @@ class Frame:
     def restart(self, reason: str) -> NoReturn:
         """Make Dynamo analyse this frame again from its start, with the modules as they now are.
 
-        Goes when a backend can ask for that publicly; this exception is the one that passes through the
+        Remove when a backend can ask for that publicly; this exception is the one that passes through the
         backend call untouched on every supported version.
         """
         from torch._dynamo.exc import TensorifyScalarRestartAnalysis
@@ -211,25 +188,6 @@ def current_frame() -> Frame | None:
     return Frame(translator.f_code, dict(translator.f_locals), translator.output.compiler_fn, translator)
 
 
-def data_parallel() -> bool:
-    """Whether this runs inside the forward of a DistributedDataParallel."""
-    if not torch.distributed.is_available():
-        return False
-    wrapper: Any = nn.parallel.DistributedDataParallel
-    return wrapper._get_active_ddp_module() is not None
-
-
-def fully_sharded(module: nn.Module) -> bool:
-    """Whether ``fully_shard`` (or another of torch's composable wrappers) holds ``module``.
-
-    Inside its forward the parameters are plain tensors, so only its own list tells. Goes when torch has a function
-    that says which wrapper owns a module.
-    """
-    composable = sys.modules.get("torch.distributed._composable_state")
-    wrapped = getattr(composable, "_module_state_mapping", ())
-    return any(module is inner for outer in list(wrapped) for inner in outer.modules())
-
-
 def _ddp_optimizer(compiler: Any) -> Any:
     """The DDPOptimizer of torch that stands between Dynamo and the backend; None where there is none."""
     owner = getattr(_innermost(compiler), "__self__", None)
@@ -246,7 +204,7 @@ def compiled_siblings(module: nn.Module, compiler: Any) -> list[nn.Module]:
     """Other live modules of ``type(module)`` that were compiled by themselves with an equal ``compiler``.
 
     Both ``block.compile(...)`` and ``torch.compile(block, ...)`` count. They share one code cache with
-    ``module``. Goes when Dynamo lists the modules of a compiled code object.
+    ``module``. Remove when Dynamo lists the modules of a compiled code object.
     """
     import gc
 
@@ -301,7 +259,7 @@ def forget_code(code: types.CodeType, compiler: Any = None, stale: Callable[[Any
 def throw_away_compile() -> Iterator[list[Frame]]:
     """Compile under this and leave no trace; append each frame that was compiled to the list it yields.
 
-    What is compiled shares its code, and so Dynamo's cache and its limit, with the user's own compiles. Goes when
+    What is compiled shares its code, and so Dynamo's cache and its limit, with the user's own compiles. Remove when
     torch 2.11 does: ``torch.compile(isolate_recompiles=True)`` is the public form, from 2.13 on.
     """
     import torch._dynamo.config as config
@@ -314,76 +272,6 @@ def throw_away_compile() -> Iterator[list[Frame]]:
             for frame in frames:
                 forget_code(frame.code, frame.compiler)
             frames.clear()
-
-
-def lower_gather(op: Any, table: Callable[..., torch.Tensor]) -> None:
-    """Let Inductor inline ``op``, a gather of x (..., N, D) along N, into what reads and what makes x.
-
-    ``table`` gives the order (N) for N, the device of x and the op's other arguments; it becomes a constant of the
-    graph. In a backward the result is written out. Goes when a decomposition can have a tensor constant of its own.
-    """
-    import sympy
-    from torch._inductor import ir, lowering
-    from torch._inductor.virtualized import V
-    from torch._inductor.virtualized import ops as primitives
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    fallback: Any = lowering.fallback_handler
-    if op in lowering.lowerings:
-        return
-
-    def gather(x: Any, *arguments: Any) -> Any:
-        *_, tokens, _dims = sizes = x.get_size()
-        if not isinstance(tokens, int | sympy.Integer):
-            return fallback(op, add_to_fallback_set=False)(x, *arguments)
-        with _disable_current_modes():  # the table is a real tensor, whatever is traced around
-            order = table(int(tokens), x.get_device(), *arguments)
-        load, place = x.make_loader(), V.graph.add_tensor_constant(order).make_loader()
-
-        def element(index: Any) -> Any:
-            token = primitives.indirect_indexing(place([index[-2]]), tokens, check=False, wrap_neg=False)
-            return load([*index[:-2], token, index[-1]])
-
-        gathered = ir.Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=element, ranges=sizes)
-        if V.graph.is_backward:  # shifts' and scales' gradients sum over tokens: not over what is looked up each time
-            gathered.realize()
-        return gathered
-
-    lowering.register_lowering(op, type_promotion_kind=None)(gather)
-
-
-def triton_cache_folder(device: torch.device) -> str:
-    """Where Triton caches on disk from now on: where Inductor has it cache, which it settles with its first kernel.
-
-    A graph need not have one, and its attention's kernels would be looked for elsewhere. Goes when torch tells where.
-    """
-    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
-
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(index))
-
-
-def size_hint(size: int | torch.SymInt) -> int | None:
-    """The value a symbolic size had while it was traced, without a guard; None where it has none."""
-    if isinstance(size, int):
-        return size
-    hint = size.node.hint
-    return None if hint is None else int(hint)
-
-
-def always_holds(condition: str, ranges: Mapping[Any, Any]) -> bool:
-    """Whether ``condition``, a comparison by >= or <, holds all over an exported program's ``range_constraints``.
-
-    Goes when torch tells publicly whether the ranges of an exported program imply something.
-    """
-    import sympy
-    from torch.utils._sympy.value_ranges import bound_sympy
-
-    relation = sympy.sympify(condition, locals={str(symbol): symbol for symbol in ranges})
-    if relation in (sympy.true, sympy.false):
-        return bool(relation)
-    bounds = bound_sympy(relation.lhs - relation.rhs, dict(ranges))
-    return bool(bounds.upper < 0 if isinstance(relation, sympy.StrictLessThan) else bounds.lower >= 0)
 
 
 _MODULES_ENTRY = re.compile(r"\.__dict__\['_modules'\]\['([^']+)'\]|\._modules\['([^']+)'\]")

@@ -1,15 +1,10 @@
-"""The account of every attention site: what was decided, why, and what it costs, as plain data.
-
-What was compiled is remembered by the module that owns each attention, and forgotten with it.
-"""
+"""The report of one attention site: what was decided, why, and what it costs, as plain data."""
 
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import CodeType
 from typing import Any
 
 import torch
@@ -17,11 +12,11 @@ from torch import fx, nn
 
 from sla_compile.common.blocks import forced_blocks
 from sla_compile.common.token_orders import RASTER
-from sla_compile.compat import runs_forward_of, size_hint
+from sla_compile.compat import size_hint
+from sla_compile.compiler.graph_diff import site_diff
 from sla_compile.compiler.sites import Site
 from sla_compile.config import SLAConfig
-from sla_compile.gate import PREPARED, Gate, gate_name, own_gates
-from sla_compile.module_paths import module_paths
+from sla_compile.gate import Gate
 from sla_compile.passes.attention_call import AttentionCall
 from sla_compile.passes.cost import (
     BATCH,
@@ -39,18 +34,8 @@ from sla_compile.passes.cross_attention import of_different_tensors
 from sla_compile.passes.decide import Keep, Rewrite, Shape, example_shape
 from sla_compile.passes.operands import example
 from sla_compile.passes.token_order import TokenOrder
-from sla_compile.reporting.graph_diff import site_diff
 
-__all__ = [
-    "GraphBreak",
-    "SiteReport",
-    "describe",
-    "graph_break",
-    "remember",
-    "remember_break",
-    "remembered",
-    "remembered_breaks",
-]
+__all__ = ["GraphBreak", "SiteReport", "describe", "graph_break", "prepared_only", "with_sparsity_of"]
 
 
 @dataclass(frozen=True)
@@ -236,25 +221,6 @@ def _numbers(when: str, cost: Cost, traced: dict[str, int], dtype: torch.dtype) 
     return numbers
 
 
-def _as_set_now(account: SiteReport, gate: Gate | None) -> SiteReport:
-    """``account`` with the topk and bottomk that ``set_sparsity`` has given ``gate``, and their cost."""
-    if gate is None or gate.sparsity is None or not account.settings:
-        return account
-    topk, bottomk = gate.shares()
-    settings = {**account.settings, "topk": topk, "bottomk": bottomk}
-    if not account.traced:
-        return dataclasses.replace(account, settings=settings)
-    form = {"cross": "key_tokens" in account.shape, "causal": account.causal}
-    after = _sparse_cost(settings, account.critical_tokens, account.traced, form)
-    dtype = getattr(torch, str(account.shape["dtype"]))
-    numbers = _numbers("after", after, account.traced, dtype)
-    return dataclasses.replace(account, settings=settings, where=after.where, **numbers)
-
-
-def _count(gate: Gate) -> int:
-    return sum(parameter.numel() for parameter in gate.parameters())
-
-
 def graph_break(gm: fx.GraphModule) -> GraphBreak | None:
     """The graph break that ended ``gm``; None where it is the end of its function."""
     reason: Any = getattr(gm, "compile_subgraph_reason", None)
@@ -267,78 +233,23 @@ def graph_break(gm: fx.GraphModule) -> GraphBreak | None:
     return GraphBreak(text, frame.filename, frame.lineno or 0, frame.name)
 
 
-# By owner and ordinal, the calls of one forward.
-_BY_OWNER: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[SiteReport, ...]]] = weakref.WeakKeyDictionary()
-# Modules that run code compiled for another of their class (regional compile, a deepcopy) have no entry of
-# their own; the one of their class, with the same settings, is theirs.
-_BY_CLASS: weakref.WeakKeyDictionary[type, dict[tuple[int, str], tuple[SiteReport, ...]]] = weakref.WeakKeyDictionary()
-_BREAKS: weakref.WeakKeyDictionary[nn.Module, dict[GraphBreak, None]] = weakref.WeakKeyDictionary()
+def with_sparsity_of(report: SiteReport, gate: Gate | None) -> SiteReport:
+    """``report`` with the topk and bottomk that ``gate``'s buffer has now, and their cost; as it is without one."""
+    if gate is None or gate.sparsity is None or not report.settings:
+        return report
+    topk, bottomk = gate.shares()
+    settings = {**report.settings, "topk": topk, "bottomk": bottomk}
+    if not report.traced:
+        return dataclasses.replace(report, settings=settings)
+    form = {"cross": "key_tokens" in report.shape, "causal": report.causal}
+    after = _sparse_cost(settings, report.critical_tokens, report.traced, form)
+    dtype = getattr(torch, str(report.shape["dtype"]))
+    numbers = _numbers("after", after, report.traced, dtype)
+    return dataclasses.replace(report, settings=settings, where=after.where, **numbers)
 
 
-# Attention that a graph break cut off from its owner, by the code that holds it.
-_BY_CODE: weakref.WeakKeyDictionary[CodeType, list[SiteReport]] = weakref.WeakKeyDictionary()
-
-
-def remember(sites: Sequence[Site], code: CodeType) -> None:
-    """Keep the account of what one graph, compiled from ``code``, holds, for ``report(model)``."""
-    calls: dict[tuple[int, int], list[Site]] = {}
-    _BY_CODE.pop(code, None)
-    for site in sites:
-        if site.owner is not None:
-            calls.setdefault((id(site.owner), site.ordinal), []).append(site)
-        else:
-            _BY_CODE.setdefault(code, []).append(describe(site))
-    for group in calls.values():
-        account = tuple(describe(site) for site in group)
-        owner, ordinal, gate = group[0].owner, group[0].ordinal, group[0].gate
-        if owner is None:
-            continue
-        _BY_OWNER.setdefault(owner, {})[ordinal] = account
-        if gate is not None:
-            _BY_CLASS.setdefault(type(owner), {})[(ordinal, gate.settings)] = account
-
-
-def remember_break(gm: fx.GraphModule, root: nn.Module | None) -> None:
-    """Keep the graph break that ended ``gm``, a graph of the forward of ``root``, for ``report(model)``."""
-    found = graph_break(gm)
-    if found is not None and root is not None:
-        _BREAKS.setdefault(root, {})[found] = None
-
-
-def remembered_breaks(model: nn.Module) -> list[GraphBreak]:
-    """The graph breaks in the forward of ``model`` and of the modules in it."""
-    return [found for module in model.modules() for found in _BREAKS.get(module, ())]
-
-
-def remembered(model: nn.Module) -> list[SiteReport]:
-    """The sites of ``model`` as last compiled, by module path, and its gates that were not compiled yet."""
-    found = []
-    for path, owner in module_paths(model):
-        accounts = dict(_BY_OWNER.get(owner, {}))
-        for gate in own_gates(owner).values():
-            if gate.ordinal not in accounts:
-                shared = _BY_CLASS.get(type(owner), {}).get((gate.ordinal, gate.settings))
-                accounts[gate.ordinal] = shared if shared is not None else (_not_compiled(gate, owner),)
-        full = path or owner.__dict__.get(PREPARED, (None, ""))[1]
-        for code, cut_off in _BY_CODE.items():
-            if runs_forward_of(code, owner):
-                found += [_moved(account, full, account.ordinal) for account in cut_off]
-        for ordinal, calls in sorted(accounts.items()):
-            gate_now = own_gates(owner).get(gate_name(ordinal))
-            found += [_moved(_as_set_now(account, gate_now), full, ordinal) for account in calls]
-    return found
-
-
-def _moved(account: SiteReport, path: str, ordinal: int) -> SiteReport:
-    """``account`` for an owner at module path ``path``."""
-    diff = account.diff
-    if account.path and account.path != path:
-        diff = tuple(line.replace(f"{account.path}.", f"{path}.".lstrip(".")) for line in diff)
-    gate_path = f"{path}.{gate_name(ordinal)}".lstrip(".") if account.gate_path else ""
-    return dataclasses.replace(account, path=path, gate_path=gate_path, diff=diff)
-
-
-def _not_compiled(gate: Gate, owner: nn.Module) -> SiteReport:
+def prepared_only(gate: Gate, owner: nn.Module) -> SiteReport:
+    """The report of a gate whose attention no compile has reached."""
     return SiteReport(
         path=gate.path,
         owner=type(owner).__name__,
@@ -351,3 +262,7 @@ def _not_compiled(gate: Gate, owner: nn.Module) -> SiteReport:
         gate_path=gate.path,
         gate_parameters=_count(gate),
     )
+
+
+def _count(gate: Gate) -> int:
+    return sum(parameter.numel() for parameter in gate.parameters())

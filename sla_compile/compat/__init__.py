@@ -1,0 +1,52 @@
+"""Every use of a private PyTorch API, and every difference between torch 2.11 and 2.15, in one place.
+
+Each entry says what public thing it waits for. ``tests/test_compat.py`` enters each one on the installed torch.
+"""
+
+from __future__ import annotations
+
+from sla_compile.compat.dynamo import (
+    Frame,
+    compiled_siblings,
+    current_frame,
+    forget_code,
+    on_recompile_limit,
+    plain_function_name,
+    plain_module_path,
+    runs_forward_of,
+    skip_as_root_frame,
+    throw_away_compile,
+    user_errors,
+)
+from sla_compile.compat.inductor import lower_gather, triton_cache_folder
+from sla_compile.compat.runtime import (
+    count_in_running_counters,
+    data_parallel,
+    fully_sharded,
+    has_tangent,
+    trace_artifact,
+)
+from sla_compile.compat.shapes import always_holds, size_hint
+
+__all__ = [
+    "Frame",
+    "always_holds",
+    "compiled_siblings",
+    "count_in_running_counters",
+    "current_frame",
+    "data_parallel",
+    "forget_code",
+    "fully_sharded",
+    "has_tangent",
+    "lower_gather",
+    "on_recompile_limit",
+    "plain_function_name",
+    "plain_module_path",
+    "runs_forward_of",
+    "size_hint",
+    "skip_as_root_frame",
+    "throw_away_compile",
+    "trace_artifact",
+    "triton_cache_folder",
+    "user_errors",
+]

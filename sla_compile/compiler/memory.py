@@ -1,0 +1,160 @@
+"""What this process remembers from compile to compile: all of it, and until when.
+
+A backend sees one graph at a time, but some questions span several: was an attention kept dense in code that Dynamo may
+still serve, how many attention calls came before a graph break, what was compiled for a module. The answers live here
+and nowhere else. Keys are held weakly, so an entry goes, at the latest, with its module, class or code object.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from types import CodeType
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from sla_compile.compiler.site_report import GraphBreak, SiteReport
+
+__all__ = [
+    "accounts_by_code",
+    "accounts_of_class",
+    "accounts_of_owner",
+    "await_marker",
+    "breaks_in",
+    "forget_awaited",
+    "is_awaited",
+    "limit_callbacks",
+    "remember_break",
+    "remember_class_account",
+    "remember_code_accounts",
+    "remember_dense",
+    "remember_given",
+    "remember_limit_callback",
+    "remember_owner_account",
+    "remember_root_calls",
+    "root_calls",
+    "take_dense_code",
+    "was_given",
+]
+
+Accounts = tuple["SiteReport", ...]
+"""The reports of one attention, one for each call in a forward."""
+
+# Gates just injected, whose marker the restarted frame must show; until that frame comes again.
+_awaited_gates: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
+# Code compiled while an attention of the owner was dense; until the owner gets a gate, when it must not serve any more.
+_dense_code: weakref.WeakKeyDictionary[nn.Module, set[CodeType]] = weakref.WeakKeyDictionary()
+# Attention calls of a forward's own module in the graph compiled for a code: a frame that resumes that forward after a
+# graph break counts on from there.
+_root_calls: weakref.WeakKeyDictionary[CodeType, int] = weakref.WeakKeyDictionary()
+# Whom to tell when Dynamo reaches a recompile limit and compiles a code no more.
+_limit_callbacks: weakref.WeakKeyDictionary[CodeType, Callable[[str], None]] = weakref.WeakKeyDictionary()
+# For `report`: what was compiled last for each site, by its owner; by class and settings, for siblings that run code
+# compiled for another of their class; and by code, where no module owns the attention.
+_by_owner: weakref.WeakKeyDictionary[nn.Module, dict[int, Accounts]] = weakref.WeakKeyDictionary()
+_by_class: weakref.WeakKeyDictionary[type, dict[tuple[int, str], Accounts]] = weakref.WeakKeyDictionary()
+_by_code: weakref.WeakKeyDictionary[CodeType, list[SiteReport]] = weakref.WeakKeyDictionary()
+# For `report`: the graph breaks in the forward of a module.
+_breaks: weakref.WeakKeyDictionary[nn.Module, dict[GraphBreak, None]] = weakref.WeakKeyDictionary()
+# Warnings that are given once in a process.
+_warned: set[str] = set()
+
+
+def await_marker(owner: nn.Module, ordinal: int) -> None:
+    """A gate was injected for attention ``ordinal`` of ``owner``: the restarted frame must show its marker."""
+    _awaited_gates.setdefault(owner, set()).add(ordinal)
+
+
+def is_awaited(owner: nn.Module, ordinal: int) -> bool:
+    """True if that gate was injected and its frame was not seen again yet."""
+    return ordinal in _awaited_gates.get(owner, ())
+
+
+def forget_awaited(owner: nn.Module, ordinal: int) -> None:
+    """The frame came again; no frame is restarted twice for one gate."""
+    _awaited_gates.get(owner, set()).discard(ordinal)
+
+
+def remember_dense(owner: nn.Module, code: CodeType) -> None:
+    """``code`` was compiled with an attention of ``owner`` left dense."""
+    _dense_code.setdefault(owner, set()).add(code)
+
+
+def take_dense_code(owner: nn.Module) -> set[CodeType]:
+    """The code compiled with an attention of ``owner`` left dense, forgotten with this call."""
+    return _dense_code.pop(owner, set())
+
+
+def remember_root_calls(code: CodeType, count: int) -> None:
+    """The graph compiled for ``code`` has ``count`` attention calls of the module whose forward that code is."""
+    _root_calls[code] = count
+
+
+def root_calls() -> Iterator[tuple[CodeType, int]]:
+    """Every code compiled so far with that count."""
+    yield from list(_root_calls.items())
+
+
+def remember_limit_callback(code: CodeType, callback: Callable[[str], None]) -> None:
+    """Call ``callback`` with the limit's name when Dynamo compiles ``code`` no more."""
+    _limit_callbacks[code] = callback
+
+
+def limit_callbacks() -> Iterator[tuple[CodeType, Callable[[str], None]]]:
+    """Every code with such a callback."""
+    yield from list(_limit_callbacks.items())
+
+
+def remember_owner_account(owner: nn.Module, ordinal: int, accounts: Accounts) -> None:
+    """What was compiled last for attention ``ordinal`` of ``owner``."""
+    _by_owner.setdefault(owner, {})[ordinal] = accounts
+
+
+def accounts_of_owner(owner: nn.Module) -> dict[int, Accounts]:
+    """What was compiled last for each attention of ``owner``, by ordinal."""
+    return dict(_by_owner.get(owner, {}))
+
+
+def remember_class_account(kind: type, ordinal: int, settings: str, accounts: Accounts) -> None:
+    """What was compiled last for attention ``ordinal`` of an owner of class ``kind`` with these settings."""
+    _by_class.setdefault(kind, {})[ordinal, settings] = accounts
+
+
+def accounts_of_class(kind: type, ordinal: int, settings: str) -> Accounts | None:
+    """The reverse: modules that run code compiled for another of their class have no entry of their own."""
+    return _by_class.get(kind, {}).get((ordinal, settings))
+
+
+def remember_code_accounts(code: CodeType, accounts: list[SiteReport]) -> None:
+    """Attention in the graph of ``code`` that no module owns."""
+    if accounts:
+        _by_code[code] = accounts
+    else:
+        _by_code.pop(code, None)
+
+
+def accounts_by_code() -> Iterator[tuple[CodeType, list[SiteReport]]]:
+    """Every code with such attention."""
+    yield from list(_by_code.items())
+
+
+def remember_break(root: nn.Module, found: GraphBreak) -> None:
+    """A graph of the forward of ``root`` ended in a graph break."""
+    _breaks.setdefault(root, {})[found] = None
+
+
+def breaks_in(module: nn.Module) -> list[GraphBreak]:
+    """The graph breaks in the forward of ``module`` itself, each once."""
+    return list(_breaks.get(module, ()))
+
+
+def was_given(warning: str) -> bool:
+    """True if this process has given ``warning`` already."""
+    return warning in _warned
+
+
+def remember_given(warning: str) -> None:
+    """``warning`` is given once in a process, and now was."""
+    _warned.add(warning)

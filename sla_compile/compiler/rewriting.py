@@ -1,0 +1,156 @@
+"""Rewrite one graph in place: find its sites, give them gates, put the op where attention stood.
+
+The backend, ``prepare``'s dry run and ``export`` all come through here, so that they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import fx, nn
+
+import sla_compile.ops  # noqa: F401  registers the ops that a rewritten graph calls
+from sla_compile.compat import Frame, compiled_siblings, data_parallel, fully_sharded, user_errors
+from sla_compile.compiler.memory import await_marker, forget_awaited, is_awaited, remember_dense
+from sla_compile.compiler.sites import BROKEN, Settings, Site, find_sites, remember_calls
+from sla_compile.gate import attach_gate, detach_gate, gate_dtype, mark_from_children, refuse_taken_name
+from sla_compile.passes.decide import Keep, Rewrite
+from sla_compile.passes.find_attention import Marker
+from sla_compile.passes.hoist_gathers import hoist_gathers
+from sla_compile.passes.rewrite import erase_markers, replace_attention
+
+__all__ = ["apply_decisions", "refuse_unsynchronised", "rewrite_graph"]
+
+
+def rewrite_graph(gm: fx.GraphModule, settings: Settings, frame: Frame | None) -> list[Site]:
+    """Rewrite ``gm`` in place and return its sites with their final decisions.
+
+    Where a site to be rewritten has no gate yet, gates are injected and Dynamo starts this frame over, so this
+    function does not return then. Outside Dynamo (no frame) nothing owns the attention and all is kept.
+
+    Raises:
+        ValueError: options contradict a gate, or an owner has something else under a gate's name. No gate has
+            been injected then.
+    """
+    if frame is None:
+        return []
+    with user_errors():
+        sites, markers = find_sites(gm, settings, frame)
+        remember_calls(sites, frame)
+        if (sites or markers) and frame.join_buckets():
+            frame.restart("sla_compile sees the graph before it is cut into DDP's buckets")
+        injected = _inject(sites, frame)
+    if injected:
+        frame.drop_superseded()
+        frame.restart(f"sla_compile gave {injected} attention(s) a gate")
+    sites = [_settle(site, frame) for site in sites]
+    apply_decisions(sites, markers, {id(site.call.module): site.call.module for site in sites}.values())
+    for site in sites:
+        if isinstance(site.decision, Keep) and site.owner is not None:
+            remember_dense(site.owner, frame.code)
+    return sites
+
+
+def apply_decisions(sites: Iterable[Site], markers: Iterable[Marker], graphs: Iterable[fx.GraphModule]) -> None:
+    """Put the op where each site is to be rewritten, take ``markers`` out, move gathers within ``graphs``."""
+    for site in sites:
+        if isinstance(site.decision, Rewrite) and site.marker is not None:
+            replace_attention(site.call, site.decision, site.marker, site.config.compiled_options())
+    erase_markers(markers)
+    for graph in graphs:
+        hoist_gathers(graph)
+        graph.recompile()
+
+
+def _inject(sites: Sequence[Site], frame: Frame) -> int:
+    """Give every site that needs one its gate, or a marker that this frame can see; how many changed.
+
+    A gate whose marker the restarted frame does not show is taken back by `_settle`: nobody trains one that is unused.
+    """
+    root = frame.root_module()
+    missing = [
+        (site, site.owner, site.decision)
+        for site in sites
+        if isinstance(site.decision, Rewrite) and site.marker is None and site.owner is not None
+        if not is_awaited(site.owner, site.ordinal)
+    ]
+    for site, owner, _ in missing:
+        refuse_taken_name(owner, site.ordinal, site.gate_path)
+        if site.gate is None:
+            sharded = "fully_shard" if fully_sharded(owner) else None
+            refuse_unsynchronised(site.gate_path, "DistributedDataParallel" if data_parallel() else sharded)
+    changed = []
+    for site, owner, decision in missing:
+        had_gate = site.gate is not None
+        if not had_gate:
+            _attach(site, owner, decision)
+            await_marker(owner, site.ordinal)
+        newly_marked = owner is root and mark_from_children(owner)
+        if newly_marked or not had_gate:
+            changed.append(site)
+    if changed and root is not None:
+        _inject_siblings(changed, root, frame)
+    return len(changed)
+
+
+def refuse_unsynchronised(gate_path: str, wrapper: str | None) -> None:
+    """Raise ValueError where a new gate's gradients would stay on this process: ``wrapper`` has not seen it."""
+    if wrapper is not None and torch.is_grad_enabled():
+        raise ValueError(
+            f"{gate_path}: the model is in {wrapper} already, so each process would train a gate made now on "
+            f"its own; call sla_compile.prepare(model, ...) first, {wrapper} after it"
+        )
+
+
+def _attach(site: Site, owner: nn.Module, decision: Rewrite) -> None:
+    shape = decision.shape
+    attach_gate(
+        owner,
+        site.ordinal,
+        head_dim=int(shape.head_dim),
+        heads=int(shape.heads),
+        config=site.config,
+        model_config=site.model_config,
+        device=shape.device,
+        dtype=gate_dtype(owner, shape.dtype),
+        path=site.gate_path,
+        seen=site.seen,
+    )
+
+
+def _inject_siblings(sites: Sequence[Site], root: nn.Module, frame: Frame) -> None:
+    """The same gates for every module that shares this code: it would fail the guards and recompile otherwise."""
+    names = {id(module): name for name, module in root.named_modules()}
+    for sibling in compiled_siblings(root, frame.compiler):
+        for site in sites:
+            name = names.get(id(site.owner))
+            if name is None or not isinstance(site.decision, Rewrite):
+                continue
+            try:
+                owner = sibling.get_submodule(name)
+            except AttributeError:  # a sibling of another structure compiles by itself
+                continue
+            _attach(site, owner, site.decision)
+            if owner is sibling:
+                mark_from_children(owner)
+
+
+def _settle(site: Site, frame: Frame) -> Site:
+    """``site`` with the decision that holds now that no gate can be added any more."""
+    owner = site.owner
+    if owner is None or not isinstance(site.decision, Rewrite):
+        return site
+    awaited = is_awaited(owner, site.ordinal)
+    if awaited:
+        forget_awaited(owner, site.ordinal)
+    if site.marker is not None:
+        return site
+    if awaited:
+        detach_gate(owner, site.ordinal)
+    if frame.resumed and owner is frame.root_module():
+        keep = Keep(BROKEN, site.path, "an attention without a break before it")
+    else:
+        keep = Keep("the traced graph does not reach its gate", site.path, "a forward that calls its submodules")
+    return replace(site, decision=keep)

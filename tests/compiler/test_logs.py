@@ -1,0 +1,75 @@
+"""What a compile tells PyTorch's logs and structured traces."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.support.paths import ROOT
+
+MODEL = """\
+import logging, sys, torch
+from tests.support.models import OPTIONS, Model, random_input
+
+torch.set_default_dtype(torch.float64)
+if "set_logs" in sys.argv:
+    torch._logging.set_logs(modules={"sla_compile": logging.INFO})
+options = {**OPTIONS, "inner": "eager", "exclude": ("blocks.1.*",)}
+torch.compile(Model(), backend="sla", options=options)(random_input(64))
+"""
+
+
+def run(*arguments: str, **environment: str) -> str:
+    """What a process that compiles a model of two blocks, one of them excluded, prints to standard error."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, "-W", "ignore", "-c", MODEL, *arguments]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+REWRITTEN = "blocks.0.attention: rewritten, 2 x 2 heads x 64 tokens x 16, topk=0.3"
+KEPT = "blocks.1.attention: kept dense, excluded by exclude pattern 'blocks.1.*'"
+
+
+def test_torch_logs_show_each_site_and_with_a_plus_the_graph() -> None:
+    text = run(TORCH_LOGS="+sla_compile")
+    assert REWRITTEN in text
+    assert KEPT in text
+    assert "torch.ops.sla.forward.default(" in text
+
+
+def test_set_logs_shows_the_sites_alone() -> None:
+    text = run("set_logs")
+    assert REWRITTEN in text
+    assert KEPT in text
+    assert "torch.ops.sla.forward" not in text
+
+
+def test_nothing_is_said_unasked() -> None:
+    assert "rewritten" not in run()
+
+
+def test_a_trace_for_tlparse_has_sites_and_graph(tmp_path: Path) -> None:
+    run(TORCH_TRACE=str(tmp_path))
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    lines = (gzip.decompress(content) if file.suffix == ".gz" else content).decode().splitlines()
+    payloads: dict[str, str] = {}
+    for number, line in enumerate(lines):
+        if '"artifact": {"name": "sla_' in line:
+            name = json.loads(line[line.index("{") :])["artifact"]["name"]
+            following = lines[number + 1 :]
+            end = next((i for i, text in enumerate(following) if not text.startswith("\t")), len(following))
+            payloads[name] = "\n".join(text[1:] for text in following[:end])
+    assert set(payloads) == {"sla_sites", "sla_rewritten_graph"}
+    sites = json.loads(payloads["sla_sites"])
+    assert [(site["path"], site["rewritten"]) for site in sites] == [
+        ("blocks.0.attention", True),
+        ("blocks.1.attention", False),
+    ]
+    assert "torch.ops.sla.forward.default(" in payloads["sla_rewritten_graph"]
