@@ -326,6 +326,15 @@ def _set_marker(module: nn.Module, names: tuple[str, ...], owner: nn.Module | No
         module.register_forward_pre_hook(GateMarker(names, owner))
 
 
+def mark_prepared(model: nn.Module, config: SLAConfig) -> None:
+    """Note on every module of ``model`` these settings and its path in ``model``.
+
+    A part that is compiled by itself, or that continues after a graph break, would know only its path inside that part.
+    """
+    for path, module in module_paths(model):
+        module.__dict__[PREPARED] = (config, path)
+
+
 def detach(model: nn.Module) -> nn.Module:
     """Remove every gate, hook and setting from ``model``, then as it was before it was prepared; returns it."""
     for owner in list(model.modules()):

@@ -25,7 +25,7 @@ from torch import nn
 
 from sla_compile.common.limits import FLOATING_DTYPES
 from sla_compile.config import LATER_SITE_FIELDS, SITE_FIELDS, SLAConfig
-from sla_compile.gate import MILLION, Gate, attach_gate, detach_gate, gates, model_config
+from sla_compile.gate import MILLION, Gate, attach_gate, detach_gate, gates, mark_prepared, model_config
 from sla_compile.gate_settings import UNSEEN, Seen, as_seen, written
 from sla_compile.module_paths import module_paths
 
@@ -123,6 +123,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             modules = _modules(model)
             raise_listed(_load_of(path, model), [*file.problems, *_unfit_owners(file, modules)])
             _attach(file, modules)
+            mark_prepared(model, file.config)
     return model
 
 

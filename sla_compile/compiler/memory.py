@@ -31,12 +31,14 @@ __all__ = [
     "remember_code_accounts",
     "remember_dense",
     "remember_given",
+    "remember_injected",
     "remember_limit_callback",
     "remember_owner_account",
     "remember_root_calls",
     "root_calls",
     "take_dense_code",
     "was_given",
+    "was_injected",
 ]
 
 Accounts = tuple["SiteReport", ...]
@@ -44,6 +46,8 @@ Accounts = tuple["SiteReport", ...]
 
 # Gates just injected, whose marker the restarted frame must show; until that frame comes again.
 _awaited_gates: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
+# Gates that compiles made: one may add to its siblings' then, but not to those of a model that was prepared or loaded.
+_injected: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # Code compiled while an attention of the owner was dense; until the owner gets a gate, when it must not serve any more.
 _dense_code: weakref.WeakKeyDictionary[nn.Module, set[CodeType]] = weakref.WeakKeyDictionary()
 # Attention calls of a forward's own module in the graph compiled for a code: a frame that resumes that forward after a
@@ -80,6 +84,16 @@ def forget_awaited(owner: nn.Module, ordinal: int) -> None:
 def remember_dense(owner: nn.Module, code: CodeType) -> None:
     """``code`` was compiled with an attention of ``owner`` left dense."""
     _dense_code.setdefault(owner, set()).add(code)
+
+
+def remember_injected(gate: nn.Module) -> None:
+    """A compile made ``gate``, not ``prepare`` or a file."""
+    _injected.add(gate)
+
+
+def was_injected(gate: nn.Module) -> bool:
+    """True if a compile of this process made ``gate``; False of a copy of it."""
+    return gate in _injected
 
 
 def take_dense_code(owner: nn.Module) -> set[CodeType]:

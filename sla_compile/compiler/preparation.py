@@ -39,6 +39,7 @@ from sla_compile.gate import (
     detach_gate,
     gate_name,
     gates,
+    mark_prepared,
     own_gates,
     refuse_other_form,
 )
@@ -175,9 +176,7 @@ def dry_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
     _check_call(args, kwargs)
     shell = _shell(model)
     paths = {id(module): path for path, module in module_paths(shell)}
-    for path, module in module_paths(shell):
-        # After a graph break the frame of a block would know only the path inside that block.
-        module.__dict__[PREPARED] = (settings.config, path)
+    mark_prepared(shell, settings.config)
     run = DryRun()
     refused: list[bool] = []
     returned: list[bool] = []

@@ -13,9 +13,24 @@ from torch import fx, nn
 
 import sla_compile.ops  # noqa: F401  registers the ops that a rewritten graph calls
 from sla_compile.compat import Frame, compiled_siblings, data_parallel, fully_sharded, user_errors
-from sla_compile.compiler.memory import await_marker, forget_awaited, is_awaited, remember_dense
+from sla_compile.compiler.memory import (
+    await_marker,
+    forget_awaited,
+    is_awaited,
+    remember_dense,
+    remember_injected,
+    was_injected,
+)
 from sla_compile.compiler.sites import BROKEN, Settings, Site, find_sites, remember_calls
-from sla_compile.gate import attach_gate, detach_gate, gate_dtype, mark_from_children, refuse_taken_name
+from sla_compile.gate import (
+    PREPARED,
+    Gate,
+    attach_gate,
+    detach_gate,
+    gate_dtype,
+    mark_from_children,
+    refuse_taken_name,
+)
 from sla_compile.passes.decide import Keep, Rewrite
 from sla_compile.passes.find_attention import Marker
 from sla_compile.passes.hoist_gathers import hoist_gathers
@@ -106,7 +121,7 @@ def refuse_unsynchronised(gate_path: str, wrapper: str | None) -> None:
 
 def _attach(site: Site, owner: nn.Module, decision: Rewrite) -> None:
     shape = decision.shape
-    attach_gate(
+    gate = attach_gate(
         owner,
         site.ordinal,
         head_dim=int(shape.head_dim),
@@ -118,12 +133,18 @@ def _attach(site: Site, owner: nn.Module, decision: Rewrite) -> None:
         path=site.gate_path,
         seen=site.seen,
     )
+    remember_injected(gate)
 
 
 def _inject_siblings(sites: Sequence[Site], root: nn.Module, frame: Frame) -> None:
-    """The same gates for every module that shares this code: it would fail the guards and recompile otherwise."""
+    """The same gates for every module that shares this code and has none: it would fail the guards and recompile.
+
+    What was prepared, loaded or copied with gates, or has other sizes, is not touched: it compiles by itself.
+    """
     names = {id(module): name for name, module in root.named_modules()}
     for sibling in compiled_siblings(root, frame.compiler):
+        if _has_own_settings(sibling) or not _same_sizes(root, sibling):
+            continue
         for site in sites:
             name = names.get(id(site.owner))
             if name is None or not isinstance(site.decision, Rewrite):
@@ -135,6 +156,24 @@ def _inject_siblings(sites: Sequence[Site], root: nn.Module, frame: Frame) -> No
             _attach(site, owner, site.decision)
             if owner is sibling:
                 mark_from_children(owner)
+
+
+def _has_own_settings(module: nn.Module) -> bool:
+    """True if anything in ``module`` was prepared, or has a gate that no compile of this process made."""
+    return any(
+        PREPARED in inner.__dict__ or (isinstance(inner, Gate) and not was_injected(inner))
+        for inner in module.modules()
+    )
+
+
+def _same_sizes(left: nn.Module, right: nn.Module) -> bool:
+    """True if both have the same parameters, by name and shape, whatever gates they have."""
+
+    def sizes(module: nn.Module) -> dict[str, torch.Size]:
+        gates = {id(p) for inner in module.modules() if isinstance(inner, Gate) for p in inner.parameters()}
+        return {name: p.shape for name, p in module.named_parameters() if id(p) not in gates}
+
+    return sizes(left) == sizes(right)
 
 
 def _settle(site: Site, frame: Frame) -> Site:
