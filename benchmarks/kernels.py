@@ -4,7 +4,8 @@
 
 The launchers are called without the library op around them, so no autograd or checks are timed; everything else is:
 classification, block states, attention, gate, every gradient. Milliseconds by CUDA events after a warm-up, the L2
-cache flushed before each call: median, and the 20th and 80th percentile. Correctness is `tests/test_triton_gpu.py`'s.
+cache flushed before each call: median, and the 20th and 80th percentile. Correctness is
+`tests/kernels/triton/test_gpu.py`'s.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
+from sla_compile.common.kernel_interface import AttentionInputs, ForwardResult
+from sla_compile.common.options import AttentionOptions
 from sla_compile.kernels.hopper import support as hopper
 from sla_compile.kernels.triton import attention as triton_attention
 
@@ -50,14 +53,16 @@ def tensors(tokens: int) -> list[torch.Tensor]:
     return [*activations, weight, bias]
 
 
-def settings_of(block_q: int, block_k: int) -> dict[str, Any]:
-    return {
-        "scale": HEAD_DIM**-0.5,
-        "block_q": block_q,
-        "block_k": block_k,
-        "feature_map": "softmax",
-        "linear": "marginal",
-    }
+def options_of(block_q: int, block_k: int, topk: float = 0.05) -> AttentionOptions:
+    return AttentionOptions(
+        scale=HEAD_DIM**-0.5,
+        topk=topk,
+        bottomk=0.10,
+        block_q=block_q,
+        block_k=block_k,
+        feature_map="softmax",
+        linear="marginal",
+    )
 
 
 def ours(
@@ -65,15 +70,13 @@ def ours(
 ) -> tuple[str, str]:
     """``now``: topk and bottomk at run time, in millionths; ``topk`` is the most that it may be, then."""
     q, k, v, grad_out, weight, bias = inputs
-    settings = settings_of(block_q, block_k)
+    call, options = AttentionInputs(q, k, v, weight, bias, sparsity=now), options_of(block_q, block_k, topk)
 
-    def forward() -> tuple[torch.Tensor, ...]:
-        return triton_attention.forward(q, k, v, weight, bias, None, now, topk=topk, bottomk=0.10, **settings)
+    def forward() -> ForwardResult:
+        return triton_attention.forward(call, options)
 
     saved = forward()
-    return milliseconds(forward), milliseconds(
-        lambda: triton_attention.backward(grad_out, q, k, v, weight, bias, None, *saved, **settings)
-    )
+    return milliseconds(forward), milliseconds(lambda: triton_attention.backward(grad_out, call, saved, options))
 
 
 def dense(inputs: list[torch.Tensor], backend: SDPBackend) -> tuple[str, str]:
@@ -102,12 +105,12 @@ def at_run_time(inputs: list[torch.Tensor], blocks: list[tuple[int, int]], conso
 def stages(inputs: list[torch.Tensor], block_q: int, block_k: int, console: Console) -> None:
     """Time of each kernel of one call in each direction, by the profiler."""
     q, k, v, grad_out, weight, bias = inputs
-    settings = settings_of(block_q, block_k)
+    call, options = AttentionInputs(q, k, v, weight, bias), options_of(block_q, block_k)
     calls = 10
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(calls):
-            saved = triton_attention.forward(q, k, v, weight, bias, topk=0.05, bottomk=0.10, **settings)
-            triton_attention.backward(grad_out, q, k, v, weight, bias, None, *saved, **settings)
+            saved = triton_attention.forward(call, options)
+            triton_attention.backward(grad_out, call, saved, options)
         torch.cuda.synchronize()
     table = Table("kernel", "ms a call of both", title=f"blocks {block_q}x{block_k}")
     rows = sorted(profile.key_averages(), key=lambda row: -row.device_time_total)

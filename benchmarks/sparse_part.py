@@ -28,9 +28,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from triton.testing import do_bench
 
+from sla_compile.common.kernel_interface import AttentionInputs, ForwardResult
+from sla_compile.common.options import AttentionOptions
 from sla_compile.kernels.hopper import support as hopper
+from sla_compile.kernels.steps import BlockLists, KernelInputs, Steps
 from sla_compile.kernels.triton import attention as triton_attention
-from sla_compile.kernels.triton.forward import attention_forward
+from sla_compile.kernels.triton import steps as triton_steps
 
 BATCH, HEADS, TOKENS, HEAD_DIM = 1, 12, 32768, 128
 SHAPES = [
@@ -65,24 +68,35 @@ def random_blocks(block: int, sigma: float = 0.0) -> tuple[Tensor, Tensor]:
     return lists.int().contiguous(), block_map
 
 
+def options_of(head_dim: int, block: int, linear: str) -> AttentionOptions:
+    """5% critical and 10% negligible blocks."""
+    return AttentionOptions(
+        scale=head_dim**-0.5,
+        topk=0.05,
+        bottomk=0.10,
+        block_q=block,
+        block_k=block,
+        feature_map="softmax",
+        linear=linear,
+    )
+
+
 def ours(inputs: list[Tensor], block: int, lists: Tensor, block_map: Tensor) -> tuple[Call, Call]:
     q, k, v, grad_out = inputs
-    scale = HEAD_DIM**-0.5
+    options = options_of(HEAD_DIM, block, "none")
+    steps: Steps = triton_steps
+    if hopper.usable(q, k, v, options=options, has_key_mask=False):
+        from sla_compile.kernels.hopper import steps as hopper_steps
+
+        steps = hopper_steps
 
     def forward() -> tuple[Tensor, Tensor, Tensor]:
-        tensors = (q, k, v, None, None, lists, None, None)
-        if hopper.usable(q, k, v, scale=scale, block_q=block, block_k=block, masked=False):
-            return hopper.attention_forward(*tensors, None, scale, block, block, "softmax")
-        return attention_forward(*tensors, scale=scale, block_q=block, block_k=block, feature_map_name="softmax")
+        return steps.attention_forward(KernelInputs(q, k, v, None, None, None), BlockLists(lists, None), None, options)
 
-    out, linear_out, lse = forward()
+    result = ForwardResult(*forward(), block_map)
 
     def backward() -> tuple[Tensor, ...]:
-        saved = (out, linear_out, lse, block_map)
-        settings: dict[str, Any] = {"scale": scale, "block_q": block, "block_k": block}
-        return triton_attention.backward(
-            grad_out, q, k, v, None, None, None, *saved, **settings, feature_map="softmax", linear="none"
-        )[:3]
+        return triton_attention.backward(grad_out, AttentionInputs(q, k, v, None, None), result, options)[:3]
 
     return lambda: forward()[0], backward
 
@@ -191,16 +205,15 @@ def head_dims(console: Console) -> dict[str, dict[str, Any]]:
         q, k, v, grad_out = activations(4, heads, head_dim, dtype)
         weight = torch.randn(head_dim, head_dim, device="cuda", dtype=dtype) * 0.05
         bias = torch.randn(head_dim, device="cuda", dtype=dtype)
-        settings: dict[str, Any] = {"scale": head_dim**-0.5, "block_q": 128, "block_k": 128}
-        settings |= {"feature_map": "softmax", "linear": "marginal"}
+        call, options = AttentionInputs(q, k, v, weight, bias), options_of(head_dim, 128, "marginal")
 
-        def forward() -> Any:
-            return triton_attention.forward(q, k, v, weight, bias, topk=0.05, bottomk=0.10, **settings)  # noqa: B023
+        def forward() -> ForwardResult:
+            return triton_attention.forward(call, options)  # noqa: B023
 
         saved = forward()
 
         def backward() -> Any:
-            return triton_attention.backward(grad_out, q, k, v, weight, bias, None, *saved, **settings)  # noqa: B023
+            return triton_attention.backward(grad_out, call, saved, options)  # noqa: B023
 
         name = f"D {head_dim}, H {heads}, {str(dtype).removeprefix('torch.')}"
         rows[name] = {"size": heads * head_dim, "forward": milliseconds(forward), "backward": milliseconds(backward)}

@@ -25,44 +25,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sla_compile.common.kernel_interface import AttentionInputs, ForwardResult, Gradients, has_linear_branch
+from sla_compile.common.options import AttentionOptions, BackwardOptions
+
 from .classify import Choice, blocks_of, classify, key_bias, pool, pool_weighted, wholly_below
 
 __all__ = ["backward", "forward"]
 
 _ELEMENTS_PER_CHUNK = 1 << 19
+"""Most elements of the largest buffer of a chunk of query blocks, so that it stays in cache."""
 _ROWS_PER_GROUP = 128
+"""Most query blocks of a group of several heads."""
+_VANISHING_POWER = 0.8
+"""Of a dtype's least normal number: a denominator below that says nothing, and its gradient would overflow."""
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    key_mask: Tensor | None = None,
-    sparsity: Tensor | None = None,
-    *,
-    scale: float,
-    topk: float,
-    bottomk: float,
-    block_q: int,
-    block_k: int,
-    feature_map: str,
-    linear: str,
-    causal: bool = False,
-    always_critical: list[int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, linear_out, lse, block_map) from q (B, H, Lq, D), k, v (B, H, Lk, D) of any strides (paper, section 4).
-
-    out and linear_out (the linear branch before the gate; shape (0,) without one) are (B, H, Lq, D) views of
-    (B, Lq, H, D) memory; lse (B, H, Lq) is the natural logarithm of the sparse branch's denominator, with the
-    scale and the mask in it, -inf where a query has no key; block_map (B, H, Tm, Tn) int8. The options are
-    those of ``sla::forward``.
-    """
+def forward(inputs: AttentionInputs, options: AttentionOptions) -> ForwardResult:
+    """Output, and what its backward needs, of one call (paper, section 4)."""
+    q, k, v, weight, bias, key_mask, sparsity = inputs
+    block_q, block_k, feature_map = options.block_q, options.block_k, options.feature_map
     batch, heads, tokens, dim = q.shape
     work = _work_dtype(q)
     query_blocks, key_blocks = -(-tokens // block_q), -(-k.shape[2] // block_k)
-    branch = weight is not None and linear != "none"
+    branch = has_linear_branch(weight, options)
     out = _token_major(q)
     linear_out = _token_major(q) if branch else q.new_empty(0)
     lse = q.new_empty(batch, heads, tokens, dtype=work)
@@ -74,25 +59,20 @@ def forward(
             tokens,
             k.shape[2],
             None if key_scores_bias is None else key_scores_bias.amax(dim=1) > float("-inf"),
-            topk=topk,
-            bottomk=bottomk,
-            sparsity=shares,
-            block_q=block_q,
-            block_k=block_k,
-            causal=causal,
-            always_critical=always_critical,
+            shares,
+            options,
         )
-        ranked = classify(_block_scores(q[group], k[group], key_scores_bias, scale, block_q, block_k), choice)
+        ranked = classify(_block_scores(q[group], k[group], key_scores_bias, options), choice)
         block_map[group] = ranked
-        keys = _key_side(k[group], v[group], block_k, work, feature_map if branch else None, key_scores_bias, causal)
+        keys = _key_side(k[group], v[group], work, key_scores_bias, options, branch)
         keys.phi = None  # only its states are needed from here on
         lists = _Lists.of(ranked, choice.candidates is None)
-        summed = _summed_blocks(ranked, linear, work, block_q, block_k, causal) if branch else None
+        summed = _summed_blocks(ranked, work, options) if branch else None
         for rows in _chunks(query_blocks, ranked.shape[0] * dim * max(dim, block_q)):
             span = slice(rows.start * block_q, min(rows.stop * block_q, tokens))
             width = span.stop - span.start
             queries = blocks_of(q[group][:, span], block_q, work)
-            sparse, chunk_lse = _sparse_forward(queries * scale, keys, lists.rows(rows))
+            sparse, chunk_lse = _sparse_forward(queries * options.scale, keys, lists.rows(rows))
             mixed = sparse[:, :width]
             if summed is not None and weight is not None:
                 phi = _feature(queries, feature_map)
@@ -104,54 +84,37 @@ def forward(
             out[group][:, span] = mixed
             lse[group][:, span] = chunk_lse[:, :width]
         del keys  # or it would lie in memory beside the next group's
-    return out, linear_out, lse, block_map
+    return ForwardResult(out, linear_out, lse, block_map)
 
 
-def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    out: Tensor,
-    linear_out: Tensor,
-    lse: Tensor,
-    block_map: Tensor,
-    *,
-    scale: float,
-    block_q: int,
-    block_k: int,
-    feature_map: str,
-    linear: str,
-    causal: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dweight, dbias) from grad_out (B, H, Lq, D) and what `forward` returned (paper, section 4).
+def backward(grad_out: Tensor, inputs: AttentionInputs, result: ForwardResult, options: BackwardOptions) -> Gradients:
+    """Gradients at grad_out of the call that gave ``result`` (paper, section 4).
 
-    dq, dk and dv are (B, H, L, D) views of (B, L, H, D) memory; dweight and dbias have the shape and dtype of
-    weight and bias, or shape (0,) for one that is None. out and lse are not read: the probabilities of a
-    chunk are normalised anew, which is as cheap here and rounds less.
+    ``result.out`` and ``lse`` are not read: the probabilities of a chunk are normalised anew, which is as cheap here
+    and rounds less.
     """
+    q, k, v, weight, bias, key_mask, _ = inputs
+    linear_out, block_map = result.linear_out, result.block_map
+    block_q, block_k, feature_map = options.block_q, options.block_k, options.feature_map
     batch, heads, tokens, dim = q.shape
     work = _work_dtype(q)
-    branch = weight is not None and linear != "none"
+    branch = has_linear_branch(weight, options)
     dq, dk, dv = (_token_major(x) for x in (q, k, v))
     dweight = torch.zeros(weight.shape if weight is not None else 0, dtype=work, device=q.device)
     dbias = torch.zeros(bias.shape if bias is not None else 0, dtype=work, device=q.device)
     for group in _groups(batch, heads, block_map.shape[2]):
         ranked = block_map[group]
         key_scores_bias = _bias_of(key_mask, group[0], block_k, work)
-        keys = _key_side(k[group], v[group], block_k, work, feature_map if branch else None, key_scores_bias, causal)
+        keys = _key_side(k[group], v[group], work, key_scores_bias, options, branch)
         grads = _KeyGradients.zeros(keys)
         lists = _Lists.of(ranked)
-        summed = _summed_blocks(ranked, linear, work, block_q, block_k, causal) if branch else None
+        summed = _summed_blocks(ranked, work, options) if branch else None
         for rows in _chunks(block_map.shape[2], ranked.shape[0] * dim * max(dim, block_q)):
             span = slice(rows.start * block_q, min(rows.stop * block_q, tokens))
             width = span.stop - span.start
             queries = blocks_of(q[group][:, span], block_q, work)
             upstream = blocks_of(grad_out[group][:, span], block_q, work)
-            dqueries = _sparse_backward(upstream, queries, scale, keys, lists.rows(rows), grads)
+            dqueries = _sparse_backward(upstream, queries, options.scale, keys, lists.rows(rows), grads)
             if summed is not None and weight is not None:
                 marginal = blocks_of(linear_out[group][:, span], block_q, work)
                 gate = _of_heads(weight, 2, group).to(work)
@@ -168,7 +131,7 @@ def backward(
         del keys, grads  # or they would lie in memory beside the next group's
     dweight = dweight if weight is None else dweight.to(weight.dtype)
     dbias = dbias if bias is None else dbias.to(bias.dtype)
-    return dq, dk, dv, dweight, dbias
+    return Gradients(dq, dk, dv, dweight, dbias)
 
 
 def _token_major(q: Tensor) -> Tensor:
@@ -212,11 +175,11 @@ def _bias_of(key_mask: Tensor | None, batch: int, block: int, dtype: torch.dtype
     return None if key_mask is None else key_bias(key_mask[batch if key_mask.shape[0] > 1 else 0], block, dtype)
 
 
-def _block_scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, block_q: int, block_k: int) -> Tensor:
+def _block_scores(q: Tensor, k: Tensor, bias: Tensor | None, options: AttentionOptions) -> Tensor:
     """pool(Q) pool(K)^T scale, (G, Tm, Tn)."""
     work = _work_dtype(q)
-    pooled = pool(k, block_k, work) if bias is None else pool_weighted(k, bias.exp())
-    return (pool(q, block_q, work) @ pooled.mT).mul_(scale)
+    pooled = pool(k, options.block_k, work) if bias is None else pool_weighted(k, bias.exp())
+    return (pool(q, options.block_q, work) @ pooled.mT).mul_(options.scale)
 
 
 @dataclass
@@ -257,14 +220,12 @@ class _Lists:
         return _Lists(blocks, absent, first)
 
 
-def _summed_blocks(
-    block_map: Tensor, linear: str, dtype: torch.dtype, block_q: int, block_k: int, causal: bool
-) -> Tensor:
+def _summed_blocks(block_map: Tensor, dtype: torch.dtype, options: BackwardOptions) -> Tensor:
     """(G, Tm, Tn) of 1 where the linear branch sums the block: the marginal ones, or all."""
-    if linear == "marginal":
+    if options.linear == "marginal":
         return (block_map == 0).to(dtype)
-    if causal:
-        below = wholly_below(block_map.shape[1], block_map.shape[2], block_q, block_k)
+    if options.causal:
+        below = wholly_below(block_map.shape[1], block_map.shape[2], options.block_q, options.block_k)
         return below.to(dtype).expand(block_map.shape)
     return torch.ones_like(block_map, dtype=dtype)
 
@@ -289,16 +250,17 @@ class _Keys:
 
 
 def _key_side(
-    k: Tensor, v: Tensor, block: int, dtype: torch.dtype, feature_map: str | None, bias: Tensor | None, causal: bool
+    k: Tensor, v: Tensor, dtype: torch.dtype, bias: Tensor | None, options: BackwardOptions, branch: bool
 ) -> _Keys:
-    """Blocks of k, v (G, T, D), and their linear states where there is a feature map."""
+    """Blocks of k, v (G, T, D), and their linear states where there is a linear branch."""
+    block = options.block_k
     missing = -k.shape[1] % block
     weights = None if bias is None else bias.exp().unsqueeze(-1)
     # every block is gathered many times: one copy of these heads costs less than strided reads
     dense_k, dense_v = (blocks_of(x, block, dtype).contiguous() for x in (k, v))
-    keys = _Keys(dense_k, dense_v, missing, bias, weights, causal)
-    if feature_map is not None:
-        keys.phi = _feature(keys.k, feature_map)
+    keys = _Keys(dense_k, dense_v, missing, bias, weights, options.causal)
+    if branch:
+        keys.phi = _feature(keys.k, options.feature_map)
         keys.phi[:, -1, block - missing :] = 0
         weighted = keys.phi if weights is None else keys.phi * weights
         keys.h = weighted.mT @ keys.v
@@ -429,8 +391,7 @@ class _Rows:
         z = summed @ keys.z
         h = (summed @ keys.h.flatten(2)).view(*z.shape, -1)
         denominator = phi_q @ z.unsqueeze(-1)
-        # below this the quotient says nothing and its gradient would overflow
-        vanishing = denominator <= torch.finfo(phi_q.dtype).tiny ** 0.8
+        vanishing = denominator <= torch.finfo(phi_q.dtype).tiny ** _VANISHING_POWER
         return cls(h, z, denominator.reciprocal_().masked_fill_(vanishing, 0))
 
 

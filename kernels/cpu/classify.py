@@ -1,6 +1,6 @@
 """The block map on the CPU: how many blocks a row may choose, from which, and the ranking.
 
-Axes as in `cpu`: G heads of one batch row, Tm and Tn query and key blocks. A key mask is a bias b of the
+Axes as in `attention`: G heads of one batch row, Tm and Tn query and key blocks. A key mask is a bias b of the
 logits with weights w = exp(b), in blocks (Tn, block_k), -inf and 0 at masked tokens and at those that the
 last block lacks.
 """
@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sla_compile.common.blocks import forced_blocks, num_blocks, shares_of
+from sla_compile.common.limits import MASKED_BELOW
+from sla_compile.common.options import AttentionOptions
 
-__all__ = ["Choice", "blocks_of", "classify", "key_bias", "wholly_below"]
-
-_MASKED_BELOW = -64.0
+__all__ = ["Choice", "blocks_of", "classify", "key_bias", "pool", "pool_weighted", "wholly_below"]
 
 
 @dataclass(frozen=True)
@@ -36,24 +36,16 @@ class Choice:
 
     @classmethod
     def of(
-        cls,
-        queries: int,
-        keys: int,
-        live: Tensor | None,
-        *,
-        topk: float,
-        bottomk: float,
-        sparsity: list[int] | None,
-        block_q: int,
-        block_k: int,
-        causal: bool,
-        always_critical: list[int] | None,
+        cls, queries: int, keys: int, live: Tensor | None, sparsity: list[int] | None, options: AttentionOptions
     ) -> Choice:
-        """From token counts, the live key blocks (Tn) bool or None for all, and the op's options."""
+        """From token counts, the live key blocks (Tn) bool or None for all, and topk and bottomk in millionths where
+        ``sparsity`` takes their place in the options."""
+        block_q, block_k, causal = options.block_q, options.block_k, options.causal
         columns = num_blocks(keys, block_k)
         least = 0 if causal else 1
-        if live is None and not causal and not always_critical:
-            alike = torch.tensor(shares_of(columns, topk, bottomk, sparsity, least)).view(2, 1, 1)
+        if live is None and not causal and not options.always_critical:
+            shares = shares_of(columns, options.topk, options.bottomk, sparsity, least)
+            alike = torch.tensor(shares).view(2, 1, 1)
             return cls(None, None, alike[0], alike[1])
         live = torch.ones(columns, dtype=torch.bool) if live is None else live
         scope, crossed = torch.ones(1, columns, dtype=torch.bool), torch.zeros(1, columns, dtype=torch.bool)
@@ -62,9 +54,9 @@ class Choice:
             last_query = (torch.arange(1, scope.shape[0] + 1).unsqueeze(1) * block_q).clamp(max=queries) - 1
             crossed = ~scope & (torch.arange(columns) * block_k <= last_query)
         always = torch.zeros(columns, dtype=torch.bool)
-        for first, last in forced_blocks(always_critical, keys, block_k):
+        for first, last in forced_blocks(options.always_critical, keys, block_k):
             always[first:last] = True
-        counts = [shares_of(n, topk, bottomk, sparsity, least) for n in scope.sum(dim=1).tolist()]
+        counts = [shares_of(n, options.topk, options.bottomk, sparsity, least) for n in scope.sum(dim=1).tolist()]
         critical, negligible = torch.tensor(counts).unsqueeze(2).unbind(1)
         # dead blocks rank last, so they use up the negligible first
         dead = (scope & ~live).sum(dim=1, keepdim=True)
@@ -106,7 +98,7 @@ def key_bias(key_mask: Tensor, block: int, dtype: torch.dtype) -> Tensor:
     else:
         bias = key_mask.detach().to(dtype)
         bias = bias - bias.max().clamp(min=torch.finfo(dtype).min)
-        bias.masked_fill_(bias < _MASKED_BELOW, -math.inf)
+        bias.masked_fill_(bias < MASKED_BELOW, -math.inf)
     return F.pad(bias, (0, -bias.shape[0] % block), value=-math.inf).view(-1, block)
 
 

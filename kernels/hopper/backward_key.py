@@ -1,6 +1,6 @@
 """dK and dV for Hopper, written in Gluon: one producer warp, one or two consumer warpgroups of 64 keys each.
 
-The arithmetic is that of ``triton_backward``, on S^T, so that P^T and dS^T are made in the registers in which the
+The arithmetic is that of ``triton/backward.py``, on S^T, so that P^T and dS^T are made in the registers in which the
 next product reads them. Each warpgroup owns its outputs, so the bits are the same every time. Some keys are popular (18
 times the mean in a Wan2.1 with random weights): programs take blocks of keys as they come, the longest lists first.
 """
@@ -18,6 +18,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sla_compile.common.options import BackwardOptions
+
+from ..steps import BlockLists, KernelInputs, LinearStates, Upstream
+from ..triton.primitives import LOG2E
 from ..triton.tiles import ceil_div
 from .pairs import make_buffers, matrix_of, pair_producer, read_turn, split_pair, statistics_descriptor
 from .primitives import (
@@ -75,7 +79,7 @@ def key_consumer(
     dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, out_layout))
     key = own_k.index(CONSUMER).reshape([ROWS, PADDED_DIM])
     value = own_v.index(CONSUMER).reshape([ROWS, PADDED_DIM])
-    scale_log2 = scale * 1.4426950408889634
+    scale_log2 = scale * LOG2E
 
     taken = 0
     turn = 0
@@ -259,22 +263,17 @@ def key_kernel(
 
 
 def attention_backward_key(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    statistics: torch.Tensor,
-    scale: float,
-    block_q: int,
-    block_k: int,
-    lists: torch.Tensor,
-    counts: torch.Tensor,
+    upstream: Upstream,
+    inputs: KernelInputs,
+    lists: BlockLists,
     order: torch.Tensor,
-    grad_states: torch.Tensor | None,
-    grad_normalizers: torch.Tensor | None,
-    feature_map: str,
+    statistics: torch.Tensor,
+    linear: LinearStates | None,
+    options: BackwardOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``triton_backward.attention_backward_key``, for what ``hopper.usable`` accepts: tiles are blocks of keys."""
+    """As `Steps.attention_backward_key`; there is no key_bias. Tiles are blocks of keys."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    block_k = options.block_k
     batch, heads, keys, head_dim = k.shape
     padded = padded_dim(head_dim)
     tile_q = 64
@@ -286,29 +285,29 @@ def attention_backward_key(
         tile_descriptor(k, 64),
         tile_descriptor(v, 64),
         tile_descriptor(q, tile_q),
-        tile_descriptor(grad_out, tile_q),
-        matrix_descriptor(grad_states if grad_states is not None else q, head_dim),
+        tile_descriptor(upstream.grad_out, tile_q),
+        matrix_descriptor(linear.states if linear is not None else q, head_dim),
         statistics_descriptor(statistics, tile_q),
         tile_descriptor(grad_k, 64),
         tile_descriptor(grad_v, 64),
-        lists,
-        counts,
+        lists.blocks,
+        lists.counts,
         order,
-        grad_normalizers if grad_normalizers is not None else statistics,
-        scale,
+        linear.normalizers if linear is not None else statistics,
+        options.scale,
         total,
         tiles_per_head,
         heads,
-        lists.shape[3],
-        grad_states.shape[2] if grad_states is not None else 1,
+        lists.blocks.shape[3],
+        linear.states.shape[2] if linear is not None else 1,
         TILE_K=block_k,
-        BLOCK_Q=block_q,
+        BLOCK_Q=options.block_q,
         TILE_Q=tile_q,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded,
         STAGES=(4 if block_k == 128 else 2) * (128 // padded),
-        FEATURE_MAP=feature_map,
-        HAS_LINEAR=grad_states is not None,
+        FEATURE_MAP=options.feature_map,
+        HAS_LINEAR=linear is not None,
         num_warps=4,
         maxnreg=168 if block_k == 128 else 128,
     )

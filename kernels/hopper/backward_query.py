@@ -1,12 +1,11 @@
 """dQ for Hopper, written in Gluon: one producer warp, one or two consumer warpgroups of 64 queries each.
 
-The arithmetic is that of ``triton_backward``; dS is made in the registers in which the next product reads it. The
+The arithmetic is that of ``triton/backward.py``; dS is made in the registers in which the next product reads it. The
 linear branch's part of dQ is in the output already.
 """
 
 from __future__ import annotations
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -17,6 +16,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sla_compile.common.options import BackwardOptions
+
+from ..steps import BlockLists, KernelInputs, QueryGradients, Upstream
+from ..triton.primitives import LOG2E
 from ..triton.tiles import ceil_div
 from .pairs import make_buffers, pair_producer, split_pair, statistics_descriptor
 from .primitives import (
@@ -69,7 +72,7 @@ def query_consumer(
     staged = leaving.reshape([ROWS, PADDED_DIM])
     # its own rows stay in registers: products of 64 columns would take all that shared memory gives in a cycle
     own_layout: gl.constexpr = gl.DotOperandLayout(0, scores_layout, 2)
-    scale_log2 = scale * 1.4426950408889634
+    scale_log2 = scale * LOG2E
 
     taken = 0
     turn = 0
@@ -96,7 +99,7 @@ def query_consumer(
             rows = first + score_rows
             row_lse = gl.load(lse + batch_head * num_queries + rows, mask=rows < num_queries, other=float("inf"))
             # a query without a key: every score is -inf
-            row_lse = gl.where(row_lse == float("-inf"), 0.0, row_lse * 1.4426950408889634)
+            row_lse = gl.where(row_lse == float("-inf"), 0.0, row_lse * LOG2E)
             index = taken % STAGES
             mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
             saved = split_pair(ring.index(index), ROWS, tile_layout)[CONSUMER].reshape([ROWS, PADDED_DIM])
@@ -210,30 +213,23 @@ def query_kernel(
 
 
 def attention_backward_query(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    statistics: torch.Tensor,
-    scale: float,
-    block_q: int,
-    block_k: int,
-    lists: torch.Tensor,
-    counts: torch.Tensor,
-    grad_q: torch.Tensor,
-    has_linear: bool,
-    saved: tuple[torch.Tensor, torch.Tensor] | None,
+    upstream: Upstream,
+    inputs: KernelInputs,
+    lists: BlockLists,
+    gradients: QueryGradients,
+    options: BackwardOptions,
 ) -> None:
-    """As ``triton_backward.attention_backward_query``, for what ``hopper.usable`` accepts.
-
-    With ``saved``, an output without linear branch and bias and its lse, it makes the ``statistics`` too.
-    """
+    """As `Steps.attention_backward_query`; there is no key_bias. Statistics that are not complete, which is without
+    linear branch and bias, are made here from the output and its lse."""
+    q, k, v, gate, _, _ = inputs
+    grad_out, statistics = upstream.grad_out, gradients.statistics
+    block_q, makes_statistics = options.block_q, not gradients.complete
     batch, heads, queries, head_dim = q.shape
     padded = padded_dim(head_dim)
     tile_q = 128 if block_q % 128 == 0 else 64
     tile_k = 64
     # statistics are wanted up to the end of the last block
-    tiles_per_head = ceil_div(queries if saved is None else statistics.shape[3], tile_q)
+    tiles_per_head = ceil_div(statistics.shape[3] if makes_statistics else queries, tile_q)
     total = tiles_per_head * batch * heads
     programs = min(total, multiprocessors(q.device.index) * (2 if tile_q == 64 else 1))
     query_kernel[(programs,)](
@@ -241,30 +237,30 @@ def attention_backward_query(
         tile_descriptor(grad_out, 64),
         tile_descriptor(k, tile_k),
         tile_descriptor(v, tile_k),
-        tile_descriptor(saved[0] if saved is not None else q, 64),
+        tile_descriptor(upstream.out if makes_statistics else q, 64),
         statistics_descriptor(statistics, tile_q),
-        tile_descriptor(grad_q, 64),
-        lists,
-        counts,
-        saved[1] if saved is not None else statistics,
+        tile_descriptor(gradients.dq, 64),
+        lists.blocks,
+        lists.counts,
+        upstream.lse if makes_statistics else statistics,
         statistics,
-        scale,
+        options.scale,
         queries,
         statistics.shape[3],
         ceil_div(queries, block_q),
         total,
         tiles_per_head,
         heads,
-        lists.shape[3],
+        lists.blocks.shape[3],
         BLOCK_Q=block_q,
         TILE_Q=tile_q,
-        BLOCK_K=block_k,
+        BLOCK_K=options.block_k,
         TILE_K=tile_k,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded,
         STAGES=(4 if tile_q == 128 else 2) * (128 // padded),
-        HAS_LINEAR=has_linear,
-        MAKES_STATISTICS=saved is not None,
+        HAS_LINEAR=gate is not None,
+        MAKES_STATISTICS=makes_statistics,
         num_warps=4,
         maxnreg=168 if tile_q == 128 else 128,
     )

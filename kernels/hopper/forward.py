@@ -1,6 +1,6 @@
 """The forward attention kernel for Hopper, written in Gluon: one producer warp, one or two consumer warpgroups.
 
-The arithmetic is that of ``triton_forward``. The producer warp walks the critical lists and keeps rings of key
+The arithmetic is that of ``triton/forward.py``. The producer warp walks the critical lists and keeps rings of key
 and value tiles filled by TMA; each consumer warpgroup owns 64 queries. While a warpgroup's softmax of one tile
 runs, its product P V of the tile before and the next Q K^T are in flight (FlashAttention-3, arXiv 2407.08608,
 section 3.2). Programs are persistent: the producer reads ahead over the end of a tile of queries.
@@ -21,6 +21,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sla_compile.common.options import BackwardOptions
+
+from ..steps import BlockLists, KernelInputs, LinearStates
+from ..triton.primitives import LOG2E
 from ..triton.tiles import ceil_div, head_stride
 from .primitives import (
     all_threads,
@@ -41,19 +45,24 @@ __all__ = ["attention_forward"]
 
 
 @dataclass(frozen=True)
-class Launch:
-    """Queries of one program, tiles in each ring, whether state and gate come through the rings too, tiles of output on
-    their way out for each consumer, registers a thread, programs on one multiprocessor."""
+class HopperLaunch:
+    """How the kernel is launched, and what a program of it has in shared memory."""
 
     tile_q: int
+    """Queries of one program, 64 for each consumer warpgroup."""
     stages: int
+    """Tiles in the ring of keys, and in that of values."""
     matrices_in_rings: bool
+    """Whether state and gate come through the rings too; if not, they have a buffer of their own."""
     outputs: int
+    """Buffers of each consumer for tiles of output on their way out; 0: they leave from where the queries were."""
     registers: int
+    """Registers of a thread."""
     programs: int
+    """Programs on one multiprocessor."""
 
 
-def launch_for(block_q: int, block_k: int, padded: int) -> Launch:
+def hopper_launch(block_q: int, block_k: int, padded: int) -> HopperLaunch:
     """Two consumers share the lists of a block of 128 queries; a block of 64 has one, and two programs fit.
 
     A tile of keys that is smaller than a matrix leaves it a buffer of its own, and less room for outputs.
@@ -61,8 +70,22 @@ def launch_for(block_q: int, block_k: int, padded: int) -> Launch:
     narrow = padded * block_k <= 64 * 128
     in_rings = block_k >= padded
     if block_q % 128 == 0:
-        return Launch(128, 4 if narrow else 2, in_rings, 2 if in_rings else 1, 168, 1)
-    return Launch(64, 2 if narrow else 1, in_rings, 2 if in_rings else 0, 128, 2)
+        return HopperLaunch(
+            tile_q=128,
+            stages=4 if narrow else 2,
+            matrices_in_rings=in_rings,
+            outputs=2 if in_rings else 1,
+            registers=168,
+            programs=1,
+        )
+    return HopperLaunch(
+        tile_q=64,
+        stages=2 if narrow else 1,
+        matrices_in_rings=in_rings,
+        outputs=2 if in_rings else 0,
+        registers=128,
+        programs=2,
+    )
 
 
 @gluon.jit
@@ -272,8 +295,8 @@ def forward_consumer(
 
         first = query_tile * TILE_Q + CONSUMER * ROWS
         accumulator = accumulator * gl.convert_layout(1.0 / running_sum, out_row_layout)[:, None]
-        # log2 -> natural log
-        row_lse = gl.convert_layout((running_max + gl.log2(running_sum)) * 0.6931471805599453, out_row_layout)
+        LN2: gl.constexpr = 0.6931471805599453
+        row_lse = gl.convert_layout((running_max + gl.log2(running_sum)) * LN2, out_row_layout)
         rows = first + row_lanes
         gl.store(lse + batch_head * num_queries + rows, row_lse, mask=rows < num_queries)
 
@@ -445,28 +468,17 @@ def attention_forward_kernel(
 
 
 def attention_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    lists: torch.Tensor,
-    states: torch.Tensor | None,
-    normalizers: torch.Tensor | None,
-    counts: torch.Tensor | None,
-    scale: float,
-    block_q: int,
-    block_k: int,
-    feature_map: str,
+    inputs: KernelInputs, lists: BlockLists, linear: LinearStates | None, options: BackwardOptions
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As ``triton_forward.attention_forward``, for what ``hopper.usable`` accepts; every count at least 1."""
+    """As `Steps.attention_forward`; there is no key_bias, and every count is at least 1."""
+    q, k, v, gate, bias, _ = inputs
+    block_q, block_k = options.block_q, options.block_k
     batch, heads, queries, head_dim = q.shape
     padded = padded_dim(head_dim)
-    has_linear = states is not None
     out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
-    linear_out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2) if has_linear else q.new_empty(0)
+    linear_out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2) if linear is not None else q.new_empty(0)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
-    launch = launch_for(block_q, block_k, padded)
+    launch = hopper_launch(block_q, block_k, padded)
     tiles_per_head = ceil_div(queries, launch.tile_q)
     total = tiles_per_head * batch * heads
     programs = min(total, multiprocessors(q.device.index) * launch.programs)
@@ -477,16 +489,16 @@ def attention_forward(
         tile_descriptor(q, 64),
         tile_descriptor(k, block_k),
         tile_descriptor(v, block_k),
-        matrix_descriptor(states if states is not None else q, head_dim),
-        matrix_descriptor(weight if weight is not None else q, head_dim),
-        lists,
-        counts if counts is not None else lists,
-        normalizers if normalizers is not None else lse,
+        matrix_descriptor(linear.states if linear is not None else q, head_dim),
+        matrix_descriptor(gate if gate is not None else q, head_dim),
+        lists.blocks,
+        lists.counts if lists.counts is not None else lists.blocks,
+        linear.normalizers if linear is not None else lse,
         bias if bias is not None else q,
         tile_descriptor(out, 64),
-        tile_descriptor(linear_out if has_linear else out, 64),
+        tile_descriptor(linear_out if linear is not None else out, 64),
         lse,
-        scale * 1.4426950408889634,
+        options.scale * LOG2E.value,
         head_stride(bias, 1),
         queries,
         k.shape[2],
@@ -494,9 +506,9 @@ def attention_forward(
         total,
         tiles_per_head,
         heads,
-        lists.shape[3],
-        states.shape[2] if states is not None else 1,
-        weight.shape[0] if weight is not None and weight.dim() == 3 else 1,
+        lists.blocks.shape[3],
+        linear.states.shape[2] if linear is not None else 1,
+        gate.shape[0] if gate is not None and gate.dim() == 3 else 1,
         BLOCK_Q=block_q,
         TILE_Q=launch.tile_q,
         TILE_K=block_k,
@@ -505,10 +517,10 @@ def attention_forward(
         STAGES=launch.stages,
         MATRICES_IN_RINGS=launch.matrices_in_rings,
         OUTPUTS=launch.outputs,
-        FEATURE_MAP=feature_map,
-        HAS_LINEAR=has_linear,
+        FEATURE_MAP=options.feature_map,
+        HAS_LINEAR=linear is not None,
         HAS_BIAS=bias is not None,
-        HAS_COUNTS=counts is not None,
+        HAS_COUNTS=lists.counts is not None,
         num_warps=4,
         maxnreg=launch.registers,
     )

@@ -1,6 +1,6 @@
 """The linear branch's backward for Hopper, written in Gluon: statistics, dQ, dH and dZ of 128 queries at a time.
 
-The arithmetic is that of ``triton_linear_backward.linear_backward_kernel``. A producer warp loads by TMA; each of two
+The arithmetic is that of ``triton/linear_backward.py``. A producer warp loads by TMA; each of two
 warpgroups owns 64 queries. What dH is made of goes back to shared memory, where queries and gradients lay: in blocks
 of 128 or more it sums over all 128 queries, and each warpgroup makes half of its rows; of two blocks of 64, each
 warpgroup has one, with a state of its own.
@@ -19,6 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sla_compile.common.options import BackwardOptions
+
+from ..steps import KernelInputs, LinearStates, QueryGradients, Upstream
+from ..triton.primitives import LOG2E
 from ..triton.tiles import ceil_div, head_stride
 from .primitives import (
     all_threads,
@@ -170,7 +174,7 @@ def linear_consumer(
 
         row_lse = gl.load(lse + batch_head * num_queries + rows, mask=rows < num_queries, other=float("inf"))
         # a query without a key: every score is -inf
-        row_lse = gl.where(row_lse == float("-inf"), 0.0, row_lse * 1.4426950408889634)
+        row_lse = gl.where(row_lse == float("-inf"), 0.0, row_lse * LOG2E)
         row_statistics = statistics + batch_head * 2 * row_pitch + rows
         gl.store(row_statistics, row_lse, mask=rows < row_pitch)
         scaled = gl.where(rows < num_queries, delta * scale, 0.0)
@@ -321,20 +325,13 @@ def linear_kernel(
 
 
 def linear_backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    linear_out: torch.Tensor,
-    lse: torch.Tensor,
-    states: torch.Tensor,
-    normalizers: torch.Tensor,
-    scale: float,
-    block_q: int,
-    feature_map: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As ``triton_linear_backward.linear_backward`` with a linear branch, where ``hopper.usable``."""
+    upstream: Upstream, inputs: KernelInputs, linear: LinearStates, options: BackwardOptions
+) -> tuple[QueryGradients, LinearStates]:
+    """As `Steps.linear_backward` with a linear branch; there is no key_bias."""
+    grad_out, out, linear_out, lse = upstream
+    q, _, _, gate, bias, _ = inputs
+    assert gate is not None, "a linear branch has a gate"
+    block_q = options.block_q
     batch, heads, queries, head_dim = q.shape
     rows = ceil_div(queries, block_q)
     tiles_per_head = ceil_div(rows * block_q, 128)
@@ -342,8 +339,8 @@ def linear_backward(
     total = tiles_per_head * batch * heads
     dq = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
     statistics = torch.empty((batch, heads, 2, rows * block_q), dtype=torch.float32, device=q.device)
-    grad_states = states.new_empty(batch, heads, slots, *states.shape[3:])
-    grad_normalizers = statistics.new_empty(batch, heads, slots, head_dim)
+    grad_states = linear.states.new_empty(batch, heads, slots, *linear.states.shape[3:])
+    grads = LinearStates(grad_states, statistics.new_empty(batch, heads, slots, head_dim))
     # a handful of numbers; a stride of its own would cost the kernel registers
     bias = bias.contiguous() if bias is not None else None
     linear_kernel[(min(total, multiprocessors(q.device.index)),)](
@@ -351,31 +348,31 @@ def linear_backward(
         tile_descriptor(grad_out, 128),
         tile_descriptor(out, 128),
         tile_descriptor(linear_out, 128),
-        matrix_descriptor(states, head_dim),
-        matrix_descriptor(weight, head_dim),
+        matrix_descriptor(linear.states, head_dim),
+        matrix_descriptor(gate, head_dim),
         tile_descriptor(dq, 64),
-        matrix_descriptor(grad_states, head_dim, None if block_q == 64 else 64),
+        matrix_descriptor(grads.states, head_dim, None if block_q == 64 else 64),
         lse,
         bias if bias is not None else q,
-        normalizers,
+        linear.normalizers,
         statistics,
-        grad_normalizers,
-        scale,
+        grads.normalizers,
+        options.scale,
         head_stride(bias, 1),
         queries,
         statistics.shape[3],
         total,
         tiles_per_head,
         heads,
-        states.shape[2],
-        weight.shape[0] if weight.dim() == 3 else 1,
+        linear.states.shape[2],
+        gate.shape[0] if gate.dim() == 3 else 1,
         slots,
         BLOCK_Q=block_q,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim),
-        FEATURE_MAP=feature_map,
+        FEATURE_MAP=options.feature_map,
         HAS_BIAS=bias is not None,
         num_warps=4,
         maxnreg=168,
     )
-    return dq, statistics, grad_states, grad_normalizers
+    return QueryGradients(dq, statistics, complete=True), grads

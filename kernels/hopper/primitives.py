@@ -16,6 +16,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..triton.primitives import LOG2E
+
 __all__ = [
     "all_threads",
     "descriptor_of",
@@ -64,7 +66,7 @@ def softmax_over_dims(query, HEAD_DIM: gl.constexpr, PADDED_DIM: gl.constexpr, l
     if HEAD_DIM != PADDED_DIM:
         dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, layout))
         query = gl.where((dims < HEAD_DIM)[None, :], query, float("-inf"))
-    weights = gl.exp2((query - gl.max(query, 1)[:, None]) * 1.4426950408889634)
+    weights = gl.exp2((query - gl.max(query, 1)[:, None]) * LOG2E)
     return weights * (1.0 / gl.sum(weights, 1))[:, None]
 
 
@@ -77,7 +79,7 @@ def map_features(
         phi = softmax_over_dims(query, HEAD_DIM, PADDED_DIM, layout)
     else:
         if FEATURE_MAP == "elu":
-            phi = gl.where(query > 0, query + 1.0, gl.exp2(gl.minimum(query, 0.0) * 1.4426950408889634))
+            phi = gl.where(query > 0, query + 1.0, gl.exp2(gl.minimum(query, 0.0) * LOG2E))
             if HEAD_DIM != PADDED_DIM:
                 dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, layout))
                 phi = gl.where((dims < HEAD_DIM)[None, :], phi, 0.0)
@@ -112,7 +114,8 @@ def feature_map_backward(x, phi, grad_phi, FEATURE_MAP: gl.constexpr):
 @gluon.jit
 def reciprocal_or_zero(denominator):
     """1 / denominator, or 0 where that could overflow: exactly 0 is a row without marginal keys."""
-    return gl.where(denominator > 1e-30, 1.0 / denominator, 0.0)
+    SMALLEST: gl.constexpr = 1e-30
+    return gl.where(denominator > SMALLEST, 1.0 / denominator, 0.0)
 
 
 def padded_dim(head_dim: int) -> int:

@@ -1,6 +1,6 @@
 """Block states and key means for Hopper, written in Gluon: one pass over K and V at the speed of memory.
 
-The arithmetic is that of ``triton_states.key_state_kernel``. A producer warp loads tiles of 64 keys by TMA; the
+The arithmetic is that of ``triton/states.py``. A producer warp loads tiles of 64 keys by TMA; the
 warpgroup puts phi(K) where K lay, as the left operand of h = phi(K)^T V, and a finished state leaves by TMA too, so
 that reading, arithmetic and writing of neighbouring blocks overlap. Two programs share a multiprocessor.
 """
@@ -18,6 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sla_compile.common.options import BackwardOptions
+
+from ..steps import KernelInputs, LinearStates
 from ..triton.tiles import ceil_div, row_pitch
 from .primitives import (
     all_threads,
@@ -168,10 +171,9 @@ def states_kernel(
     )  # fmt: skip
 
 
-def key_states(
-    k: torch.Tensor, v: torch.Tensor, block_k: int, feature_map: str, pool: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As ``triton_states.key_states`` without a bias, for what ``hopper.usable`` accepts."""
+def key_states(inputs: KernelInputs, options: BackwardOptions, *, pool: bool) -> tuple[LinearStates, torch.Tensor]:
+    """As `Steps.key_states`; there is no key_bias."""
+    k, v, block_k = inputs.k, inputs.v, options.block_k
     batch, heads, keys, head_dim = k.shape
     blocks = ceil_div(keys, block_k)
     shape = (batch, heads, blocks, head_dim)
@@ -193,9 +195,9 @@ def key_states(
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim),
         STAGES=2,
-        FEATURE_MAP=feature_map,
+        FEATURE_MAP=options.feature_map,
         STORE_POOLED=pool,
         num_warps=4,
         maxnreg=128,
     )
-    return states, normalizers, pooled
+    return LinearStates(states, normalizers), pooled

@@ -4,7 +4,7 @@ With P = exp(S - lse) on critical blocks and D^s = rowsum(dO * O^s):
     dS = P * (dO V^T - D^s) * scale;  dQ += dS K;  dK += dS^T Q;  dV += P^T dO;
 and of the linear branch
     dphi(K_j) = V_j dh_j^T + 1 dz_j^T;  dV_j += phi(K_j) dh_j.
-Its part of dQ, and lse and D^s as ``statistics``, come from ``triton_linear_backward``. Each program owns its
+Its part of dQ, and lse and D^s as ``statistics``, come from ``linear_backward.py``. Each program owns its
 outputs and sums in a fixed order: no atomics, the same bits every time.
 """
 
@@ -14,8 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
+from sla_compile.common.options import BackwardOptions
+
+from ..steps import BlockLists, KernelInputs, LinearStates, QueryGradients, Upstream
 from .masks import batch_stride
 from .primitives import (
+    LOG2E,
     feature_map,
     feature_map_backward,
     head_pointer,
@@ -99,7 +103,7 @@ def attention_backward_query_kernel(
     grad = load_tile(grad_base, first_query, rows, dims, stride_gn, num_tokens, PITCH, PADDED)
     query = load_tile(q_base, first_query, rows, dims, stride_qn, num_tokens, PITCH, PADDED)
 
-    scale_log2 = scale * 1.4426950408889634
+    scale_log2 = scale * LOG2E
     row_pitch = num_rows * BLOCK_Q
     row_statistics = statistics + batch_head * 2 * row_pitch + first_query + rows
     row_lse = tl.load(row_statistics)
@@ -122,7 +126,7 @@ def attention_backward_query_kernel(
         # [TILE_Q, PADDED_DIM] x [PADDED_DIM, TILE_K]
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         if HAS_KEY_BIAS:
-            logit_bias = load_key_bias(key_bias_base, start, keys, num_keys) * 1.4426950408889634
+            logit_bias = load_key_bias(key_bias_base, start, keys, num_keys) * LOG2E
             probability = tl.exp2(scores * scale_log2 + logit_bias[None, :] - row_lse[:, None])
         else:
             probability = tl.exp2(scores * scale_log2 - row_lse[:, None])
@@ -218,7 +222,7 @@ def attention_backward_key_kernel(
         logit_bias = load_key_bias(key_bias + batch.to(tl.int64) * stride_key_bias, first_key, keys, num_keys)
         key_weight = tl.exp(logit_bias)
         # natural log -> log2
-        logit_bias = logit_bias * 1.4426950408889634
+        logit_bias = logit_bias * LOG2E
 
     value_accumulator = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
     if HAS_LINEAR:
@@ -255,7 +259,7 @@ def attention_backward_key_kernel(
     else:
         key_accumulator = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
 
-    scale_log2 = scale * 1.4426950408889634
+    scale_log2 = scale * LOG2E
     q_base = head_pointer(q, batch, head, stride_qb, stride_qh)
     grad_base = head_pointer(grad_out, batch, head, stride_gb, stride_gh)
     row_pitch = tl.cdiv(num_tokens, BLOCK_Q) * BLOCK_Q
@@ -308,87 +312,68 @@ def attention_backward_key_kernel(
 
 
 def attention_backward_query(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lists: torch.Tensor,
-    counts: torch.Tensor,
-    statistics: torch.Tensor,
-    grad_q: torch.Tensor,
-    *,
-    scale: float,
-    block_q: int,
-    block_k: int,
-    has_linear: bool,
-    key_bias: torch.Tensor | None = None,
-    causal: bool = False,
+    upstream: Upstream,
+    inputs: KernelInputs,
+    lists: BlockLists,
+    gradients: QueryGradients,
+    options: BackwardOptions,
 ) -> None:
-    """Add dQ of the critical ``lists`` (B, H, Tm, width) to ``grad_q`` (B, H, Lq, D), or without a linear branch
-    write it. ``statistics`` as `linear_backward` returns them; ``grad_q`` in memory (B, Lq, H, D)."""
+    """As `Steps.attention_backward_query`; ``gradients`` are complete."""
+    q, k, v, gate, _, key_bias = inputs
+    grad_out, statistics = upstream.grad_out, gradients.statistics
     batch, heads, tokens, head_dim = q.shape
-    launch = launch_for("backward_query", head_dim, q.dtype, block_q, block_k)
-    tiles = lists.shape[2] * (block_q // launch.tile_q)
+    launch = launch_for("backward_query", head_dim, q.dtype, options.block_q, options.block_k)
+    tiles = lists.blocks.shape[2] * (options.block_q // launch.tile_q)
     # an absent tensor's place is taken by one that is there; the kernel does not touch it
     attention_backward_query_kernel[(tiles * batch * heads,)](
         grad_out,
         q,
         k,
         v,
-        lists,
-        counts,
+        lists.blocks,
+        lists.counts,
         statistics,
         key_bias if key_bias is not None else statistics,
-        grad_q,
+        gradients.dq,
         *vector_strides(grad_out),
         *vector_strides(q),
         *vector_strides(k),
         *vector_strides(v),
         batch_stride(key_bias),
-        scale,
+        options.scale,
         tokens,
         k.shape[2],
         tiles,
         heads,
-        lists.shape[3],
+        lists.blocks.shape[3],
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim),
-        BLOCK_Q=block_q,
-        BLOCK_K=block_k,
+        BLOCK_Q=options.block_q,
+        BLOCK_K=options.block_k,
         TILE_Q=launch.tile_q,
         TILE_K=launch.tile_k,
-        HAS_LINEAR=has_linear,
+        HAS_LINEAR=gate is not None,
         HAS_KEY_BIAS=key_bias is not None,
-        CAUSAL=causal,
+        CAUSAL=options.causal,
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
 
 
 def attention_backward_key(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lists: torch.Tensor,
-    counts: torch.Tensor,
+    upstream: Upstream,
+    inputs: KernelInputs,
+    lists: BlockLists,
     order: torch.Tensor,
     statistics: torch.Tensor,
-    grad_states: torch.Tensor | None,
-    grad_normalizers: torch.Tensor | None,
-    *,
-    scale: float,
-    block_q: int,
-    block_k: int,
-    feature_map: str,
-    key_bias: torch.Tensor | None = None,
-    causal: bool = False,
+    linear: LinearStates | None,
+    options: BackwardOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dK and dV (B, H, Lk, D), in memory (B, Lk, H, D), of the critical rows ``lists`` (B, H, Tn, width) of each
-    column and, with a linear branch, of dh (B, H, Tn or 1, D, D up to a multiple of 8) and dz (B, H, Tn or 1, D). Work
-    begins in the ``order`` of `longest_first`."""
+    """As `Steps.attention_backward_key`."""
+    q, k, v, _, _, key_bias = inputs
+    grad_out, block_k = upstream.grad_out, options.block_k
     batch, heads, tokens, head_dim = q.shape
-    launch = launch_for("backward_key", head_dim, q.dtype, block_q, block_k)
+    launch = launch_for("backward_key", head_dim, q.dtype, options.block_q, block_k)
     columns = ceil_div(k.shape[2], block_k)
     programs = batch * heads * columns * (block_k // launch.tile_k)
     dk, dv = (q.new_empty(batch, k.shape[2], heads, head_dim).transpose(1, 2) for _ in range(2))
@@ -398,10 +383,10 @@ def attention_backward_key(
         k,
         v,
         statistics,
-        grad_states if grad_states is not None else q,
-        grad_normalizers if grad_normalizers is not None else statistics,
-        lists,
-        counts,
+        linear.states if linear is not None else q,
+        linear.normalizers if linear is not None else statistics,
+        lists.blocks,
+        lists.counts,
         order,
         key_bias if key_bias is not None else statistics,
         dk,
@@ -411,24 +396,24 @@ def attention_backward_key(
         *vector_strides(k),
         *vector_strides(v),
         batch_stride(key_bias),
-        scale,
+        options.scale,
         tokens,
         k.shape[2],
         columns,
         heads,
-        lists.shape[3],
-        grad_states.shape[2] if grad_states is not None else 1,
+        lists.blocks.shape[3],
+        linear.states.shape[2] if linear is not None else 1,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim),
-        BLOCK_Q=block_q,
+        BLOCK_Q=options.block_q,
         BLOCK_K=block_k,
         TILE_Q=launch.tile_q,
         TILE_K=launch.tile_k,
         CHUNK=launch.chunk,
-        FEATURE_MAP=feature_map,
-        HAS_LINEAR=grad_states is not None,
+        FEATURE_MAP=options.feature_map,
+        HAS_LINEAR=linear is not None,
         HAS_KEY_BIAS=key_bias is not None,
-        CAUSAL=causal,
+        CAUSAL=options.causal,
         num_warps=launch.warps,
         num_stages=launch.stages,
     )

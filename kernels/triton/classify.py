@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 
 from sla_compile.common.blocks import exact_fraction, num_blocks, shares_of
+from sla_compile.common.options import AttentionOptions
 
+from ..steps import BlockLists
 from .masks import batch_stride
 from .tiles import FULL_PRECISION, ceil_div, power_of_two
 
@@ -61,11 +63,22 @@ def score_kernel(
 
 
 @triton.jit
+def ordered_key(score):
+    """int32 that compare as the float32 ``score`` do."""
+    # -0 equals +0 as a score but not as bits
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    ALL_BUT_SIGN: tl.constexpr = 0x7FFFFFFF
+    return bits ^ ((bits >> 31) & ALL_BUT_SIGN)
+
+
+@triton.jit
 def take_largest(key, valid, count):
     """Mask of the ``count`` largest of ``key`` [lanes] (int32) in ``valid``; of equal keys the first."""
-    low = tl.min(tl.where(valid, key, 2147483647), 0)
+    LEAST: tl.constexpr = -2147483648
+    MOST: tl.constexpr = 2147483647
+    low = tl.min(tl.where(valid, key, MOST), 0)
     # no threshold above the least integer is reached by what is not valid
-    key = tl.where(valid, key, -2147483648)
+    key = tl.where(valid, key, LEAST)
     high = tl.max(key, 0)
     # the count-th largest key is the largest threshold that at least `count` keys reach; one that exactly as many
     # reach will do, and is found sooner
@@ -101,9 +114,7 @@ def classify_kernel(scores, block_map, lists, num_keys, critical, negligible, LA
     lanes = tl.arange(0, LANES)
     valid = lanes < num_keys
     score = tl.load(scores + row * num_keys + lanes, mask=valid, other=0.0)
-    # -0 equals +0 as a score but not as bits
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
-    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = ordered_key(score)
     is_critical = take_largest(key, valid, critical)
     label = tl.where(is_critical, 1, 0)
     if negligible > 0:
@@ -181,10 +192,11 @@ def classify_with_options_kernel(
     critical = share_of(size, topk, topk_whole)
     negligible = share_of(size, bottomk, bottomk_whole)
     if HAS_SPARSITY:
+        WHOLE: tl.constexpr = 1000000  # sparsity is in millionths
         wanted = tl.maximum(tl.load(sparsity), 0)
-        critical = tl.minimum(critical, share_of(size, tl.minimum(wanted, 1000000), 1000000))
-        dropped = tl.minimum(tl.maximum(tl.load(sparsity + 1), 0), 1000000)
-        negligible = share_of(size, dropped, 1000000)
+        critical = tl.minimum(critical, share_of(size, tl.minimum(wanted, WHOLE), WHOLE))
+        dropped = tl.minimum(tl.maximum(tl.load(sparsity + 1), 0), WHOLE)
+        negligible = share_of(size, dropped, WHOLE)
     candidate = scope & live & ~forced
     candidates = tl.sum(candidate.to(tl.int32), 0)
     # dead blocks rank last, so they use up the negligible first
@@ -193,9 +205,7 @@ def classify_with_options_kernel(
     kept = candidates - tl.maximum(negligible.to(tl.int32) - dead, 0)
 
     score = tl.load(scores + row * num_keys + lanes, mask=valid, other=0.0)
-    # -0 equals +0 as a score but not as bits
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
-    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = ordered_key(score)
     is_critical = forced | take_largest(key, candidate, critical)
     is_kept = take_largest(key, candidate, tl.maximum(kept, 0))
     label = tl.where(is_critical, 1, tl.where(is_kept, 0, -1))
@@ -229,7 +239,8 @@ def length_key(counts, lines, total, longest, BINS: tl.constexpr):
     """A key of each line by which the longest come first: its bin of length, then its index."""
     count = tl.load(counts + lines, mask=lines < total, other=0)
     bin_of_length = BINS - 1 - tl.minimum(count * BINS // (longest + 1), BINS - 1)
-    return tl.where(lines < total, bin_of_length * total + lines, 2147483647)
+    LAST: tl.constexpr = 2147483647
+    return tl.where(lines < total, bin_of_length * total + lines, LAST)
 
 
 @triton.jit(do_not_specialize=["total", "longest"])
@@ -276,12 +287,8 @@ def block_scores(pooled_q: torch.Tensor, pooled_k: torch.Tensor, scale: float) -
     return scores
 
 
-def classify_rows(scores: torch.Tensor, critical: int, negligible: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split each row of ``scores`` (B, H, Tm, Tn).
-
-    Returns the block map, int8 (B, H, Tm, Tn), and the critical key blocks of each row in ascending order,
-    int32 (B, H, Tm, critical).
-    """
+def classify_rows(scores: torch.Tensor, critical: int, negligible: int) -> tuple[torch.Tensor, BlockLists]:
+    """The block map, int8, of ``scores`` (B, H, Tm, Tn), and the critical key blocks of each row."""
     batch, heads, num_queries, num_keys = scores.shape
     block_map = torch.empty(scores.shape, dtype=torch.int8, device=scores.device)
     lists = torch.empty((batch, heads, num_queries, critical), dtype=torch.int32, device=scores.device)
@@ -289,37 +296,32 @@ def classify_rows(scores: torch.Tensor, critical: int, negligible: int) -> tuple
     classify_kernel[(batch * heads * num_queries,)](
         scores, block_map, lists, num_keys, critical, negligible, LANES=lanes, num_warps=warps
     )
-    return block_map, lists
+    return block_map, BlockLists(lists, None)
 
 
 def classify_rows_with_options(
     scores: torch.Tensor,
+    options: AttentionOptions,
     *,
-    topk: float,
-    bottomk: float,
     sparsity: torch.Tensor | None,
     tiers: torch.Tensor | None,
     queries: int,
-    block_q: int,
-    block_k: int,
-    causal: bool,
-    always_critical: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`classify_rows` under the options of ``sla::forward``: the shares by its rules, ``tiers`` a `block_tiers`.
+    forced: int,
+) -> tuple[torch.Tensor, BlockLists]:
+    """`classify_rows` where rows differ: by ``sparsity`` (`AttentionInputs`), ``tiers`` (`block_tiers`) or causality.
 
-    ``always_critical`` is the most blocks that ``tiers`` forces. Returns the block map, lists (B, H, Tm, width)
-    int32, as wide as the options allow, and counts (B, H, Tm) int32: of each list the first count entries are
-    written, ascending.
+    ``forced`` is the most blocks of a row that ``tiers`` forces. The lists are as wide as the options allow.
     """
+    block_q, block_k, causal = options.block_q, options.block_k, options.causal
     batch, heads, rows, columns = scores.shape
-    width = always_critical + shares_of(columns, topk, bottomk)[0]
+    width = forced + shares_of(columns, options.topk, options.bottomk)[0]
     if causal:
         width += num_blocks(block_q, block_k) + 1
     width = min(columns, width)
     block_map = torch.empty(scores.shape, dtype=torch.int8, device=scores.device)
     lists = torch.empty((batch, heads, rows, width), dtype=torch.int32, device=scores.device)
     counts = torch.empty((batch, heads, rows), dtype=torch.int32, device=scores.device)
-    critical, negligible = (_within_32_bits(exact_fraction(share)) for share in (topk, bottomk))
+    critical, negligible = (_within_32_bits(exact_fraction(share)) for share in (options.topk, options.bottomk))
     lanes, warps = _lanes_and_warps(columns)
     classify_with_options_kernel[(batch * heads * rows,)](
         scores,
@@ -346,7 +348,7 @@ def classify_rows_with_options(
         CAUSAL=causal,
         num_warps=warps,
     )
-    return block_map, lists, counts
+    return block_map, BlockLists(lists, counts)
 
 
 def _within_32_bits(share: Fraction) -> Fraction:

@@ -12,8 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
+from sla_compile.common.options import BackwardOptions
+
+from ..steps import BlockLists, KernelInputs, LinearStates
 from .masks import batch_stride
 from .primitives import (
+    LOG2E,
     feature_map,
     head_pointer,
     load_key_bias,
@@ -137,7 +141,7 @@ def attention_forward_kernel(
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
         if HAS_KEY_BIAS:
             # natural log -> log2
-            scores += load_key_bias(key_bias_base, start, keys, num_keys)[None, :] * 1.4426950408889634
+            scores += load_key_bias(key_bias_base, start, keys, num_keys)[None, :] * LOG2E
         # with a bias too: where only addresses need `start`, Triton 3.6 buffers the list, and fewer keys and values
         scores = tl.where((start + keys < num_keys)[None, :], scores, float("-inf"))
         if CAUSAL:
@@ -151,7 +155,8 @@ def attention_forward_kernel(
         running_sum = tl.where(running_sum > 0.0, running_sum, 1.0)
     accumulator = accumulator / running_sum[:, None]
     # log2 -> natural log
-    row_lse = (running_max + tl.log2(running_sum)) * 0.6931471805599453
+    LN2: tl.constexpr = 0.6931471805599453
+    row_lse = (running_max + tl.log2(running_sum)) * LN2
     tl.store(lse + batch_head * num_tokens + first_query + rows, row_lse, mask=first_query + rows < num_tokens)
 
     if HAS_LINEAR:
@@ -187,81 +192,58 @@ def attention_forward_kernel(
 
 
 def attention_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    lists: torch.Tensor,
-    states: torch.Tensor | None,
-    normalizers: torch.Tensor | None,
-    *,
-    scale: float,
-    block_q: int,
-    block_k: int,
-    feature_map_name: str,
-    counts: torch.Tensor | None = None,
-    key_bias: torch.Tensor | None = None,
-    causal: bool = False,
+    inputs: KernelInputs, lists: BlockLists, linear: LinearStates | None, options: BackwardOptions
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention of q (B, H, Lq, D) to k, v (B, H, Lk, D), all `vector_readable`, over the critical ``lists``
-    (B, H, Tm, width) int32.
-
-    Of each list the first ``counts`` (B, H, Tm) int32 entries count, or all. ``key_bias`` (B or 1, Lk) float32 is
-    added to the logits; a query that it leaves no key has O^s = 0 and lse = -inf. ``weight`` is a `gate_matrix`.
-    ``states`` (B, H, Tm or 1, D, D up to a multiple of 8) and ``normalizers`` (B, H, Tm or 1, D) are H and Z, or
-    None for no linear branch. Returns out and linear_out (B, H, Lq, D), in memory (B, Lq, H, D), linear_out of
-    shape (0,) without that branch, and lse (B, H, Lq) float32.
-    """
+    """As `Steps.attention_forward`."""
+    q, k, v, gate, bias, key_bias = inputs
     batch, heads, tokens, head_dim = q.shape
-    has_linear = states is not None
     out = q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
-    linear_out = q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2) if has_linear else q.new_empty(0)
+    linear_out = q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2) if linear is not None else q.new_empty(0)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
-    launch = launch_for("forward", head_dim, q.dtype, block_q, block_k)
+    launch = launch_for("forward", head_dim, q.dtype, options.block_q, options.block_k)
     tiles = ceil_div(tokens, launch.tile_q)
     # an absent tensor's place is taken by one that is there; the kernel does not touch it
     attention_forward_kernel[(tiles * batch * heads,)](
         q,
         k,
         v,
-        lists,
-        counts if counts is not None else lists,
+        lists.blocks,
+        lists.counts if lists.counts is not None else lists.blocks,
         key_bias if key_bias is not None else lse,
-        states if has_linear else q,
-        normalizers if has_linear else lse,
-        weight if has_linear else q,
+        linear.states if linear is not None else q,
+        linear.normalizers if linear is not None else lse,
+        gate if gate is not None else q,
         bias if bias is not None else q,
         out,
-        linear_out if has_linear else out,
+        linear_out if linear is not None else out,
         lse,
         *vector_strides(q),
         *vector_strides(k),
         *vector_strides(v),
-        head_stride(weight, 2) // 8,
+        head_stride(gate, 2) // 8,
         head_stride(bias, 1),
         bias.stride(-1) if bias is not None else 0,
         batch_stride(key_bias),
-        scale * 1.4426950408889634,
+        options.scale * LOG2E.value,
         tokens,
         k.shape[2],
         tiles,
         heads,
-        lists.shape[3],
-        states.shape[2] if states is not None else 1,
+        lists.blocks.shape[3],
+        linear.states.shape[2] if linear is not None else 1,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim),
-        BLOCK_Q=block_q,
-        BLOCK_K=block_k,
+        BLOCK_Q=options.block_q,
+        BLOCK_K=options.block_k,
         TILE_Q=launch.tile_q,
         TILE_K=launch.tile_k,
         CHUNK=launch.chunk,
-        FEATURE_MAP=feature_map_name,
-        HAS_LINEAR=has_linear,
+        FEATURE_MAP=options.feature_map,
+        HAS_LINEAR=linear is not None,
         HAS_BIAS=bias is not None,
-        HAS_COUNTS=counts is not None,
+        HAS_COUNTS=lists.counts is not None,
         HAS_KEY_BIAS=key_bias is not None,
-        CAUSAL=causal,
+        CAUSAL=options.causal,
         num_warps=launch.warps,
         num_stages=launch.stages,
     )

@@ -5,7 +5,7 @@
     {"8.9": {"forward": {"128": {"half": {"tile_q": 64, "tile_k": 32, "chunk": 64, "warps": 4, "stages": 2}}}}}
 
 by compute capability, kernel, head dimension in registers (64: up to 64) and inputs, "half" of 16 bits and "single" of
-32. What it does not name keeps the shipped launch, in ``triton_tiles``. It is read once, before the first launch.
+32. What it does not name keeps the shipped launch, in ``tiles.py``. It is read once, before the first launch.
 """
 
 from __future__ import annotations

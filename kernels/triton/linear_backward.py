@@ -12,7 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
+from sla_compile.common.options import BackwardOptions
+
+from ..steps import KernelInputs, LinearStates, QueryGradients, Upstream
 from .primitives import (
+    LOG2E,
     feature_map,
     feature_map_backward,
     head_pointer,
@@ -140,7 +144,7 @@ def linear_backward_kernel(
 
     row_lse = tl.load(lse + batch_head * num_tokens + first_query + rows, mask=row_mask, other=float("inf"))
     # a query without a key: every score is -inf
-    row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse * 1.4426950408889634)
+    row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse * LOG2E)
     row_statistics = statistics + batch_head * 2 * num_tiles * TILE_Q + first_query + rows
     tl.store(row_statistics, row_lse)
     tl.store(row_statistics + num_tiles * TILE_Q, tl.where(row_mask, row_delta * scale, 0.0))
@@ -252,37 +256,22 @@ def gate_sum_kernel(
 
 
 def linear_backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    linear_out: torch.Tensor,
-    lse: torch.Tensor,
-    states: torch.Tensor | None,
-    normalizers: torch.Tensor | None,
-    *,
-    scale: float,
-    block_q: int,
-    feature_map: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The linear branch's dQ (B, H, Lq, D), in memory (B, Lq, H, D), uninitialised without that branch.
-
-    ``weight`` is a `gate_matrix`, ``states`` and ``normalizers`` are H and Z, or None for no linear branch. Returns
-    also ``statistics`` (B, H, 2, Lq up to a multiple of block_q) float32, lse in base 2 and D^s times the scale, past
-    the last query +inf and 0; and dH (B, H, tiles, D, D up to a multiple of 8) and dZ (B, H, tiles, D) of each tile of
-    queries, None without that branch.
-    """
+    upstream: Upstream, inputs: KernelInputs, linear: LinearStates | None, options: BackwardOptions
+) -> tuple[QueryGradients, LinearStates | None]:
+    """As `Steps.linear_backward`."""
+    grad_out, out, linear_out, lse = upstream
+    q, _, _, gate, bias, _ = inputs
+    block_q = options.block_q
     batch, heads, tokens, head_dim = q.shape
     launch = launch_for("linear_backward", head_dim, q.dtype, block_q, block_q)
     tiles = ceil_div(tokens, block_q) * (block_q // launch.tile_q)
     dq = q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
     statistics = torch.empty((batch, heads, 2, tiles * launch.tile_q), dtype=torch.float32, device=q.device)
-    grad_states = grad_normalizers = None
-    if states is not None:
-        grad_states = states.new_empty(batch, heads, tiles, *states.shape[3:])
-        grad_normalizers = statistics.new_empty(batch, heads, tiles, head_dim)
-    saved_linear = linear_out if states is not None else out
+    grads = None
+    if linear is not None:
+        grad_states = linear.states.new_empty(batch, heads, tiles, *linear.states.shape[3:])
+        grads = LinearStates(grad_states, statistics.new_empty(batch, heads, tiles, head_dim))
+    saved_linear = linear_out if linear is not None else out
     # an absent tensor's place is taken by one that is there; the kernel does not touch it
     linear_backward_kernel[(tiles * batch * heads,)](
         grad_out,
@@ -290,38 +279,38 @@ def linear_backward(
         out,
         saved_linear,
         lse,
-        weight if weight is not None else q,
+        gate if gate is not None else q,
         bias if bias is not None else q,
-        states if states is not None else q,
-        normalizers if normalizers is not None else statistics,
+        linear.states if linear is not None else q,
+        linear.normalizers if linear is not None else statistics,
         dq,
         statistics,
-        grad_states if grad_states is not None else q,
-        grad_normalizers if grad_normalizers is not None else statistics,
+        grads.states if grads is not None else q,
+        grads.normalizers if grads is not None else statistics,
         *vector_strides(grad_out),
         *vector_strides(q),
         *vector_strides(out),
         *vector_strides(saved_linear),
-        head_stride(weight, 2) // 8,
+        head_stride(gate, 2) // 8,
         head_stride(bias, 1),
         bias.stride(-1) if bias is not None else 0,
-        scale,
+        options.scale,
         tokens,
         tiles,
         heads,
-        states.shape[2] if states is not None else 1,
+        linear.states.shape[2] if linear is not None else 1,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim),
         BLOCK_Q=block_q,
         TILE_Q=launch.tile_q,
         CHUNK=launch.chunk,
-        FEATURE_MAP=feature_map,
-        HAS_LINEAR=states is not None,
+        FEATURE_MAP=options.feature_map,
+        HAS_LINEAR=linear is not None,
         HAS_BIAS=bias is not None,
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
-    return dq, statistics, grad_states, grad_normalizers
+    return QueryGradients(dq, statistics, complete=True), grads
 
 
 def gate_backward(

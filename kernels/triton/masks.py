@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 
 from sla_compile.common.blocks import forced_blocks, num_blocks
+from sla_compile.common.limits import MASKED_BELOW
 
 __all__ = ["batch_stride", "block_tiers", "key_bias"]
-
-_MASKED_BELOW = -64.0
 
 
 def key_bias(key_mask: torch.Tensor) -> torch.Tensor:
@@ -27,7 +26,7 @@ def key_bias(key_mask: torch.Tensor) -> torch.Tensor:
     # the kernels read dense rows
     bias = key_mask.detach().to(torch.float32).contiguous()
     bias = bias - bias.amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    return bias.masked_fill_(bias < _MASKED_BELOW, float("-inf"))
+    return bias.masked_fill_(bias < MASKED_BELOW, float("-inf"))
 
 
 def batch_stride(bias: torch.Tensor | None) -> int:
@@ -36,7 +35,7 @@ def batch_stride(bias: torch.Tensor | None) -> int:
 
 
 def block_tiers(
-    bias: torch.Tensor | None, always_critical: list[int] | None, keys: int, block_k: int, device: torch.device
+    bias: torch.Tensor | None, always_critical: tuple[int, ...], keys: int, block_k: int, device: torch.device
 ) -> torch.Tensor | None:
     """(B or 1, Tn) int8: 1 where a key block is critical without ranking, 0 where it is ranked, -1 where it is dead.
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "LOG2E",
     "feature_map",
     "feature_map_backward",
     "head_pointer",
@@ -21,6 +22,9 @@ __all__ = [
     "store_tile",
     "token_major_pointer",
 ]
+
+# what a kernel reads of its module must be a constexpr
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -106,7 +110,8 @@ def store_tile(
 def reciprocal_or_zero(denominator):
     # below this a float32 reciprocal times a sum over keys can overflow; exactly 0 is a row without marginal
     # keys
-    usable = denominator > 1e-30
+    SMALLEST: tl.constexpr = 1e-30
+    usable = denominator > SMALLEST
     return tl.where(usable, 1.0 / tl.where(usable, denominator, 1.0), 0.0)
 
 

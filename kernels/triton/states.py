@@ -3,9 +3,8 @@
 For key block j over its tokens: pooled_j = mean K_j; h_j = phi(K_j)^T V_j [D, D]; z_j = phi(K_j)^T 1 [D]. For
 query row i: H_i = sum over marginal j of h_j and Z_i likewise, batched matrix products with the 0/1 matrix
 (M == 0). Their backward is the product with the transpose. A key mask weighs K_j in the mean, and phi(K_j), by
-exp(b_j). States are bfloat16 for both 16-bit input types,
-because sums over tens of thousands of keys leave float16's range, and float32 for float32; z and Z are
-float32.
+exp(b_j). States are bfloat16 for both 16-bit input types, because sums over tens of thousands of keys leave float16's
+range, and float32 for float32; z and Z are float32.
 """
 
 from __future__ import annotations
@@ -14,11 +13,22 @@ import torch
 import triton
 import triton.language as tl
 
+from sla_compile.common.options import BackwardOptions
+
+from ..steps import KernelInputs, LinearStates
 from .masks import batch_stride
 from .primitives import feature_map, head_pointer, load_key_bias, load_tile, locate_program, store_tile
 from .tiles import ceil_div, launch_for, padded_dim, power_of_two, row_pitch, vector_strides
 
-__all__ = ["block_means", "key_states", "marginal_matrix", "state_dtype", "sum_of_normalizers", "sum_of_states"]
+__all__ = [
+    "block_means",
+    "key_states",
+    "marginal_matrix",
+    "state_dtype",
+    "sum_of_normalizers",
+    "sum_of_states",
+    "sum_over_blocks",
+]
 
 
 @triton.jit(do_not_specialize=["stride_bias", "num_tokens", "num_blocks", "num_heads"])
@@ -232,20 +242,9 @@ def block_means(x: torch.Tensor, block: int, bias: torch.Tensor | None = None) -
     return pooled
 
 
-def key_states(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    block_k: int,
-    feature_map_name: str,
-    bias: torch.Tensor | None = None,
-    *,
-    pool: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One pass over K and V (B, H, N, D), both `vector_readable`, weighed by exp(bias) of a `key_bias`.
-
-    Returns h (B, H, Tn, D, D up to a multiple of 8) in ``state_dtype``, z (B, H, Tn, D) float32, and the
-    means of K (B, H, Tn, D) float32, of shape (0,) without ``pool``.
-    """
+def key_states(inputs: KernelInputs, options: BackwardOptions, *, pool: bool) -> tuple[LinearStates, torch.Tensor]:
+    """As `Steps.key_states`."""
+    k, v, key_bias, block_k = inputs.k, inputs.v, inputs.key_bias, options.block_k
     batch, heads, tokens, head_dim = k.shape
     blocks = ceil_div(tokens, block_k)
     shape = (batch, heads, blocks, head_dim, row_pitch(head_dim))
@@ -257,13 +256,13 @@ def key_states(
     key_state_kernel[grid](
         k,
         v,
-        bias if bias is not None else normalizers,
+        key_bias if key_bias is not None else normalizers,
         pooled,
         states,
         normalizers,
         *vector_strides(k),
         *vector_strides(v),
-        batch_stride(bias),
+        batch_stride(key_bias),
         tokens,
         blocks,
         heads,
@@ -272,13 +271,13 @@ def key_states(
         BLOCK_K=block_k,
         TILE_K=launch.tile_k,
         CHUNK=launch.chunk,
-        FEATURE_MAP=feature_map_name,
+        FEATURE_MAP=options.feature_map,
         STORE_POOLED=pool,
-        HAS_KEY_BIAS=bias is not None,
+        HAS_KEY_BIAS=key_bias is not None,
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
-    return states, normalizers, pooled
+    return LinearStates(states, normalizers), pooled
 
 
 def marginal_matrix(
@@ -309,6 +308,14 @@ def marginal_matrix(
         num_warps=1,
     )
     return matrix[:, :, :columns]
+
+
+def sum_over_blocks(matrix: torch.Tensor | None, linear: LinearStates, *, transpose: bool = False) -> LinearStates:
+    """`sum_of_states` and `sum_of_normalizers` of ``linear``: H and Z from h and z, or dh and dz from dH and dZ."""
+    return LinearStates(
+        sum_of_states(matrix, linear.states, transpose=transpose),
+        sum_of_normalizers(matrix, linear.normalizers, transpose=transpose),
+    )
 
 
 def sum_of_states(matrix: torch.Tensor | None, states: torch.Tensor, *, transpose: bool = False) -> torch.Tensor:

@@ -20,6 +20,7 @@ from sla_compile.common.limits import (
     MAX_HEAD_DIM,
     MIN_HEAD_DIM,
 )
+from sla_compile.common.options import BackwardOptions
 
 from .launches import KERNELS, Launch, check_environment, replaced
 
@@ -168,7 +169,7 @@ def launch_for(kernel: str, head_dim: int, dtype: torch.dtype, block_q: int, blo
     return _shipped(kernel, head_dim, dtype, block_q, block_k)
 
 
-def check_supported(q: torch.Tensor, block_q: int, block_k: int, feature_map: str, linear: str) -> None:
+def check_supported(q: torch.Tensor, options: BackwardOptions) -> None:
     """Raise a TypeError or ValueError, before anything is launched, for what these kernels cannot do or for a mistake
     in the user's file of launches."""
     check_environment()
@@ -177,10 +178,10 @@ def check_supported(q: torch.Tensor, block_q: int, block_k: int, feature_map: st
         raise TypeError(f"sla on CUDA: dtype of q is {q.dtype}; accepted: {accepted} (float64 runs on the CPU only)")
     if not MIN_HEAD_DIM <= q.shape[-1] <= MAX_HEAD_DIM:
         raise ValueError(f"sla on CUDA: head dimension is {q.shape[-1]}; accepted: {MIN_HEAD_DIM} to {MAX_HEAD_DIM}")
-    for name, block in (("block_q", block_q), ("block_k", block_k)):
+    for name, block in (("block_q", options.block_q), ("block_k", options.block_k)):
         if block not in BLOCK_SIZES:
             raise ValueError(f"sla on CUDA: {name} is {block}; accepted: {', '.join(map(str, BLOCK_SIZES))}")
-    if feature_map not in FEATURE_MAPS:
-        raise ValueError(f"sla on CUDA: feature_map is {feature_map!r}; accepted: {', '.join(FEATURE_MAPS)}")
-    if linear not in LINEAR_BRANCHES:
-        raise ValueError(f"sla on CUDA: linear is {linear!r}; accepted: {', '.join(LINEAR_BRANCHES)}")
+    if options.feature_map not in FEATURE_MAPS:
+        raise ValueError(f"sla on CUDA: feature_map is {options.feature_map!r}; accepted: {', '.join(FEATURE_MAPS)}")
+    if options.linear not in LINEAR_BRANCHES:
+        raise ValueError(f"sla on CUDA: linear is {options.linear!r}; accepted: {', '.join(LINEAR_BRANCHES)}")

@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+from sla_compile.common.kernel_interface import AttentionInputs, ForwardResult, Gradients
+from sla_compile.common.options import AttentionOptions
+
 from .launches import KERNELS, Key, Launch, mistakes, trying
 from .tiles import clamped, row_of, shipped_launch
 
@@ -196,25 +199,30 @@ def on_gpu(work: Workload) -> Iterator[Trials]:
     from ..hopper import support as hopper
     from . import attention as triton_attention
 
-    *tensors, grad_out = _inputs(work)
-    settings: dict[str, Any] = {"scale": work.head_dim**-0.5, "block_q": work.block, "block_k": work.block}
-    settings |= {"feature_map": "softmax", "linear": "marginal"}
-    launchers: Any = triton_attention
+    inputs, grad_out = _inputs(work)
+    options = AttentionOptions(
+        scale=work.head_dim**-0.5,
+        topk=0.05,
+        bottomk=0.10,
+        block_q=work.block,
+        block_k=work.block,
+        feature_map="softmax",
+        linear="marginal",
+    )
     gluon: Any = hopper
 
-    def forward() -> tuple[torch.Tensor, ...]:
-        return launchers.forward(*tensors, topk=0.05, bottomk=0.10, **settings)  # type: ignore[no-any-return]
+    def forward() -> ForwardResult:
+        return triton_attention.forward(inputs, options)
 
-    def backward() -> tuple[torch.Tensor, ...]:
-        return launchers.backward(grad_out, *tensors, None, *saved, **settings)  # type: ignore[no-any-return]
+    def backward() -> Gradients:
+        return triton_attention.backward(grad_out, inputs, saved, options)
 
-    calls = {"forward": forward, "backward": backward}
-    names = {"forward": ("out", "linear_out", "lse", "block_map"), "backward": ("dq", "dk", "dv", "dweight", "dbias")}
+    calls: dict[str, Callable[[], ForwardResult | Gradients]] = {"forward": forward, "backward": backward}
 
     def run(direction: str) -> dict[str, torch.Tensor]:
         results = calls[direction]()
         torch.cuda.synchronize()
-        return dict(zip(names[direction], results, strict=True))
+        return results._asdict()
 
     usable, gluon.usable = gluon.usable, lambda *operands, **about: False
     try:
@@ -228,9 +236,12 @@ def on_gpu(work: Workload) -> Iterator[Trials]:
         gluon.usable = usable
 
 
-def _inputs(work: Workload) -> list[torch.Tensor]:
-    """q, k, v, weight, bias and grad_out. Activations are multiples of 1/16: a block's sum is exact then, so that no
-    launch gets other means, and with them other classes."""
+def _inputs(work: Workload) -> tuple[AttentionInputs, torch.Tensor]:
+    """The inputs, and a gradient of the output.
+
+    Activations are multiples of 1/16: a block's sum is exact then, so that no launch gets other means, and with them
+    other classes.
+    """
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -240,4 +251,4 @@ def _inputs(work: Workload) -> list[torch.Tensor]:
     q, k, v, grad_out = ((normal(*shape) * 16).round().div(16).to(work.dtype).transpose(1, 2) for _ in range(4))
     weight, bias = normal(work.head_dim, work.head_dim) * work.head_dim**-0.5, normal(work.head_dim)
     v += 0.5  # else the linear branch, a mean over many keys, is too small to be compared
-    return [q, k, v, weight.to(work.dtype), bias.to(work.dtype), grad_out]
+    return AttentionInputs(q, k, v, weight.to(work.dtype), bias.to(work.dtype)), grad_out

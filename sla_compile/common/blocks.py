@@ -7,6 +7,7 @@ never branch on a value, so a symbolic token count stays symbolic and gains no g
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -54,13 +55,13 @@ def shares_of(
     return critical, key_blocks * dropped.numerator // dropped.denominator
 
 
-def forced_blocks(always_critical: list[int] | None, tokens: int, block: int) -> list[tuple[int, int]]:
+def forced_blocks(always_critical: Sequence[int], tokens: int, block: int) -> list[tuple[int, int]]:
     """Ranges [first, last) of blocks that touch the token ranges [start, stop, start, stop, ...].
 
     As in a slice, a negative token counts from the end and one past the end stands for the end.
     """
-    flat = always_critical or []
-    pairs = (slice(*pair).indices(tokens) for pair in zip(flat[::2], flat[1::2], strict=True))
+    bounds = zip(always_critical[::2], always_critical[1::2], strict=True)
+    pairs = (slice(*pair).indices(tokens) for pair in bounds)
     return [(start // block, num_blocks(stop, block)) for start, stop, _ in pairs if start < stop]
 
 

@@ -14,6 +14,7 @@ __all__ = [
     "FLOATING_DTYPES",
     "GATE_FORMS",
     "LINEAR_BRANCHES",
+    "MASKED_BELOW",
     "MAX_HEAD_DIM",
     "MIN_HEAD_DIM",
 ]
@@ -31,6 +32,9 @@ LINEAR_BRANCHES = ("marginal", "all", "none")
 
 GATE_FORMS = ("shared", "per_head")
 """One gate for the heads of an attention, or one for each."""
+
+MASKED_BELOW = -64.0
+"""An additive key mask this far below its row's largest masks the key: its weight would be 1e-28."""
 
 FLOATING_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Dtypes of gates and of additive masks, on any device."""

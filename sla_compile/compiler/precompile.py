@@ -1,11 +1,12 @@
 """While Inductor compiles a rewritten graph, compile the kernels that its first run will launch.
 
 Triton compiles a kernel when it is first launched: about ten of them, one after another, after Inductor is done. So as
-soon as a graph with static shapes on a CUDA device is rewritten, its calls go to a process (``kernels/ahead.py``) that
-compiles for them into Triton's cache on disk, all at once and at low priority, and the first launch finds them there.
-A launch never waits for it: what is not there yet is compiled as ever. A note beside the entries says what is done,
-so that a process with a warm cache starts nothing. It ends by itself, or with this process; what goes wrong there is a
-line for the logger ``sla_compile.compiler.precompile`` at level DEBUG. ``SLA_COMPILE_AHEAD=0`` turns it off.
+soon as a graph with static shapes on a CUDA device is rewritten, its calls go to a process of its own
+(``kernels/triton/compile_process.py``) that compiles for them into Triton's cache on disk, all at once and at low
+priority, and the first launch finds them there. A launch never waits for it: what is not there yet is compiled as ever.
+A note beside the entries says what is done, so that a process with a warm cache starts nothing. It ends by itself, or
+with this process; what goes wrong there is a line for the logger ``sla_compile.compiler.precompile`` at level DEBUG.
+``SLA_COMPILE_AHEAD=0`` turns it off.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import signal
@@ -28,10 +28,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from sla_compile.common.options import AttentionOptions
 from sla_compile.compat import triton_cache_folder
 from sla_compile.compiler.sites import Site
 from sla_compile.kernels.triton import launches
-from sla_compile.kernels.triton.precompile import GPU, Call, Operand, Work
+from sla_compile.kernels.triton.compile_process import GPU, CompileJob, OpCall, TensorForm
 from sla_compile.passes.decide import Rewrite
 from sla_compile.passes.operands import REPLACED_BY, example
 
@@ -39,10 +40,10 @@ __all__ = ["calls_of", "compile_ahead", "start"]
 
 log = logging.getLogger(__name__)
 
-LONGEST = 600
+TIMEOUT = 600
 """Seconds after which the process is ended."""
 
-_asked: set[tuple[torch.device, Call]] = set()
+_asked: set[tuple[torch.device, OpCall]] = set()
 
 
 def compile_ahead(sites: Iterable[Site]) -> None:
@@ -56,14 +57,14 @@ def compile_ahead(sites: Iterable[Site]) -> None:
             new = [call for call in calls if (device, call) not in _asked]
             _asked.update((device, call) for call in new)
             if new:
-                start(Work(_gpu(device), tuple(new)), Path(triton_cache_folder(device)))
+                start(CompileJob(_gpu(device), tuple(new)), Path(triton_cache_folder(device)))
     except Exception:  # a compile must not fail for what only makes it faster
         log.debug("the kernels will be compiled when they are launched", exc_info=True)
 
 
-def calls_of(sites: Iterable[Site]) -> dict[torch.device, list[Call]]:
+def calls_of(sites: Iterable[Site]) -> dict[torch.device, list[OpCall]]:
     """The different calls of ``sla::forward`` in the graph that ``sites`` were rewritten in; static shapes only."""
-    found: dict[torch.device, dict[Call, None]] = {}
+    found: dict[torch.device, dict[OpCall, None]] = {}
     for site in sites:
         if isinstance(site.decision, Rewrite) and site.marker is not None:
             call = _call(site, site.decision)
@@ -72,7 +73,8 @@ def calls_of(sites: Iterable[Site]) -> dict[torch.device, list[Call]]:
     return {device: list(calls) for device, calls in found.items()}
 
 
-def _call(site: Site, decision: Rewrite) -> Call | None:
+def _call(site: Site, decision: Rewrite) -> OpCall | None:
+    """The call of the op at ``site``; None where a size is not known before it runs."""
     marker: Any = site.marker
     operands = [example(source) for source in decision.operands(site.call)]
     masks = [example(source) for source in decision.masks()]
@@ -84,20 +86,17 @@ def _call(site: Site, decision: Rewrite) -> Call | None:
     if not all(type(size) is int for size in sizes):
         return None
     dtypes = [decision.shape.dtype] * 3 + [None] * 4  # autocast comes between q, k, v and the op
-    forms = [None if x is None else Operand.of(x, dtype) for x, dtype in zip(tensors, dtypes, strict=True)]
-    named: dict[str, Any] = dict(zip(_TENSORS, forms, strict=True))
+    forms = tuple(None if x is None else TensorForm.of(x, dtype) for x, dtype in zip(tensors, dtypes, strict=True))
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (*operands, *gate) if x is not None)
     options = {**decision.options(), **site.config.compiled_options()}
-    return Call(**named, options=json.dumps(options, sort_keys=True), backward=trained)
+    always_critical = tuple(options.pop("always_critical", ()))
+    return OpCall(forms, AttentionOptions(**options, always_critical=always_critical), backward=trained)
 
 
 def _forward(site: Site) -> fx.Node:
     """The call of the op that stands where the attention of ``site`` stood."""
     added: tuple[fx.Node, ...] = site.call.node.meta[REPLACED_BY]
     return next(node for node in added if node.target is torch.ops.sla.forward.default)
-
-
-_TENSORS = ("q", "k", "v", "weight", "bias", "key_mask", "sparsity")
 
 
 def _gpu(device: torch.device) -> GPU:
@@ -108,17 +107,17 @@ def _gpu(device: torch.device) -> GPU:
     return GPU((about.major, about.minor), about.multi_processor_count, about.warp_size, assembler)
 
 
-def start(work: Work, folder: Path) -> threading.Thread | None:
-    """The thread that waits for a process that compiles ``work`` into ``folder``; None where that was done before."""
-    note = folder / f"sla_{_key(work)}"
+def start(job: CompileJob, folder: Path) -> threading.Thread | None:
+    """The thread that waits for a process that compiles ``job`` into ``folder``; None where that was done before."""
+    note = folder / f"sla_{_key(job)}"
     if note.exists():
         return None
-    waiting = threading.Thread(target=_wait, args=(work, folder, note), daemon=True, name=__name__)
+    waiting = threading.Thread(target=_wait, args=(job, folder, note), daemon=True, name=__name__)
     waiting.start()
     return waiting
 
 
-def _wait(work: Work, folder: Path, note: Path) -> None:
+def _wait(job: CompileJob, folder: Path, note: Path) -> None:
     environment = {
         **os.environ,
         "TRITON_CACHE_DIR": str(folder),
@@ -128,7 +127,7 @@ def _wait(work: Work, folder: Path, note: Path) -> None:
     }
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "sla_compile.kernels.triton.precompile"],
+            [sys.executable, "-m", "sla_compile.kernels.triton.compile_process"],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -138,7 +137,7 @@ def _wait(work: Work, folder: Path, note: Path) -> None:
         )
         _running.add(process)
         try:
-            _, errors = process.communicate(work.to_json(), timeout=LONGEST)
+            _, errors = process.communicate(job.to_json(), timeout=TIMEOUT)
         finally:
             _end(process)
             _running.discard(process)
@@ -167,9 +166,9 @@ def _end(process: subprocess.Popen[str]) -> None:
         process.wait()
 
 
-def _key(work: Work) -> str:
-    """Of the work, the kernels' sources, the user's launches and Triton: with those, the note says, this was done."""
-    key = hashlib.sha256(f"{work.to_json()} {_versions()}".encode())
+def _key(job: CompileJob) -> str:
+    """Of the job, the kernels' sources, the user's launches and Triton: with those, the note says, this was done."""
+    key = hashlib.sha256(f"{job.to_json()} {_versions()}".encode())
     key.update(launches.content())
     return key.hexdigest()
 
@@ -181,6 +180,6 @@ def _versions() -> str:
     import sla_compile.kernels
 
     source = hashlib.sha256()
-    for path in sorted(Path(sla_compile.kernels.__path__[0]).glob("*.py")):
+    for path in sorted(Path(sla_compile.kernels.__path__[0]).rglob("*.py")):
         source.update(path.read_bytes())
     return f"{triton.__version__} {source.hexdigest()}"

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +16,13 @@ from torch import Tensor
 
 import sla_compile.ops.reorder  # noqa: F401  the library op beside these
 from sla_compile.common.blocks import num_blocks
+from sla_compile.common.kernel_interface import (
+    AttentionInputs,
+    ForwardResult,
+    Kernels,
+    has_linear_branch,
+)
+from sla_compile.common.options import AttentionOptions, BackwardOptions
 from sla_compile.compat import has_tangent
 from sla_compile.ops.validation import (
     DEVICES,
@@ -82,7 +87,8 @@ def sparse_linear_attention(
     if scale is None:
         check_activations(q, k, v)
         options["scale"] = 1.0 / math.sqrt(q.shape[3])
-    check(**tensors, **options)
+    checked = {**options, "always_critical": tuple(always_critical or ())}
+    check(AttentionInputs(**tensors), AttentionOptions(**checked))
     if not torch.compiler.is_compiling():
         _refuse_tangents(q, k, v, weight, bias)
     if key_mask is not None and key_mask.requires_grad and torch.is_grad_enabled():
@@ -103,15 +109,19 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
         )
 
 
-def _kernels(q: Tensor) -> ModuleType:
+def _kernels(q: Tensor) -> Kernels:
     """The kernels for q's device, imported at their first run."""
     if q.device.type == "cpu":
-        return import_module("sla_compile.kernels.cpu.attention")
+        from sla_compile.kernels.cpu import attention as cpu
+
+        return cpu
     if q.device.type != "cuda":
         raise ValueError(f"q is on {q.device}, accepted are cpu and cuda: sla has no kernel for another device")
     if q.dtype == torch.float64:
         raise TypeError("q has dtype torch.float64 on cuda, accepted there are float32, float16 and bfloat16")
-    return import_module("sla_compile.kernels.triton.attention")
+    from sla_compile.kernels.triton import attention as triton
+
+    return triton
 
 
 @torch.library.custom_op(
@@ -140,23 +150,21 @@ def _forward(
     always_critical: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out and linear_out (B, H, Lq, D), lse (B, H, Lq), block_map (B, H, Tm, Tn)."""
-    options: dict[str, Any] = {
-        "scale": scale,
-        "topk": topk,
-        "bottomk": bottomk,
-        "block_q": block_q,
-        "block_k": block_k,
-        "feature_map": feature_map,
-        "linear": linear,
-        "causal": causal,
-        "always_critical": always_critical,
-    }
-    check(q, k, v, weight, bias, key_mask, sparsity, **options)
-    _refuse_tangents(q, k, v, weight, bias)  # functorch's do not come this far
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = _kernels(q).forward(
-        q, k, v, weight, bias, key_mask, sparsity, **options
+    inputs = AttentionInputs(q, k, v, weight, bias, key_mask, sparsity)
+    options = AttentionOptions(
+        scale=scale,
+        topk=topk,
+        bottomk=bottomk,
+        block_q=block_q,
+        block_k=block_k,
+        feature_map=feature_map,
+        linear=linear,
+        causal=causal,
+        always_critical=tuple(always_critical or ()),
     )
-    return result
+    check(inputs, options)
+    _refuse_tangents(q, k, v, weight, bias)  # functorch's do not come this far
+    return _kernels(q).forward(inputs, options)
 
 
 @_forward.register_fake
@@ -178,12 +186,20 @@ def _forward_fake(
     causal: bool = False,
     always_critical: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check(
-        q, k, v, weight, bias, key_mask, sparsity, scale, topk, bottomk, block_q, block_k, feature_map, linear, causal,
-        always_critical,
-    )  # fmt: skip
+    options = AttentionOptions(
+        scale=scale,
+        topk=topk,
+        bottomk=bottomk,
+        block_q=block_q,
+        block_k=block_k,
+        feature_map=feature_map,
+        linear=linear,
+        causal=causal,
+        always_critical=tuple(always_critical or ()),
+    )
+    check(AttentionInputs(q, k, v, weight, bias, key_mask, sparsity), options)
     batch, heads, tokens, _ = q.shape
-    branch = weight is not None and linear != "none"
+    branch = has_linear_branch(weight, options)
     return (
         _token_major(q),
         _token_major(q) if branch else q.new_empty(0),
@@ -225,26 +241,12 @@ def _backward(
     causal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dweight, dbias); shape (0,) for a gate tensor that is None."""
-    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _kernels(q).backward(
-        grad_out,
-        q,
-        k,
-        v,
-        weight,
-        bias,
-        key_mask,
-        out,
-        linear_out,
-        lse,
-        block_map,
-        scale=scale,
-        block_q=block_q,
-        block_k=block_k,
-        feature_map=feature_map,
-        linear=linear,
-        causal=causal,
+    inputs = AttentionInputs(q, k, v, weight, bias, key_mask)
+    result = ForwardResult(out, linear_out, lse, block_map)
+    options = BackwardOptions(
+        scale=scale, block_q=block_q, block_k=block_k, feature_map=feature_map, linear=linear, causal=causal
     )
-    return result
+    return _kernels(q).backward(grad_out, inputs, result, options)
 
 
 @_backward.register_fake

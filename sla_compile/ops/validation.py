@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sla_compile.common.kernel_interface import AttentionInputs
 from sla_compile.common.limits import (
     BLOCK_SIZES,
     FEATURE_MAPS,
@@ -21,11 +22,14 @@ from sla_compile.common.limits import (
     MAX_HEAD_DIM,
     MIN_HEAD_DIM,
 )
+from sla_compile.common.options import AttentionOptions
 
 __all__ = ["DEVICES", "check", "check_activations", "check_types", "effective_dtype"]
 
 DEVICES = ("cpu", "cuda")
 _AXES = "(batch, heads, tokens, head dimension)"
+_ROUNDING = 1e-12
+"""By how much topk + bottomk, sums of rounded decimals, may exceed 1."""
 
 
 def check_types(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> None:
@@ -55,44 +59,16 @@ def check_types(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> None:
             raise TypeError(f"always_critical={ranges!r}, accepted is a list of ints [start, stop, start, stop, ...]")
 
 
-def check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    sparsity: Tensor | None,
-    scale: float,
-    topk: float,
-    bottomk: float,
-    block_q: int,
-    block_k: int,
-    feature_map: str,
-    linear: str,
-    causal: bool = False,
-    always_critical: list[int] | None = None,
-) -> None:
+def check(inputs: AttentionInputs, options: AttentionOptions) -> None:
     """Raise ValueError or TypeError for arguments that no kernel accepts."""
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale={scale}, accepted is a finite number")
-    if not 0 < topk <= 1:
-        raise ValueError(f"topk={topk}, accepted is 0 < topk <= 1")
-    if not 0 <= bottomk < 1:
-        raise ValueError(f"bottomk={bottomk}, accepted is 0 <= bottomk < 1")
-    if topk + bottomk > 1 + 1e-12:
-        raise ValueError(f"topk={topk} and bottomk={bottomk} add up to {topk + bottomk}, accepted is at most 1")
-    for name, block in (("block_q", block_q), ("block_k", block_k)):
-        if block not in BLOCK_SIZES:
-            raise ValueError(f"{name}={block}, accepted is one of {BLOCK_SIZES}")
-    _check_name("feature_map", feature_map, FEATURE_MAPS)
-    _check_name("linear", linear, LINEAR_BRANCHES)
+    _check_options(options)
+    q, k, v, weight, bias, key_mask, sparsity = inputs
     check_activations(q, k, v)
-    if causal and q.shape[2] != k.shape[2]:
+    if options.causal and q.shape[2] != k.shape[2]:
         raise ValueError(
             f"causal=True with {q.shape[2]} queries and {k.shape[2]} keys, accepted is one number of tokens in q and k"
         )
-    _check_ranges(always_critical)
+    _check_ranges(options.always_critical)
     heads, dim = q.shape[1], q.shape[3]
     for name, gate, shared in (("weight", weight, (dim, dim)), ("bias", bias, (dim,))):
         if gate is not None:
@@ -101,6 +77,24 @@ def check(
         _check_key_mask(key_mask, k)
     if sparsity is not None:
         _check_sparsity(sparsity, q.device)
+
+
+def _check_options(options: AttentionOptions) -> None:
+    """Raise ValueError for the first option out of its range; ``always_critical`` is left to `_check_ranges`."""
+    scale, topk, bottomk = options.scale, options.topk, options.bottomk
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale={scale}, accepted is a finite number")
+    if not 0 < topk <= 1:
+        raise ValueError(f"topk={topk}, accepted is 0 < topk <= 1")
+    if not 0 <= bottomk < 1:
+        raise ValueError(f"bottomk={bottomk}, accepted is 0 <= bottomk < 1")
+    if topk + bottomk > 1 + _ROUNDING:
+        raise ValueError(f"topk={topk} and bottomk={bottomk} add up to {topk + bottomk}, accepted is at most 1")
+    for name, block in (("block_q", options.block_q), ("block_k", options.block_k)):
+        if block not in BLOCK_SIZES:
+            raise ValueError(f"{name}={block}, accepted is one of {BLOCK_SIZES}")
+    _check_name("feature_map", options.feature_map, FEATURE_MAPS)
+    _check_name("linear", options.linear, LINEAR_BRANCHES)
 
 
 def _check_name(argument: str, value: str, known: tuple[str, ...]) -> None:
@@ -178,12 +172,10 @@ def _check_sparsity(sparsity: Tensor, device: torch.device) -> None:
         raise ValueError(f"sparsity has shape {tuple(sparsity.shape)}, accepted is (2,), [topk, bottomk] in millionths")
 
 
-def _check_ranges(ranges: list[int] | None) -> None:
-    if ranges is None:
-        return
+def _check_ranges(ranges: tuple[int, ...]) -> None:
     if len(ranges) % 2:
         raise ValueError(
-            f"always_critical={ranges}, accepted is an even number of tokens [start, stop, start, stop, ...]"
+            f"always_critical={[*ranges]}, accepted is an even number of tokens [start, stop, start, stop, ...]"
         )
     for start, stop in zip(ranges[::2], ranges[1::2], strict=True):
         # from the front to the end: their order depends on the number of tokens

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
 import subprocess
@@ -22,7 +21,7 @@ from torch import nn
 from sla_compile.compiler import precompile as ahead
 from sla_compile.compiler.precompile import calls_of
 from sla_compile.compiler.sites import Site
-from sla_compile.kernels.triton.precompile import GPU, Call, Operand, Work
+from sla_compile.kernels.triton.compile_process import GPU, CompileJob, OpCall, TensorForm
 from tests.support.capture import Caller, Capture
 from tests.support.models import OPTIONS
 from tests.support.paths import ROOT
@@ -50,12 +49,10 @@ def logged() -> Iterator[list[str]]:
     logger.setLevel(before)
 
 
-def work_of(case: Case, tensors: list[torch.Tensor | None], *, backward: bool = True) -> Work:
+def job_of(case: Case, tensors: list[torch.Tensor | None], *, backward: bool = True) -> CompileJob:
     """What the call of ``case`` on ``tensors`` is ahead of time."""
-    *operands, _ = (None if x is None else Operand.of(x) for x in tensors)
-    shares = {key: value for key, value in case.classes(None).items() if key != "sparsity"}
-    options = json.dumps({**shares, **case.options})
-    return Work(HOPPER, (Call(*operands, None, None, options, backward),))  # type: ignore[arg-type]
+    *operands, _ = (None if x is None else TensorForm.of(x) for x in tensors)
+    return CompileJob(HOPPER, (OpCall((*operands, None, None), case.attention_options, backward),))
 
 
 def compiled(folder: Path) -> set[tuple[str, str]]:
@@ -65,9 +62,8 @@ def compiled(folder: Path) -> set[tuple[str, str]]:
 
 def launch_for_hopper(monkeypatch: pytest.MonkeyPatch, *, gluon: bool) -> list[str]:
     """From now on launches of tensors on the CPU compile as an H100's do, and go no further; the kernels' names."""
-    from test_triton_compiles import compile_launches
-
     from sla_compile.kernels.hopper import support as hopper
+    from tests.kernels.triton.test_compiles import compile_launches
 
     about = SimpleNamespace(multi_processor_count=HOPPER.multiprocessors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
@@ -90,7 +86,7 @@ def launch_for_hopper(monkeypatch: pytest.MonkeyPatch, *, gluon: bool) -> list[s
 def test_the_kernels_that_launches_compile(case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """All of them and the same code, by a process of its own and by launches as the kernels' tests compile them."""
     tensors = inputs(case, torch.bfloat16, "cpu")
-    thread = ahead.start(work_of(case, tensors), tmp_path / "ahead")
+    thread = ahead.start(job_of(case, tensors), tmp_path / "ahead")
     assert thread is not None
     thread.join()
     assert not ahead._running
@@ -99,14 +95,14 @@ def test_the_kernels_that_launches_compile(case: Case, monkeypatch: pytest.Monke
     run_kernels(case, tensors)
     assert {name for name, _ in compiled(tmp_path / "launched")} == {*launched}
     assert compiled(tmp_path / "ahead") == compiled(tmp_path / "launched")
-    assert ahead.start(work_of(case, tensors), tmp_path / "ahead") is None  # a note says that it is done
+    assert ahead.start(job_of(case, tensors), tmp_path / "ahead") is None  # a note says that it is done
 
 
 FIND = """\
 import sys
 import triton
 from concurrent.futures import Executor, Future
-from sla_compile.kernels.triton.precompile import Work, compile_launches
+from sla_compile.kernels.triton.compile_process import CompileJob, compile_launches
 
 class Here(Executor):
     def submit(self, task, *args, **kwargs):
@@ -116,7 +112,7 @@ class Here(Executor):
         return done
 
 triton.knobs.compilation.listener = lambda *, src, cache_hit, **_: print(src.name, cache_hit)
-compile_launches(Work.from_json(sys.stdin.read()), Here())
+compile_launches(CompileJob.from_json(sys.stdin.read()), Here())
 """
 """Compiles in its own process, and prints each kernel and whether Triton's cache had it."""
 
@@ -134,17 +130,17 @@ def test_found_although_the_path_of_the_assembler_changed(monkeypatch: pytest.Mo
     other.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "{answer}" && exit\nexec {ptxas.path} "$@"\n')
     other.chmod(0o755)
     case = Case(tokens=70, head_dim=16, weight="none", bias="none")
-    work = work_of(case, inputs(case, torch.float32, "cpu"), backward=False)
+    job = job_of(case, inputs(case, torch.float32, "cpu"), backward=False)
     for variable in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):  # Triton 3.8's for Hopper too
         monkeypatch.setenv(variable, str(other))
-    thread = ahead.start(replace(work, gpu=replace(HOPPER, assembler=version)), tmp_path)
+    thread = ahead.start(replace(job, gpu=replace(HOPPER, assembler=version)), tmp_path)
     assert thread is not None
     thread.join()
     for variable in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"):
         monkeypatch.delenv(variable)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     done = subprocess.run(
-        [sys.executable, "-c", FIND], input=work.to_json(), capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", FIND], input=job.to_json(), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     found = dict(line.split() for line in done.stdout.splitlines())
@@ -157,9 +153,9 @@ import sys
 import time
 from pathlib import Path
 from sla_compile.compiler import precompile as ahead
-from sla_compile.kernels.triton.precompile import Work
+from sla_compile.kernels.triton.compile_process import CompileJob
 
-ahead.start(Work.from_json(sys.stdin.read()), Path(sys.argv[1]))
+ahead.start(CompileJob.from_json(sys.stdin.read()), Path(sys.argv[1]))
 time.sleep(0.5)
 (process,) = ahead._running
 print(process.pid)
@@ -171,9 +167,9 @@ print(process.pid)
 def test_the_process_ends_with_this_one(tmp_path: Path) -> None:
     """A program that ends before its kernels are compiled leaves nothing behind."""
     case = Case(tokens=300, head_dim=128, block_q=128, block_k=128)
-    work = work_of(case, inputs(case, torch.bfloat16, "cpu")).to_json()
+    job = job_of(case, inputs(case, torch.bfloat16, "cpu")).to_json()
     done = subprocess.run(
-        [sys.executable, "-c", EXIT, str(tmp_path)], input=work, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", EXIT, str(tmp_path)], input=job, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     with pytest.raises(ProcessLookupError):
@@ -200,20 +196,24 @@ def test_calls_of_a_graph() -> None:
     """The forms of the tensors, in the dtype that autocast gives them, and the options."""
     calls = calls_of(rewritten())
     (call,) = calls[torch.device("cpu")]
-    assert call.q == call.k == call.v == Operand((1, 2, 96, 16), (3072, 16, 32, 1), "float32")
-    assert call.weight == Operand((16, 16), (16, 1), "float32")
-    assert call.bias == Operand((16,), (1,), "float32")
-    assert call.key_mask is call.sparsity is None
-    options = json.loads(call.options)
-    assert (options["topk"], options["scale"], options["block_q"]) == (0.25, 0.25, OPTIONS["block_q"])
+    q, k, v, weight, bias, key_mask, sparsity = call.inputs
+    assert q == k == v == TensorForm((1, 2, 96, 16), (3072, 16, 32, 1), "float32")
+    assert weight == TensorForm((16, 16), (16, 1), "float32")
+    assert bias == TensorForm((16,), (1,), "float32")
+    assert key_mask is sparsity is None
+    options = call.options
+    assert (options.topk, options.scale, options.block_q) == (0.25, 0.25, OPTIONS["block_q"])
     (cast,) = calls_of(rewritten(autocast=True))[torch.device("cpu")]
-    assert cast.q == replace(call.q, dtype="bfloat16")
-    assert cast.weight == replace(call.weight, dtype="bfloat16")  # its owner has no parameters to go by
+    assert q is not None
+    assert weight is not None
+    assert cast.inputs[0] == replace(q, dtype="bfloat16")
+    assert cast.inputs[3] == replace(weight, dtype="bfloat16")  # its owner has no parameters to go by
     (scaled,) = calls_of(rewritten(sparse_scale=True))[torch.device("cpu")]
-    assert scaled.weight == Operand((2, 16, 16), (256, 16, 1), "float32")  # divided by the scale of each head
-    assert scaled == replace(call, weight=scaled.weight, bias=Operand((2, 16), (16, 1), "float32"))
-    work = Work(replace(HOPPER, assembler="ptxas 1.2"), (call, cast))
-    assert Work.from_json(work.to_json()) == work
+    # divided by the scale of each head
+    gate = (TensorForm((2, 16, 16), (256, 16, 1), "float32"), TensorForm((2, 16), (16, 1), "float32"))
+    assert scaled == replace(call, inputs=(q, k, v, *gate, None, None))
+    job = CompileJob(replace(HOPPER, assembler="ptxas 1.2"), (call, cast))
+    assert CompileJob.from_json(job.to_json()) == job
 
 
 def test_unknown_sizes_are_left_to_the_launch() -> None:
@@ -221,21 +221,21 @@ def test_unknown_sizes_are_left_to_the_launch() -> None:
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
-    """The work that is started from here on, nothing of it done; the sites of the CPU pass for those of a GPU."""
-    work: list[Work] = []
+def started(monkeypatch: pytest.MonkeyPatch) -> list[CompileJob]:
+    """The jobs that are started from here on, nothing of them done; the sites of the CPU pass for those of a GPU."""
+    jobs: list[CompileJob] = []
     monkeypatch.delenv("SLA_COMPILE_AHEAD", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(ahead, "_asked", set())
     monkeypatch.setattr(ahead, "_gpu", lambda device: HOPPER)
     monkeypatch.setattr(ahead, "triton_cache_folder", lambda device: "nowhere")
-    monkeypatch.setattr(ahead, "start", lambda given, folder: work.append(given))
+    monkeypatch.setattr(ahead, "start", lambda given, folder: jobs.append(given))
     original = ahead.calls_of
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(
         ahead, "calls_of", lambda sites: {cuda: [c for calls in original(sites).values() for c in calls]}
     )
-    return work
+    return jobs
 
 
 def test_the_gpu_that_is_answered_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,37 +245,37 @@ def test_the_gpu_that_is_answered_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ahead._gpu(torch.device("cuda", 0)) == replace(HOPPER, assembler=compiler.get_ptxas_version(90))
 
 
-def test_started_once_for_a_call(started: list[Work]) -> None:
+def test_started_once_for_a_call(started: list[CompileJob]) -> None:
     sites = rewritten()
     ahead.compile_ahead([*sites, *sites])
     ahead.compile_ahead(sites)
-    assert [len(work.calls) for work in started] == [1]
+    assert [len(job.calls) for job in started] == [1]
 
 
-def test_not_started_on_a_cpu(started: list[Work], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_not_started_on_a_cpu(started: list[CompileJob], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "calls_of", calls_of)
     ahead.compile_ahead(rewritten())
     assert started == []
 
 
 @pytest.mark.parametrize(("variable", "value"), [("SLA_COMPILE_AHEAD", "0"), ("TRITON_INTERPRET", "1")])
-def test_turned_off(variable: str, value: str, started: list[Work], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turned_off(variable: str, value: str, started: list[CompileJob], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, value)
     ahead.compile_ahead(rewritten())
     assert started == []
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_backend_starts_it(training: bool, started: list[Work]) -> None:
+def test_the_backend_starts_it(training: bool, started: list[CompileJob]) -> None:
     """With the kernels of the backward where there will be one."""
     options = {**OPTIONS, "inner": "eager"}
     model = torch.compile(nn.Sequential(Caller(attend)), backend="sla", options=options)
     with torch.set_grad_enabled(training):
         model(torch.randn(1, 96, 32))
-    assert [call.backward for work in started for call in work.calls] == [training]
+    assert [call.backward for job in started for call in job.calls] == [training]
 
 
-def test_an_error_is_only_logged(started: list[Work], monkeypatch: pytest.MonkeyPatch, logged: list[str]) -> None:
+def test_an_error_is_only_logged(started: list[CompileJob], monkeypatch: pytest.MonkeyPatch, logged: list[str]) -> None:
     def fails(*arguments: Any) -> None:
         raise OSError("no more processes")
 
@@ -290,7 +290,7 @@ def test_a_process_that_fails_leaves_no_note(
     pytest.importorskip("triton")
     monkeypatch.setattr(sys, "executable", "/bin/false")
     (call,) = calls_of(rewritten())[torch.device("cpu")]
-    thread = ahead.start(Work(HOPPER, (call,)), tmp_path)
+    thread = ahead.start(CompileJob(HOPPER, (call,)), tmp_path)
     assert thread is not None
     thread.join()
     assert ["compiling ahead" in text for text in logged] == [True]
@@ -309,7 +309,7 @@ from tests.compiler.test_precompile import Model
 logging.basicConfig()
 logging.getLogger("sla_compile.compiler.precompile").setLevel(logging.DEBUG)  # why a kernel is not there
 start = ahead.start
-ahead.start = lambda work, folder: start(work, folder).join()  # all is there before the first launch
+ahead.start = lambda job, folder: start(job, folder).join()  # all is there before the first launch
 found = {}
 def listen(*, src, cache_hit, **_):
     if getattr(src, "fn", None) is not None and src.fn.fn.__module__.startswith("sla_compile.kernels"):

@@ -11,11 +11,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import ModuleType
 
 import pytest
 import torch
 
+from sla_compile.common.kernel_interface import Kernels
 from sla_compile.kernels import reference
 from tests.kernels.triton.test_attention import INTERPRETED, why_not
 from tests.support.triton_cases import NAMES, Case, inputs, run_kernels
@@ -127,7 +127,7 @@ SITUATIONS = [
 
 
 def check_situation(
-    situation: Situation, dtype: torch.dtype, device: str = "cpu", kernels: ModuleType | None = None
+    situation: Situation, dtype: torch.dtype, device: str = "cpu", kernels: Kernels | None = None
 ) -> None:
     """Finite, and as close to the definition in float64 as float32 allows, or as the definition in low precision is."""
     tensors: Tensors = inputs(situation.case, torch.float32, device)  # type: ignore[assignment]

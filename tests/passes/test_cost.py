@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from sla_compile.common.blocks import num_blocks, num_critical
+from sla_compile.common.kernel_interface import AttentionInputs
+from sla_compile.common.options import AttentionOptions
 from sla_compile.kernels.cpu import attention as cpu
 from sla_compile.passes.cost import (
     BATCH,
@@ -49,13 +51,7 @@ def by_stage(cost: Cost, values: dict[sympy.Symbol, int]) -> dict[str, int]:
 def run_cpu(tokens: int, topk: float, block_q: int, block_k: int, linear: str, keys: int = 0, **form: Any) -> int:
     dim = 16
     q, k, v = (torch.randn(2, 3, length, dim) for length in (tokens, keys or tokens, keys or tokens))
-    return counted(
-        cpu.forward,
-        q,
-        k,
-        v,
-        torch.zeros(dim, dim),
-        torch.zeros(dim),
+    options = AttentionOptions(
         scale=0.25,
         topk=topk,
         bottomk=0.1 if topk < 1 else 0.0,
@@ -65,6 +61,7 @@ def run_cpu(tokens: int, topk: float, block_q: int, block_k: int, linear: str, k
         linear=linear,
         **form,
     )
+    return counted(cpu.forward, AttentionInputs(q, k, v, torch.zeros(dim, dim), torch.zeros(dim)), options)
 
 
 @pytest.mark.parametrize("keys", [96, 40])
@@ -98,7 +95,7 @@ def test_cross_attention_equals_what_the_cpu_kernels_multiply(tokens: int, keys:
 @pytest.mark.parametrize(("ranges", "blocks"), [([0, 40], 3), ([8, 24, 200, 256], 6), ([0, 256], 16)])
 def test_blocks_that_are_always_critical_are_counted(ranges: list[int], blocks: int) -> None:
     flops = evaluate(sla_cost(0.25, 16, 16, "marginal", forced=blocks).flops, sizes(2, 3, 256, 16))
-    assert flops == run_cpu(256, 0.25, 16, 16, "marginal", always_critical=ranges)
+    assert flops == run_cpu(256, 0.25, 16, 16, "marginal", always_critical=tuple(ranges))
 
 
 @pytest.mark.parametrize(("topk", "block_q", "block_k"), [(0.25, 16, 16), (0.25, 64, 16), (0.05, 16, 32), (1, 16, 16)])
@@ -107,8 +104,17 @@ def test_causal_attention_costs_its_mean_row(topk: float, block_q: int, block_k:
     tokens = 1024
     sparse = by_stage(sla_cost(topk, block_q, block_k, "none", causal=True), sizes(1, 1, tokens, 16))["sparse"]
     q, k, v = torch.randn(3, 1, 1, tokens, 16)
-    options: dict[str, Any] = {"block_q": block_q, "block_k": block_k, "feature_map": "softmax", "linear": "none"}
-    *_, block_map = cpu.forward(q, k, v, None, None, scale=0.25, topk=topk, bottomk=0.0, causal=True, **options)
+    options = AttentionOptions(
+        scale=0.25,
+        topk=topk,
+        bottomk=0.0,
+        block_q=block_q,
+        block_k=block_k,
+        feature_map="softmax",
+        linear="none",
+        causal=True,
+    )
+    block_map = cpu.forward(AttentionInputs(q, k, v, None, None), options).block_map
     there = 4 * int((block_map == 1).sum()) * block_q * block_k * 16
     assert there <= sparse <= there + 4 * (tokens // block_q) * block_q * block_k * 16
 
@@ -137,10 +143,16 @@ def test_bytes_are_at_least_the_tensors_that_a_forward_returns_and_reads() -> No
     batch, heads, tokens, dim, block = 2, 3, 256, 16, 16
     q, k, v = torch.randn(3, batch, heads, tokens, dim)
     blocks = tokens // block
-    results = cpu.forward(
-        q, k, v, torch.zeros(dim, dim), None, scale=0.25, topk=0.25, bottomk=0.1, block_q=block, block_k=block,
-        feature_map="softmax", linear="marginal",
-    )  # fmt: skip
+    options = AttentionOptions(
+        scale=0.25,
+        topk=0.25,
+        bottomk=0.1,
+        block_q=block,
+        block_k=block,
+        feature_map="softmax",
+        linear="marginal",
+    )
+    results = cpu.forward(AttentionInputs(q, k, v, torch.zeros(dim, dim), None), options)
     rows = batch * heads
     states = rows * blocks * (dim * dim + dim) * 4
     means, scores, lists = rows * blocks * dim * 4, rows * blocks * blocks * 4, rows * blocks * 4 * 4

@@ -6,12 +6,13 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from sla_compile.common.blocks import num_blocks, num_critical, num_negligible
+from sla_compile.common.kernel_interface import AttentionInputs, Kernels
+from sla_compile.common.options import AttentionOptions
 from sla_compile.kernels import reference
 from tests.support.closeness import assert_close
 
@@ -62,7 +63,7 @@ class Case:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keywords that both launchers take."""
+        """Keywords of the definition that do not decide the classes."""
         return {
             "scale": self.head_dim**-0.5,
             "block_q": self.block_q,
@@ -73,9 +74,14 @@ class Case:
         }
 
     def classes(self, sparsity: torch.Tensor | None) -> dict[str, Any]:
-        """Keywords that decide the classes, of the launchers and of the definition."""
+        """Keywords of the definition that decide the classes."""
         shares: dict[str, Any] = {"topk": self.topk, "bottomk": self.bottomk}
         return shares | {"sparsity": sparsity, "always_critical": list(self.always) or None}
+
+    @property
+    def attention_options(self) -> AttentionOptions:
+        """The options of the kernels."""
+        return AttentionOptions(**self.options, topk=self.topk, bottomk=self.bottomk, always_critical=self.always)
 
 
 _BASE = Case()
@@ -155,8 +161,18 @@ def inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> list[t
     return [q, k, v, weight, bias, grad_out]
 
 
+def call_of(case: Case, tensors: list[torch.Tensor | None]) -> AttentionInputs:
+    """What the kernels take of ``tensors`` (`inputs`, or its first five), with the case's mask and sparsity."""
+    q, k, v, weight, bias = tensors[:5]
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    sparsity = None if case.sparsity is None else torch.tensor(case.sparsity, device=q.device)
+    return AttentionInputs(q, k, v, weight, bias, key_mask(case, q.device.type), sparsity)
+
+
 def run_kernels(
-    case: Case, tensors: list[torch.Tensor | None], kernels: ModuleType | None = None
+    case: Case, tensors: list[torch.Tensor | None], kernels: Kernels | None = None
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The launchers' out and gradients by name, and their block map; ``kernels`` None: Triton's."""
     if kernels is None:
@@ -164,17 +180,17 @@ def run_kernels(
 
     *arguments, grad_out = tensors
     assert grad_out is not None
-    mask = key_mask(case, grad_out.device.type)
-    sparsity = None if case.sparsity is None else torch.tensor(case.sparsity, device=grad_out.device)
-    out, linear_out, lse, block_map = kernels.forward(*arguments, mask, **case.classes(sparsity), **case.options)
+    call, options = call_of(case, arguments), case.attention_options
+    result = kernels.forward(call, options)
+    out, linear_out = result.out, result.linear_out
     has_linear = arguments[3] is not None and case.linear != "none"
     assert linear_out.shape == (out.shape if has_linear else (0,))
     assert out.transpose(1, 2).is_contiguous()
-    gradients = kernels.backward(grad_out, *arguments, mask, out, linear_out, lse, block_map, **case.options)
+    gradients = kernels.backward(grad_out, call, result, options)
     for tensor, gradient in zip(arguments, gradients, strict=True):
         assert gradient.shape == ((0,) if tensor is None else tensor.shape)
         assert tensor is None or gradient.dtype == tensor.dtype
-    return dict(zip(NAMES, (out, *gradients), strict=True)), block_map
+    return dict(zip(NAMES, (out, *gradients), strict=True)), result.block_map
 
 
 def run_reference(case: Case, tensors: list[torch.Tensor | None], block_map: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -215,7 +231,7 @@ def check(
     tensors: list[torch.Tensor | None],
     forward_budget: float,
     gradient_budget: float,
-    kernels: ModuleType | None = None,
+    kernels: Kernels | None = None,
 ) -> torch.Tensor:
     """Kernels against the definition, out and every gradient; returns the block map."""
     actual, block_map = run_kernels(case, tensors, kernels)

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from sla_compile.common.kernel_interface import AttentionInputs, ForwardResult, Gradients
+from sla_compile.common.options import AttentionOptions
 from sla_compile.kernels import reference
 from sla_compile.kernels.cpu import attention as cpu
 from sla_compile.kernels.cpu.classify import Choice, classify, pool
@@ -45,17 +47,17 @@ class Case:
         changed = {n: getattr(self, n) for n in vars(default) if getattr(self, n) != getattr(default, n)}
         return "-".join(f"{name}={value}" for name, value in changed.items()) or "default"
 
-    def options(self) -> dict[str, Any]:
-        return {
-            "scale": self.dim**-0.5,
-            "block_q": self.block_q,
-            "block_k": self.block_k,
-            "feature_map": self.feature_map,
-            "linear": self.linear,
-        }
-
-    def shares(self) -> dict[str, float]:
-        return {"topk": self.topk, "bottomk": self.bottomk}
+    @property
+    def options(self) -> AttentionOptions:
+        return AttentionOptions(
+            scale=self.dim**-0.5,
+            topk=self.topk,
+            bottomk=self.bottomk,
+            block_q=self.block_q,
+            block_k=self.block_k,
+            feature_map=self.feature_map,
+            linear=self.linear,
+        )
 
     def inputs(self) -> list[Tensor]:
         """q, k, v, weight, bias."""
@@ -73,16 +75,26 @@ class Case:
         return [*activations, weight.to(self.gate_dtype), bias.to(self.gate_dtype)]
 
 
-def run(case: Case, inputs: list[Tensor], grad_out: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    saved = cpu.forward(*inputs, **case.shares(), **case.options())
-    return saved, cpu.backward(grad_out, *inputs, None, *saved, **case.options())
+def run(case: Case, inputs: list[Tensor], grad_out: Tensor) -> tuple[ForwardResult, Gradients]:
+    call = AttentionInputs(*inputs)
+    saved = cpu.forward(call, case.options)
+    return saved, cpu.backward(grad_out, call, saved, case.options)
 
 
 def expected(
     case: Case, inputs: list[Tensor], grad_out: Tensor, block_map: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     leaves = [x.detach().double().requires_grad_() for x in inputs]
-    out = reference.sparse_linear_attention(*leaves, block_map=block_map, **case.options())
+    options = case.options
+    out = reference.sparse_linear_attention(
+        *leaves,
+        block_map=block_map,
+        scale=options.scale,
+        block_q=options.block_q,
+        block_k=options.block_k,
+        feature_map=options.feature_map,
+        linear=options.linear,
+    )
     gradients = torch.autograd.grad(out, leaves, grad_out.double(), materialize_grads=True)
     return out.detach(), gradients
 
@@ -158,7 +170,7 @@ def test_lower_precision_errs_by_its_rounding(dtype: torch.dtype) -> None:
 def test_lse_is_the_logarithm_of_the_sparse_denominator() -> None:
     case = Case(tokens=150, block_q=16, block_k=32)
     inputs = case.inputs()
-    _, _, lse, block_map = cpu.forward(*inputs, **case.shares(), **case.options())
+    _, _, lse, block_map = cpu.forward(AttentionInputs(*inputs), case.options)
     critical = (block_map == 1).repeat_interleave(16, 2).repeat_interleave(32, 3)[:, :, :150, :150]
     logits = (inputs[0] @ inputs[1].mT * case.dim**-0.5).masked_fill(~critical, float("-inf"))
     assert_close("lse", lse, logits.logsumexp(-1), 1e-14)
@@ -168,8 +180,8 @@ def test_linear_out_is_the_branch_before_the_gate() -> None:
     case = Case(tokens=333, block_k=32)
     q, k, v, _, _ = case.inputs()
     identity = torch.eye(case.dim, dtype=torch.float64)
-    with_branch, linear_out, _, _ = cpu.forward(q, k, v, identity, None, **case.shares(), **case.options())
-    without, empty, _, _ = cpu.forward(q, k, v, None, None, **case.shares(), **case.options())
+    with_branch, linear_out, _, _ = cpu.forward(AttentionInputs(q, k, v, identity, None), case.options)
+    without, empty, _, _ = cpu.forward(AttentionInputs(q, k, v, None, None), case.options)
     assert_close("linear_out", linear_out, with_branch - without, 1e-13)
     assert empty.shape == (0,)
 
@@ -197,12 +209,14 @@ def test_topk_1_is_dense_attention(gates: str) -> None:
     q, k, v, weight, bias = case.inputs()
     bias.zero_()
     given = (weight if gates in ("both", "weight") else None, bias if gates in ("both", "bias") else None)
-    out, linear_out, lse, block_map = cpu.forward(q, k, v, *given, **case.shares(), **case.options())
+    call = AttentionInputs(q, k, v, *given)
+    saved = cpu.forward(call, case.options)
+    out = saved.out
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     dense = F.scaled_dot_product_attention(*leaves)
     assert_close("out", out, dense, 1e-14)
     grad_out = torch.randn_like(out)
-    gradients = cpu.backward(grad_out, q, k, v, *given, None, out, linear_out, lse, block_map, **case.options())
+    gradients = cpu.backward(grad_out, call, saved, case.options)
     for name, actual, wanted in zip(NAMES, gradients, torch.autograd.grad(dense, leaves, grad_out), strict=False):
         assert_close(name, actual, wanted, 1e-12)
     assert [g.shape for g in gradients[3:]] == [(0,) if g is None else g.shape for g in given]

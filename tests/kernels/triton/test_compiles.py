@@ -136,14 +136,14 @@ def test_every_launch_fits_a_smaller_gpu(head_dim: int, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
 def test_every_launch_of_gluon_compiles(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sla_compile.kernels.hopper import primitives
     from sla_compile.kernels.hopper import support as hopper
-    from sla_compile.kernels.hopper.support import primitives as gluon_primitives
 
     compiled = compile_launches(monkeypatch)
     monkeypatch.setattr(hopper, "usable", lambda *tensors, **settings: True)
     for user in ("states", "forward", "backward_query", "backward_key", "linear_backward"):
-        module = importlib.import_module(f"sla_compile.kernels.gluon_{user}")
-        assert module.multiprocessors is gluon_primitives.multiprocessors
+        module = importlib.import_module(f"sla_compile.kernels.hopper.{user}")
+        assert module.multiprocessors is primitives.multiprocessors
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     run_kernels(case, inputs(case, dtype, "cpu"))
     expected = {"attention_forward_kernel", "query_kernel", "key_kernel"}

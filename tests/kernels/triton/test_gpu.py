@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sla_compile.common.kernel_interface import AttentionInputs
 from sla_compile.kernels import reference
 from sla_compile.kernels.hopper import support as hopper
 from tests.support.closeness import assert_close, relative_error
@@ -199,10 +199,11 @@ def test_an_empty_batch(block: int) -> None:
 
     q = torch.empty(0, 3, 1000, 64, device="cuda", dtype=torch.bfloat16)
     weight, bias = torch.ones(64, 64, device="cuda"), torch.ones(64, device="cuda")
-    settings: dict[str, Any] = {"scale": 0.125, "block_q": block, "block_k": block, "feature_map": "softmax"}
-    saved = triton_attention.forward(q, q, q, weight, bias, topk=0.1, bottomk=0.1, linear="marginal", **settings)
-    found = triton_attention.backward(q, q, q, q, weight, bias, None, *saved, linear="marginal", **settings)
-    assert [x.shape for x in (saved[0], *found[:3])] == [q.shape] * 4
+    call = AttentionInputs(q, q, q, weight, bias)
+    options = Case(block_q=block, block_k=block, topk=0.1, bottomk=0.1).attention_options
+    saved = triton_attention.forward(call, options)
+    found = triton_attention.backward(q, call, saved, options)
+    assert [x.shape for x in (saved.out, *found[:3])] == [q.shape] * 4
     assert all(torch.equal(x, torch.zeros_like(like)) for x, like in zip(found[3:], (weight, bias), strict=True))
 
 
@@ -402,7 +403,7 @@ def test_topk_one_is_dense_attention_under_the_mask(dtype: torch.dtype, mask: st
 
 
 def test_options_wait_for_nothing_and_are_captured() -> None:
-    case = Case(tokens=1003, head_dim=64, batch=2, mask="bool", always=(0, 100))
+    case = Case(tokens=1003, head_dim=64, batch=2, mask="bool", always=(0, 100), topk=0.5, bottomk=0.5)
     q, k, v, weight, bias, grad_out = inputs(case, torch.bfloat16, "cuda")
     mask = key_mask(case, "cuda")
     assert mask is not None
@@ -411,11 +412,9 @@ def test_options_wait_for_nothing_and_are_captured() -> None:
     def run() -> list[torch.Tensor]:
         from sla_compile.kernels.triton import attention as triton_attention
 
-        arguments = (q, k, v, weight, bias, mask)
-        saved = triton_attention.forward(
-            *arguments, sparsity, topk=0.5, bottomk=0.5, always_critical=list(case.always), **case.options
-        )
-        return [*saved, *triton_attention.backward(grad_out, *arguments, *saved, **case.options)]
+        call, options = AttentionInputs(q, k, v, weight, bias, mask, sparsity), case.attention_options
+        saved = triton_attention.forward(call, options)
+        return [*saved, *triton_attention.backward(grad_out, call, saved, options)]
 
     run()
     torch.cuda.synchronize()

@@ -18,13 +18,14 @@ import torch
 
 import sla_compile
 from sla_compile.__main__ import main
+from sla_compile.common.kernel_interface import AttentionInputs, ForwardResult
 from sla_compile.compiler import precompile as ahead
 from sla_compile.kernels.triton import launches, tuning
 from sla_compile.kernels.triton import tiles as triton_tiles
 from sla_compile.kernels.triton.launches import KERNELS, VARIABLE, Key, Launch, merge, read
 from sla_compile.kernels.triton.tiles import launch_for, shipped_launch
 from sla_compile.kernels.triton.tuning import Outcome, Trials, Workload, candidates, tune
-from tests.compiler.test_precompile import HOPPER, work_of
+from tests.compiler.test_precompile import HOPPER, job_of
 from tests.support.closeness import assert_close
 from tests.support.paths import ROOT
 from tests.support.triton_cases import Case, inputs
@@ -178,11 +179,11 @@ def test_a_mistake_is_raised_before_anything_is_launched(file: Path, monkeypatch
     file.write_text("{")
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: pytest.fail("went on"))
     q = torch.zeros(1, 1, 64, 16)
-    shapes = {"block_q": 64, "block_k": 64, "scale": 1.0, "feature_map": "softmax", "linear": "marginal"}
+    call, options = AttentionInputs(q, q, q, None, None), Case().attention_options
     with pytest.raises(ValueError, match=VARIABLE):
-        triton_attention.forward(q, q, q, None, None, topk=0.5, bottomk=0.1, **shapes)  # type: ignore[arg-type]
+        triton_attention.forward(call, options)
     with pytest.raises(ValueError, match=VARIABLE):
-        triton_attention.backward(q, q, q, q, None, None, None, q, q, q, q, **shapes)  # type: ignore[arg-type]
+        triton_attention.backward(q, call, ForwardResult(q, q, q, q), options)
 
 
 def test_merging_keeps_what_is_there_for_others(tmp_path: Path) -> None:
@@ -348,7 +349,7 @@ def test_a_user_s_file_is_no_part_of_it(file: Path, monkeypatch: pytest.MonkeyPa
     launches.from_environment.cache_clear()
     with launches.trying({}):
         assert launch_for("forward", *HALF) == outcome.shipped
-        triton_tiles.check_supported(torch.zeros(1, 1, 1, 16), 64, 64, "softmax", "none")
+        triton_tiles.check_supported(torch.zeros(1, 1, 1, 16), Case().attention_options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -491,13 +492,13 @@ def test_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_another_content_is_compiled_ahead_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(tokens=70, head_dim=16)
-    work = work_of(case, inputs(case, torch.float32, "cpu"))
+    job = job_of(case, inputs(case, torch.float32, "cpu"))
     keys = []
     for stages in (1, 2, 2):
         file.write_text(json.dumps(entry(stages=stages)))
-        keys.append(ahead._key(work))
+        keys.append(ahead._key(job))
     monkeypatch.delenv(VARIABLE)
-    keys.append(ahead._key(work))
+    keys.append(ahead._key(job))
     assert keys[1] == keys[2]
     assert len({*keys}) == 3
 
@@ -513,7 +514,7 @@ def test_the_process_that_compiles_ahead_takes_the_same_launches(
     merge(str(file), capability, {("forward", 64, "single"): replace(OURS, warps=2, stages=1)})
     assert HOPPER.capability == (9, 0)
     case = Case(tokens=70, head_dim=16, weight="none", bias="none")
-    thread = ahead.start(work_of(case, inputs(case, torch.float32, "cpu"), backward=False), tmp_path / "cache")
+    thread = ahead.start(job_of(case, inputs(case, torch.float32, "cpu"), backward=False), tmp_path / "cache")
     assert thread is not None
     thread.join()
     (about,) = (tmp_path / "cache").glob("*/attention_forward_kernel.json")

@@ -1,8 +1,8 @@
-"""Compile the kernels that a call will launch before it launches them: a process of its own, with no GPU in use.
+"""The process that compiles the kernels that a call will launch before it launches them, with no GPU in use.
 
-    python -m sla_compile.kernels.triton.precompile   # with a Work, as JSON, on its standard input
+    python -m sla_compile.kernels.triton.compile_process   # with a CompileJob, as JSON, on its standard input
 
-Which kernels, and how specialised, is not written down a second time: the launchers of ``triton_attention`` run here on
+Which kernels, and how specialised, is not written down a second time: the launchers of ``attention.py`` run here on
 meta tensors, which have shapes, strides and types but no memory, and a launch is Triton's warm-up, which binds the
 arguments as a launch does and ends at the compiler. Each compile is a fork: its front end, which is Python, takes 6% of
 the time in Triton and a fifth in Gluon. That is safe here, where there are no threads and no CUDA.
@@ -25,7 +25,10 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["GPU", "Call", "Operand", "Work", "compile_launches"]
+from sla_compile.common.kernel_interface import AttentionInputs
+from sla_compile.common.options import AttentionOptions
+
+__all__ = ["GPU", "CompileJob", "OpCall", "TensorForm", "compile_launches"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class GPU:
 
 
 @dataclass(frozen=True)
-class Operand:
+class TensorForm:
     """A tensor without its memory, which begins at a multiple of 16 bytes."""
 
     shape: tuple[int, ...]
@@ -49,7 +52,7 @@ class Operand:
     """The name of a torch dtype, as "bfloat16"."""
 
     @classmethod
-    def of(cls, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> Operand:
+    def of(cls, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> TensorForm:
         """``tensor``'s form, in ``dtype`` where one is given."""
         name = str(dtype or tensor.dtype).removeprefix("torch.")
         return cls(tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride())), name)
@@ -60,58 +63,49 @@ class Operand:
 
 
 @dataclass(frozen=True)
-class Call:
+class OpCall:
     """One call of ``sla::forward`` with its options, and of ``sla::backward`` after it where that will follow."""
 
-    q: Operand
-    k: Operand
-    v: Operand
-    weight: Operand | None
-    bias: Operand | None
-    key_mask: Operand | None
-    sparsity: Operand | None
-    options: str
-    """The keyword arguments of the forward, as JSON."""
+    inputs: tuple[TensorForm | None, ...]
+    """Of each field of `AttentionInputs`, in order."""
+    options: AttentionOptions
     backward: bool
 
     def run(self) -> None:
         """Run the launchers on tensors of these forms; the gradient of the output is laid out as the output."""
         from . import attention
 
-        launchers: Any = attention
-        operands = (self.q, self.k, self.v, self.weight, self.bias, self.key_mask, self.sparsity)
-        *tensors, sparsity = (None if x is None else x.tensor() for x in operands)
-        options = json.loads(self.options)
-        results = launchers.forward(*tensors, sparsity, **options)
+        tensors: Any = (None if form is None else form.tensor() for form in self.inputs)
+        inputs = AttentionInputs(*tensors)
+        result = attention.forward(inputs, self.options)
         if self.backward:
-            options = {key: value for key, value in options.items() if key not in _FORWARD_ONLY}
-            launchers.backward(torch.empty_like(results[0]), *tensors, *results, **options)
-
-
-_FORWARD_ONLY = ("topk", "bottomk", "always_critical")
+            attention.backward(torch.empty_like(result.out), inputs, result, self.options)
 
 
 @dataclass(frozen=True)
-class Work:
+class CompileJob:
     """Calls whose kernels are to be compiled, and for which GPU."""
 
     gpu: GPU
-    calls: tuple[Call, ...]
+    calls: tuple[OpCall, ...]
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Work:
+    def from_json(cls, text: str) -> CompileJob:
         data = json.loads(text)
         gpu = GPU(**{**data["gpu"], "capability": tuple(data["gpu"]["capability"])})
         return cls(gpu, tuple(_call(call) for call in data["calls"]))
 
 
-def _call(data: dict[str, Any]) -> Call:
-    forms = {key: value for key, value in data.items() if isinstance(value, dict)}
-    operands = {key: Operand(tuple(x["shape"]), tuple(x["strides"]), x["dtype"]) for key, x in forms.items()}
-    return Call(**{**data, **operands})
+def _call(data: dict[str, Any]) -> OpCall:
+    options = {**data["options"], "always_critical": tuple(data["options"]["always_critical"])}
+    return OpCall(tuple(map(_form, data["inputs"])), AttentionOptions(**options), data["backward"])
+
+
+def _form(data: dict[str, Any] | None) -> TensorForm | None:
+    return None if data is None else TensorForm(tuple(data["shape"]), tuple(data["strides"]), data["dtype"])
 
 
 _is_cuda: Any = torch.Tensor.is_cuda
@@ -213,19 +207,19 @@ class _Forks(Executor):
         self.failed += status != 0
 
 
-def compile_launches(work: Work, executor: Executor) -> None:
-    """Compile in ``executor`` every kernel that ``work`` launches, each specialisation once, into Triton's cache."""
+def compile_launches(job: CompileJob, executor: Executor) -> None:
+    """Compile in ``executor`` every kernel that ``job`` launches, each specialisation once, into Triton's cache."""
     import triton
 
-    with _answering_for(work.gpu), triton.AsyncCompileMode(executor, ignore_errors=True), executor:
-        for call in work.calls:
+    with _answering_for(job.gpu), triton.AsyncCompileMode(executor, ignore_errors=True), executor:
+        for call in job.calls:
             call.run()
 
 
 def main() -> None:
     os.nice(10)
     forks = _Forks(os.cpu_count() or 1)
-    compile_launches(Work.from_json(sys.stdin.read()), forks)
+    compile_launches(CompileJob.from_json(sys.stdin.read()), forks)
     sys.exit(f"{forks.failed} kernel(s) did not compile" if forks.failed else 0)
 
 

@@ -1,0 +1,37 @@
+"""The steps of a call in Gluon: `Steps` for what ``support.usable`` accepts. To import it is to import Gluon."""
+
+from __future__ import annotations
+
+from sla_compile.common.options import BackwardOptions
+
+from ..steps import KernelInputs, LinearStates, QueryGradients, Upstream
+from ..triton import linear_backward as triton_linear_backward
+from ..triton.tiles import ceil_div
+from . import linear_backward as hopper_linear_backward
+from .backward_key import attention_backward_key
+from .backward_query import attention_backward_query
+from .forward import attention_forward
+from .states import key_states
+
+__all__ = [
+    "attention_backward_key",
+    "attention_backward_query",
+    "attention_forward",
+    "key_states",
+    "linear_backward",
+]
+
+
+def linear_backward(
+    upstream: Upstream, inputs: KernelInputs, linear: LinearStates | None, options: BackwardOptions
+) -> tuple[QueryGradients, LinearStates | None]:
+    """As `Steps.linear_backward`: in Gluon with a linear branch; for the statistics of a gate that is a bias alone, in
+    Triton; without a gate the dQ kernel makes the statistics from what it loads."""
+    if linear is not None:
+        return hopper_linear_backward.linear_backward(upstream, inputs, linear, options)
+    if inputs.bias is not None:
+        return triton_linear_backward.linear_backward(upstream, inputs, linear, options)
+    batch, heads, tokens, head_dim = inputs.q.shape
+    dq = inputs.q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+    rows = ceil_div(tokens, options.block_q) * options.block_q
+    return QueryGradients(dq, upstream.lse.new_empty(batch, heads, 2, rows), complete=False), None

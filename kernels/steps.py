@@ -1,0 +1,120 @@
+"""The five steps of a call on a GPU that have kernels in Triton and, for Hopper, in Gluon: one signature for both.
+
+``triton/steps.py`` and ``hopper/steps.py`` are the two `Steps`; ``triton/attention.py`` chooses one for each call.
+Axes: B batch, H heads, Lq queries, Lk keys, D head dimension, Tm and Tn query and key blocks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from sla_compile.common.options import BackwardOptions
+
+__all__ = ["BlockLists", "KernelInputs", "LinearStates", "QueryGradients", "Steps", "Upstream"]
+
+
+class KernelInputs(NamedTuple):
+    """The tensors of a call in the form in which kernels read them."""
+
+    q: Tensor
+    """(B, H, Lq, D), `vector_readable` as k and v, (B, H, Lk, D)."""
+    k: Tensor
+    v: Tensor
+    gate: Tensor | None
+    """A `gate_matrix` of the gate's weight; None exactly where there is no linear branch."""
+    bias: Tensor | None
+    """The gate's bias (D) or (H, D); None: zero."""
+    key_bias: Tensor | None
+    """float32 (B or 1, Lk), added to the logits: a `key_bias` of the key mask."""
+
+
+class BlockLists(NamedTuple):
+    """The critical blocks of each row of the block map, or of each column."""
+
+    blocks: Tensor
+    """int32 (B, H, lines, width), ascending."""
+    counts: Tensor | None
+    """int32 (B, H, lines): how many entries of each list are written; None: all of them."""
+
+
+class LinearStates(NamedTuple):
+    """h and z of the linear branch by blocks, their sums H and Z by rows, or the gradients of any of these."""
+
+    states: Tensor
+    """(B, H, T, D, D up to a multiple of 8); bfloat16 for 16-bit inputs, else float32."""
+    normalizers: Tensor
+    """float32 (B, H, T, D)."""
+
+
+class Upstream(NamedTuple):
+    """What a backward has beside the inputs: the gradient of the output, and what the forward returned."""
+
+    grad_out: Tensor
+    """(B, H, Lq, D), `vector_readable`, as are ``out`` and, with a linear branch, ``linear_out``."""
+    out: Tensor
+    linear_out: Tensor
+    lse: Tensor
+    """float32 (B, H, Lq)."""
+
+
+class QueryGradients(NamedTuple):
+    """What `linear_backward` leaves to the steps after it."""
+
+    dq: Tensor
+    """(B, H, Lq, D), in memory (B, Lq, H, D): the linear branch's part; without that branch, uninitialised."""
+    statistics: Tensor
+    """float32 (B, H, 2, Lq up to a multiple of block_q): lse in base 2 and D^s times the scale, past the last query
+    +inf and 0."""
+    complete: bool
+    """Whether ``statistics`` is filled; if not, `attention_backward_query` fills it."""
+
+
+class Steps(Protocol):
+    """The steps in which they differ; a module with these five functions is one."""
+
+    def key_states(self, inputs: KernelInputs, options: BackwardOptions, *, pool: bool) -> tuple[LinearStates, Tensor]:
+        """h and z of each key block, in one pass over k and v that are weighed by exp(key_bias), and the float32 means
+        of k by blocks (B, H, Tn, D), of shape (0,) without ``pool``."""
+
+    def attention_forward(
+        self, inputs: KernelInputs, lists: BlockLists, linear: LinearStates | None, options: BackwardOptions
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """out, linear_out and lse, as in `ForwardResult`, over the critical ``lists`` of the rows.
+
+        ``linear`` is H and Z, (B, H, Tm or 1, ...); None: no linear branch.
+        """
+
+    def linear_backward(
+        self, upstream: Upstream, inputs: KernelInputs, linear: LinearStates | None, options: BackwardOptions
+    ) -> tuple[QueryGradients, LinearStates | None]:
+        """The backward of the linear branch from the queries' side.
+
+        ``linear`` is H and Z again. Returned with the queries' gradients are dH and dZ of each tile of queries, None
+        without that branch; block_q is a multiple of the tile.
+        """
+
+    def attention_backward_query(
+        self,
+        upstream: Upstream,
+        inputs: KernelInputs,
+        lists: BlockLists,
+        gradients: QueryGradients,
+        options: BackwardOptions,
+    ) -> None:
+        """Add the sparse branch's dQ, of the critical ``lists`` of the rows, to ``gradients.dq``; without a linear
+        branch, write it there."""
+
+    def attention_backward_key(
+        self,
+        upstream: Upstream,
+        inputs: KernelInputs,
+        lists: BlockLists,
+        order: Tensor,
+        statistics: Tensor,
+        linear: LinearStates | None,
+        options: BackwardOptions,
+    ) -> tuple[Tensor, Tensor]:
+        """dK and dV (B, H, Lk, D), in memory (B, Lk, H, D), of the critical ``lists`` of the columns and, with a linear
+        branch, of ``linear``: dh and dz, (B, H, Tn or 1, ...). Work begins in the ``order`` of `longest_first`."""

@@ -1,0 +1,16 @@
+"""The steps of a call in Triton: `Steps` for any GPU that Triton compiles for."""
+
+from __future__ import annotations
+
+from .backward import attention_backward_key, attention_backward_query
+from .forward import attention_forward
+from .linear_backward import linear_backward
+from .states import key_states
+
+__all__ = [
+    "attention_backward_key",
+    "attention_backward_query",
+    "attention_forward",
+    "key_states",
+    "linear_backward",
+]

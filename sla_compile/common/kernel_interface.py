@@ -1,0 +1,72 @@
+"""What the op asks of the kernels of a device: two functions with one signature, whatever the device.
+
+Axes: B batch, H heads, Lq queries, Lk keys, D head dimension, Tm = ceil(Lq / block_q), Tn = ceil(Lk / block_k).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from sla_compile.common.options import AttentionOptions, BackwardOptions
+
+__all__ = ["AttentionInputs", "ForwardResult", "Gradients", "Kernels", "has_linear_branch"]
+
+
+class AttentionInputs(NamedTuple):
+    """The tensors of one call, any strides, in the order of the op's schema."""
+
+    q: Tensor
+    """(B, H, Lq, D)."""
+    k: Tensor
+    """(B, H, Lk, D), as ``v``; both in the dtype of ``q``."""
+    v: Tensor
+    weight: Tensor | None
+    """The gate's weight (D, D) or (H, D, D), any floating dtype; None: no linear branch."""
+    bias: Tensor | None
+    """The gate's bias (D) or (H, D), any floating dtype; None: zero."""
+    key_mask: Tensor | None = None
+    """(B, Lk) or (1, Lk): bool, true where a key is attended to, or added to the logits."""
+    sparsity: Tensor | None = None
+    """int64 (2,): topk and bottomk in millionths, which take the options' place. The backward does not read it."""
+
+
+class ForwardResult(NamedTuple):
+    """What a forward returns; the last three are kept for the backward."""
+
+    out: Tensor
+    """(B, H, Lq, D) over (B, Lq, H, D) memory, in the dtype of q."""
+    linear_out: Tensor
+    """The linear branch before the gate, as ``out``; of shape (0,) without that branch."""
+    lse: Tensor
+    """(B, H, Lq): natural logarithm of the sparse branch's denominator; -inf for a query without a key. float64 for
+    float64 inputs, else float32."""
+    block_map: Tensor
+    """int8 (B, H, Tm, Tn): 1 critical, 0 marginal, -1 negligible."""
+
+
+class Gradients(NamedTuple):
+    """dq, dk, dv (B, H, L, D) over (B, L, H, D) memory; dweight and dbias like weight and bias, or of shape (0,)."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dweight: Tensor
+    dbias: Tensor
+
+
+class Kernels(Protocol):
+    """The kernels of one kind of device; a module with these two functions is one."""
+
+    def forward(self, inputs: AttentionInputs, options: AttentionOptions) -> ForwardResult: ...
+
+    def backward(
+        self, grad_out: Tensor, inputs: AttentionInputs, result: ForwardResult, options: BackwardOptions
+    ) -> Gradients:
+        """Gradients at ``grad_out`` (B, H, Lq, D), any strides, of the call that gave ``result``."""
+
+
+def has_linear_branch(weight: Tensor | None, options: BackwardOptions) -> bool:
+    """Whether a call has a linear branch: a gate to let it in, and blocks that it sums."""
+    return weight is not None and options.linear != "none"
