@@ -17,7 +17,6 @@ from sla_compile.common.kernel_interface import AttentionInputs, ForwardResult, 
 from sla_compile.common.options import AttentionOptions
 from sla_compile.kernels import reference
 from sla_compile.kernels.cpu import attention as cpu
-from sla_compile.kernels.cpu.classify import Choice, classify, pool
 from tests.support.closeness import assert_close
 
 pytestmark = pytest.mark.usefixtures("nan_fresh_buffers")
@@ -184,23 +183,6 @@ def test_linear_out_is_the_branch_before_the_gate() -> None:
     without, empty, _, _ = cpu.forward(AttentionInputs(q, k, v, None, None), case.options)
     assert_close("linear_out", linear_out, with_branch - without, 1e-13)
     assert empty.shape == (0,)
-
-
-def classes(q: Tensor, k: Tensor, critical: int, negligible: int, block_q: int, block_k: int) -> Tensor:
-    choice = Choice(None, None, torch.tensor([[critical]]), torch.tensor([[negligible]]))
-    return classify(pool(q, block_q, q.dtype) @ pool(k, block_k, q.dtype).mT, choice)
-
-
-def test_ties_go_to_the_lower_key_block() -> None:
-    torch.manual_seed(0)
-    q, k = torch.randint(-1, 2, (2, 2, 3, 500, 16), dtype=torch.float64)
-    block_map = classes(q[0], k[0], 3, 4, 16, 32)
-    # 3 of 16 and 4 of 16 key blocks; sums of small integers are exact, so ties are exact too
-    expected_map = reference.classify(q, k, scale=1.0, topk=3 / 16, bottomk=4 / 16, block_q=16, block_k=32)[0]
-    assert torch.equal(block_map, expected_map)
-    equal = torch.ones(1, 4800, 16)
-    row = classes(equal, equal, 30, 40, 256, 16)[0, 0].tolist()
-    assert row == [1] * 30 + [0] * 230 + [-1] * 40
 
 
 @pytest.mark.parametrize("gates", ["both", "weight", "bias", "neither"])
