@@ -8,6 +8,7 @@ Axes: B batch, H heads, Lq queries, Lk keys, D head dimension, Tm = ceil(Lq / bl
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +92,7 @@ def sparse_linear_attention(
     check(AttentionInputs(**tensors), AttentionOptions(**checked))
     if not torch.compiler.is_compiling():
         _refuse_tangents(q, k, v, weight, bias)
+        _let_flops_be_counted()
     if key_mask is not None and key_mask.requires_grad and torch.is_grad_enabled():
         raise ValueError("key_mask requires a gradient, accepted is a mask without one: sla computes none for it")
     out, _, _, _ = torch.ops.sla.forward.default(**tensors, **options)
@@ -107,6 +109,12 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
             "sparse_linear_attention has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad): "
             "differentiate it in reverse mode, or leave the attention dense"
         )
+
+
+def _let_flops_be_counted() -> None:
+    """Register the FLOP formulas where PyTorch's counter was imported after these ops."""
+    if "torch.utils.flop_counter" in sys.modules:
+        import sla_compile.ops.flops  # noqa: F401
 
 
 def _kernels(q: Tensor) -> Kernels:

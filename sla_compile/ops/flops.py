@@ -53,7 +53,7 @@ def forward_flops(
     **_: Any,
 ) -> int:
     """FLOPs of one forward, from shapes alone; where ``sparsity`` sets another topk, those of ``topk``, its maximum."""
-    touched = forced_blocks(always_critical, k.shape[2], block_k)
+    touched = forced_blocks(always_critical or (), k.shape[2], block_k)
     forced = len({block for first, last in touched for block in range(first, last)})
     branch = linear if weight is not None else "none"
     cost = sla_cost(topk, block_q, block_k, branch, cross=q.shape[2] != k.shape[2], causal=causal, forced=forced)
