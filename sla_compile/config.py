@@ -110,7 +110,7 @@ class SLAConfig:
     sparse_scale: bool = _setting(False, Accepts("True or False", lambda value: type(value) is bool))
     """Whether each head's sparse branch has a trainable scale: O = exp(log_scale) O^s + O^l W^T + b. Range: True or
     False. O^s, normalised over the critical keys alone, is the dense output's part times 1 / (critical mass of the
-    softmax), too large (SLA2, arXiv 2602.12675); W and b cannot undo that, a number can. See the README."""
+    softmax), too large (SLA2, arXiv 2602.12675); W and b cannot undo that, a number can. See docs/fine-tuning.md."""
 
     min_tokens: int = _setting(
         DEFAULT_MIN_TOKENS,
@@ -119,7 +119,7 @@ class SLAConfig:
     """Attention over fewer tokens stays dense. Range: any integer of at least 0."""
 
     always_critical: tuple[tuple[int, int | None], ...] = _setting((), RANGES)
-    """Key tokens whose blocks are critical in every row, beside ``topk``. Range: (start, stop) pairs, see README."""
+    """Key tokens whose blocks are critical in every row, beside ``topk``. Range: (start, stop) pairs."""
 
     cross_attention: bool = _setting(False, Accepts("True or False", lambda value: type(value) is bool))
     """Whether attention to other tokens than the queries' own is rewritten too. Range: True or False."""
