@@ -165,6 +165,15 @@ def test_every_path_is_there(page: str) -> None:
     assert not missing
 
 
+def test_every_test_that_is_named_is_there() -> None:
+    known = {
+        name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", text_of(page))}
+    assert len(named) >= 10
+    assert named <= known
+
+
 def commands() -> list[str]:
     """Every command line of README.md, CONTRIBUTING.md and docs/README.md."""
     shell = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
