@@ -17,7 +17,8 @@ import torch
 
 from sla_compile.common.kernel_interface import Kernels
 from sla_compile.kernels import reference
-from tests.kernels.triton.test_attention import INTERPRETED, why_not
+from tests.kernels.triton.test_attention import why_not
+from tests.support.interpreter import INTERPRETED
 from tests.support.triton_cases import NAMES, Case, inputs, run_kernels
 
 Tensors = list[torch.Tensor]

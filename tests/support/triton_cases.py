@@ -3,6 +3,7 @@ reference."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import zlib
 from dataclasses import dataclass, replace
@@ -15,8 +16,13 @@ from sla_compile.common.kernel_interface import AttentionInputs, Kernels
 from sla_compile.common.options import AttentionOptions
 from sla_compile.kernels import reference
 from tests.support.closeness import assert_close
+from tests.support.interpreter import INTERPRETED, patch_language_once
 
 NAMES = ("out", "dq", "dk", "dv", "dweight", "dbias")
+
+
+if INTERPRETED and importlib.util.find_spec("triton") is not None:
+    patch_language_once()
 
 
 @dataclass(frozen=True)

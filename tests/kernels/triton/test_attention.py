@@ -19,9 +19,8 @@ import torch
 
 from sla_compile.kernels import reference
 from tests.support.closeness import assert_close
+from tests.support.interpreter import INTERPRETED
 from tests.support.triton_cases import OPTIONS, Case, check, expected_classes, inputs, run_kernels
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_not() -> str | None:
