@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: the definition, the CPU path and the Triton kernels. Knows no FX."""
+"""Tensors in, tensors out: the definition, and kernels in PyTorch (CPU), Triton and Gluon (GPU). Knows no FX."""

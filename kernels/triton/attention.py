@@ -107,9 +107,9 @@ def _steps(*tensors: torch.Tensor, options: BackwardOptions, has_key_mask: bool)
 
 def _gluon() -> Steps:
     """Gluon's steps, imported when a Hopper GPU first needs them."""
-    from ..hopper import steps
+    from ..hopper import steps as hopper_steps
 
-    return steps
+    return hopper_steps
 
 
 def _classes(

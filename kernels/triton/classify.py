@@ -262,8 +262,7 @@ def _lanes_and_warps(items: int) -> tuple[int, int]:
 
 
 def block_scores(pooled_q: torch.Tensor, pooled_k: torch.Tensor, scale: float) -> torch.Tensor:
-    """pool(Q) pool(K)^T * scale from contiguous float32 (B, H, Tm, D) and (B, H, Tn, D); float32 (B, H, Tm,
-    Tn).
+    """pool(Q) pool(K)^T * scale, float32 (B, H, Tm, Tn), of contiguous float32 (B, H, Tm, D) and (B, H, Tn, D).
 
     Not ``torch.matmul``: under TF32, allowed by the user for the model's own products, rankings would change.
     """

@@ -1,4 +1,4 @@
-"""The process that compiles the kernels that a call will launch before it launches them, with no GPU in use.
+"""The process that compiles a call's kernels before the call launches them, with no GPU in use.
 
     python -m sla_compile.kernels.triton.compile_process   # with a CompileJob, as JSON, on its standard input
 

@@ -38,8 +38,7 @@ def locate_program(num_tiles, num_heads):
 @triton.jit
 def head_pointer(pointer, batch, head, stride_batch, stride_head):
     """Where one head of an input (B, H, N, D) begins; strides in vectors of 8 elements."""
-    # the 8 shows the compiler that rows are aligned: by itself it only asks whether a stride is a multiple of
-    # 16
+    # the 8 shows the compiler that rows are aligned: by itself it only asks whether a stride is a multiple of 16
     return pointer + (batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head) * 8
 
 
@@ -108,8 +107,7 @@ def store_tile(
 
 @triton.jit
 def reciprocal_or_zero(denominator):
-    # below this a float32 reciprocal times a sum over keys can overflow; exactly 0 is a row without marginal
-    # keys
+    # below this a float32 reciprocal times a sum over keys can overflow; exactly 0 is a row without marginal keys
     SMALLEST: tl.constexpr = 1e-30
     usable = denominator > SMALLEST
     return tl.where(usable, 1.0 / tl.where(usable, denominator, 1.0), 0.0)

@@ -1,9 +1,8 @@
-"""What the host decides for the kernels: tile sizes, warps and stages from one small table, and operands'
-memory.
+"""What the host decides for the kernels: tile sizes, warps and stages from one small table, and operands' memory.
 
-No tuning at a user's first call: other launches come from a file (``launches``) that ``tuning`` fills. Kernels read
-rows of 16-byte vectors: where a tensor's memory does not allow that, it is copied once. (Element by element, with a
-mask for each, Triton 3.6's assembler was seen to give one wgmma operand a wrong address; and it is slow.)
+Nothing is tuned at a user's first call: other launches come from a file (``launches.py``) that ``tuning.py`` fills.
+Kernels read rows in vectors of 16 bytes: a tensor whose memory does not allow that is copied once. (Reading element by
+element, each with its mask, is slow, and Triton 3.6's assembler then gave one wgmma operand a wrong address.)
 """
 
 from __future__ import annotations
