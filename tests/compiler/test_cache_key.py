@@ -74,7 +74,7 @@ def test_another_version_of_the_package_gets_no_stale_graph(cold: tuple[Path, di
         shutil.copytree(ROOT / room, tmp_path / "sla_compile" / room)
     shutil.copytree(ROOT / "sla_compile", tmp_path / "sla_compile", dirs_exist_ok=True)
     shutil.copytree(ROOT / "tests", tmp_path / "tests")
-    ops = tmp_path / "sla_compile" / "ops.py"
+    ops = tmp_path / "sla_compile" / "ops" / "attention.py"
     text = ops.read_text()
     edited = text.replace("sla.backward.default(grad_out,", "sla.backward.default(2 * grad_out,")
     assert edited != text
