@@ -14,15 +14,30 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from sla_compile.common.blocks import exact_fraction
-from sla_compile.common.limits import BLOCK_SIZES, FEATURE_MAPS, GATE_FORMS, LINEAR_BRANCHES
+from sla_compile.common.limits import FEATURE_MAPS, GATE_FORMS, LINEAR_BRANCHES
 from sla_compile.common.token_orders import ORDERS, RASTER
-from sla_compile.config_values import RANGES, Accepts, FrozenMapping, choice, nearest, patterns, refusal, share
+from sla_compile.config_values import (
+    BLOCK_SIZE,
+    BOOLEAN,
+    GRID_SIZES,
+    OPTIONAL_INTEGER,
+    OPTIONAL_MAX_TOPK,
+    TOKEN_RANGES,
+    FrozenMapping,
+    Validator,
+    mapping,
+    nearest_hint,
+    number,
+    one_of,
+    string_list,
+    value_error,
+)
 
 __all__ = [
     "DEFAULT_MIN_TOKENS",
-    "LATER_SITE_FIELDS",
     "MODES",
     "SITE_FIELDS",
+    "SITE_FIELDS_FILES_MAY_LACK",
     "VERSION",
     "FrozenMapping",
     "SLAConfig",
@@ -42,110 +57,89 @@ SITE_FIELDS = (
 )
 """The fields that an override may set for one site."""
 
-LATER_SITE_FIELDS = SITE_FIELDS[SITE_FIELDS.index("always_critical") :]
-"""Site fields that the first files of this version do not have: there they are at their defaults."""
+SITE_FIELDS_FILES_MAY_LACK = SITE_FIELDS[SITE_FIELDS.index("always_critical") :]
+"""Site fields that were added after the format of gate files: a file without one means its default."""
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 """What ``torch.compile(mode=...)`` accepts with this backend."""
 
 
-_MAPPING = Accepts(
-    "a mapping of Inductor option names to values that JSON can hold",
-    lambda value: isinstance(value, Mapping),
-)
-_OVERRIDES = Accepts(
-    "a mapping of glob patterns to mappings of " + ", ".join(SITE_FIELDS),
-    lambda value: isinstance(value, Mapping),
-)
-_MAX_TOPK = Accepts(
-    "None, or a number from topk up to 1",
-    lambda value: value is None or (type(value) in (int, float) and 0 < value <= 1),
-    lambda value: None if value is None else value + 0.0,
-)
-_GRID = Accepts(
-    "None, or the sizes (T, H, W) or (H, W) of a grid of tokens, integers of at least 1",
-    lambda value: (
-        value is None
-        or (type(value) in (tuple, list) and len(value) in (2, 3) and all(type(n) is int and n >= 1 for n in value))
-    ),
-    lambda value: None if value is None else tuple(value),
-)
-_TOKEN = Accepts("None, or an integer", lambda value: value is None or type(value) is int)
-_BLOCK = Accepts("a power of two from 16 to 256", lambda value: type(value) is int and value in BLOCK_SIZES)
+_INDUCTOR = mapping("a mapping of Inductor option names to values that JSON can hold")
+_OVERRIDES = mapping("a mapping of glob patterns to mappings of " + ", ".join(SITE_FIELDS))
 
 
-def _setting(default: Any, accepts: Accepts) -> Any:
-    return field(default=default, metadata={"accepts": accepts})
+def _setting(default: Any, validator: Validator) -> Any:
+    """A dataclass field; ``__post_init__`` runs its value through ``validator``."""
+    return field(default=default, metadata={"validator": validator})
 
 
 @dataclass(frozen=True, kw_only=True)
 class SLAConfig:
-    """How attention is classified, computed, selected and compiled.
+    """The settings: how key blocks are classified, what is computed on them, at which sites, and how that is compiled.
 
-    Precedence: for a site, ``overrides`` whose pattern matches its path win over the top-level fields, and
-    among them a later one wins over an earlier one. Every refused name or value is a ValueError.
+    Precedence: for a site, ``overrides`` whose pattern matches its module path win over the top-level fields, and
+    among those a later one over an earlier one. An unknown field or a refused value raises ValueError.
     """
 
-    topk: float = _setting(0.05, share("a number above 0 and up to 1", lambda value: 0 < value <= 1))
+    topk: float = _setting(0.05, number("a number above 0 and up to 1", lambda value: 0 < value <= 1))
     """Share of a row's key blocks that is critical (exact attention), at least one block. Range (0, 1]."""
 
-    bottomk: float = _setting(0.10, share("a number from 0 to 1", lambda value: 0 <= value <= 1))
+    bottomk: float = _setting(0.10, number("a number from 0 to 1", lambda value: 0 <= value <= 1))
     """Share of a row's key blocks that is negligible (skipped). Range [0, 1], topk + bottomk at most 1."""
 
-    block_q: int = _setting(64, _BLOCK)
+    block_q: int = _setting(64, BLOCK_SIZE)
     """Query tokens in a block. Range: 16, 32, 64, 128 or 256."""
 
-    block_k: int = _setting(64, _BLOCK)
+    block_k: int = _setting(64, BLOCK_SIZE)
     """Key tokens in a block. Range: 16, 32, 64, 128 or 256."""
 
-    feature_map: str = _setting("softmax", choice(*FEATURE_MAPS))
+    feature_map: str = _setting("softmax", one_of(*FEATURE_MAPS))
     """Feature map of the linear branch. Range: "softmax" (over the head dimension), "elu" (+ 1), "relu"."""
 
-    linear: str = _setting("marginal", choice(*LINEAR_BRANCHES))
+    linear: str = _setting("marginal", one_of(*LINEAR_BRANCHES))
     """Key blocks of the linear branch. Range: "marginal" (paper), "all" (the authors' release), "none"."""
 
-    gate: str = _setting("shared", choice(*GATE_FORMS))
+    gate: str = _setting("shared", one_of(*GATE_FORMS))
     """Gate of a site. Range: "shared" by its heads, (D, D) and (D), or "per_head", (H, D, D) and (H, D)."""
 
-    sparse_scale: bool = _setting(False, Accepts("True or False", lambda value: type(value) is bool))
+    sparse_scale: bool = _setting(False, BOOLEAN)
     """Whether each head's sparse branch has a trainable scale: O = exp(log_scale) O^s + O^l W^T + b. Range: True or
     False. O^s, normalised over the critical keys alone, is the dense output's part times 1 / (critical mass of the
     softmax), too large (SLA2, arXiv 2602.12675); W and b cannot undo that, a number can. See docs/fine-tuning.md."""
 
     min_tokens: int = _setting(
-        DEFAULT_MIN_TOKENS,
-        Accepts("an integer of at least 0", lambda value: type(value) is int and value >= 0),
+        DEFAULT_MIN_TOKENS, Validator("an integer of at least 0", lambda value: type(value) is int and value >= 0)
     )
-    """Attention over fewer tokens stays dense. Range: any integer of at least 0."""
+    """Attention over fewer tokens stays dense: SLA is not faster there. Range: any integer of at least 0."""
 
-    always_critical: tuple[tuple[int, int | None], ...] = _setting((), RANGES)
-    """Key tokens whose blocks are critical in every row, beside ``topk``. Range: (start, stop) pairs."""
+    always_critical: tuple[tuple[int, int | None], ...] = _setting((), TOKEN_RANGES)
+    """Key tokens whose blocks are critical in every row, besides ``topk``. Range: (start, stop) pairs, as in slices."""
 
-    cross_attention: bool = _setting(False, Accepts("True or False", lambda value: type(value) is bool))
-    """Whether attention to other tokens than the queries' own is rewritten too. Range: True or False."""
+    cross_attention: bool = _setting(False, BOOLEAN)
+    """Whether cross-attention (keys from other tokens than the queries) is rewritten too. Range: True or False."""
 
-    max_topk: float | None = _setting(None, _MAX_TOPK)
-    """Most topk that ``set_sparsity`` may set with no recompilation; None: not at all. Range: from topk up to 1."""
+    max_topk: float | None = _setting(None, OPTIONAL_MAX_TOPK)
+    """Largest topk that ``set_sparsity`` may set, with no recompilation; None: none. Range: from topk up to 1."""
 
-    reorder: str = _setting(RASTER, choice(*ORDERS))
-    """Order of a video's tokens inside the attention. Range: "raster" (the model's), "tiles", "hilbert"."""
+    reorder: str = _setting(RASTER, one_of(*ORDERS))
+    """Order of a video's tokens inside the attention. Range: "raster" (the model's own), "tiles", "hilbert"."""
 
-    grid: tuple[int, ...] | None = _setting(None, _GRID)
-    """Tokens of the video by axis, for ``reorder``; None: as seen in the model. Range: (T, H, W) or (H, W)."""
+    grid: tuple[int, ...] | None = _setting(None, GRID_SIZES)
+    """Tokens of the video along each axis, for ``reorder``; None: read off the graph. Range: (T, H, W) or (H, W)."""
 
-    grid_start: int | None = _setting(None, _TOKEN)
-    """Where ``grid`` begins among the tokens, as in a slice; None: it is all of them. Range: any integer."""
+    grid_start: int | None = _setting(None, OPTIONAL_INTEGER)
+    """First token of ``grid``, from the end if negative; None: the grid is all tokens. Range: any integer."""
 
-    inner: str = _setting("inductor", choice("inductor", "aot_eager", "eager"))
+    inner: str = _setting("inductor", one_of("inductor", "aot_eager", "eager"))
     """What compiles the rewritten graph. Range: "inductor", "aot_eager", "eager"."""
 
-    inductor: Mapping[str, Any] = _setting(FrozenMapping({}), _MAPPING)
-    """Options for Inductor, sorted by name. Range: names and types of ``torch._inductor.list_options()``."""
+    inductor: Mapping[str, Any] = _setting(FrozenMapping({}), _INDUCTOR)
+    """Inductor's own options, stored sorted by name. Range: names and types of ``torch._inductor.list_options()``."""
 
-    include: tuple[str, ...] = _setting(("*",), patterns("a list or tuple of at least one glob pattern", 1))
+    include: tuple[str, ...] = _setting(("*",), string_list("a list or tuple of at least one glob pattern", 1))
     """Glob patterns over module paths ("blocks.*.attn1"), one of which must match. Range: one or more."""
 
-    exclude: tuple[str, ...] = _setting((), patterns("a list or tuple of glob patterns", 0))
+    exclude: tuple[str, ...] = _setting((), string_list("a list or tuple of glob patterns", 0))
     """Glob patterns over module paths that stay dense, whatever ``include`` says. Range: any number."""
 
     overrides: Mapping[str, Mapping[str, Any]] = _setting(FrozenMapping({}), _OVERRIDES)
@@ -158,10 +152,10 @@ class SLAConfig:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            value = f.metadata["accepts"].check(f"SLAConfig.{f.name}", getattr(self, f.name))
+            value = f.metadata["validator"].check(f"SLAConfig.{f.name}", getattr(self, f.name))
             object.__setattr__(self, f.name, value)
         check_shares("SLAConfig", self.topk, self.bottomk, self.max_topk)
-        _check_start("SLAConfig", self.grid, self.grid_start)
+        _check_grid_start("SLAConfig", self.grid, self.grid_start)
         object.__setattr__(self, "inductor", _frozen_inductor(self.inductor))
         if self.inductor and self.inner != "inductor":
             raise ValueError(
@@ -173,8 +167,8 @@ class SLAConfig:
     @classmethod
     def check_value(cls, name: str, value: Any) -> Any:
         """The stored form of ``value`` for the field ``name`` alone; ValueError where it is refused."""
-        accepts = {f.name: f.metadata["accepts"] for f in dataclasses.fields(cls)}
-        return accepts[name].check(name, value)
+        validators = {f.name: f.metadata["validator"] for f in dataclasses.fields(cls)}
+        return validators[name].check(name, value)
 
     def rejects(self, path: str) -> str | None:
         """Why the site at module path ``path`` is not selected, naming the pattern; None where it is."""
@@ -190,7 +184,7 @@ class SLAConfig:
         return self.rejects(path) is None
 
     def for_site(self, path: str) -> SLAConfig:
-        """The settings of the site at module path ``path``: overrides applied, and then empty.
+        """The settings of the site at module path ``path``: its overrides applied, and ``overrides`` empty.
 
         Raises ValueError where overrides that match together ask for topk + bottomk above 1, or topk above max_topk.
         """
@@ -202,12 +196,15 @@ class SLAConfig:
         return dataclasses.replace(self, overrides={}, **changes)
 
     def kernel_options(self) -> dict[str, Any]:
-        """The keyword arguments of ``sparse_linear_attention``."""
+        """The fields that are keyword arguments of ``sparse_linear_attention``."""
         names = ("topk", "bottomk", "block_q", "block_k", "feature_map", "linear")
         return {name: getattr(self, name) for name in names}
 
     def compiled_options(self) -> dict[str, Any]:
-        """``kernel_options`` as they stand in a graph: with ``max_topk``, the gate's buffer has topk and bottomk."""
+        """``kernel_options`` as constants of a graph.
+
+        With ``max_topk`` the gate's buffer holds topk and bottomk; the constants are then only their bounds.
+        """
         compiled = {} if self.max_topk is None else {"topk": self.max_topk, "bottomk": 0.0}
         return {**self.kernel_options(), **compiled}
 
@@ -227,11 +224,11 @@ class SLAConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> SLAConfig:
         """The reverse of ``to_dict``; a missing field has its default, an unknown one is a ValueError."""
         if not isinstance(data, Mapping):
-            raise refusal("SLAConfig", data, "a mapping of fields")
+            raise value_error("SLAConfig", data, "a mapping of fields")
         fields = dict(data)
         version = fields.pop("version", None)
         if type(version) is not int or version != VERSION:
-            raise refusal("SLAConfig version", version, str(VERSION))
+            raise value_error("SLAConfig version", version, str(VERSION))
         _refuse_unknown("SLAConfig", fields, _field_names())
         return cls(**fields)
 
@@ -241,7 +238,7 @@ class SLAConfig:
         try:
             data = json.loads(text)
         except (TypeError, ValueError) as error:
-            raise refusal("SLAConfig JSON", text, f"JSON text ({error})") from error
+            raise value_error("SLAConfig JSON", text, f"JSON text ({error})") from error
         return cls.from_dict(data)
 
     @classmethod
@@ -250,17 +247,17 @@ class SLAConfig:
     ) -> SLAConfig:
         """The configuration in ``torch.compile``'s ``options`` and ``mode``.
 
-        A key that is a field sets it; a key that is an Inductor option goes to ``inductor``, ahead of what
-        ``mode`` says. "-" is read as "_" in both, as torch does.
+        A key that is a field sets it; one that is an Inductor option goes into ``inductor``, where it wins over what
+        ``mode`` implies. "-" is read as "_" in both, as torch does. An unknown key or mode raises ValueError.
         """
         if mode is not None and (type(mode) is not str or mode not in MODES):
             accepted = "one of " + ", ".join(map(repr, MODES))
-            raise refusal("mode", mode, accepted, nearest(mode, MODES))
+            raise value_error("mode", mode, accepted, nearest_hint(mode, MODES))
         config = options if isinstance(options, SLAConfig) else _from_mapping(options)
         if mode is None or mode == "default":  # torch.compile never hands "default" on
             return config
         if config.inner != "inductor":
-            raise refusal("mode", mode, f"only with inner='inductor', not with inner={config.inner!r}")
+            raise value_error("mode", mode, f"only with inner='inductor', not with inner={config.inner!r}")
         from torch._inductor import list_mode_options
 
         return dataclasses.replace(config, inductor={**list_mode_options(mode), **config.inductor})
@@ -274,50 +271,53 @@ def _field_names() -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(SLAConfig))
 
 
-def _refuse_unknown(owner: str, fields: Mapping[Any, Any], known: tuple[str, ...]) -> None:
+def _refuse_unknown(where: str, fields: Mapping[Any, Any], known: tuple[str, ...]) -> None:
     for name, value in fields.items():
         if name not in known:
-            hint = nearest(name, known, always=True)
-            raise refusal(f"unknown field {name!r} of {owner}", value, ", ".join(known), hint)
+            hint = nearest_hint(name, known, always=True)
+            raise value_error(f"unknown field {name!r} of {where}", value, ", ".join(known), hint)
 
 
-def check_shares(owner: str, topk: float, bottomk: float, max_topk: float | None) -> None:
-    """Raise ValueError, which begins with ``owner``, where the shares do not go together."""
-    # Exact, as written: in binary floats some pairs of shares that add up to 1 come out above it.
+def check_shares(name: str, topk: float, bottomk: float, max_topk: float | None) -> None:
+    """Raise ValueError, its text prefixed by ``name``, if topk + bottomk is above 1 or topk above ``max_topk``."""
+    # Exact decimals: some pairs of binary floats that are written to add up to 1 add up to more.
     if exact_fraction(topk) + exact_fraction(bottomk) > 1:
-        raise ValueError(f"{owner}: got topk={topk!r}, bottomk={bottomk!r}; accepted: topk + bottomk up to 1")
+        raise ValueError(f"{name}: got topk={topk!r}, bottomk={bottomk!r}; accepted: topk + bottomk up to 1")
     if max_topk is not None and topk > max_topk:
-        raise ValueError(f"{owner}: got topk={topk!r}; accepted: topk up to max_topk={max_topk!r}")
+        raise ValueError(f"{name}: got topk={topk!r}; accepted: topk up to max_topk={max_topk!r}")
 
 
-def _check_start(owner: str, grid: tuple[int, ...] | None, start: int | None) -> None:
+def _check_grid_start(name: str, grid: tuple[int, ...] | None, start: int | None) -> None:
     if grid is None and start is not None:
-        raise ValueError(f"{owner}: got grid_start={start} and no grid; accepted: grid_start beside a grid")
+        raise ValueError(f"{name}: got grid_start={start} and no grid; accepted: grid_start beside a grid")
 
 
-def _check_changed_shares(owner: str, config: SLAConfig, changes: Mapping[str, Any]) -> None:
-    topk, bottomk, most = (changes.get(n, getattr(config, n)) for n in ("topk", "bottomk", "max_topk"))
-    check_shares(owner, topk, bottomk, most)
+def _check_changed_shares(name: str, config: SLAConfig, changes: Mapping[str, Any]) -> None:
+    topk, bottomk, max_topk = (changes.get(n, getattr(config, n)) for n in ("topk", "bottomk", "max_topk"))
+    check_shares(name, topk, bottomk, max_topk)
 
 
 def _frozen_overrides(overrides: Mapping[str, Any], config: SLAConfig) -> FrozenMapping:
-    """Each override checked over the top-level fields alone; ``for_site`` checks those that meet."""
-    accepts = {f.name: f.metadata["accepts"] for f in dataclasses.fields(SLAConfig)}
+    """``overrides`` with every value checked and in its stored form.
+
+    Each is checked together with the top-level fields alone; ``for_site`` checks those that match one path together.
+    """
+    validators = {f.name: f.metadata["validator"] for f in dataclasses.fields(SLAConfig)}
     frozen = {}
     for pattern, changes in overrides.items():
-        owner = f"SLAConfig.overrides[{pattern!r}]"
+        where = f"SLAConfig.overrides[{pattern!r}]"
         if type(pattern) is not str or not isinstance(changes, Mapping):
-            raise refusal(owner, changes, _OVERRIDES.text)
-        _refuse_unknown(owner, changes, SITE_FIELDS)
-        checked = {n: accepts[n].check(f"{owner}.{n}", changes[n]) for n in SITE_FIELDS if n in changes}
-        _check_changed_shares(owner, config, checked)
-        _check_start(owner, *(checked.get(n, getattr(config, n)) for n in ("grid", "grid_start")))
+            raise value_error(where, changes, _OVERRIDES.accepted)
+        _refuse_unknown(where, changes, SITE_FIELDS)
+        checked = {n: validators[n].check(f"{where}.{n}", changes[n]) for n in SITE_FIELDS if n in changes}
+        _check_changed_shares(where, config, checked)
+        _check_grid_start(where, *(checked.get(n, getattr(config, n)) for n in ("grid", "grid_start")))
         frozen[pattern] = checked
     return FrozenMapping(frozen)
 
 
 def _inductor_name(key: Any) -> str | None:
-    """The Inductor option that ``key`` names, or None."""
+    """The Inductor option that ``key`` names ("-" read as "_"), or None."""
     from torch._inductor import list_options
 
     name = key.replace("-", "_") if isinstance(key, str) else None
@@ -325,7 +325,7 @@ def _inductor_name(key: Any) -> str | None:
 
 
 def _frozen_inductor(options: Mapping[str, Any]) -> FrozenMapping:
-    """Names and types checked as ``torch.compile`` does for its own backend, sorted by name."""
+    """``options`` sorted by name, their names and types checked as ``torch.compile`` does for Inductor."""
     if not options:
         return FrozenMapping({})
     from torch._inductor import config, list_options
@@ -333,37 +333,37 @@ def _frozen_inductor(options: Mapping[str, Any]) -> FrozenMapping:
     checked: dict[str, Any] = {}
     for key, value in options.items():
         name = _inductor_name(key)
-        owner = f"Inductor option {key!r}"
+        shown = f"Inductor option {key!r}"
         if name is None:
-            hint = nearest(key, tuple(list_options()), always=True)
-            raise refusal(f"unknown {owner}", value, "torch._inductor.list_options()", hint)
+            hint = nearest_hint(key, tuple(list_options()), always=True)
+            raise value_error(f"unknown {shown}", value, "torch._inductor.list_options()", hint)
         if name in checked:
-            raise refusal(owner, value, f"{name!r} once")
+            raise value_error(shown, value, f"{name!r} once")
         if type(value) is list and type(getattr(config, name)) is tuple:
             value = tuple(value)  # JSON has no tuples
-        _check_inductor_value(owner, value, config.get_type(name))  # type: ignore[attr-defined]
+        _check_inductor_value(shown, value, config.get_type(name))  # type: ignore[attr-defined]
         checked[name] = value
     return FrozenMapping(dict(sorted(checked.items())))
 
 
-def _check_inductor_value(owner: str, value: Any, accepted: Any) -> None:
+def _check_inductor_value(shown: str, value: Any, accepted: Any) -> None:
     try:
         fits = isinstance(value, accepted)
     except TypeError:  # a generic such as list[str] takes no isinstance; torch leaves it unchecked too
         fits = True
     if not fits:
-        raise refusal(owner, value, getattr(accepted, "__name__", str(accepted)))
+        raise value_error(shown, value, getattr(accepted, "__name__", str(accepted)))
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise refusal(owner, value, "a value that JSON can hold, so that it can be saved") from error
+        raise value_error(shown, value, "a value that JSON can hold, so that it can be saved") from error
 
 
 def _from_mapping(options: Mapping[str, Any] | None) -> SLAConfig:
     if options is None:
         return SLAConfig()
     if not isinstance(options, Mapping):
-        raise refusal("options", options, "a mapping or an SLAConfig")
+        raise value_error("options", options, "a mapping or an SLAConfig")
     names = _field_names()
     fields: dict[str, Any] = {}
     extra: dict[str, Any] = {}
@@ -371,7 +371,7 @@ def _from_mapping(options: Mapping[str, Any] | None) -> SLAConfig:
         name = key.replace("-", "_") if isinstance(key, str) else key
         if name in names or name == "version":
             if name in fields:
-                raise refusal(f"option {key!r}", value, f"{name!r} once")
+                raise value_error(f"option {key!r}", value, f"{name!r} once")
             fields[name] = value
         elif _inductor_name(key) is not None:
             extra[key] = value
@@ -379,11 +379,11 @@ def _from_mapping(options: Mapping[str, Any] | None) -> SLAConfig:
             from torch._inductor import list_options
 
             accepted = f"SLAConfig's fields ({', '.join(names)}) and torch._inductor.list_options()"
-            hint = nearest(key, names, tuple(list_options()), always=True)
-            raise refusal(f"unknown option {key!r}", value, accepted, hint)
+            hint = nearest_hint(key, names, tuple(list_options()), always=True)
+            raise value_error(f"unknown option {key!r}", value, accepted, hint)
     if extra:
-        given = _MAPPING.check("SLAConfig.inductor", fields.get("inductor", {}))
+        given = _INDUCTOR.check("SLAConfig.inductor", fields.get("inductor", {}))
         if twice := sorted(set(extra) & set(given)):
-            raise refusal(f"option {twice[0]!r}", extra[twice[0]], "it once, not under 'inductor' too")
+            raise value_error(f"option {twice[0]!r}", extra[twice[0]], "it once, not under 'inductor' too")
         fields["inductor"] = {**given, **extra}
     return SLAConfig.from_dict({"version": VERSION, **fields})

@@ -1,4 +1,4 @@
-"""What a setting accepts: in words, and as a test; and the error that names the value where it does not fit."""
+"""Validators for the fields of ``SLAConfig``: what a field accepts, in words and as a test, and its stored form."""
 
 from __future__ import annotations
 
@@ -6,17 +6,42 @@ import copy
 import difflib
 import json
 import reprlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["RANGES", "Accepts", "FrozenMapping", "choice", "nearest", "patterns", "refusal", "share"]
+from sla_compile.common.limits import BLOCK_SIZES
+
+__all__ = [
+    "BLOCK_SIZE",
+    "BOOLEAN",
+    "GRID_SIZES",
+    "OPTIONAL_INTEGER",
+    "OPTIONAL_MAX_TOPK",
+    "TOKEN_RANGES",
+    "FrozenMapping",
+    "Validator",
+    "mapping",
+    "nearest_hint",
+    "number",
+    "one_of",
+    "string_list",
+    "value_error",
+]
+
+# Models pickled while this module was called ``sla_compile.accepts`` look for FrozenMapping under that name, inside an
+# SLAConfig, whose module imports this one. Remove when such pickles need not load any more.
+sys.modules.setdefault("sla_compile.accepts", sys.modules[__name__])
+
+# Similarity (difflib's ratio) from which a known name is taken for what the user meant.
+_CLEARLY_CLOSE, _CLOSE = 0.8, 0.6
 
 
 class FrozenMapping(Mapping[str, Any]):
-    """A hashable, ordered mapping of JSON values that nobody can change: values are copied in and out.
+    """An immutable, hashable, ordered mapping of JSON values; values are copied in and out.
 
-    Two of them are equal only in the same order; with any other mapping the order does not count.
+    Two FrozenMappings with the same items in another order differ; any other mapping is compared without its order.
     """
 
     __slots__ = ("_items", "_text")
@@ -48,72 +73,109 @@ class FrozenMapping(Mapping[str, Any]):
 
 
 @dataclass(frozen=True)
-class Accepts:
-    """What a field accepts: in words, and as a test. ``normal`` gives a value its stored form."""
+class Validator:
+    """What a field accepts, and the form in which an accepted value is stored."""
 
-    text: str
-    test: Callable[[Any], bool]
-    normal: Callable[[Any], Any] = lambda value: value
-    names: tuple[str, ...] = ()
+    accepted: str
+    """In words, for error messages."""
+    is_valid: Callable[[Any], bool]
+    normalise: Callable[[Any], Any] = lambda value: value
+    """Accepted value -> stored value."""
+    choices: tuple[str, ...] = ()
+    """The accepted strings, where there are only so many; an error names the nearest of them."""
 
     def check(self, name: str, value: Any) -> Any:
-        """The stored form of ``value``; ValueError with ``name``, the value and ``text`` if it is refused."""
-        if not self.test(value):
-            raise refusal(name, value, self.text, nearest(value, self.names))
-        return self.normal(value)
+        """The stored form of ``value``; ValueError with ``name``, the value and what is accepted if it is refused."""
+        if not self.is_valid(value):
+            raise value_error(name, value, self.accepted, nearest_hint(value, self.choices))
+        return self.normalise(value)
 
 
-def share(text: str, test: Callable[[float], bool]) -> Accepts:
-    """A number for which ``test`` holds, stored as a float."""
+def number(accepted: str, in_range: Callable[[float], bool]) -> Validator:
+    """Accepts an int or a float for which ``in_range`` holds; stored as a float."""
     # Adding 0.0 turns an int into a float and -0.0 into 0.0; bool and numpy scalars are other types.
-    return Accepts(text, lambda value: type(value) in (int, float) and test(value), lambda value: value + 0.0)
+    return Validator(accepted, lambda value: type(value) in (int, float) and in_range(value), lambda value: value + 0.0)
 
 
-def choice(*names: str) -> Accepts:
-    """One of ``names``."""
-    text = "one of " + ", ".join(map(repr, names))
-    return Accepts(text, lambda value: type(value) is str and value in names, names=names)
+def one_of(*choices: str) -> Validator:
+    """Accepts one of the strings ``choices``."""
+    accepted = "one of " + ", ".join(map(repr, choices))
+    return Validator(accepted, lambda value: type(value) is str and value in choices, choices=choices)
 
 
-def patterns(text: str, least: int) -> Accepts:
-    """At least ``least`` strings, stored as a tuple."""
+def string_list(accepted: str, at_least: int) -> Validator:
+    """Accepts a list or tuple of ``at_least`` strings or more; stored as a tuple."""
 
-    def test(value: Any) -> bool:
-        return type(value) in (tuple, list) and len(value) >= least and all(type(p) is str for p in value)
+    def is_valid(value: Any) -> bool:
+        return type(value) in (tuple, list) and len(value) >= at_least and all(type(item) is str for item in value)
 
-    return Accepts(text, test, tuple)
+    return Validator(accepted, is_valid, tuple)
 
 
-def _is_range(value: Any) -> bool:
+def mapping(accepted: str) -> Validator:
+    """Accepts any mapping; what is in it is checked elsewhere."""
+    return Validator(accepted, lambda value: isinstance(value, Mapping))
+
+
+BOOLEAN = Validator("True or False", lambda value: type(value) is bool)
+BLOCK_SIZE = Validator("a power of two from 16 to 256", lambda value: type(value) is int and value in BLOCK_SIZES)
+OPTIONAL_INTEGER = Validator("None, or an integer", lambda value: value is None or type(value) is int)
+OPTIONAL_MAX_TOPK = Validator(
+    "None, or a number from topk up to 1",
+    lambda value: value is None or (type(value) in (int, float) and 0 < value <= 1),
+    lambda value: None if value is None else value + 0.0,
+)
+"""Accepts None or a share; that it is at least ``topk`` is checked where topk is known."""
+
+
+def _is_grid(value: Any) -> bool:
+    return type(value) in (tuple, list) and len(value) in (2, 3) and all(type(n) is int and n >= 1 for n in value)
+
+
+GRID_SIZES = Validator(
+    "None, or the sizes (T, H, W) or (H, W) of a grid of tokens, integers of at least 1",
+    lambda value: value is None or _is_grid(value),
+    lambda value: None if value is None else tuple(value),
+)
+
+
+def _is_token_range(value: Any) -> bool:
     if type(value) not in (tuple, list) or len(value) != 2:
         return False
     start, stop = value
     if type(start) is not int or (type(stop) is not int and stop is not None):
         return False
-    # A start from the end and a stop from the start, or the reverse, can only be compared at a site.
+    # One counted from the start and one from the end can be compared only where the number of tokens is known.
     return stop is None or (start < 0) != (stop < 0) or start < stop
 
 
-RANGES = Accepts(
+TOKEN_RANGES = Validator(
     "a list or tuple of (start, stop) ranges of key tokens, start below stop; negative numbers count from the end, "
     "stop=None is the end",
-    lambda value: type(value) in (tuple, list) and all(map(_is_range, value)),
+    lambda value: type(value) in (tuple, list) and all(map(_is_token_range, value)),
     lambda value: tuple((start, stop) for start, stop in value),
 )
-"""Token ranges, stored as a tuple of pairs."""
+"""Accepts ranges of tokens as in slices; stored as a tuple of (start, stop) pairs."""
 
 
-def refusal(name: str, value: Any, accepted: str, hint: str = "") -> ValueError:
-    """The error for ``value`` under ``name``; ``hint`` follows what is accepted."""
+def value_error(name: str, value: Any, accepted: str, hint: str = "") -> ValueError:
+    """The error to raise for ``value`` as the value of ``name``; ``hint`` follows what is accepted."""
     kind = type(value).__qualname__
     return ValueError(f"{name}: got {reprlib.repr(value)} ({kind}); accepted: {accepted}{hint}")
 
 
-def nearest(value: Any, *known: tuple[str, ...], always: bool = False) -> str:
-    """``; nearest known: ...`` for a string; an earlier group's win, unless a later one has one clearly closer."""
+def nearest_hint(value: Any, *groups: tuple[str, ...], always: bool = False) -> str:
+    """``"; nearest known: 'name'"``, or "" where no name is close or ``value`` is no string.
+
+    A clearly close name wins over a close one, and among equals one of an earlier group. With ``always`` the nearest of
+    all names is named however far it is.
+    """
     if not isinstance(value, str):
         return ""
-    for names, cutoff in [(group, least) for least in (0.8, 0.6) for group in known] + [(sum(known, ()), 0.0)] * always:
+    attempts = [(group, cutoff) for cutoff in (_CLEARLY_CLOSE, _CLOSE) for group in groups]
+    if always:
+        attempts.append((sum(groups, ()), 0.0))
+    for names, cutoff in attempts:
         if close := difflib.get_close_matches(value.lower(), names, 1, cutoff):
             return f"; nearest known: {close[0]!r}"
     return ""

@@ -24,7 +24,7 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from sla_compile.common.limits import FLOATING_DTYPES
-from sla_compile.config import LATER_SITE_FIELDS, SITE_FIELDS, SLAConfig
+from sla_compile.config import SITE_FIELDS, SITE_FIELDS_FILES_MAY_LACK, SLAConfig
 from sla_compile.gate import MILLION, Gate, attach_gate, detach_gate, gates, mark_prepared, model_config
 from sla_compile.gate_settings import UNSEEN, Seen, as_seen, written
 from sla_compile.module_paths import module_paths
@@ -187,7 +187,7 @@ def _parse(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> File:
         path, heads, head_dim = entry["path"], entry["heads"], entry["head_dim"]
         if type(path) is not str or type(heads) is not int or type(head_dim) is not int:
             raise ValueError(f"site {entry!r}; accepted: a path with integer heads and head_dim")
-        given = {**{field: getattr(SLAConfig(), field) for field in LATER_SITE_FIELDS}, **entry["config"]}
+        given = {**{field: getattr(SLAConfig(), field) for field in SITE_FIELDS_FILES_MAY_LACK}, **entry["config"]}
         settings = {field: given[field] for field in SITE_FIELDS}
         own = dataclasses.replace(config, overrides={}, **settings)
         site = Site(path, heads, head_dim, own, {}, as_seen(entry.get("seen", UNSEEN)))
