@@ -10,11 +10,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 
 from sla_compile.common.limits import BLOCK_SIZES, MAX_HEAD_DIM, MIN_HEAD_DIM
+
+if TYPE_CHECKING:
+    from sla_compile.checkpoints.gate_files import SavedGate
 
 __all__ = ["main"]
 
@@ -141,32 +144,37 @@ def _explain(options: argparse.Namespace) -> str:
 
 
 def _show(options: argparse.Namespace) -> str:
-    from sla_compile.checkpoints.gate_files import read
+    from sla_compile.checkpoints.gate_files import read_gate_file
     from sla_compile.reporting.terminal import GatesView
 
     try:
-        file = read(options.file)
+        file = read_gate_file(options.file)
     except (OSError, ValueError) as error:
         raise UsageError(str(error).removeprefix("load: ")) from error
     if file.problems:
         raise UsageError(f"{options.file}: {'; '.join(file.problems)}")
-    gates = [
-        {
-            "path": path,
-            "heads": site.heads,
-            "head_dim": site.head_dim,
-            "shape": list(site.tensors["weight"].shape),
-            "dtype": str(site.tensors["weight"].dtype).removeprefix("torch."),
-            "weight_norm": site.tensors["weight"].double().norm().item(),
-            "bias_norm": site.tensors["bias"].double().norm().item(),
-            "config": site.settings(),
-            **({"scale": site.tensors["log_scale"].double().exp().tolist()} if site.config.sparse_scale else {}),
-        }
-        for path, site in file.sites.items()
-    ]
+    gates = [_gate_summary(saved) for saved in file.gates.values()]
     if options.json:
         return json.dumps({"config": file.config.to_dict(), "gates": gates}, indent=2)
     return _printed(GatesView(options.file, gates), options.width)
+
+
+def _gate_summary(saved: SavedGate) -> dict[str, Any]:
+    """One gate of a file as ``show`` prints it: JSON types alone."""
+    spec, tensors = saved.spec, saved.tensors
+    summary = {
+        "path": spec.path,
+        "heads": spec.heads,
+        "head_dim": spec.head_dim,
+        "shape": list(tensors["weight"].shape),
+        "dtype": str(tensors["weight"].dtype).removeprefix("torch."),
+        "weight_norm": tensors["weight"].double().norm().item(),
+        "bias_norm": tensors["bias"].double().norm().item(),
+        "config": saved.settings(),
+    }
+    if spec.config.sparse_scale:
+        summary["scale"] = tensors["log_scale"].double().exp().tolist()
+    return summary
 
 
 def _tune(options: argparse.Namespace) -> str:

@@ -1,10 +1,12 @@
-"""Gates: the trainable ``weight`` and ``bias`` of each attention site, and the marker that lets Dynamo see them.
+"""Gates: the trainable ``weight`` and ``bias`` of each attention site, and the hook that lets Dynamo see them.
 
-A gate is a child module of the module that owns the attention, so it is in ``state_dict()``, ``parameters()``,
-``.to()``, ``deepcopy``, FSDP and EMA with no help. A forward pre-hook of the owner calls the marker op on the
-gate's parameters while Dynamo traces, and does nothing else: Dynamo itself lifts them as graph inputs, from the
-module of *this* call, with its own guards, also inside activation checkpointing. The pass takes the marker's
-arguments and erases it. A prepared model that is not compiled is exactly the dense model.
+A gate is a child module of the attention's owner (the module whose forward calls the attention). So it is part of
+``state_dict()``, ``parameters()``, ``.to()``, ``deepcopy``, FSDP and EMA without further code.
+
+The owner has a forward pre-hook, `GateMarker`, that does one thing, and only while Dynamo traces: it calls the marker
+op ``sla::gate`` on the gate's parameters. By that Dynamo makes them inputs of the graph, taken from the module of
+*this* call and under its own guards, also inside activation checkpointing. The rewrite reads the marker's arguments
+and erases it. A prepared model that is not compiled computes exactly what the dense model does.
 """
 
 from __future__ import annotations
@@ -16,21 +18,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import sla_compile.ops.gate_marker  # noqa: F401  the op that marks a gate in a graph
+import sla_compile.ops.gate_marker  # noqa: F401  registers sla::gate
+from sla_compile.common.blocks import MILLION, to_millionths
 from sla_compile.common.limits import FLOATING_DTYPES
 from sla_compile.compat import forget_code, skip_as_root_frame
 from sla_compile.compiler.memory import take_dense_code
 from sla_compile.config import SLAConfig
-from sla_compile.gate_settings import UNSEEN, Seen, settings_text
+from sla_compile.gate_settings import GateSpec, SeenGrids, settings_to_json
 from sla_compile.module_paths import module_paths
 
-__all__ = ["Gate", "attach_gate", "detach", "detach_gate", "gate_name", "gate_parameters", "gates", "model_config"]
+__all__ = [
+    "PREPARED",
+    "Gate",
+    "GateMarker",
+    "attach_gate",
+    "detach",
+    "detach_gate",
+    "gate_dtype",
+    "gate_name",
+    "gate_parameters",
+    "gates",
+    "mark_from_children",
+    "marked_exports",
+    "model_config",
+    "own_gates",
+    "owner_path",
+    "refuse_other_form",
+    "refuse_taken_name",
+]
 
 PREPARED = "_sla_prepared"
-"""Attribute of an owner: (SLAConfig, module path) that ``prepare`` saw it under; survives deepcopy and pickle."""
-
-MILLION = 10**6
-"""The unit of a gate's ``sparsity``."""
+"""Attribute that ``prepare`` gives an owner: (SLAConfig, the owner's module path); survives deepcopy and pickle."""
 
 
 class Gate(nn.Module):
@@ -39,83 +57,92 @@ class Gate(nn.Module):
     Attributes:
         weight: (D, D) shared by the heads, or (H, D, D) per head. Zero at start.
         bias: (D) or (H, D). Zero at start, so that an untuned SLA equals its sparse branch.
-        log_scale: (H), where the settings have ``sparse_scale``; O = exp(log_scale) O^s + O^l weight^T + bias then,
-            so that zero, as at the start, scales nothing. None without.
-        sparsity: int64 (2,), topk and bottomk in millionths, read whenever the attention runs; a buffer. None
-            where the settings have no ``max_topk``: they are constants of the compiled graph then.
+        log_scale: (H) where the settings have ``sparse_scale``, else None. The gate then computes
+            O = exp(log_scale) O^s + O^l weight^T + bias, so that zero, as at the start, scales nothing.
+        sparsity: int64 (2) where the settings have ``max_topk``, else None: topk and bottomk in millionths, a buffer
+            that the attention reads at each run. Without it they are constants of the compiled graph.
+        heads, head_dim: H and D of the attention.
         path: module path of the gate when it was made, for example ``"blocks.0.attn1.sla"``.
         config: the settings of this site.
         model_config: the settings the whole model was prepared with.
         ordinal: which attention call of its owner it belongs to, counted from 0.
-        seen: the grids of tokens that this attention had in the whole model, for when only a part is compiled.
+        seen: the token grids found for its queries and keys in the whole model, used where only a part is compiled.
+        settings: ``config`` and ``seen`` as the JSON text that the marker carries into a graph.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter
     log_scale: nn.Parameter | None
     sparsity: Tensor | None
+    path: str
+    config: SLAConfig
+    model_config: SLAConfig
+    seen: SeenGrids
+    settings: str
 
     def __init__(
-        self,
-        *,
-        head_dim: int,
-        heads: int,
-        config: SLAConfig,
-        model_config: SLAConfig | None = None,
-        path: str = "",
-        ordinal: int = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        seen: Seen = UNSEEN,
+        self, spec: GateSpec, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        lead = (heads,) if config.gate == "per_head" else ()
         # A parameter made under inference_mode could never be trained.
         with torch.inference_mode(False):
-            weight = torch.zeros(*lead, head_dim, head_dim, device=device, dtype=dtype)
-            bias = torch.zeros(*lead, head_dim, device=device, dtype=dtype)
-            self.weight = nn.Parameter(weight)
-            self.bias = nn.Parameter(bias)
-            scale = nn.Parameter(torch.zeros(heads, device=device, dtype=dtype)) if config.sparse_scale else None
-            self.register_parameter("log_scale", scale)
+            for name, shape in spec.shapes().items():
+                if name != "sparsity":
+                    self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=device, dtype=dtype)))
+            if not spec.config.sparse_scale:
+                self.register_parameter("log_scale", None)
             # Integers, which a move to another floating dtype leaves alone.
-            self.register_buffer("sparsity", _millionths(config, device))
-        self.heads = heads
-        self.head_dim = head_dim
-        self.ordinal = ordinal
-        self.path = path
-        self.config = config
-        self.model_config = model_config if model_config is not None else config
-        # What the traced graph depends on, and so what Dynamo guards on: nothing in it differs from site to site.
-        self.seen = seen
-        self.settings = settings_text(config, seen)
+            self.register_buffer("sparsity", _sparsity_of(spec.config, device))
+        self.heads = spec.heads
+        self.head_dim = spec.head_dim
+        self.ordinal = spec.ordinal
+        self.apply_settings(spec)
+
+    def apply_settings(self, spec: GateSpec) -> None:
+        """Take path, settings and grids from ``spec``; the values of the parameters and of ``sparsity`` stay."""
+        self.path, self.config, self.seen = spec.path, spec.config, spec.seen
+        self.model_config = spec.config if spec.model_config is None else spec.model_config
+        # What the rewritten graph depends on, and so what Dynamo guards on: alike for all like sites.
+        self.settings = settings_to_json(spec.config, spec.seen)
+
+    def spec(self) -> GateSpec:
+        """What its site asked of it."""
+        return GateSpec(
+            heads=self.heads,
+            head_dim=self.head_dim,
+            config=self.config,
+            model_config=self.model_config,
+            path=self.path,
+            ordinal=self.ordinal,
+            seen=self.seen,
+        )
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Zero, and the settings' topk and bottomk: for a model that got its memory by ``to_empty``."""
+        """Set parameters to zero and ``sparsity`` to the settings: for a model that got its memory by ``to_empty``."""
         for parameter in self.parameters():
             parameter.zero_()
-        if (shares := _millionths(self.config, self.weight.device)) is not None and self.sparsity is not None:
-            self.sparsity.copy_(shares)
+        if (sparsity := _sparsity_of(self.config, self.weight.device)) is not None and self.sparsity is not None:
+            self.sparsity.copy_(sparsity)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         raise TypeError(f"gate {self.path!r} is not called: the compiled attention reads its weight and bias")
 
     def extra_repr(self) -> str:
-        kind = "per head" if self.weight.dim() == 3 else "shared"
-        most = "" if self.config.max_topk is None else f" of at most {self.config.max_topk}"
+        form = "per head" if self.weight.dim() == 3 else "shared"
+        limit = "" if self.config.max_topk is None else f" of at most {self.config.max_topk}"
         scaled = "" if self.log_scale is None else ", sparse branch scaled by head"
-        return f"heads={self.heads}, head_dim={self.head_dim}, {kind}{scaled}, topk={self.shares()[0]}{most}"
+        return f"heads={self.heads}, head_dim={self.head_dim}, {form}{scaled}, topk={self.shares()[0]}{limit}"
 
     def shares(self) -> tuple[float, float]:
-        """topk and bottomk as they are now; reads the buffer where there is one, so it may wait for the device."""
+        """topk and bottomk in force now. With ``max_topk`` it reads a buffer, so it waits for the device."""
         if self.sparsity is None or self.sparsity.is_meta:
             return self.config.topk, self.config.bottomk
-        topk, bottomk = (millionths / MILLION for millionths in self.sparsity.tolist())
+        topk, bottomk = (share / MILLION for share in self.sparsity.tolist())
         return min(topk, self.config.max_topk or 1.0), bottomk
 
     def trained(self) -> bool:
-        """Whether any parameter has left zero. Reads the values, so it waits for the device."""
+        """Whether any parameter is not zero. Reads the values, so it waits for the device."""
         if self.weight.is_meta:
             return False
         return any(bool(parameter.detach().any()) for parameter in self.parameters())
@@ -138,18 +165,20 @@ class Gate(nn.Module):
         )
 
 
-def _millionths(config: SLAConfig, device: torch.device | str | None) -> Tensor | None:
+def _sparsity_of(config: SLAConfig, device: torch.device | str | None) -> Tensor | None:
+    """int64 [topk, bottomk] in millionths, the ``sparsity`` of a gate with these settings; None without max_topk."""
     if config.max_topk is None:
         return None
-    shares = [round(config.topk * MILLION), round(config.bottomk * MILLION)]
+    shares = [to_millionths(config.topk), to_millionths(config.bottomk)]
     return torch.tensor(shares, dtype=torch.int64, device=device)
 
 
 class GateMarker:
-    """Forward pre-hook: marks the gates called ``names`` of ``owner``, or of the hooked module where it is None.
+    """Forward pre-hook that marks, in a trace, the gates called ``names`` of ``owner``.
 
-    Dynamo does not trace the hooks of the module whose ``forward`` it starts at. Such an owner is marked from
-    its children instead, which it calls on the way to its attention; ``owner`` is then that parent.
+    ``owner`` None stands for the hooked module itself. But Dynamo does not trace the hooks of the module whose
+    ``forward`` it starts at. The gates of such a module are marked by hooks of its children, which it calls before its
+    attention; each of these has the parent as its ``owner``.
     """
 
     def __init__(self, names: tuple[str, ...], owner: nn.Module | None = None) -> None:
@@ -161,18 +190,18 @@ class GateMarker:
             owner = module if self.owner is None else self.owner
             for name in self.names:
                 gate = getattr(owner, name)
-                told = gate.ordinal, gate.settings, self.owner is not None
-                torch.ops.sla.gate(gate.weight, gate.bias, gate.sparsity, gate.log_scale, *told)
+                tensors = gate.weight, gate.bias, gate.sparsity, gate.log_scale
+                torch.ops.sla.gate(*tensors, gate.ordinal, gate.settings, self.owner is not None)
 
 
 skip_as_root_frame(GateMarker.__call__)
 
-_MARK_EXPORTS = [False]
+_MARK_EXPORTS = [False]  # a list, so that the hook reads what is set here later
 
 
 @contextlib.contextmanager
 def marked_exports() -> Iterator[None]:
-    """Within this, markers also appear where ``torch.export`` traces without Dynamo."""
+    """Within this context, gates are marked also where ``torch.export`` traces without Dynamo."""
     _MARK_EXPORTS[0] = True
     try:
         yield
@@ -181,8 +210,13 @@ def marked_exports() -> Iterator[None]:
 
 
 def gate_name(ordinal: int) -> str:
-    """``sla`` for an owner's first attention call, ``sla_1`` for the second, and so on."""
+    """The gate's attribute of its owner: ``sla`` for the first attention call, ``sla_1`` for the second, and so on."""
     return "sla" if ordinal == 0 else f"sla_{ordinal}"
+
+
+def owner_path(gate_path: str) -> str:
+    """The module path of the owner of the gate at ``gate_path``."""
+    return gate_path.rpartition(".")[0]
 
 
 def own_gates(owner: nn.Module) -> dict[str, Gate]:
@@ -191,63 +225,41 @@ def own_gates(owner: nn.Module) -> dict[str, Gate]:
 
 
 def attach_gate(
-    owner: nn.Module,
-    ordinal: int,
-    *,
-    head_dim: int,
-    heads: int,
-    config: SLAConfig,
-    model_config: SLAConfig | None = None,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    path: str,
-    seen: Seen = UNSEEN,
+    owner: nn.Module, spec: GateSpec, *, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> Gate:
-    """The gate of ``owner``'s attention call ``ordinal``, made and hooked if it is not there; idempotent.
+    """The gate of ``owner`` that ``spec`` describes, made and hooked if it is not there yet.
 
-    An existing gate keeps its values and takes the new settings. ``path`` is the gate's module path.
+    A gate that is there keeps its parameters and takes the settings of ``spec``, topk and bottomk too.
 
     Raises:
         ValueError: ``owner`` has something else under the gate's name, or a gate of another shape.
     """
-    name = gate_name(ordinal)
+    name = gate_name(spec.ordinal)
     existing: Gate | None = getattr(owner, name, None)
     if existing is None:
-        gate = Gate(
-            head_dim=head_dim,
-            heads=heads,
-            config=config,
-            model_config=model_config,
-            path=path,
-            ordinal=ordinal,
-            device=device,
-            dtype=dtype,
-            seen=seen,
-        )
+        gate = Gate(spec, device=device, dtype=dtype)
         gate.train(owner.training)
         owner.add_module(name, gate)
-        _mark(owner)
+        _update_hooks(owner)
         for code in take_dense_code(owner):  # Dynamo does not guard on hooks
             forget_code(code)
         return gate
-    refuse_taken_name(owner, ordinal, path)
-    refuse_other_form(existing, heads, head_dim, config, path)
-    if any(getattr(existing.config, name) != getattr(config, name) for name in ("topk", "bottomk", "max_topk")):
+    refuse_taken_name(owner, spec.ordinal, spec.path)
+    refuse_other_form(existing, spec)
+    before, after = existing.config, spec.config
+    if (before.topk, before.bottomk, before.max_topk) != (after.topk, after.bottomk, after.max_topk):
         with torch.inference_mode(False), torch.no_grad():
-            wanted_shares = _millionths(config, existing.weight.device)
-            if existing.sparsity is None or wanted_shares is None:
-                existing.sparsity = wanted_shares
+            sparsity = _sparsity_of(after, existing.weight.device)
+            if existing.sparsity is None or sparsity is None:
+                existing.sparsity = sparsity
             else:
-                existing.sparsity.copy_(wanted_shares)  # in place: a CUDA graph reads this memory
-    existing.config, existing.path = config, path
-    existing.model_config = model_config if model_config is not None else config
-    existing.seen = seen
-    existing.settings = settings_text(config, seen)
+                existing.sparsity.copy_(sparsity)  # in place: a CUDA graph reads this memory
+    existing.apply_settings(spec)
     return existing
 
 
 def refuse_taken_name(owner: nn.Module, ordinal: int, path: str) -> None:
-    """Raises ValueError where ``owner`` has something that is not a gate under the gate's name."""
+    """Raise ValueError if ``owner`` has something that is no gate under the gate's name; ``path`` is the gate's."""
     name = gate_name(ordinal)
     existing = getattr(owner, name, None)
     if existing is not None and not isinstance(existing, Gate):
@@ -255,13 +267,14 @@ def refuse_taken_name(owner: nn.Module, ordinal: int, path: str) -> None:
         raise ValueError(f"{path}: the attention's owner already has a {kind} called {name!r}; rename it")
 
 
-def refuse_other_form(existing: Gate, heads: int, head_dim: int, config: SLAConfig, path: str) -> None:
-    """Raises ValueError where ``config`` needs other parameters than the gate at ``path`` has."""
-    wanted = (heads, head_dim, head_dim) if config.gate == "per_head" else (head_dim, head_dim)
+def refuse_other_form(existing: Gate, spec: GateSpec) -> None:
+    """Raise ValueError if ``existing`` has not the parameters that ``spec`` asks for."""
+    config, path = spec.config, spec.path
+    wanted = spec.shapes()["weight"]
     if tuple(existing.weight.shape) != wanted:
         raise ValueError(
             f"{path}: has a gate of shape {tuple(existing.weight.shape)}, but these settings "
-            f"(gate={config.gate!r}, {heads} heads of {head_dim}) need {wanted}; "
+            f"(gate={config.gate!r}, {spec.heads} heads of {spec.head_dim}) need {wanted}; "
             f"keep gate={existing.config.gate!r}, or remove the gate by sla_compile.detach(model)"
         )
     scaled = existing.log_scale is not None
@@ -274,7 +287,7 @@ def refuse_other_form(existing: Gate, heads: int, head_dim: int, config: SLAConf
 
 
 def gate_dtype(owner: nn.Module, fallback: torch.dtype) -> torch.dtype:
-    """The dtype a gate of ``owner`` gets: that of its first ordinary floating-point parameter."""
+    """The dtype for a gate of ``owner``: that of its first parameter of a dtype gates may have, else ``fallback``."""
     for parameter in owner.parameters():
         if parameter.dtype in FLOATING_DTYPES:
             return parameter.dtype
@@ -282,35 +295,35 @@ def gate_dtype(owner: nn.Module, fallback: torch.dtype) -> torch.dtype:
 
 
 def detach_gate(owner: nn.Module, ordinal: int) -> None:
-    """Remove the gate of ``owner``'s attention call ``ordinal``, and the hooks when no gate is left."""
+    """Remove the gate of ``owner``'s attention call ``ordinal``, and the hooks once no gate is left."""
     owner._modules.pop(gate_name(ordinal), None)
-    _mark(owner)
+    _update_hooks(owner)
 
 
 def mark_from_children(owner: nn.Module) -> bool:
-    """Let ``owner``'s children mark its gates too, for when Dynamo starts at ``owner``; False if they do already."""
+    """Have ``owner``'s children mark its gates too, for when Dynamo starts at ``owner``; False if they do already."""
     if owner.__dict__.get(_FROM_CHILDREN):
         return False
     owner.__dict__[_FROM_CHILDREN] = True
-    _mark(owner)
+    _update_hooks(owner)
     return True
 
 
-# Attributes of an owner; plain values, so that deepcopy and pickle carry them along.
+# Attribute of an owner: whether its children mark its gates. A plain value, which deepcopy and pickle carry along.
 _FROM_CHILDREN = "_sla_marked_from_children"
 
 
-def _mark(owner: nn.Module) -> None:
-    """Make the hooks of ``owner``, and of its children where asked, name exactly the gates it has."""
+def _update_hooks(owner: nn.Module) -> None:
+    """Make the hooks of ``owner``, and of its children where they mark too, name exactly the gates it has."""
     names = tuple(own_gates(owner))
-    _set_marker(owner, names, None)
+    _replace_marker(owner, names, None)
     if owner.__dict__.get(_FROM_CHILDREN):
         for child in _called_children(owner):
-            _set_marker(child, names, owner)
+            _replace_marker(child, names, owner)
 
 
 def _called_children(owner: nn.Module) -> Iterator[nn.Module]:
-    """Direct children, with containers that are never called themselves opened."""
+    """The direct children but gates; for a ModuleList or ModuleDict, which is never called, those inside it."""
     for child in owner.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from _called_children(child)
@@ -318,7 +331,8 @@ def _called_children(owner: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def _set_marker(module: nn.Module, names: tuple[str, ...], owner: nn.Module | None) -> None:
+def _replace_marker(module: nn.Module, names: tuple[str, ...], owner: nn.Module | None) -> None:
+    """Give ``module`` one marker of ``owner``'s gates, or none where there are no ``names``."""
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, GateMarker) and hook.owner is owner:
             del module._forward_pre_hooks[key]
@@ -336,7 +350,7 @@ def mark_prepared(model: nn.Module, config: SLAConfig) -> None:
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Remove every gate, hook and setting from ``model``, then as it was before it was prepared; returns it."""
+    """Remove every gate, hook and setting from ``model``, which is then as before ``prepare``; returns it."""
     for owner in list(model.modules()):
         for gate in own_gates(owner).values():
             detach_gate(owner, gate.ordinal)
@@ -347,17 +361,17 @@ def detach(model: nn.Module) -> nn.Module:
 def gates(model: nn.Module) -> dict[str, Gate]:
     """Every gate of ``model`` by the path of its module, for example ``"blocks.0.attn1.sla"``.
 
-    ``model`` may be compiled or in DistributedDataParallel: what those put into names is left out.
+    ``model`` may be compiled or in DistributedDataParallel; the paths are without their prefixes.
     """
     return {path: module for path, module in module_paths(model) if isinstance(module, Gate)}
 
 
 def gate_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Weight, bias and any log_scale of every gate of ``model``, to be an optimizer's parameter group of their own."""
+    """The parameters of every gate of ``model``, for an optimizer's parameter group of their own."""
     for gate in gates(model).values():
         yield from gate.parameters()
 
 
 def model_config(model: nn.Module) -> SLAConfig | None:
-    """The settings ``model`` was prepared with; None for a model without gates."""
+    """The settings that ``model`` was prepared with; None if it has no gates."""
     return next((gate.model_config for gate in gates(model).values()), None)

@@ -1,43 +1,84 @@
-"""What a gate's marker, and a file of gates, say of its site: settings and grids of tokens, as JSON."""
+"""What an attention site asks of its gate (``GateSpec``), and the JSON in which markers and gate files say so."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from sla_compile.common.token_orders import RASTER
 from sla_compile.config import SITE_FIELDS, SLAConfig
 from sla_compile.passes.token_order import Grid
 
-__all__ = ["UNSEEN", "Seen", "as_seen", "read_settings", "settings_text", "written"]
+__all__ = [
+    "NO_GRIDS",
+    "GateSpec",
+    "SeenGrids",
+    "grids_from_json",
+    "grids_to_json",
+    "settings_from_json",
+    "settings_to_json",
+]
 
-Seen = tuple[Grid | None, Grid | None]
-"""Grids of tokens found in a model, of an attention's queries and of its keys."""
-UNSEEN: Seen = (None, None)
+SeenGrids = tuple[Grid | None, Grid | None]
+"""The token grids (T, H, W) that were found in a model for an attention's queries and for its keys; None: none."""
+NO_GRIDS: SeenGrids = (None, None)
 
 
-def settings_text(config: SLAConfig, seen: Seen) -> str:
-    """What shapes a rewritten site, its settings and grids, as the canonical JSON that its marker carries."""
+@dataclass(frozen=True, kw_only=True)
+class GateSpec:
+    """What one attention site asks of its gate: the shapes of its tensors, its settings, and where it belongs."""
+
+    heads: int
+    head_dim: int
+    config: SLAConfig
+    """Settings of this site."""
+    model_config: SLAConfig | None = None
+    """Settings that the whole model is prepared with; None: ``config``."""
+    path: str = ""
+    """Module path of the gate, for example ``"blocks.0.attn1.sla"``."""
+    ordinal: int = 0
+    """Which attention call of its owner it belongs to, counted from 0."""
+    seen: SeenGrids = NO_GRIDS
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters and buffers that the gate has with these settings, by name."""
+        heads = (self.heads,) if self.config.gate == "per_head" else ()
+        shapes: dict[str, tuple[int, ...]] = {"weight": (*heads, self.head_dim, self.head_dim)}
+        shapes["bias"] = (*heads, self.head_dim)
+        if self.config.sparse_scale:
+            shapes["log_scale"] = (self.heads,)
+        if self.config.max_topk is not None:
+            shapes["sparsity"] = (2,)
+        return shapes
+
+
+def settings_to_json(config: SLAConfig, seen: SeenGrids) -> str:
+    """All that determines how a site is rewritten: its settings and grids, as canonical JSON.
+
+    Dynamo guards on this text. So it holds nothing that differs between like sites (a path), nor what changes without
+    a recompilation (with ``max_topk``, topk and bottomk).
+    """
     at_run_time = () if config.max_topk is None else ("topk", "bottomk")
     fields: dict[str, Any] = {name: getattr(config, name) for name in SITE_FIELDS if name not in at_run_time}
     if config.reorder != RASTER and config.grid is None:
-        fields["seen"] = written(seen)
+        fields["seen"] = grids_to_json(seen)
     return json.dumps(fields, sort_keys=True)
 
 
-def read_settings(text: str) -> tuple[dict[str, Any], Seen]:
-    """The reverse of ``settings_text``: fields of ``SLAConfig``, and grids."""
+def settings_from_json(text: str) -> tuple[dict[str, Any], SeenGrids]:
+    """The reverse of ``settings_to_json``: fields of ``SLAConfig``, and grids."""
     fields = json.loads(text)
-    return fields, as_seen(fields.pop("seen", UNSEEN))
+    return fields, grids_from_json(fields.pop("seen", NO_GRIDS))
 
 
-def written(seen: Seen) -> list[Any]:
-    """Grids as JSON has them."""
+def grids_to_json(seen: SeenGrids) -> list[Any]:
+    """Each grid as [sizes, start, tokens], or None, for ``json.dumps``."""
     return [grid and dataclasses.astuple(grid) for grid in seen]
 
 
-def as_seen(data: Any) -> Seen:
-    """The reverse of ``written``."""
+def grids_from_json(data: Any) -> SeenGrids:
+    """The reverse of ``grids_to_json``, of what ``json.loads`` gives."""
     queries, keys = (grid and Grid(tuple(grid[0]), *grid[1:]) for grid in data)
     return queries, keys

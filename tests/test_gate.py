@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sla_compile
 from sla_compile.gate import Gate
+from sla_compile.gate_settings import GateSpec
 from tests.support.closeness import assert_close
 from tests.support.models import (
     OPTIONS,
@@ -632,7 +633,7 @@ def test_untrained_gates_warn_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_gate_is_not_called() -> None:
-    gate = Gate(head_dim=16, heads=2, config=sla_compile.SLAConfig(), path="a.sla")
+    gate = Gate(GateSpec(heads=2, head_dim=16, config=sla_compile.SLAConfig(), path="a.sla"))
     with pytest.raises(TypeError, match=r"gate 'a\.sla' is not called"):
         gate(torch.zeros(1))
     assert "head_dim=16" in repr(gate)

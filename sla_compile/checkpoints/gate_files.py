@@ -1,9 +1,11 @@
-"""Gates on disk: one safetensors file with every gate, the configuration and the sites they were trained for.
+"""``save`` and ``load``: one safetensors file with every gate, the settings and the sites they were trained for.
 
-Tensors ``<gate path>.weight`` and ``<gate path>.bias``, with ``sparse_scale`` ``<gate path>.log_scale`` and with
-``max_topk`` ``<gate path>.sparsity``; metadata
-``format``, ``version``, ``config`` (JSON of ``SLAConfig``) and ``sites`` (JSON list of path, heads, head_dim and the
-site's settings). Nothing in the model changes before the whole file has been read and compared with it.
+Tensors: ``<gate path>.weight`` and ``<gate path>.bias``; where the settings have ``sparse_scale`` also
+``<gate path>.log_scale``, and where they have ``max_topk`` also ``<gate path>.sparsity``.
+Metadata: ``format``, ``version``, ``config`` (JSON of the model's ``SLAConfig``) and ``sites`` (JSON list with path,
+heads, head_dim, settings and any token grids of each gate).
+
+``load`` changes nothing in a model before the whole file has been read and compared with it.
 """
 
 from __future__ import annotations
@@ -23,62 +25,53 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
+from sla_compile.common.blocks import MILLION
 from sla_compile.common.limits import FLOATING_DTYPES
 from sla_compile.config import SITE_FIELDS, SITE_FIELDS_FILES_MAY_LACK, SLAConfig
-from sla_compile.gate import MILLION, Gate, attach_gate, detach_gate, gates, mark_prepared, model_config
-from sla_compile.gate_settings import UNSEEN, Seen, as_seen, written
+from sla_compile.gate import Gate, attach_gate, detach_gate, gates, mark_prepared, model_config, owner_path
+from sla_compile.gate_settings import NO_GRIDS, GateSpec, grids_from_json, grids_to_json
 from sla_compile.module_paths import module_paths
 
-__all__ = ["File", "Site", "load", "not_plain", "raise_listed", "read", "save"]
+__all__ = ["GateFile", "SavedGate", "load", "raise_problems", "read_gate_file", "save", "tensor_problems"]
 
 FORMAT, VERSION = "sla_compile", "1"
-# How a graph is compiled changes nothing that a gate learns.
 COMPILE_FIELDS = ("inner", "inductor")
+"""Settings that may differ between file and model: how a graph is compiled changes nothing that a gate learns."""
 SPARSITY = "sparsity"
 
 
 @dataclass(frozen=True)
-class Site:
-    """One gate of a file: where it belongs, its settings and its parameters."""
+class SavedGate:
+    """One gate of a file: what its site asked of it, and its parameters and buffers by name, on the CPU."""
 
-    path: str
-    heads: int
-    head_dim: int
-    config: SLAConfig
+    spec: GateSpec
     tensors: dict[str, torch.Tensor]
-    seen: Seen = UNSEEN
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes that heads, head_dim, the kind of gate, ``sparse_scale`` and ``max_topk`` ask for."""
-        lead = (self.heads,) if self.config.gate == "per_head" else ()
-        shapes: dict[str, tuple[int, ...]] = {"weight": (*lead, self.head_dim, self.head_dim)}
-        shapes["bias"] = (*lead, self.head_dim)
-        if self.config.sparse_scale:
-            shapes["log_scale"] = (self.heads,)
-        return shapes if self.config.max_topk is None else shapes | {SPARSITY: (2,)}
 
     def settings(self) -> dict[str, Any]:
         """The fields of ``SITE_FIELDS``; topk and bottomk as they were last set."""
-        settings = {name: getattr(self.config, name) for name in SITE_FIELDS}
+        settings = {name: getattr(self.spec.config, name) for name in SITE_FIELDS}
         if SPARSITY in self.tensors:
-            settings["topk"], settings["bottomk"] = (part / MILLION for part in self.tensors[SPARSITY].tolist())
+            settings["topk"], settings["bottomk"] = (share / MILLION for share in self.tensors[SPARSITY].tolist())
         return settings
 
 
 @dataclass(frozen=True)
-class File:
-    """A gate file; ``problems`` says, one line each, which tensors do not fit its own list of sites."""
+class GateFile:
+    """The content of a gate file."""
 
     config: SLAConfig
-    sites: dict[str, Site]
+    """Settings of the whole model that was saved."""
+    gates: dict[str, SavedGate]
+    """By the module path of the gate."""
     problems: list[str]
+    """One line for each tensor that does not fit the file's own list of sites."""
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the gates of ``model`` (compiled or not) and its configuration to ``path``, atomically.
 
-    Raises ValueError where the model has no gates, or where gate parameters are sharded, fake or on meta;
-    FileNotFoundError where ``path`` is in no folder that exists.
+    Raises ValueError if the model has no gates, or gate parameters are sharded, fake or on meta; FileNotFoundError if
+    the folder of ``path`` does not exist.
     """
     found = gates(model)
     config = model_config(model)
@@ -87,15 +80,15 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"save: {type(model).__name__} has no SLA gates; accepted: a model after sla_compile.prepare, "
             f"or after the first call of torch.compile(model, backend='sla')"
         )
-    problems = [line for name, gate in found.items() for line in not_plain(name, gate)]
-    raise_listed(f"save to {os.fspath(path)!r}", problems)
+    problems = [line for name, gate in found.items() for line in tensor_problems(name, gate)]
+    raise_problems(f"save to {os.fspath(path)!r}", problems)
     tensors, sites = {}, []
     for name, gate in found.items():
         for part, tensor in gate.state_dict().items():
             tensors[f"{name}.{part}"] = tensor.detach().cpu().contiguous().clone()
         settings = {field: getattr(gate.config, field) for field in SITE_FIELDS}
         site = {"path": name, "heads": gate.heads, "head_dim": gate.head_dim, "config": settings}
-        sites.append(site | ({"seen": written(gate.seen)} if any(gate.seen) else {}))
+        sites.append(site | ({"seen": grids_to_json(gate.seen)} if any(gate.seen) else {}))
     metadata = {"format": FORMAT, "version": VERSION, "config": config.to_json(), "sites": json.dumps(sites)}
     _write(path, to_safetensors(tensors, metadata))
 
@@ -103,25 +96,25 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load the gates in ``path`` into ``model`` and return it.
 
-    A model without gates gains them first, with the file's configuration, each on the device and in the dtype
-    of its owner's parameters; the gates of a prepared model are overwritten in place. ``requires_grad`` and
-    the random state stay as they are.
+    A model without gates gets them, with the file's configuration, each on the device and in the dtype of its
+    owner's parameters; those of a prepared model are overwritten in place. ``requires_grad`` and the random state stay
+    as they are.
 
-    Raises FileNotFoundError where there is no file; ValueError where it is truncated, foreign or of another
-    version, where the model was prepared with other settings (naming the fields), or where gates are missing,
-    extra or wrongly shaped, or have no owner in the model (naming each). The model is then unchanged.
+    Raises FileNotFoundError if there is no such file; ValueError if it is truncated, no gate file, or of another
+    version; if the model was prepared with other settings (each is named); or if gates are missing, extra, of another
+    shape, or without an owner in the model (each is named). The model is then unchanged.
     """
-    file = read(path)
+    file = read_gate_file(path)
     found = gates(model)
     with torch.no_grad():
         if found:
             _check_settings(path, file, model_config(model), found)
-            raise_listed(_load_of(path, model), [*file.problems, *_misfits(file, found)])
+            raise_problems(_load_of(path, model), [*file.problems, *_unlike_model(file, found)])
             for name, gate in found.items():
-                _fill(gate, file.sites[name])
+                _fill(gate, file.gates[name])
         else:
-            modules = _modules(model)
-            raise_listed(_load_of(path, model), [*file.problems, *_unfit_owners(file, modules)])
+            modules = dict(module_paths(model))  # of a wrapper and the module inside, which share a path, the latter
+            raise_problems(_load_of(path, model), [*file.problems, *_owner_problems(file, modules)])
             _attach(file, modules)
             mark_prepared(model, file.config)
     return model
@@ -146,8 +139,8 @@ def _write(path: str | os.PathLike[str], content: bytes) -> None:
         raise
 
 
-def read(path: str | os.PathLike[str]) -> File:
-    """The file's content; ValueError naming ``path`` and what was found where it is not a whole gate file."""
+def read_gate_file(path: str | os.PathLike[str]) -> GateFile:
+    """The content of a gate file; ValueError with ``path`` and what was found if it is none, or not a whole one."""
     name = os.fspath(path)
     if not os.path.exists(name):
         raise FileNotFoundError(f"load: no file {name!r}")
@@ -174,13 +167,13 @@ def read(path: str | os.PathLike[str]) -> File:
     try:
         return _parse(metadata, tensors)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"load: {name!r} has metadata that cannot be read: {_words(error)}") from error
+        raise ValueError(f"load: {name!r} has metadata that cannot be read: {_message(error)}") from error
 
 
-def _parse(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> File:
-    """Raises KeyError, TypeError or ValueError where metadata and tensors do not fit together."""
+def _parse(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> GateFile:
+    """Raises KeyError, TypeError or ValueError where the metadata is not what ``save`` writes."""
     config = _config_of(json.loads(metadata["config"]))
-    sites: dict[str, Site] = {}
+    gates: dict[str, SavedGate] = {}
     problems: list[str] = []
     left = dict(tensors)
     for entry in json.loads(metadata["sites"]):
@@ -189,9 +182,17 @@ def _parse(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> File:
             raise ValueError(f"site {entry!r}; accepted: a path with integer heads and head_dim")
         given = {**{field: getattr(SLAConfig(), field) for field in SITE_FIELDS_FILES_MAY_LACK}, **entry["config"]}
         settings = {field: given[field] for field in SITE_FIELDS}
-        own = dataclasses.replace(config, overrides={}, **settings)
-        site = Site(path, heads, head_dim, own, {}, as_seen(entry.get("seen", UNSEEN)))
-        for part, shape in site.shapes().items():
+        spec = GateSpec(
+            heads=heads,
+            head_dim=head_dim,
+            config=dataclasses.replace(config, overrides={}, **settings),
+            model_config=config,
+            path=path,
+            ordinal=_ordinal(path) or 0,
+            seen=grids_from_json(entry.get("seen", NO_GRIDS)),
+        )
+        gates[path] = SavedGate(spec, {})
+        for part, shape in spec.shapes().items():
             tensor = left.pop(f"{path}.{part}", None)
             if tensor is None:
                 problems.append(f"{path}.{part}: missing in the file")
@@ -201,32 +202,31 @@ def _parse(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> File:
                 accepted = "torch.int64" if part == SPARSITY else "a floating dtype"
                 problems.append(f"{path}.{part}: {tensor.dtype} in the file; accepted: {accepted}")
             else:
-                site.tensors[part] = tensor
-        sites[path] = site
-    if not sites:
+                gates[path].tensors[part] = tensor
+    if not gates:
         raise ValueError("no site in the list of sites")
     problems += [f"{name}: extra in the file, of no site in its list" for name in sorted(left)]
-    return File(config, sites, problems)
+    return GateFile(config, gates, problems)
 
 
 def _config_of(data: dict[str, Any]) -> SLAConfig:
-    """The configuration; Inductor options that this torch refuses are left out with a warning, not fatal."""
+    """The model's settings; Inductor options that this torch refuses are left out, with a warning."""
     try:
         return SLAConfig.from_dict(data)
     except ValueError as error:
         if not (isinstance(data, dict) and data.get("inductor")):
             raise
         config = SLAConfig.from_dict({**data, "inductor": {}})
-        warnings.warn(f"load: the file's Inductor options are left out: {error}", stacklevel=5)
+        warnings.warn(f"load: the file's Inductor options are left out: {error}", stacklevel=5)  # at the call of load
         return config
 
 
-def _words(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return f"no entry {error}" if isinstance(error, KeyError) else str(error)
 
 
 def _differences(theirs: SLAConfig, ours: SLAConfig) -> list[str]:
-    """``field: value in the file, value in the model`` of every field that changes what a gate learns."""
+    """One line for each field, of those that change what a gate learns, that differs between file and model."""
     pairs = [(f.name, getattr(theirs, f.name), getattr(ours, f.name)) for f in dataclasses.fields(SLAConfig)]
     return [
         f"{name} is {there!r} in the file, {here!r} in the model"
@@ -235,14 +235,16 @@ def _differences(theirs: SLAConfig, ours: SLAConfig) -> list[str]:
     ]
 
 
-def _check_settings(path: str | os.PathLike[str], file: File, config: SLAConfig | None, found: dict[str, Gate]) -> None:
+def _check_settings(
+    path: str | os.PathLike[str], file: GateFile, config: SLAConfig | None, found: dict[str, Gate]
+) -> None:
     differences = _differences(file.config, config) if config is not None else []
     if not differences:
         differences = [
             f"{name}: {line}"
             for name, gate in found.items()
-            if name in file.sites
-            for line in _differences(file.sites[name].config, gate.config)
+            if name in file.gates
+            for line in _differences(file.gates[name].spec.config, gate.config)
         ]
     if differences:
         raise ValueError(
@@ -252,24 +254,24 @@ def _check_settings(path: str | os.PathLike[str], file: File, config: SLAConfig 
         )
 
 
-def _misfits(file: File, found: dict[str, Gate]) -> Iterator[str]:
+def _unlike_model(file: GateFile, found: dict[str, Gate]) -> Iterator[str]:
     """Why the file's gates do not fit those of a prepared model, one line each."""
     for name in found:
-        if name not in file.sites:
+        if name not in file.gates:
             yield f"{name}: missing in the file"
-    for name, site in file.sites.items():
+    for name, saved in file.gates.items():
         if name not in found:
             yield f"{name}: extra in the file, no such gate in the model"
             continue
-        yield from not_plain(name, found[name])
-        for part, tensor in site.tensors.items():
+        yield from tensor_problems(name, found[name])
+        for part, tensor in saved.tensors.items():
             here = tuple(getattr(found[name], part).shape)
             if here != tuple(tensor.shape):
                 yield f"{name}.{part}: shape {tuple(tensor.shape)} in the file, {here} in the model"
 
 
-def not_plain(name: str, gate: Gate) -> Iterator[str]:
-    """Why the parameters of ``gate``, called ``name``, cannot be read or written as they are, one line each."""
+def tensor_problems(name: str, gate: Gate) -> Iterator[str]:
+    """Why parameters of ``gate``, called ``name``, cannot be read or written (sharded, fake, meta), one line each."""
     for part, parameter in gate.named_parameters():
         if type(parameter) not in (torch.Tensor, nn.Parameter):
             kind = type(parameter).__name__
@@ -278,8 +280,8 @@ def not_plain(name: str, gate: Gate) -> Iterator[str]:
             yield f"{name}.{part}: on the meta device; accepted: a tensor with values"
 
 
-def raise_listed(action: str, problems: list[str]) -> None:
-    """Raise one ValueError that says every problem, if there is any."""
+def raise_problems(action: str, problems: list[str]) -> None:
+    """Raise one ValueError that lists all ``problems``, if there are any."""
     if problems:
         raise ValueError(f"{action}: {len(problems)} problem(s), nothing was changed:\n  " + "\n  ".join(problems))
 
@@ -288,61 +290,50 @@ def _load_of(path: str | os.PathLike[str], model: nn.Module) -> str:
     return f"load of {os.fspath(path)!r} into {type(model).__name__}"
 
 
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by the path that ``gates`` would give it; of a wrapped module the one inside."""
-    return dict(module_paths(model))
+def _ordinal(gate_path: str) -> int | None:
+    """The reverse of `gate_name`: which attention of its owner the gate at this path belongs to; None for no gate."""
+    name = re.fullmatch(r"sla(?:_([1-9]\d*))?", gate_path.rpartition(".")[2])
+    return None if name is None else int(name[1] or 0)
 
 
-def _unfit_owners(file: File, modules: dict[str, nn.Module]) -> Iterator[str]:
+def _owner_problems(file: GateFile, modules: dict[str, nn.Module]) -> Iterator[str]:
     """Why the file's gates cannot be put into a model that has none, one line each."""
-    for name in file.sites:
-        owner_path, _, child = name.rpartition(".")
-        owner = modules.get(owner_path)
-        if not re.fullmatch(r"sla(_[1-9]\d*)?", child):
+    for name in file.gates:
+        path, _, child = name.rpartition(".")
+        owner = modules.get(path)
+        if _ordinal(name) is None:
             yield f"{name}: no gate path; accepted: its owner's path, then sla, sla_1, ..."
         elif owner is None:
-            yield f"{name}: no module {owner_path!r} in the model"
+            yield f"{name}: no module {path!r} in the model"
         elif hasattr(owner, child):
             yield f"{name}: the module has another attribute {child!r} already"
-        elif _home(modules, owner_path)[0].type == "meta":
+        elif _device_and_dtype(modules, path)[0].type == "meta":
             yield f"{name}: its owner is on the meta device; accepted: an owner with values"
 
 
-def _attach(file: File, modules: dict[str, nn.Module]) -> None:
-    """Inject the file's gates and fill them; none is left behind if one fails."""
+def _attach(file: GateFile, modules: dict[str, nn.Module]) -> None:
+    """Inject the file's gates and fill them; if one fails, all are removed again."""
     attached: list[tuple[nn.Module, int]] = []
     try:
-        for name, site in file.sites.items():
-            owner_path, _, child = name.rpartition(".")
-            owner, ordinal = modules[owner_path], int(child.partition("_")[2] or 0)
-            device, dtype = _home(modules, owner_path)
-            attached.append((owner, ordinal))
-            gate = attach_gate(
-                owner,
-                ordinal,
-                head_dim=site.head_dim,
-                heads=site.heads,
-                config=site.config,
-                model_config=file.config,
-                device=device,
-                dtype=dtype or site.tensors["weight"].dtype,
-                path=name,
-                seen=site.seen,
-            )
-            _fill(gate, site)
+        for name, saved in file.gates.items():
+            owner = modules[owner_path(name)]
+            device, dtype = _device_and_dtype(modules, owner_path(name))
+            attached.append((owner, saved.spec.ordinal))
+            gate = attach_gate(owner, saved.spec, device=device, dtype=dtype or saved.tensors["weight"].dtype)
+            _fill(gate, saved)
     except BaseException:
         for owner, ordinal in attached:
             detach_gate(owner, ordinal)
         raise
 
 
-def _fill(gate: Gate, site: Site) -> None:
-    for part, tensor in site.tensors.items():
+def _fill(gate: Gate, saved: SavedGate) -> None:
+    for part, tensor in saved.tensors.items():
         getattr(gate, part).copy_(tensor)
 
 
-def _home(modules: dict[str, nn.Module], path: str) -> tuple[torch.device, torch.dtype | None]:
-    """Device and floating dtype of the owner's parameters, or of the nearest module around it with any."""
+def _device_and_dtype(modules: dict[str, nn.Module], path: str) -> tuple[torch.device, torch.dtype | None]:
+    """Device and dtype of the first floating parameter at ``path``, or in the nearest module around it that has any."""
     while True:
         for parameter in modules[path].parameters():
             if parameter.dtype in FLOATING_DTYPES:

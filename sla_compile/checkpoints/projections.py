@@ -1,8 +1,8 @@
-"""``load_projections``: the weights that the SLA authors' code learned, as gates.
+"""``load_projections``: a checkpoint of the SLA authors' code into gates.
 
-Their attention is a module with ``proj_l``, an ``nn.Linear(D, D)`` on the linear branch; a checkpoint has
-``proj_l.weight`` (D, D) and ``proj_l.bias`` (D) per attention, which are a gate's weight and bias. Under which path
-depends on who wraps the module: ``blocks.0.self_attn.attn_op.local_attn.proj_l`` (thu-ml/TurboDiffusion),
+Their attention is a module with ``proj_l``, an ``nn.Linear(D, D)`` on the linear branch. So a checkpoint has
+``proj_l.weight`` (D, D) and ``proj_l.bias`` (D) for each attention, which are a gate's weight and bias. Their paths
+depend on which code wraps that module: ``blocks.0.self_attn.attn_op.local_attn.proj_l`` (thu-ml/TurboDiffusion),
 ``blocks.0.attn1.attn_impl.proj_l`` (FastVideo), anything that ends so for thu-ml/SLA's own module.
 """
 
@@ -19,14 +19,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sla_compile.checkpoints.gate_files import not_plain, raise_listed
+from sla_compile.checkpoints.gate_files import raise_problems, tensor_problems
 from sla_compile.common.limits import FLOATING_DTYPES
-from sla_compile.gate import Gate, gates
+from sla_compile.gate import Gate, gates, owner_path
 
 __all__ = ["load_projections"]
 
 PROJECTION = "proj_l"
-_ACCEPTED = (
+_ACCEPTED_SOURCES = (
     "a mapping of names to tensors, a .safetensors file or a folder of them, or a file that torch.load opens with "
     "weights_only=True"
 )
@@ -36,14 +36,14 @@ def load_projections(model: nn.Module, source: str | os.PathLike[str] | Mapping[
     """Fill the gates of ``model`` with the ``proj_l`` weights of a checkpoint of the authors' code; returns ``model``.
 
     Prepare the model first, with ``linear="all"`` (their linear branch sums all key blocks) and shared gates, and
-    with the blocks and feature map of that training (TurboDiffusion: ``block_q=128``, ``block_k=64``, softmax,
-    ``topk=0.1``). All else in the checkpoint is left alone: load it as any dense checkpoint. Their denominators
+    with the block sizes and feature map of that training (TurboDiffusion: ``block_q=128``, ``block_k=64``, softmax,
+    ``topk=0.1``). The rest of the checkpoint is not read: load it as any dense one. Their denominators
     have a constant 1e-5 that ours have not.
 
-    A projection belongs to the gate whose owner it is inside of, by module path. Where that does not fit (other
+    A projection goes to the gate whose owner contains it, by module path. Where not every one is contained so (other
     names for the same model), projections and gates are paired by the numbers in their paths: ``self_attn`` of
-    block 3 with ``attn1`` of block 3, if each has one such attention per block. For any other naming, hand in a
-    mapping with the keys renamed to ``<owner's path>.proj_l.weight`` and ``.bias``.
+    block 3 with ``attn1`` of block 3, if each has one such attention per block. For any other naming, pass a mapping
+    with the keys renamed to ``<owner's path>.proj_l.weight`` and ``.bias``.
 
     Args:
         model: a prepared model, compiled or not.
@@ -52,8 +52,8 @@ def load_projections(model: nn.Module, source: str | os.PathLike[str] | Mapping[
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no gate, no ``proj_l`` in the source, gates with other settings, or keys and gates that do not
-            pair up or fit, each named. The model is then unchanged.
+        ValueError: the model has no gates, or gates with other settings; the source has no ``proj_l``; or keys and
+            gates do not pair up or differ in shape (each is named). The model is then unchanged.
     """
     found = gates(model)
     if not found:
@@ -64,14 +64,16 @@ def load_projections(model: nn.Module, source: str | os.PathLike[str] | Mapping[
     tensors = _read(source)
     where = "a mapping" if isinstance(source, Mapping) else repr(os.fspath(source))
     action = f"load_projections from {where} into {type(model).__name__}"
-    raise_listed(action, [*_unfit_settings(found), *(line for n, g in found.items() for line in not_plain(n, g))])
+    raise_problems(
+        action, [*_settings_problems(found), *(line for n, g in found.items() for line in tensor_problems(n, g))]
+    )
     projections, problems = _grouped(tensors)
     if not projections and not problems:
         raise ValueError(f"{action}: no key ends in {PROJECTION}.weight; accepted: a checkpoint trained with SLA")
-    pairs, unpaired = _paired(sorted(projections, key=_natural), list(found))
+    pairs, unpaired = _paired(sorted(projections, key=_natural_order), list(found))
     problems += unpaired
-    problems += [line for path, gate in pairs.items() for line in _misfits(path, projections[path], found[gate])]
-    raise_listed(action, problems)
+    problems += [line for path, gate in pairs.items() for line in _shape_problems(path, projections[path], found[gate])]
+    raise_problems(action, problems)
     with torch.no_grad():
         for path, gate in pairs.items():
             found[gate].weight.copy_(projections[path]["weight"])
@@ -81,7 +83,7 @@ def load_projections(model: nn.Module, source: str | os.PathLike[str] | Mapping[
     return model
 
 
-def _unfit_settings(found: Mapping[str, Gate]) -> Iterable[str]:
+def _settings_problems(found: Mapping[str, Gate]) -> Iterable[str]:
     for path, gate in found.items():
         for name, wanted in (("linear", "all"), ("gate", "shared")):
             if (value := getattr(gate.config, name)) != wanted:
@@ -97,7 +99,9 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
         raise FileNotFoundError(f"load_projections: no file {name!r}")
     files = sorted(glob.glob(os.path.join(glob.escape(name), "*.safetensors"))) if os.path.isdir(name) else [name]
     if not files:
-        raise ValueError(f"load_projections: the folder {name!r} has no .safetensors file; accepted: {_ACCEPTED}")
+        raise ValueError(
+            f"load_projections: the folder {name!r} has no .safetensors file; accepted: {_ACCEPTED_SOURCES}"
+        )
     entries: dict[str, Any] = {}
     for file in files:
         entries.update(_read_safetensors(file) if Path(file).suffix == ".safetensors" else _read_pickle(file))
@@ -116,13 +120,16 @@ def _read_pickle(file: str) -> dict[str, Any]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load documents none of what it raises on foreign files
-        raise ValueError(f"load_projections: {file!r} cannot be read: {error}; accepted: {_ACCEPTED}") from error
+        raise ValueError(
+            f"load_projections: {file!r} cannot be read: {error}; accepted: {_ACCEPTED_SOURCES}"
+        ) from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"load_projections: {file!r} holds a {type(content).__name__}; accepted: {_ACCEPTED}")
+        raise ValueError(f"load_projections: {file!r} holds a {type(content).__name__}; accepted: {_ACCEPTED_SOURCES}")
     return _projections_of(content)
 
 
 def _projections_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a state dict, or of the one inside as ``"state_dict"``, that belong to a projection."""
     inner = content.get("state_dict")
     if isinstance(inner, Mapping):
         content = inner
@@ -134,7 +141,7 @@ def _is_projection(key: str) -> bool:
 
 
 def _grouped(tensors: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """Weight and bias by the path of the module that has them as its ``proj_l``, and what does not fit."""
+    """Weight and bias by the path of the module whose ``proj_l`` they are; a line for each key that fits nowhere."""
     groups: dict[str, dict[str, Tensor]] = {}
     problems = []
     for key, value in tensors.items():
@@ -154,24 +161,26 @@ def _grouped(tensors: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], 
 
 
 def _paired(projections: list[str], found: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Gate by projection; and a line for each of either that has no partner, or more than one."""
-    owners = {gate: gate.rpartition(".")[0] for gate in found}
-    inside = {p: [g for g in found if p == owners[g] or p.startswith(f"{owners[g]}.".lstrip("."))] for p in projections}
-    # The innermost owner: the root of a model holds every path.
-    nearest = {p: max(gs, key=lambda g: len(owners[g])) for p, gs in inside.items() if gs}
-    if len(nearest) == len(projections) and sorted(nearest.values()) == sorted(found):
-        return nearest, []
-    here, there = {g: _numbers(owners[g]) for g in found}, {p: _numbers(p) for p in projections}
-    ours, theirs = Counter(here.values()), Counter(there.values())
-    gate_of = {numbers: gate for gate, numbers in here.items()}
-    pairs = {p: gate_of[n] for p, n in there.items() if ours[n] == theirs[n] == 1}
+    """Path of the gate by path of the projection; and a line for each of either without exactly one partner."""
+    owners = {gate: owner_path(gate) for gate in found}
+    containing = {
+        p: [g for g in found if p == owners[g] or p.startswith(f"{owners[g]}.".lstrip("."))] for p in projections
+    }
+    # The innermost owner: the root of a model contains every path.
+    by_owner = {p: max(gs, key=lambda g: len(owners[g])) for p, gs in containing.items() if gs}
+    if len(by_owner) == len(projections) and sorted(by_owner.values()) == sorted(found):
+        return by_owner, []
+    gate_numbers, projection_numbers = {g: _numbers(owners[g]) for g in found}, {p: _numbers(p) for p in projections}
+    gates_with, projections_with = Counter(gate_numbers.values()), Counter(projection_numbers.values())
+    gate_of = {numbers: gate for gate, numbers in gate_numbers.items()}
+    pairs = {p: gate_of[n] for p, n in projection_numbers.items() if gates_with[n] == projections_with[n] == 1}
     taken = set(pairs.values())
     lines = [f"{_key(p, 'weight')}: fits no gate of the model, or several" for p in projections if p not in pairs]
     lines += [f"{gate}: no projection fits it, or several" for gate in found if gate not in taken]
     return pairs, lines
 
 
-def _misfits(path: str, parts: Mapping[str, Tensor], gate: Gate) -> Iterable[str]:
+def _shape_problems(path: str, parts: Mapping[str, Tensor], gate: Gate) -> Iterable[str]:
     for part, tensor in parts.items():
         wanted = tuple(getattr(gate, part).shape)
         if tuple(tensor.shape) != wanted:
@@ -183,8 +192,10 @@ def _key(owner: str, part: str) -> str:
 
 
 def _numbers(path: str) -> tuple[int, ...]:
+    """The components of ``path`` that are numbers: those of the blocks, in most models."""
     return tuple(int(component) for component in path.split(".") if component.isdigit())
 
 
-def _natural(path: str) -> list[tuple[int, str]]:
+def _natural_order(path: str) -> list[tuple[int, str]]:
+    """Sorting key by which block 10 comes after block 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]

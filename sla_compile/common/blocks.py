@@ -11,13 +11,30 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-__all__ = ["exact_fraction", "forced_blocks", "num_blocks", "num_critical", "num_negligible", "shares_of"]
+__all__ = [
+    "MILLION",
+    "exact_fraction",
+    "forced_blocks",
+    "num_blocks",
+    "num_critical",
+    "num_negligible",
+    "shares_of",
+    "to_millionths",
+]
+
+MILLION = 10**6
+"""topk and bottomk that may change at run time (``sparsity``) are integers in millionths."""
 
 
 @functools.lru_cache
 def exact_fraction(share: float) -> Fraction:
     """The decimal the user wrote, exactly: 0.29 is 29/100, not the nearest binary float below it."""
     return Fraction(repr(float(share)))
+
+
+def to_millionths(share: float) -> int:
+    """``share`` as ``sparsity`` holds it."""
+    return round(share * MILLION)
 
 
 def num_blocks(tokens: Any, block: int) -> Any:
@@ -49,7 +66,7 @@ def shares_of(
     """
     share, dropped = exact_fraction(topk), exact_fraction(bottomk)
     if sparsity is not None:
-        wanted, dropped = (Fraction(max(0, part), 10**6) for part in sparsity)
+        wanted, dropped = (Fraction(max(0, part), MILLION) for part in sparsity)
         share = min(share, wanted)
     critical = max(least, key_blocks * share.numerator // share.denominator)
     return critical, key_blocks * dropped.numerator // dropped.denominator

@@ -11,7 +11,7 @@ import copy
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,10 @@ from sla_compile.gate import (
     gates,
     mark_prepared,
     own_gates,
+    owner_path,
     refuse_other_form,
 )
+from sla_compile.gate_settings import GateSpec
 from sla_compile.module_paths import module_paths
 
 __all__ = ["DryRun", "dry_run", "prepare", "unwrapped"]
@@ -97,26 +99,16 @@ def prepare(
             f"compile the model and call it once, which injects them"
         ) from run.stopped
     modules = dict(module_paths(model))
-    planned = {(modules[path.rpartition(".")[0]], gate.ordinal) for path, gate in run.gates.items()}
-    _check(model, modules, run, planned)
+    specs = {path: replace(gate.spec(), path=path, model_config=settings.config) for path, gate in run.gates.items()}
+    planned = {(modules[owner_path(path)], spec.ordinal) for path, spec in specs.items()}
+    _check(model, modules, specs, planned)
     for owner in list(model.modules()):
         for gate in list(own_gates(owner).values()):
             if (owner, gate.ordinal) not in planned:
                 detach_gate(owner, gate.ordinal)
-    for path, gate in run.gates.items():
-        owner = modules[path.rpartition(".")[0]]
-        attach_gate(
-            owner,
-            gate.ordinal,
-            head_dim=gate.head_dim,
-            heads=gate.heads,
-            config=gate.config,
-            model_config=settings.config,
-            device=gate.weight.device,
-            dtype=gate.weight.dtype,
-            path=path,
-            seen=gate.seen,
-        )
+    for path, spec in specs.items():
+        weight = run.gates[path].weight
+        attach_gate(modules[owner_path(path)], spec, device=weight.device, dtype=weight.dtype)
     for path in run.owners:
         modules[path].__dict__[PREPARED] = (settings.config, path)
     if not any(site.rewritten for site in run.sites):
@@ -143,12 +135,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _check(
-    model: nn.Module, modules: Mapping[str, nn.Module], run: DryRun, planned: Set[tuple[nn.Module, int]]
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    specs: Mapping[str, GateSpec],
+    planned: Set[tuple[nn.Module, int]],
 ) -> None:
-    """Raise before anything is changed; ``planned`` are the owners and ordinals of the gates of ``run``."""
+    """Raise before anything is changed; ``planned`` are the owners and ordinals of the gates of ``specs``."""
     dropped = []
     for path, gate in gates(model).items():
-        if (modules[path.rpartition(".")[0]], gate.ordinal) not in planned and gate.trained():
+        if (modules[owner_path(path)], gate.ordinal) not in planned and gate.trained():
             dropped.append(path)
     if dropped:
         raise ValueError(
@@ -161,11 +156,11 @@ def _check(
         if isinstance(outer, nn.parallel.DistributedDataParallel)
         for inner in outer.modules()
     }
-    for path, new in run.gates.items():
-        owner = modules[path.rpartition(".")[0]]
-        existing = getattr(owner, gate_name(new.ordinal), None)
+    for path, spec in specs.items():
+        owner = modules[owner_path(path)]
+        existing = getattr(owner, gate_name(spec.ordinal), None)
         if isinstance(existing, Gate):
-            refuse_other_form(existing, new.heads, new.head_dim, new.config, path)
+            refuse_other_form(existing, spec)
         else:
             # one in fully_shard could not be copied for the dry run
             refuse_unsynchronised(path, "DistributedDataParallel" if owner in replicated else None)

@@ -121,19 +121,8 @@ def refuse_unsynchronised(gate_path: str, wrapper: str | None) -> None:
 
 def _attach(site: Site, owner: nn.Module, decision: Rewrite) -> None:
     shape = decision.shape
-    gate = attach_gate(
-        owner,
-        site.ordinal,
-        head_dim=int(shape.head_dim),
-        heads=int(shape.heads),
-        config=site.config,
-        model_config=site.model_config,
-        device=shape.device,
-        dtype=gate_dtype(owner, shape.dtype),
-        path=site.gate_path,
-        seen=site.seen,
-    )
-    remember_injected(gate)
+    dtype = gate_dtype(owner, shape.dtype)
+    remember_injected(attach_gate(owner, site.gate_spec(decision), device=shape.device, dtype=dtype))
 
 
 def _inject_siblings(sites: Sequence[Site], root: nn.Module, frame: Frame) -> None:

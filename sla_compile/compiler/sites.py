@@ -19,7 +19,7 @@ from sla_compile.compat import Frame, plain_module_path, runs_forward_of
 from sla_compile.compiler.memory import remember_root_calls, root_calls
 from sla_compile.config import SITE_FIELDS, SLAConfig
 from sla_compile.gate import PREPARED, Gate, gate_name, own_gates, refuse_other_form
-from sla_compile.gate_settings import UNSEEN, Seen, read_settings
+from sla_compile.gate_settings import NO_GRIDS, GateSpec, SeenGrids, settings_from_json
 from sla_compile.module_paths import module_paths
 from sla_compile.passes.decide import Decision, Keep, Requirements, Rewrite, decide
 from sla_compile.passes.find_attention import AttentionCall, Marker, find_attention, find_markers
@@ -70,7 +70,7 @@ class Site:
     config: SLAConfig
     model_config: SLAConfig
     decision: Decision
-    seen: Seen = UNSEEN
+    seen: SeenGrids = NO_GRIDS
     """The grids of its queries and of its keys, found in this graph, or kept by its gate."""
 
     @property
@@ -81,6 +81,18 @@ class Site:
     @property
     def gate_path(self) -> str:
         return f"{self.path}.{gate_name(self.ordinal)}" if self.path else gate_name(self.ordinal)
+
+    def gate_spec(self, decision: Rewrite) -> GateSpec:
+        """What this attention, to be rewritten by ``decision``, needs of its gate."""
+        return GateSpec(
+            heads=int(decision.shape.heads),
+            head_dim=int(decision.shape.head_dim),
+            config=self.config,
+            model_config=self.model_config,
+            path=self.gate_path,
+            ordinal=self.ordinal,
+            seen=self.seen,
+        )
 
 
 def requirements(config: SLAConfig) -> Requirements:
@@ -146,12 +158,12 @@ def _site(
     prepared = owner.__dict__.get(PREPARED) if owner is not None else None
     model_config, path = prepared if prepared is not None else (settings.config, local_path)
     config = model_config.for_site(path)
-    seen: Seen = UNSEEN
+    seen: SeenGrids = NO_GRIDS
     gate = own_gates(owner).get(gate_name(ordinal)) if owner is not None else None
     if gate is not None and marker is None:  # of a file, where Dynamo starts at the owner: its children will mark it
         config, seen = gate.config if prepared is None else config, gate.seen
     if marker is not None:
-        fields, seen = read_settings(marker.settings)
+        fields, seen = settings_from_json(marker.settings)
         config = replace(config, overrides={}, **fields)
         if conflicts := settings.conflicts(path, config):
             raise ValueError(
@@ -184,8 +196,7 @@ def _site(
         )
     site = Site(call, path, owner, ordinal, marker, config, model_config, decision, seen)
     if isinstance(decision, Rewrite) and marker is not None and site.gate is not None:
-        shape = decision.shape
-        refuse_other_form(site.gate, int(shape.heads), int(shape.head_dim), config, site.gate_path)
+        refuse_other_form(site.gate, site.gate_spec(decision))
     return site
 
 

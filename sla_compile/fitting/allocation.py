@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from sla_compile.common.blocks import to_millionths
 from sla_compile.compiler.preparation import prepare, unwrapped
 from sla_compile.config import SLAConfig
 from sla_compile.fitting.observer import Arguments, first_of, nothing_gated, prepared_for
 from sla_compile.fitting.sensitivity import Measured, Outputs, measure
-from sla_compile.fitting.sparsity import millionths
 from sla_compile.gate import gates, model_config
 
 __all__ = ["AllocationReport", "SiteAllocation", "allocate"]
@@ -286,7 +286,7 @@ def _set(model: nn.Module, first: Arguments, chosen: Mapping[str, float], at_run
             for path, topk in chosen.items():
                 sparsity = found[path].sparsity
                 if sparsity is not None:
-                    sparsity[0] = millionths(topk)
+                    sparsity[0] = to_millionths(topk)
         return
     assert config is not None  # a gate has one
     overrides = {pattern: dict(fields) for pattern, fields in config.overrides.items()}

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from sla_compile.common.blocks import num_blocks, num_critical
+from sla_compile.common.blocks import MILLION, num_blocks, num_critical
 from sla_compile.fitting.distillation import floating
 from sla_compile.fitting.observer import Arguments, GatedCall, gated_calls
-from sla_compile.gate import MILLION, Gate
+from sla_compile.gate import Gate
 
 __all__ = ["Measured", "Outputs", "measure"]
 

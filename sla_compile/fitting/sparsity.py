@@ -1,4 +1,4 @@
-"""``set_sparsity``: another topk or bottomk at run time, with no recompilation; and ``anneal``, a schedule of topk."""
+"""``set_sparsity``: topk and bottomk of a compiled model, changed with no recompilation; ``anneal``: topk in steps."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from sla_compile.common.blocks import to_millionths
 from sla_compile.config import SLAConfig, check_shares
-from sla_compile.gate import MILLION, Gate, gates
+from sla_compile.gate import Gate, gates, owner_path
 
-__all__ = ["anneal", "select", "set_sparsity"]
+__all__ = ["anneal", "select_gates", "set_sparsity"]
 
 
 def set_sparsity(
@@ -22,43 +23,38 @@ def set_sparsity(
     bottomk: float | None = None,
     sites: str | Iterable[str] | None = None,
 ) -> None:
-    """Set topk and bottomk of the gates of ``model``, in place; it takes effect at the next call, uncompiled anew.
+    """Set topk and bottomk of the gates of ``model`` in place; the next call uses them, with no recompilation.
 
-    For models prepared, or first compiled, with ``max_topk``. The values are kept to a millionth. They are buffers
-    of the gates, so they are in ``state_dict()`` and in what ``save`` writes. Where topk + bottomk is above 1,
-    bottomk gets what topk leaves.
+    For models prepared, or first compiled, with ``max_topk``. The values are rounded to a millionth and stored in
+    buffers of the gates, so they are in ``state_dict()`` and in what ``save`` writes. Where topk + bottomk is above 1,
+    only 1 - topk is negligible.
 
     Args:
         model: a model with gates, compiled or not.
-        topk: share of a row's key blocks that is critical, above 0 and up to ``max_topk``; None: as it is.
-        bottomk: share that is negligible, from 0 to 1; None: as it is.
+        topk: share of a row's key blocks that is critical, above 0 and up to ``max_topk``; None: unchanged.
+        bottomk: share that is negligible, from 0 to 1; None: unchanged.
         sites: glob pattern or patterns of module paths, as in ``overrides`` ("blocks.0.*"), or of gates; None: all.
 
     Raises:
-        ValueError: nothing to set, a value out of range, a pattern that fits no gate, or gates without
-            ``max_topk``, each named. Nothing is changed then.
+        ValueError: nothing to set, a value out of range, a pattern that matches no gate, or a gate without
+            ``max_topk``. Nothing is changed then.
     """
     if topk is None and bottomk is None:
         raise ValueError("set_sparsity: got neither topk nor bottomk; accepted: one of them, or both")
-    chosen = select(model, sites)
+    chosen = select_gates(model, sites)
     for path, gate in chosen.items():
-        _check(path, gate, topk, bottomk)
+        _check_shares(path, gate, topk, bottomk)
     with torch.no_grad():
         for gate in chosen.values():
-            for place, value in enumerate((topk, bottomk)):
+            for index, value in enumerate((topk, bottomk)):
                 if value is not None and gate.sparsity is not None:
-                    gate.sparsity[place].fill_(millionths(value))  # an assignment would wait for the device
+                    gate.sparsity[index].fill_(to_millionths(value))  # an assignment would wait for the device
 
 
-def millionths(share: float) -> int:
-    """``share`` in millionths, as ``Gate.sparsity`` has it."""
-    return round(share * MILLION)
+def select_gates(model: nn.Module, sites: str | Iterable[str] | None) -> dict[str, Gate]:
+    """By path, the gates of which a pattern in ``sites`` matches the owner's path or the gate's own; None: all.
 
-
-def select(model: nn.Module, sites: str | Iterable[str] | None) -> dict[str, Gate]:
-    """The gates of ``model`` by path whose site, or whose own path, a pattern of ``sites`` matches; None: all.
-
-    Raises ValueError where there is none, or where a pattern matches none.
+    Raises ValueError if ``model`` has no gates, or a pattern matches none.
     """
     found = gates(model)
     if not found:
@@ -66,19 +62,15 @@ def select(model: nn.Module, sites: str | Iterable[str] | None) -> dict[str, Gat
     patterns = ["*"] if sites is None else [sites] if isinstance(sites, str) else list(sites)
     chosen: dict[str, Gate] = {}
     for pattern in patterns:
-        matching = {p: g for p, g in found.items() if any(fnmatchcase(name, pattern) for name in (_site(p), p))}
+        matching = {p: g for p, g in found.items() if any(fnmatchcase(name, pattern) for name in (owner_path(p), p))}
         if not matching:
-            known = ", ".join(map(_site, list(found)[:3])) + (", ..." if len(found) > 3 else "")
+            known = ", ".join(map(owner_path, list(found)[:3])) + (", ..." if len(found) > 3 else "")
             raise ValueError(f"sites: no gate at {pattern!r}; accepted: patterns of module paths such as {known}")
         chosen.update(matching)
     return chosen
 
 
-def _site(gate_path: str) -> str:
-    return gate_path.rpartition(".")[0]
-
-
-def _check(path: str, gate: Gate, topk: float | None, bottomk: float | None) -> None:
+def _check_shares(path: str, gate: Gate, topk: float | None, bottomk: float | None) -> None:
     if gate.sparsity is None:
         raise ValueError(
             f"{path}: its topk and bottomk are constants of the compiled graph; accepted: a model prepared with "
@@ -88,14 +80,14 @@ def _check(path: str, gate: Gate, topk: float | None, bottomk: float | None) -> 
     values = {name: value for name, value in given.items() if value is not None}
     for name, value in values.items():
         SLAConfig.check_value(name, value)
-    if topk is not None and round(topk * MILLION) < 1:
+    if topk is not None and to_millionths(topk) < 1:
         raise ValueError(f"topk: got {topk!r}; accepted: at least a millionth")
     if topk is not None:
         check_shares(path, topk, bottomk or 0.0, gate.config.max_topk)
 
 
 def anneal(start: float, stop: float, steps: int) -> Iterator[float]:
-    """``steps`` values of topk from ``start`` to ``stop``, each the same ratio below the one before.
+    """``steps`` values of topk from ``start`` to ``stop``, in geometric progression.
 
     ``for batch, topk in zip(batches, anneal(1.0, 0.05, 1000)): set_sparsity(model, topk=topk); ...``
     """

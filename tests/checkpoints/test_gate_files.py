@@ -21,6 +21,7 @@ import sla_compile.checkpoints.gate_files as checkpoint
 from sla_compile.checkpoints.gate_files import load, save
 from sla_compile.config import SITE_FIELDS, SLAConfig
 from sla_compile.gate import Gate, attach_gate, gates, model_config
+from sla_compile.gate_settings import GateSpec
 
 HEADS, HEAD_DIM = 2, 16
 CONFIG = SLAConfig(topk=0.25, min_tokens=0, inner="eager", overrides={"blocks.1.*": {"gate": "per_head"}})
@@ -65,17 +66,14 @@ def prepared(config: SLAConfig = CONFIG, blocks: int = 2, fill: bool = True) -> 
     for index, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         path = f"blocks.{index}.attn"
-        attach_gate(
-            block.attn,
-            0,
-            head_dim=HEAD_DIM,
+        spec = GateSpec(
             heads=HEADS,
+            head_dim=HEAD_DIM,
             config=config.for_site(path),
             model_config=config,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
             path=f"{path}.sla",
         )
+        attach_gate(block.attn, spec, device=torch.device("cpu"), dtype=torch.float32)
     generator = torch.Generator().manual_seed(7)
     for gate in gates(model).values() if fill else ():
         for parameter in gate.parameters():
@@ -198,10 +196,8 @@ def test_owner_without_parameters_takes_those_around_it(tmp_path: Path) -> None:
         return nn.ModuleDict({"head": nn.Linear(2, 2), "block": block.to(torch.bfloat16)})
 
     source = build()
-    attach_gate(
-        source["block"].core, 1, head_dim=8, heads=3, config=SLAConfig(), device=torch.device("cpu"),
-        dtype=torch.float32, path="block.core.sla_1",
-    )  # fmt: skip
+    spec = GateSpec(heads=3, head_dim=8, config=SLAConfig(), path="block.core.sla_1", ordinal=1)
+    attach_gate(source["block"].core, spec, device=torch.device("cpu"), dtype=torch.float32)
     save(source, tmp_path / "gates")
     model: Any = load(build(), tmp_path / "gates")
     assert list(gates(model)) == ["block.core.sla_1"]
@@ -210,9 +206,8 @@ def test_owner_without_parameters_takes_those_around_it(tmp_path: Path) -> None:
 
 def test_module_without_any_parameter_takes_the_files_dtype(tmp_path: Path) -> None:
     source = nn.Identity()
-    device = torch.device("cpu")
-    options: dict[str, Any] = {"config": SLAConfig(), "device": device, "dtype": torch.float64, "path": "sla"}
-    attach_gate(source, 0, head_dim=8, heads=3, **options)
+    spec = GateSpec(heads=3, head_dim=8, config=SLAConfig(), path="sla")
+    attach_gate(source, spec, device=torch.device("cpu"), dtype=torch.float64)
     save(source, tmp_path / "gates")
     model = load(nn.Identity(), tmp_path / "gates")
     assert {k: v.dtype for k, v in gate_values(model).items()} == {
@@ -427,7 +422,7 @@ def test_settings_of_one_site_are_compared(saved: Path) -> None:
 
 def test_gate_that_cannot_be_made_takes_the_others_along(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory_at_the_second(owner: nn.Module, *args: Any, **kwargs: Any) -> Gate:
-        if kwargs["path"] == PATHS[1]:
+        if args[0].path == PATHS[1]:
             raise torch.OutOfMemoryError("out of memory")
         return attach_gate(owner, *args, **kwargs)
 

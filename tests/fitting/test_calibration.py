@@ -17,6 +17,7 @@ from sla_compile.compiler.sites import PREPARED
 from sla_compile.fitting.calibration import SiteStatistics, gather
 from sla_compile.fitting.observer import GatedCall, gated_calls
 from sla_compile.gate import Gate
+from sla_compile.gate_settings import GateSpec
 from sla_compile.kernels import reference
 from tests.support.closeness import assert_close, relative_error
 from tests.support.models import (
@@ -117,7 +118,7 @@ def test_closed_form_is_the_least_squares_solution(gate: str, ridge: float) -> N
 def test_closed_form_on_random_numbers() -> None:
     """Branches far from those of an attention, on tokens that do not fill the last chunk."""
     config = sla_compile.SLAConfig(gate="per_head")
-    gate = Gate(head_dim=16, heads=3, config=config, dtype=torch.float64)
+    gate = Gate(GateSpec(heads=3, head_dim=16, config=config), dtype=torch.float64)
     linear, sparse, dense = torch.randn(3, 2, 3, 2100, 16, dtype=torch.float64)
 
     class Given(GatedCall):

@@ -22,6 +22,7 @@ from sla_compile.fitting import calibration
 from sla_compile.fitting.calibration import SiteStatistics
 from sla_compile.fitting.observer import GatedCall, gated_calls
 from sla_compile.gate import Gate
+from sla_compile.gate_settings import GateSpec
 from tests.support.capture import Capture
 from tests.support.closeness import assert_close, relative_error
 from tests.support.models import (
@@ -360,7 +361,7 @@ def error_of(gate: list[Tensor], linear: Tensor, sparse: Tensor, dense: Tensor) 
 @GATES
 @pytest.mark.parametrize("ridge", [0.0, 0.3])
 def test_closed_form_is_a_minimum_and_its_error_true(gate: str, ridge: float) -> None:
-    made_of = Gate(head_dim=DIM, heads=3, config=sla_compile.SLAConfig(gate=gate, sparse_scale=True))
+    made_of = Gate(GateSpec(heads=3, head_dim=DIM, config=sla_compile.SLAConfig(gate=gate, sparse_scale=True)))
     statistics, *branches = random_statistics(made_of)
     solved = [tensor.requires_grad_() for tensor in statistics.solve(ridge)]
     assert [tensor.shape for tensor in solved] == [parameter.shape for parameter in made_of.parameters()]
@@ -378,7 +379,7 @@ def test_closed_form_is_a_minimum_and_its_error_true(gate: str, ridge: float) ->
 
 
 def test_a_scale_stays_above_zero() -> None:
-    gate = Gate(head_dim=DIM, heads=3, config=sla_compile.SLAConfig(sparse_scale=True))
+    gate = Gate(GateSpec(heads=3, head_dim=DIM, config=sla_compile.SLAConfig(sparse_scale=True)))
     statistics, *_ = random_statistics(gate)
     statistics.missed -= statistics.sparse * torch.tensor([0.0, 1.5, 0.0])  # O^s of the wrong sign in the second
     scale = statistics.solve(0.01)[2].exp()
@@ -387,7 +388,7 @@ def test_a_scale_stays_above_zero() -> None:
 
 
 def test_a_sparse_branch_that_is_zero_or_spanned_keeps_its_scale() -> None:
-    gate = Gate(head_dim=DIM, heads=2, config=sla_compile.SLAConfig(sparse_scale=True))
+    gate = Gate(GateSpec(heads=2, head_dim=DIM, config=sla_compile.SLAConfig(sparse_scale=True)))
     statistics, *_ = random_statistics(gate)
     statistics.mixed[0], statistics.sparse[0], statistics.missed[0] = 0, 0, 0
     weight, bias, log_scale = statistics.solve(0.01)
@@ -395,7 +396,7 @@ def test_a_sparse_branch_that_is_zero_or_spanned_keeps_its_scale() -> None:
     assert log_scale[1] < -0.01
     assert torch.isfinite(weight).all()
     assert torch.isfinite(bias).all()
-    gate = Gate(head_dim=DIM, heads=2, config=sla_compile.SLAConfig(sparse_scale=True, gate="per_head"))
+    gate = Gate(GateSpec(heads=2, head_dim=DIM, config=sla_compile.SLAConfig(sparse_scale=True, gate="per_head")))
     statistics, *branches = random_statistics(gate, spanned=True)
     solved = [*statistics.solve(0.0)]
     assert solved[2][0] == 0, "rounding alone would decide"

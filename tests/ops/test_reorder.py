@@ -18,7 +18,7 @@ from torch._inductor.utils import run_and_get_code
 import sla_compile
 from sla_compile import TokenOrderWarning
 from sla_compile.__main__ import main
-from sla_compile.checkpoints.gate_files import read
+from sla_compile.checkpoints.gate_files import read_gate_file
 from sla_compile.common.token_orders import Placement, block_ranges, positions
 from sla_compile.kernels import reference
 from sla_compile.ops.reorder import arguments, reorder
@@ -558,7 +558,7 @@ def test_a_file_of_another_order_is_refused(tmp_path: Path, capsys: pytest.Captu
     x = torch.randn(1, TOKENS, WIDTH)
     tiles = sla_compile.prepare(Model(), (x,), config={**OPTIONS, **TILES})
     sla_compile.save(tiles, tmp_path / "gates")
-    assert read(tmp_path / "gates").config.grid == GRID
+    assert read_gate_file(tmp_path / "gates").config.grid == GRID
     assert main(["show", str(tmp_path / "gates")]) == 0
     assert "tiles of 4 x 5 x 6 tokens" in " ".join(capsys.readouterr().out.split())
     plain = sla_compile.prepare(Model(), (x,), config=OPTIONS)
