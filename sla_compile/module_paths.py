@@ -1,4 +1,4 @@
-"""Paths of modules as the model itself has them, whatever has been wrapped around it or a part of it."""
+"""Module paths as in the plain model, without the prefixes that ``torch.compile`` and data-parallel wrappers add."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from torch import nn
 __all__ = ["module_paths"]
 
 WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-"""Modules that hold the one they wrap as ``module``; ``torch.compile``'s holds it as ``_orig_mod``."""
+"""Their wrapped module is the attribute ``module``; that of ``torch.compile``'s wrapper is ``_orig_mod``."""
 
 
 def module_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``model.named_modules()`` without what ``torch.compile`` and DistributedDataParallel put into names.
+    """``model.named_modules()`` without the names ``_orig_mod`` and ``module`` of wrappers.
 
-    A wrapper and the module inside have one path, the wrapper first.
+    A wrapper and the module it wraps both come with the same path, the wrapper first.
     """
     paths: dict[str, str] = {}
-    inside: set[str] = set()
+    wrapped: set[str] = set()
     for name, module in model.named_modules():
-        outer, _, child = name.rpartition(".")
-        if name in inside or child == "_orig_mod":
-            path = paths[outer]
+        parent, _, child = name.rpartition(".")
+        if name in wrapped or child == "_orig_mod":
+            path = paths[parent]
         else:
-            path = f"{paths[outer]}.{child}".lstrip(".") if name else ""
+            path = f"{paths[parent]}.{child}".lstrip(".") if name else ""
         paths[name] = path
         if isinstance(module, WRAPPERS):
-            inside.add(f"{name}.module".lstrip("."))
+            wrapped.add(f"{name}.module".lstrip("."))
         yield path, module

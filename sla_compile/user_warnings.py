@@ -1,4 +1,4 @@
-"""The warnings that users can filter by class; all are public as ``sla_compile.<name>``."""
+"""Warning classes, for users to filter by; public as ``sla_compile.<name>``."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ __all__ = ["RecompileLimitWarning", "TokenOrderWarning", "UntrainedGatesWarning"
 
 
 class UntrainedGatesWarning(UserWarning):
-    """Attention was made sparse whose gates are still zero."""
+    """Attention was rewritten whose gates are still zero, so that only its sparse branch counts."""
 
 
 class RecompileLimitWarning(UserWarning):
-    """Dynamo reached a recompile limit: calls that need code it has not compiled run dense."""
+    """Dynamo reached a recompile limit: calls that would need another compile run the dense model."""
 
 
 class TokenOrderWarning(UserWarning):
-    """The token order that was asked for by ``reorder`` cannot be had, so the model's own stays."""
+    """``reorder`` cannot be applied to an attention, which keeps the model's own token order."""

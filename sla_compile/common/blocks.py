@@ -1,4 +1,4 @@
-"""Block arithmetic that every room shares: how many blocks, how many critical, how many negligible.
+"""Block arithmetic that passes, ops and kernels share: how many blocks, how many critical, how many negligible.
 
 The ``num_`` functions take Python ints, torch SymInts and sympy integers alike: they only use ``+ - * //`` and
 never branch on a value, so a symbolic token count stays symbolic and gains no guard.
@@ -28,7 +28,7 @@ MILLION = 10**6
 
 @functools.lru_cache
 def exact_fraction(share: float) -> Fraction:
-    """The decimal the user wrote, exactly: 0.29 is 29/100, not the nearest binary float below it."""
+    """``share`` as the decimal the user wrote: 0.29 is 29/100, not the binary float next to it."""
     return Fraction(repr(float(share)))
 
 
@@ -38,12 +38,12 @@ def to_millionths(share: float) -> int:
 
 
 def num_blocks(tokens: Any, block: int) -> Any:
-    """Blocks of ``block`` tokens that cover ``tokens`` tokens; the last one may be short."""
+    """How many blocks of ``block`` tokens cover ``tokens`` tokens; the last one may be short."""
     return (tokens + block - 1) // block
 
 
 def num_critical(topk: float, key_blocks: Any) -> Any:
-    """Critical blocks in a row of ``key_blocks``: ``max(1, floor(topk * key_blocks))``, topk taken exactly.
+    """Critical blocks in a row of ``key_blocks``: ``max(1, floor(topk * key_blocks))``, topk an exact decimal.
 
     The floor alone is 0 below ``1 / topk`` blocks, which would leave a row with no key at all.
     """
@@ -60,9 +60,10 @@ def num_negligible(bottomk: float, critical: Any, key_blocks: Any) -> Any:
 def shares_of(
     key_blocks: int, topk: float, bottomk: float, sparsity: list[int] | None = None, least: int = 1
 ) -> tuple[int, int]:
-    """Critical (at least ``least``) and negligible blocks of ``key_blocks``, each alone: exact floors.
+    """Numbers of critical (at least ``least``) and of negligible blocks among ``key_blocks``; together maybe too many.
 
-    ``sparsity`` is [topk, bottomk] in millionths and takes their place, up to ``topk``.
+    Each is the exact floor of its share. ``sparsity``, [topk, bottomk] in millionths, replaces the two shares, but
+    never by more than ``topk``.
     """
     share, dropped = exact_fraction(topk), exact_fraction(bottomk)
     if sparsity is not None:
@@ -73,9 +74,9 @@ def shares_of(
 
 
 def forced_blocks(always_critical: Sequence[int], tokens: int, block: int) -> list[tuple[int, int]]:
-    """Ranges [first, last) of blocks that touch the token ranges [start, stop, start, stop, ...].
+    """(first, last) of the blocks, last excluded, that hold tokens of the ranges [start, stop, start, stop, ...].
 
-    As in a slice, a negative token counts from the end and one past the end stands for the end.
+    As in a slice, a negative token counts from the end, and one beyond the end is the end.
     """
     bounds = zip(always_critical[::2], always_critical[1::2], strict=True)
     pairs = (slice(*pair).indices(tokens) for pair in bounds)
@@ -99,7 +100,7 @@ def _symbolic(name: str, a: Any, b: Any) -> Any:
 
     if isinstance(a, sympy.Basic) or isinstance(b, sympy.Basic):
         return {"max": sympy.Max, "min": sympy.Min}[name](a, b)
-    import torch  # SymInt: torch's symbolic max and min record no guard
+    import torch  # for a SymInt: sym_max and sym_min record no guard
 
     functions: dict[str, Any] = {"max": torch.sym_max, "min": torch.sym_min}
     return functions[name](a, b)

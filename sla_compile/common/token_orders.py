@@ -1,8 +1,8 @@
-"""Token orders: which token of a video stands where, so that a block of consecutive ones is compact in space and time.
+"""Token orders: permutations of a video's tokens by which a block of consecutive ones is compact in space and time.
 
-Plain integers and no tensors, shared by every room. A grid (T, H, W) or (H, W) of tokens stands in a sequence from
-the token ``start`` on, its last axis first to change ("raster order"); the tokens before and after it, text say,
-keep their places.
+Plain integers and no tensors, shared by passes, ops and kernels. The model's own order is raster order: a grid
+(T, H, W) or (H, W) of tokens is flattened, last axis fastest, and lies in the sequence from token ``start`` on. The
+tokens before and after it, text say, keep their positions.
 """
 
 from __future__ import annotations
@@ -16,25 +16,29 @@ __all__ = ["ORDERS", "RASTER", "Placement", "block_ranges", "inverted", "place",
 
 RASTER = "raster"
 ORDERS = (RASTER, "tiles", "hilbert")
-"""What ``reorder`` takes: as the model has them; in compact boxes of one block each; along a Hilbert curve."""
+"""Values of ``reorder``: the model's own order; boxes of one block each; along a Hilbert curve."""
+
+_TIME_WEIGHT = 2
+"""A step in time counts as so many in space when boxes are cut; chosen by measurement (benchmarks/RESULTS.md)."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """An order and the part of a sequence that it is of. Every field is data: it stands in graphs and in files."""
+    """An order, and the grid of tokens that it permutes. Plain data, which the op takes as arguments."""
 
     kind: str
+    """One of ``ORDERS``."""
     grid: tuple[int, ...]
     start: int
     """The first token of the grid, at least 0."""
     blocks: tuple[int, ...]
-    """Tokens in a block, of queries and of keys, that are to be compact."""
+    """Sizes of the blocks, of queries and of keys, that are to be compact."""
 
 
 def place(tokens: int, grid: Sequence[int], start: int | None) -> int | None:
-    """The first token of ``grid`` in a sequence of ``tokens``; None where it has no place there.
+    """The first token of ``grid`` in a sequence of ``tokens``; None if the grid does not fit there.
 
-    ``start`` counts from the end where it is negative. Without it, only a grid of all the tokens has a place.
+    A negative ``start`` counts from the end. Without one, the grid has to be all of the tokens.
     """
     size = prod(grid)
     if start is None:
@@ -45,9 +49,9 @@ def place(tokens: int, grid: Sequence[int], start: int | None) -> int | None:
 
 @lru_cache(maxsize=64)
 def positions(placement: Placement, tokens: int) -> tuple[int, ...]:
-    """For each place in the new order the token of the model that goes there: a permutation of range(tokens).
+    """The permutation of range(tokens) to gather by: for each position in the new order, the model's token there.
 
-    Raises ValueError for an order that is not known, or a grid that does not fit.
+    Raises ValueError for an unknown order, or a grid that does not lie within the tokens.
     """
     grid, start = placement.grid, placement.start
     if placement.kind not in ORDERS or len(grid) not in (2, 3) or min(grid) < 1 or place(tokens, grid, start) != start:
@@ -60,7 +64,7 @@ def positions(placement: Placement, tokens: int) -> tuple[int, ...]:
         inner: Sequence[int] = range(size)
     elif placement.kind == "tiles":
         units = sorted({*placement.blocks}, reverse=True)
-        inner = _tiles(list(range(size)), start, units, _Grid(grid))
+        inner = _tiles(list(range(size)), start, units, _GridCoordinates(grid))
     else:
         inner = _hilbert(grid)
     return (*range(start), *(start + token for token in inner), *range(start + size, tokens))
@@ -68,18 +72,21 @@ def positions(placement: Placement, tokens: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=64)
 def inverted(placement: Placement, tokens: int) -> tuple[int, ...]:
-    """For each token of the model its place in the new order."""
+    """The inverse of ``positions``: for each token of the model, its position in the new order."""
     inverse = [0] * tokens
-    for place_there, token in enumerate(positions(placement, tokens)):
-        inverse[token] = place_there
+    for position, token in enumerate(positions(placement, tokens)):
+        inverse[token] = position
     return tuple(inverse)
 
 
 def block_ranges(placement: Placement, tokens: int, ranges: Sequence[int], block: int) -> tuple[int, ...]:
-    """Ranges start, stop, start, stop, ... in the new order: the blocks that have a token of the model's ``ranges``."""
-    places = inverted(placement, tokens)
+    """The blocks of the new order that hold a token of ``ranges``, as ranges of positions there.
+
+    Both are flat: start, stop, start, stop, ...; ``ranges`` are tokens of the model.
+    """
+    new_positions = inverted(placement, tokens)
     pairs = zip(ranges[::2], ranges[1::2], strict=True)
-    touched = sorted({places[token] // block for start, stop in pairs for token in range(start, stop)})
+    touched = sorted({new_positions[token] // block for start, stop in pairs for token in range(start, stop)})
     found: list[int] = []
     for index in touched:
         first, last = index * block, min((index + 1) * block, tokens)
@@ -90,8 +97,8 @@ def block_ranges(placement: Placement, tokens: int, ranges: Sequence[int], block
     return tuple(found)
 
 
-class _Grid:
-    """Coordinates of the tokens of a grid, and keys that sort tokens by one axis before the others."""
+class _GridCoordinates:
+    """Coordinates of the tokens of a grid, along each axis; tokens are numbered in raster order."""
 
     def __init__(self, sizes: tuple[int, ...]) -> None:
         self.sizes = sizes
@@ -103,12 +110,12 @@ class _Grid:
         self._keys: dict[tuple[int, ...], list[int]] = {}
 
     def extent(self, tokens: Iterable[int], axis: int) -> int:
-        """How far ``tokens`` reach along ``axis``; a step in time, the first of three axes, counts double."""
+        """Length of the box around ``tokens`` along ``axis``; in time, the first of three axes, it counts double."""
         along = [self.axes[axis][token] for token in tokens]
-        return (max(along) - min(along) + 1) * (2 if axis == 0 and len(self.sizes) == 3 else 1)
+        return (max(along) - min(along) + 1) * (_TIME_WEIGHT if axis == 0 and len(self.sizes) == 3 else 1)
 
-    def keys(self, axes: tuple[int, ...]) -> list[int]:
-        """For each token a number that orders by the first of ``axes``, then the second, then the third."""
+    def sort_keys(self, axes: tuple[int, ...]) -> list[int]:
+        """For each token its sorting key by the first of ``axes``, then the second, then the third."""
         if axes not in self._keys:
             keys = [0] * prod(self.sizes)
             for axis in axes:
@@ -118,12 +125,12 @@ class _Grid:
         return self._keys[axes]
 
 
-def _tiles(tokens: list[int], first: int, units: Sequence[int], grid: _Grid) -> list[int]:
-    """``tokens``, to stand at the places from ``first`` on, halved across their longest axis again and again.
+def _tiles(tokens: list[int], first: int, units: Sequence[int], grid: _GridCoordinates) -> list[int]:
+    """``tokens`` in the order in which they fill the positions from ``first`` on: halved along their longest axis.
 
-    Cuts lie where blocks meet, multiples of the first of ``units`` until there is none within, then of the next. So
-    every block is a box, but for what a grid that no tile divides leaves over. The tokens of a block stay in raster
-    order.
+    The halves are halved again, until each is one block. Cuts are at multiples of the block size ``units[0]``, and
+    where none is left within, of the next of ``units``. So every block is a box, except where the grid is no multiple
+    of it. Within a block tokens are in raster order.
     """
     last = first + len(tokens)
     while units and (first // units[0] + 1) * units[0] >= last:
@@ -131,25 +138,28 @@ def _tiles(tokens: list[int], first: int, units: Sequence[int], grid: _Grid) -> 
     if not units:
         return sorted(tokens)
     unit, middle = units[0], (first + last) / 2
-    cut = min(range((first // unit + 1) * unit, last, unit), key=lambda place_there: abs(place_there - middle))
+    cut = min(range((first // unit + 1) * unit, last, unit), key=lambda position: abs(position - middle))
     extents = [grid.extent(tokens, axis) for axis in range(len(grid.sizes))]
     axes = tuple(sorted(range(len(extents)), key=lambda axis: -extents[axis]))
-    tokens.sort(key=grid.keys(axes).__getitem__)
+    tokens.sort(key=grid.sort_keys(axes).__getitem__)
     before, after = tokens[: cut - first], tokens[cut - first :]
     return _tiles(before, first, units, grid) + _tiles(after, cut, units, grid)
 
 
 @cache
 def _hilbert(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """The tokens of a grid as a Hilbert curve meets them that fills the cube, of a power of two, around it."""
+    """The tokens of a grid in the order of a Hilbert curve through the smallest cube, of side 2^n, that contains it."""
     bits = max((max(sizes) - 1).bit_length(), 1)
-    axes = _Grid(sizes).axes
+    axes = _GridCoordinates(sizes).axes
     along = [_hilbert_index([axis[token] for axis in axes], bits) for token in range(prod(sizes))]
     return tuple(sorted(range(prod(sizes)), key=along.__getitem__))
 
 
 def _hilbert_index(point: list[int], bits: int) -> int:
-    """How far along the Hilbert curve ``point`` lies (J. Skilling, Programming the Hilbert curve, AIP 707, 2004)."""
+    """Index of ``point`` along the Hilbert curve through the cube of side 2^bits.
+
+    J. Skilling, Programming the Hilbert curve, AIP Conference Proceedings 707, 2004.
+    """
     dimensions = range(len(point))
     for bit in reversed(range(1, bits)):
         lower = (1 << bit) - 1

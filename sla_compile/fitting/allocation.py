@@ -1,8 +1,8 @@
-"""``allocate``: a topk for each attention, chosen from data, so that hard layers get more blocks at the same total.
+"""``allocate``: choose a topk for each attention from data, so that hard ones get more blocks at the same total cost.
 
-Each attention's error is measured at a small ladder of topk values, and how much of it reaches the model's output. Then
-every attention starts at the lowest rung, and the raise that takes away most error for its cost is made as long as the
-budget has room for one.
+For each attention its error is measured at several topks, the rungs of a ladder, and how much of that error reaches the
+model's output. Then all start at the lowest rung, and one after the other the raise that removes most error for its
+cost is made, as long as the budget has room.
 """
 
 from __future__ import annotations
@@ -22,37 +22,43 @@ from torch import nn
 from sla_compile.common.blocks import to_millionths
 from sla_compile.compiler.preparation import prepare, unwrapped
 from sla_compile.config import SLAConfig
-from sla_compile.fitting.observer import Arguments, first_of, nothing_gated, prepared_for
-from sla_compile.fitting.sensitivity import Measured, Outputs, measure
-from sla_compile.gate import gates, model_config
+from sla_compile.fitting.observer import Arguments, no_gated_call_message, peek_first, prepared_or_rolled_back
+from sla_compile.fitting.sensitivity import OutputErrors, SiteSensitivity, measure_sites
+from sla_compile.gate import gates, model_config, owner_path
 
 __all__ = ["AllocationReport", "SiteAllocation", "allocate"]
 
 OBJECTIVES = ("output", "attention")
-_HELD_BATCHES = 4
+_OUTPUT_BATCHES = 4
+"""How many batches, the first ones, errors of the model's output are measured on."""
 
 LADDER = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-"""Rungs, in units of the budget."""
+"""topks to choose from, in units of the budget."""
+
+_ROUNDING = 1e-9
+"""Relative difference that two sums of the same costs may have, when added in another order."""
 
 
 @dataclass(frozen=True)
 class SiteAllocation:
-    """What one attention was given; errors are ||O - dense|| / ||dense|| over all tokens of the batches."""
+    """The topk that one attention was given; errors are ||O - dense|| / ||dense|| over all tokens of the batches."""
 
     path: str
     """Module path of the gate."""
     topk_before: float
     topk: float
     before: float
-    """Error with the topk it had."""
+    """Error with ``topk_before``."""
     uniform: float
     """Error with the budget as the topk of every attention."""
     after: float
+    """Error with ``topk``."""
     work: float
-    """Its share of the work of all attentions, if all were dense."""
+    """Its share of the pairs of query and key tokens of all attentions."""
     calls: int
+    """How often it was called."""
     effect: float | None = None
-    """||output - dense output||^2 / ||dense output||^2 of the model for each unit of this attention's squared error."""
+    """Relative squared error of the model's output per unit of this attention's; None for objective="attention"."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,7 +72,7 @@ class AllocationReport:
     critical_uniform: float
     """Share of all pairs of blocks that is critical with the budget as topk everywhere."""
     critical: float
-    """The same as allocated: at most that of ``critical_uniform``."""
+    """The same as allocated: at most ``critical_uniform``."""
     objective: str
     output_uniform: float
     """||output - dense output|| / ||dense output|| on the first four batches with the budget as topk."""
@@ -129,20 +135,20 @@ def allocate(
     ladder: Sequence[float] = LADDER,
     objective: str = "output",
 ) -> AllocationReport:
-    """Give each attention of ``model`` the topk that makes most of ``budget``; no training.
+    """Choose a topk for each attention of ``model`` that keeps errors small, at a mean of ``budget``; no training.
 
     The model runs eagerly and dense, in the mode (train or eval) it is in. At each attention that has a gate, the
-    output with the gate as it is, at each rung of the ladder, is compared with the dense one; numbers per rung are
-    all that is kept. There are never more critical blocks in all than ``topk=budget`` everywhere has, and where no
-    allocation that is found is better than that, that it is.
+    output with the gate as it is, at each topk of the ladder, is compared with the dense one; a few sums per topk are
+    all that is kept. There are never more critical blocks in total than with ``topk=budget`` everywhere, and if no
+    better allocation is found, each attention gets ``budget``.
 
-    - ``objective="output"``: the model's output error is made small. How much of an attention's error reaches it is
+    - ``objective="output"`` minimises the error of the model's output. How much of an attention's error reaches it is
       measured on the first four batches, which should differ in their diffusion times, at a forward per attention.
-    - ``objective="attention"``: the sum over attentions of the squared relative error is.
+    - ``objective="attention"`` minimises the sum over attentions of the squared relative error.
 
-    In a model prepared with ``max_topk`` the topks go to the gates' buffers, as `set_sparsity` does. Otherwise the
-    model is prepared again with an override for each module, and compiles anew at its next call. Two attentions of
-    one module then get one topk.
+    In a model prepared with ``max_topk`` the topks go to the gates' buffers, as by `set_sparsity`. Otherwise the model
+    is prepared again with an override for each module, and recompiles at its next call. Two attentions of one module
+    then get one topk.
 
     Args:
         model: any module, prepared, compiled, or neither; without gates it is prepared with the first batch.
@@ -151,59 +157,66 @@ def allocate(
         config: settings for ``prepare``; by default those the model has been prepared with.
         max_batches: how many batches to use at most; None: all of them.
         ladder: topks to choose from, in units of the budget; those beyond a site's range are left out.
-        objective: as above.
+        objective: "output" or "attention".
 
     Raises:
         TypeError: ``model`` is no module, or a batch is neither a tuple nor a mapping.
-        ValueError: a refused setting, a budget that a site's ``max_topk`` or ``bottomk`` has no room for, no batch,
-            no attention with a gate was reached, or numbers that are not finite. The model is then as it was.
+        ValueError: a refused setting, a budget above a site's ``max_topk`` or 1 - bottomk, no batch, no attention with
+            a gate was reached, or numbers that are not finite. The model is then as it was.
     """
-    _check(budget, ladder, objective, max_batches)
+    _check_arguments(budget, ladder, objective, max_batches)
     model = unwrapped(model)
-    first, stream = first_of(batches, max_batches)
-    held = list(islice(stream, _HELD_BATCHES))
-    with prepared_for(model, first, config):
+    first, stream = peek_first(batches, max_batches)
+    first_batches = list(islice(stream, _OUTPUT_BATCHES))
+    with prepared_or_rolled_back(model, first, config):
         at_run_time = all(gate.sparsity is not None for gate in gates(model).values())
-        measured = {path: Measured.of(path, gate, budget, ladder) for path, gate in gates(model).items()}
-        count = measure(model, chain(held, stream), measured)
-        reached = {path: site for path, site in measured.items() if site.calls}
+        known = {path: SiteSensitivity.of_gate(path, gate, budget, ladder) for path, gate in gates(model).items()}
+        count = measure_sites(model, chain(first_batches, stream), known)
+        reached = {path: site for path, site in known.items() if site.calls}
         if not reached:
-            raise ValueError(nothing_gated(model, first))
-        evenly, outputs = dict.fromkeys(reached, budget), Outputs(model, held, reached)
+            raise ValueError(no_gated_call_message(model, first))
+        uniform, outputs = dict.fromkeys(reached, budget), OutputErrors(model, first_batches, reached)
         if objective == "output":
-            outputs.weigh(budget)
+            outputs.measure_effects(budget)
         chosen = _water_fill(list(reached.values()), budget, at_run_time)
-        errors = outputs.squared(evenly), outputs.squared(chosen)
-        if objective == "output" and errors[1] > errors[0]:
-            chosen, errors = evenly, (errors[0], errors[0])
-        report = _report(model, count, budget, objective, errors, reached, chosen, measured)
-        _set(model, first, chosen, at_run_time)
+        losses = outputs.relative_loss(uniform), outputs.relative_loss(chosen)
+        if objective == "output" and losses[1] > losses[0]:
+            chosen, losses = uniform, (losses[0], losses[0])
+        report = _report(model, count, budget, objective, losses, reached, chosen, known)
+        _set_topks(model, first, chosen, at_run_time)
     return report
 
 
 @dataclass
-class _Group:
-    """Attentions that share one topk: loss and cost at each rung, and the rung they are on."""
+class _SharedTopk:
+    """Attentions that get one topk: their loss and cost at each rung, and the rung they are on."""
 
-    members: list[Measured]
+    members: list[SiteSensitivity]
     rungs: tuple[float, ...]
+    """Those that all members have, ascending."""
     loss: list[float]
+    """For each rung, the members' relative losses, weighted by their effect on the output and summed."""
     cost: list[float]
+    """For each rung, pairs of tokens in critical blocks."""
     rung: int = 0
+    """Index of the rung they are on."""
 
     @classmethod
-    def of(cls, members: list[Measured]) -> _Group:
+    def of(cls, members: list[SiteSensitivity]) -> _SharedTopk:
         shared = set(members[0].rungs).intersection(*(member.rungs for member in members))
         rungs = tuple(sorted(shared))
         places = [[member.rungs.index(rung) for rung in rungs] for member in members]
         weights = [1.0 if member.effect is None else member.effect for member in members]
-        losses = [[w * loss for loss in member.losses()] for w, member in zip(weights, members, strict=True)]
+        losses = [[w * loss for loss in member.relative_losses()] for w, member in zip(weights, members, strict=True)]
         loss = [sum(own[p[i]] for own, p in zip(losses, places, strict=True)) for i in range(len(rungs))]
         cost = [sum(m.critical[p[i]] for m, p in zip(members, places, strict=True)) for i in range(len(rungs))]
         return cls(members, rungs, loss, cost)
 
     def best_raise(self, room: float) -> tuple[float, int] | None:
-        """Loss taken away per cost, and the rung, of the best raise that costs at most ``room``."""
+        """The raise to a higher rung, of those that cost at most ``room``, that removes most loss per cost.
+
+        Returns that ratio and the index of the rung; None if no raise removes any loss.
+        """
         raises: list[tuple[float, int]] = []
         for rung in range(self.rung + 1, len(self.rungs)):
             gain, cost = self.loss[self.rung] - self.loss[rung], self.cost[rung] - self.cost[self.rung]
@@ -212,7 +225,7 @@ class _Group:
         return max(raises, default=None)
 
 
-def _check(budget: float, ladder: Sequence[float], objective: str, max_batches: int | None) -> None:
+def _check_arguments(budget: float, ladder: Sequence[float], objective: str, max_batches: int | None) -> None:
     SLAConfig.check_value("topk", budget)
     if not ladder or not all(0 < rung < math.inf for rung in ladder):
         raise ValueError(f"ladder: got {ladder!r}; accepted: at least one finite number above 0")
@@ -222,15 +235,17 @@ def _check(budget: float, ladder: Sequence[float], objective: str, max_batches: 
         raise ValueError(f"max_batches: got {max_batches}; accepted: an integer of at least 1, or None")
 
 
-def _water_fill(sites: list[Measured], budget: float, at_run_time: bool) -> dict[str, float]:
-    """topk by gate path."""
-    together: dict[str, list[Measured]] = {}
+def _water_fill(sites: list[SiteSensitivity], budget: float, at_run_time: bool) -> dict[str, float]:
+    """topk by gate path: the raises that remove most loss per cost, from the lowest rungs up to the budget's cost.
+
+    Attentions of one module get one topk, unless it is set ``at_run_time``, in the buffer of each gate.
+    """
+    by_key: dict[str, list[SiteSensitivity]] = {}
     for site in sites:
-        together.setdefault(site.path if at_run_time else site.path.rpartition(".")[0], []).append(site)
-    groups = [_Group.of(members) for members in together.values()]
-    room = sum(group.cost[group.rungs.index(budget)] for group in groups)
-    slack = 1e-9 * room  # sums of the same numbers in another order
-    room += slack - sum(group.cost[0] for group in groups)
+        by_key.setdefault(site.path if at_run_time else owner_path(site.path), []).append(site)
+    groups = [_SharedTopk.of(members) for members in by_key.values()]
+    total = sum(group.cost[group.rungs.index(budget)] for group in groups)
+    room = total * (1 + _ROUNDING) - sum(group.cost[0] for group in groups)
     while True:
         raises = [(found, group) for group in groups if (found := group.best_raise(room)) is not None]
         if not raises:
@@ -249,18 +264,19 @@ def _report(
     count: int,
     budget: float,
     objective: str,
-    outputs: tuple[float, float],
-    reached: Mapping[str, Measured],
+    output_losses: tuple[float, float],
+    reached: Mapping[str, SiteSensitivity],
     chosen: Mapping[str, float],
     known: Iterable[str],
 ) -> AllocationReport:
+    """``output_losses``: relative losses of the output with the budget everywhere, and as chosen."""
     total = sum(site.work for site in reached.values())
     sites, uniform, critical = [], 0.0, 0.0
     for path, site in reached.items():
-        error = {rung: math.sqrt(loss) for rung, loss in zip(site.rungs, site.losses(), strict=True)}
-        share = dict(zip(site.rungs, site.critical, strict=True))
-        uniform += share[budget] / total
-        critical += share[chosen[path]] / total
+        error = {rung: math.sqrt(loss) for rung, loss in zip(site.rungs, site.relative_losses(), strict=True)}
+        critical_work = dict(zip(site.rungs, site.critical, strict=True))
+        uniform += critical_work[budget] / total
+        critical += critical_work[chosen[path]] / total
         errors = (error[site.topk_before], error[budget], error[chosen[path]])
         sites.append(
             SiteAllocation(path, site.topk_before, chosen[path], *errors, site.work / total, site.calls, site.effect)
@@ -272,14 +288,15 @@ def _report(
         critical_uniform=uniform,
         critical=critical,
         objective=objective,
-        output_uniform=math.sqrt(outputs[0]),
-        output=math.sqrt(outputs[1]),
+        output_uniform=math.sqrt(output_losses[0]),
+        output=math.sqrt(output_losses[1]),
         sites=tuple(sites),
         unreached=tuple(path for path in known if path not in reached),
     )
 
 
-def _set(model: nn.Module, first: Arguments, chosen: Mapping[str, float], at_run_time: bool) -> None:
+def _set_topks(model: nn.Module, first: Arguments, chosen: Mapping[str, float], at_run_time: bool) -> None:
+    """Give each gate its chosen topk: in its buffer if ``at_run_time``, else by overrides of the settings."""
     found, config = gates(model), model_config(model)
     if at_run_time:
         with torch.no_grad():
@@ -291,9 +308,9 @@ def _set(model: nn.Module, first: Arguments, chosen: Mapping[str, float], at_run
     assert config is not None  # a gate has one
     overrides = {pattern: dict(fields) for pattern, fields in config.overrides.items()}
     for path, topk in chosen.items():
-        site = path.rpartition(".")[0]
+        site = owner_path(path)
         pattern = glob.escape(site)
-        # The last override wins, so this one keeps what the others have made of the fields it had.
+        # This override goes last and so wins: the other fields it has get the values that were in force.
         kept = {name: getattr(config.for_site(site), name) for name in overrides.pop(pattern, {})}
         overrides[pattern] = {**kept, "topk": topk}
     prepare(model, *first, config=dataclasses.replace(config, overrides=overrides))

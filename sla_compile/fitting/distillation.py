@@ -1,4 +1,4 @@
-"""``distill``: train the gates alone, to match the dense attention of each site or the dense model's output.
+"""``distill``: train the gates alone, towards the dense attention of each site or the dense model's output.
 
 No second copy of the model is needed: a prepared model that runs eagerly is the dense model, its own teacher.
 """
@@ -20,22 +20,28 @@ from torch import Tensor, nn
 
 from sla_compile.compiler.preparation import unwrapped
 from sla_compile.config import SLAConfig
-from sla_compile.fitting.calibration import SiteError, SiteStatistics, gather, mean_error, sites_dict
-from sla_compile.fitting.observer import Arguments, call_arguments, nothing_gated, prepared_for
+from sla_compile.fitting.calibration import SiteError, gather, mean_error, sites_dict
+from sla_compile.fitting.observer import Arguments, batch_arguments, no_gated_call_message, prepared_or_rolled_back
+from sla_compile.fitting.regression import SiteStatistics
 from sla_compile.gate import gates, model_config
 from sla_compile.user_warnings import UntrainedGatesWarning
 
-__all__ = ["LOSSES", "DistillationReport", "distill", "floating"]
+__all__ = ["LOSSES", "DistillationReport", "at_least_float32", "distill", "floating_tensors"]
 
 LOSSES = ("attention", "output")
 _MEASURED_BATCHES = 4
+"""How many batches, the first ones, errors are measured on."""
+
+_WARM_UP_SHARE, _MAX_WARM_UP = 10, 10
+"""Warm-up of the learning rate: one in so many steps, and at most so many."""
 
 Progress = Callable[[int, float], None]
+"""Called after each step with its number, from 0, and its loss."""
 
 
 @dataclass(frozen=True, repr=False)
 class DistillationReport:
-    """The losses of a distillation and what it did to each site's attention error."""
+    """The losses of a distillation and what it did to each site's attention error; prints as a table."""
 
     model: str
     """Class of the model."""
@@ -49,6 +55,7 @@ class DistillationReport:
     output_before: float | None = None
     """||output - dense output|| / ||dense output|| before; None for loss="attention", which compiles nothing."""
     output_after: float | None = None
+    """The same afterwards."""
     unreached: tuple[str, ...] = ()
     """Gates whose attention the measured batches did not reach."""
 
@@ -97,19 +104,20 @@ def distill(
 ) -> DistillationReport:
     """Train the gates of ``model``, and nothing else, against its own dense attention or output.
 
-    AdamW without weight decay on float64 copies of the gates; a warm-up over a tenth of the steps (at most 10),
-    then a cosine to zero. All else is frozen; every ``requires_grad`` and ``grad`` is afterwards as before,
-    whatever happens. The model keeps its mode, train or eval. The same arguments give the same gates.
+    The optimizer is AdamW without weight decay on float64 copies of the gates; the learning rate warms up over a tenth
+    of the steps (at most 10) and follows a cosine to zero. All other parameters are frozen; afterwards, also after an
+    exception, every ``requires_grad`` and ``grad`` is as before. The model keeps its mode, train or eval. The same
+    arguments give the same gates.
 
     - ``loss="attention"``: the sum over sites of ||O - dense||^2 / ||dense||^2 on the dense model's inputs, all
-      in one pass. `calibrate` has this loss's minimum in closed form; this goes there a batch at a time.
+      in one forward. `calibrate` computes this loss's minimum in closed form; this approaches it a batch at a time.
     - ``loss="output"``: ||output - dense output||^2 / ||dense output||^2 over all floating-point tensors of the
       output. The student is the model compiled with ``backend="sla"``, the teacher the same model uncompiled.
 
     Args:
         model: any module, prepared, compiled, or neither; without gates it is prepared with the first batch.
         batches: tuples of positional, or mappings of keyword, arguments of the model, on its device. A list or
-            a DataLoader is begun again when it ends; an iterator has to last. Errors are of the first four.
+            a DataLoader is started again when it ends; an iterator has to last. Errors are those on the first four.
         steps: updates of the gates, one batch each.
         lr: the highest learning rate.
         loss: "attention" or "output".
@@ -121,31 +129,32 @@ def distill(
     Raises:
         TypeError: ``model`` is no module, or a batch is neither a tuple nor a mapping.
         ValueError: no batch, an iterator that ends early, no gated attention, an output without floating-point
-            tensors, a refused setting, or a loss that is not finite, with its step. As with any exception after
-            the first step, the gates are then those of the last step whose loss was finite.
+            tensors, a refused setting, or a loss that is not finite, with its step. After this, as after any
+            exception from the first step on, the gates are those of the last step whose loss was finite.
     """
-    _check(steps, lr, loss, compile_options)
+    _check_arguments(steps, lr, loss, compile_options)
     model = unwrapped(model)
-    held, source = _hold(batches, min(_MEASURED_BATCHES, steps))
+    measured, source = _first_and_all(batches, min(_MEASURED_BATCHES, steps))
     with torch.inference_mode(False), torch.enable_grad():
-        with prepared_for(model, held[0], config):
-            sites = _measure(model, held)
+        with prepared_or_rolled_back(model, measured[0], config):
+            sites = _gather_finite(model, measured)
         before = {path: _error(statistics) for path, statistics in sites.items()}
         with _only_gates_trainable(model):
-            copies = _Copies(model)
+            copies = _Float64Copies(model)
             output = _OutputLoss(model, copies, compile_options) if loss == "output" else None
-            outputs: tuple[float | None, ...] = (output.error(held) if output else None,)
+            outputs: tuple[float | None, ...] = (output.error(measured) if output else None,)
             losses = _train(
                 output or _AttentionLoss(model, copies), copies, _cycled(source, steps), steps, lr, progress
             )
-            outputs += (output.error(held) if output else None,)
-    return _report(model, loss, losses, len(held), sites, before, outputs)
+            outputs += (output.error(measured) if output else None,)
+    return _report(model, loss, losses, len(measured), sites, before, outputs)
 
 
-def _measure(model: nn.Module, held: list[Arguments]) -> dict[str, SiteStatistics]:
-    _, sites = gather(model, held)
+def _gather_finite(model: nn.Module, batches: list[Arguments]) -> dict[str, SiteStatistics]:
+    """Statistics by gate path; ValueError if no gated attention is reached, or one is not finite."""
+    _, sites = gather(model, batches)
     if not sites:
-        raise ValueError(nothing_gated(model, held[0]))
+        raise ValueError(no_gated_call_message(model, batches[0]))
     _refuse_not_finite(sites, "on the first batches")
     return sites
 
@@ -175,7 +184,7 @@ def _report(
     )
 
 
-def _check(steps: int, lr: float, loss: str, compile_options: Any) -> None:
+def _check_arguments(steps: int, lr: float, loss: str, compile_options: Any) -> None:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps: got {steps!r}; accepted: an integer of at least 1")
     if not 0 < lr < math.inf:
@@ -192,27 +201,27 @@ def _error(statistics: SiteStatistics) -> float:
 
 def _refuse_not_finite(sites: Mapping[str, SiteStatistics], where: str) -> None:
     for path, statistics in sites.items():
-        if not statistics.finite():
+        if not statistics.is_finite():
             raise ValueError(f"{path}: attention, or a branch of it, is not finite {where}")
 
 
-def _hold(batches: Iterable[Any], count: int) -> tuple[list[Arguments], Iterable[Any]]:
-    """The first ``count`` batches, and the batches from the first on again."""
+def _first_and_all(batches: Iterable[Any], count: int) -> tuple[list[Arguments], Iterable[Any]]:
+    """The arguments in the first ``count`` batches; and all batches, those included, also where it is an iterator."""
     iterator = iter(batches)
     first = list(islice(iterator, count))
-    held = [call_arguments(batch, i) for i, batch in enumerate(first)]
-    if not held:
+    arguments = [batch_arguments(batch, i) for i, batch in enumerate(first)]
+    if not arguments:
         raise ValueError("batches: empty; accepted: an iterable of at least one batch")
-    return held, chain(first, iterator) if iterator is batches else batches
+    return arguments, chain(first, iterator) if iterator is batches else batches
 
 
 def _cycled(batches: Iterable[Any], steps: int) -> Iterator[Arguments]:
-    """``steps`` batches, from the first on again whenever they end."""
+    """``steps`` batches, started again whenever they end; ValueError if they end early and cannot be."""
     done = 0
     while done < steps:
         start = done
         for batch in islice(batches, steps - done):
-            yield call_arguments(batch, done)
+            yield batch_arguments(batch, done)
             done += 1
         if done == start or (done < steps and isinstance(batches, Iterator)):
             raise ValueError(
@@ -223,7 +232,7 @@ def _cycled(batches: Iterable[Any], steps: int) -> Iterator[Arguments]:
 
 @contextmanager
 def _only_gates_trainable(model: nn.Module) -> Iterator[None]:
-    """Freeze all of ``model`` but its gates; afterwards every ``requires_grad`` is as before."""
+    """Within this context only the gates of ``model`` require gradients; afterwards all do that did before."""
     known = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     trained = {id(parameter) for gate in gates(model).values() for parameter in gate.parameters()}
     try:
@@ -235,8 +244,8 @@ def _only_gates_trainable(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(wanted)
 
 
-class _Copies:
-    """Float64 copies of all gates, which the optimizer moves: small steps would be lost in 16-bit gates."""
+class _Float64Copies:
+    """Float64 copies of all gate parameters, for the optimizer: 16-bit gates would round small steps away."""
 
     def __init__(self, model: nn.Module) -> None:
         self.gates = gates(model)
@@ -247,15 +256,15 @@ class _Copies:
 
     @torch.no_grad()
     def store(self, values: Iterable[Tensor]) -> None:
-        """Give the gates ``values``."""
+        """Copy ``values`` into the gates' parameters, in their order."""
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.copy_(value)
 
 
 class _AttentionLoss:
-    """Attention errors of all sites, as functions of the copies."""
+    """The sum over sites of the attention's relative squared error, as a function of the copies."""
 
-    def __init__(self, model: nn.Module, copies: _Copies) -> None:
+    def __init__(self, model: nn.Module, copies: _Float64Copies) -> None:
         self.model, self.copies = model, copies
 
     def __call__(self, batch: Arguments, step: int) -> tuple[Tensor, list[Tensor]]:
@@ -264,15 +273,15 @@ class _AttentionLoss:
         _refuse_not_finite(sites, f"at step {step}")
         terms = [statistics.relative_loss(*self.copies.of_gate[path]) for path, statistics in sites.items()]
         if not terms:
-            raise ValueError(f"step {step}: {nothing_gated(self.model, batch)}")
+            raise ValueError(f"step {step}: {no_gated_call_message(self.model, batch)}")
         loss = torch.stack([term.to(terms[0].device) for term in terms]).sum()
         return loss.detach(), _gradients(loss, self.copies.tensors)
 
 
 class _OutputLoss:
-    """Distance of the compiled model's output from that of the model run eagerly, as a function of the gates."""
+    """Relative squared error of the compiled model's output, the eager model's being right; a function of the gates."""
 
-    def __init__(self, model: nn.Module, copies: _Copies, options: Mapping[str, Any] | SLAConfig | None) -> None:
+    def __init__(self, model: nn.Module, copies: _Float64Copies, options: Mapping[str, Any] | SLAConfig | None) -> None:
         if options is None and (config := model_config(model)) is not None:
             options = {"inner": config.inner, **config.inductor}
         self.model, self.copies = model, copies
@@ -282,69 +291,75 @@ class _OutputLoss:
         """The loss and its gradient with respect to the gates."""
         distance, norm = self._distance(batch)
         if not distance.requires_grad:
-            raise ValueError(f"step {step}: {nothing_gated(self.model, batch)}")
+            raise ValueError(f"step {step}: {no_gated_call_message(self.model, batch)}")
         loss = distance / norm.clamp(min=torch.finfo(norm.dtype).tiny)
         return loss.detach(), _gradients(loss, self.copies.parameters)
 
     def error(self, batches: Iterable[Arguments]) -> float:
         """||output - dense output|| / ||dense output|| over ``batches``."""
         distance = norm = 0.0
-        for batch in batches:  # with gradients as in training: without, it would be another compile
+        for batch in batches:  # gradients enabled as in training: without, Dynamo would compile once more
             pair = self._distance(batch)
             distance, norm = distance + pair[0].item(), norm + pair[1].item()
         return math.sqrt(distance / norm) if norm > 0 else math.sqrt(distance)
 
     def _distance(self, batch: Arguments) -> tuple[Tensor, Tensor]:
+        """||output - dense output||^2 and ||dense output||^2, each a 0-d tensor; only the first has a gradient."""
         args, kwargs = batch
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            wanted = list(floating(self.model(*args, **kwargs)))
+            wanted = list(floating_tensors(self.model(*args, **kwargs)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UntrainedGatesWarning)  # they are being trained
-            got = list(floating(self.student(*args, **kwargs)))
+            got = list(floating_tensors(self.student(*args, **kwargs)))
         if not wanted or [t.shape for t in got] != [t.shape for t in wanted]:
             raise ValueError(
                 f"{type(self.model).__name__}: its output has no floating-point tensors that compare with the dense "
                 f"ones (shapes {[tuple(t.shape) for t in got]}, dense {[tuple(t.shape) for t in wanted]})"
             )
-        pairs = [(_wide(g), _wide(w)) for g, w in zip(got, wanted, strict=True)]
+        pairs = [(at_least_float32(g), at_least_float32(w)) for g, w in zip(got, wanted, strict=True)]
         distance = torch.stack([(g - w).square().sum() for g, w in pairs]).sum()
         return distance, torch.stack([w.square().sum() for _, w in pairs]).sum()
 
 
-def _wide(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in float32, or in float64 if it is that."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def floating(output: Any) -> Iterator[Tensor]:
+def floating_tensors(output: Any) -> Iterator[Tensor]:
     """Every floating-point tensor in ``output``: a tensor, or tuples, lists, mappings and dataclasses of them."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
     elif isinstance(output, Mapping):
-        yield from floating(list(output.values()))
+        yield from floating_tensors(list(output.values()))
     elif isinstance(output, tuple | list):
         for part in output:
-            yield from floating(part)
+            yield from floating_tensors(part)
     elif dataclasses.is_dataclass(output):
-        yield from floating([getattr(output, field.name) for field in dataclasses.fields(output)])
+        yield from floating_tensors([getattr(output, field.name) for field in dataclasses.fields(output)])
 
 
 def _gradients(loss: Tensor, tensors: list[Any]) -> list[Tensor]:
+    """The gradient of ``loss`` for each of ``tensors``; zeros for one that it does not depend on."""
     found = torch.autograd.grad(loss, tensors, allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, found, strict=True)]
 
 
 def _train(
     objective: Callable[[Arguments, int], tuple[Tensor, list[Tensor]]],
-    copies: _Copies,
+    copies: _Float64Copies,
     batches: Iterator[Arguments],
     steps: int,
     lr: float,
     progress: Progress | None,
 ) -> list[float]:
-    """The loss at each step; an exception leaves the gates of the last finite loss."""
+    """Train for ``steps`` and return the loss at each; after an exception the gates are those of the last finite loss.
+
+    ``objective`` returns, for a batch and the number of the step, the loss and its gradients for ``copies.tensors``.
+    """
     optimizer = torch.optim.AdamW(copies.tensors, lr=lr, weight_decay=0.0)
-    warm_up = max(1, min(10, steps // 10))
+    warm_up = max(1, min(_MAX_WARM_UP, steps // _WARM_UP_SHARE))
     finite = [tensor.detach().clone() for tensor in copies.tensors]
     losses: list[float] = []
     try:

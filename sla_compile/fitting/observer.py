@@ -1,7 +1,8 @@
-"""The attention calls that have a gate, seen while a prepared model runs eagerly; the model is not edited.
+"""Observe, and replace, the attention calls that have a gate while a prepared model runs eagerly.
 
-A ``TorchFunctionMode`` sees every call of ``F.scaled_dot_product_attention``; hooks, there only as long as the
-mode is, tell whose call it is. Owner, ordinal and decision follow the rules that ``sites`` applies to a graph.
+A ``TorchFunctionMode`` receives every call of ``F.scaled_dot_product_attention``; temporary hooks tell which module
+made it. Owner, ordinal and decision follow the rules that ``compiler.sites`` applies to a graph, so what is observed is
+what ``backend="sla"`` would rewrite.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-import sla_compile.ops  # noqa: F401  the library op that gives the branches
+import sla_compile.ops  # noqa: F401  registers sla::forward
 from sla_compile.compiler.preparation import prepare
 from sla_compile.compiler.sites import requirements
 from sla_compile.config import SLAConfig
@@ -29,62 +30,76 @@ from sla_compile.passes.find_attention import SDPA_TARGETS, attention_call
 from sla_compile.passes.operands import example
 from sla_compile.reporting.model_report import explain
 
-__all__ = ["GatedCall", "call_arguments", "first_of", "gated_calls", "nothing_gated", "prepared_for"]
+__all__ = [
+    "Arguments",
+    "GatedCall",
+    "batch_arguments",
+    "gated_calls",
+    "no_gated_call_message",
+    "peek_first",
+    "prepared_or_rolled_back",
+]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of one call of a model."""
+
+_KEPT_SHOWN = 3
+"""How many attentions that stay dense an error explains."""
 
 
 @dataclass(frozen=True)
 class GatedCall:
-    """One call of an attention that has a gate: query, key, value and dense output (B, H, N, D).
-
-    Keys and values have as many heads as the queries. ``decision`` says what the op has to be told of the call, and
-    which order the tokens of query, key, value and key mask are in; those of every output are in the model's.
-    """
+    """One call of an attention that has a gate: its operands as the op takes them, and its dense output."""
 
     path: str
     """Module path of the gate."""
     gate: Gate
     query: Tensor
+    """(B, H, N, D), its tokens in the order that ``decision`` gives the queries."""
     key: Tensor
+    """(B, H, L, D), as many heads as ``query``; its tokens, as those of value and mask, in the order of the keys."""
     value: Tensor
     key_mask: Tensor | None
     decision: Rewrite
     dense: Tensor
+    """(B, H, N, D), tokens in the model's order, as in every output below."""
 
     @property
     def scale(self) -> float:
         return self.decision.scale
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of the op for this call: its settings, and scale, key mask and the like."""
+        """The keyword arguments of ``sla::forward`` for this call: settings of the site, scale, key mask and so on."""
         tensors = {"key_mask": self.key_mask, "sparsity": self.gate.sparsity}
         return {**tensors, **self.gate.config.compiled_options(), **self.decision.options()}
 
     def branches(self) -> tuple[Tensor, Tensor | None]:
-        """O^s and O^l (B, H, N, D), before the gate; None for an O^l that the settings leave out."""
-        branch = self.gate.config.linear != "none"
+        """O^s and O^l, each (B, H, N, D), before the gate; O^l is None with ``linear="none"``."""
+        has_linear = self.gate.config.linear != "none"
         dim = self.query.shape[3]
-        sparse, linear = self._forward(self.query.new_zeros(dim, dim) if branch else None, None)
-        return sparse, linear if branch else None
+        # A weight of zero: the op's output is O^s, and it returns O^l all the same.
+        sparse, linear = self._run_op(self.query.new_zeros(dim, dim) if has_linear else None, None)
+        return sparse, linear if has_linear else None
 
-    def gated(self, weight: Tensor, bias: Tensor, log_scale: Tensor | None = None) -> Tensor:
-        """The output (B, H, N, D) of Sparse-Linear Attention with this gate, in the dtype of the dense one."""
-        return self._scaled(weight, bias, log_scale)
+    def output_with_gate(self, weight: Tensor, bias: Tensor, log_scale: Tensor | None = None) -> Tensor:
+        """The output (B, H, N, D) of Sparse-Linear Attention with this gate, in the dtype of ``dense``."""
+        return self._output(weight, bias, log_scale)
 
-    def at(self, topk: float, bottomk: float) -> Tensor:
-        """The output (B, H, N, D) with the gate as it is, but with another topk and bottomk than its settings'."""
-        return self._scaled(*self.gate.parameters(), sparsity=None, topk=topk, bottomk=bottomk)
+    def output_with_sparsity(self, topk: float, bottomk: float) -> Tensor:
+        """The output (B, H, N, D) with the gate as it is, but this topk and bottomk."""
+        return self._output(*self.gate.parameters(), sparsity=None, topk=topk, bottomk=bottomk)
 
-    def _scaled(self, weight: Tensor, bias: Tensor, log_scale: Tensor | None = None, **changes: Any) -> Tensor:
-        """The output as the rewritten graph computes it."""
+    def _output(self, weight: Tensor, bias: Tensor, log_scale: Tensor | None = None, **changes: Any) -> Tensor:
+        """The output as the rewritten graph computes it; ``changes`` replace entries of ``options()``."""
         if log_scale is None:
-            return self._forward(weight, bias, **changes)[0].to(self.dense.dtype)
+            return self._run_op(weight, bias, **changes)[0].to(self.dense.dtype)
+        # exp(s) O^s + O^l W^T + b = exp(s) (O^s + O^l (exp(-s) W)^T + exp(-s) b), and the op has no scale.
         inverse = log_scale.neg().exp()[:, None]
-        out, _ = self._forward(weight * inverse[..., None], bias * inverse, **changes)
+        out, _ = self._run_op(weight * inverse[..., None], bias * inverse, **changes)
         return (out * log_scale.exp()[:, None, None]).to(self.dense.dtype)
 
-    def _forward(self, weight: Tensor | None, bias: Tensor | None, **changes: Any) -> tuple[Tensor, Tensor]:
+    def _run_op(self, weight: Tensor | None, bias: Tensor | None, **changes: Any) -> tuple[Tensor, Tensor]:
+        """Output and O^l of ``sla::forward``, tokens back in the model's order."""
         out, linear, _, _ = torch.ops.sla.forward.default(
             self.query, self.key, self.value, weight, bias, **{**self.options(), **changes}
         )
@@ -95,13 +110,14 @@ class GatedCall:
 
 
 Handler = Callable[[GatedCall], Tensor]
+"""Takes a gated call and returns what the model gets as its output, (B, H, N, D)."""
 
 
 @contextmanager
 def gated_calls(model: nn.Module, handler: Handler) -> Iterator[None]:
-    """Within this, ``model`` runs eagerly, and what ``handler`` returns stands in for each gated attention.
+    """Within this context ``model`` runs eagerly, and each gated attention outputs what ``handler`` returns.
 
-    A call that ``backend="sla"`` would keep dense, for its mask or its length, does not reach ``handler``.
+    A call that ``backend="sla"`` would keep dense, for its mask or its length say, does not reach ``handler``.
     """
     mode = _AttentionMode(model, handler)
     handles = []
@@ -109,7 +125,7 @@ def gated_calls(model: nn.Module, handler: Handler) -> Iterator[None]:
         for module in model.modules():
             handles.append(module.register_forward_pre_hook(mode.begin, prepend=True))
             handles.append(module.register_forward_hook(mode.end, always_call=True))
-        # Blocks compiled by themselves would run sparse, and out of the mode's sight.
+        # Blocks that are compiled by themselves would run sparse, and the mode would not see their calls.
         with torch.compiler.set_stance("force_eager"), mode:
             yield
     finally:
@@ -133,13 +149,13 @@ class _AttentionMode(TorchFunctionMode):
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         self.running.pop()
-        seen = self.counts.pop()
+        called = self.counts.pop()
         gated = own_gates(module).values()
         last = max((gate.ordinal for gate in gated), default=-1)
-        if output is not None and 0 < seen <= last:  # output is None where the forward raised
+        if output is not None and 0 < called <= last:  # output is None where the forward raised
             paths = ", ".join(self.paths[id(gate)] for gate in gated)
             raise ValueError(
-                f"{paths}: the owner called F.scaled_dot_product_attention {seen} time(s), but has a gate for its "
+                f"{paths}: the owner called F.scaled_dot_product_attention {called} time(s), but has a gate for its "
                 f"attention number {last + 1}, so which call a gate belongs to is not known; accepted: owners whose "
                 f"every attention is such a call, none written by hand"
             )
@@ -155,7 +171,7 @@ class _AttentionMode(TorchFunctionMode):
         gate = own_gates(self.running[-1]).get(gate_name(ordinal))
         if gate is None:
             return output
-        # Normal form and decision read tensors as they read the nodes of a graph.
+        # The passes read tensors as they read the nodes of a graph, so a call can stand for a node.
         node = SimpleNamespace(args=args, kwargs=kwargs or {}, meta={})
         call = attention_call(cast(Any, node), cast(Any, None))
         decision = decide(dataclasses.replace(call, node=output), requirements(gate.config), gate.seen)
@@ -166,8 +182,8 @@ class _AttentionMode(TorchFunctionMode):
         return self.handler(GatedCall(self.paths[id(gate)], gate, query, key, value, mask, decision, output))
 
 
-def call_arguments(batch: Any, position: int) -> Arguments:
-    """The positional and keyword arguments that ``batch``, the item ``position`` of the batches, stands for."""
+def batch_arguments(batch: Any, position: int) -> Arguments:
+    """The arguments in ``batch``, number ``position`` of the batches; TypeError if it is no tuple, list or mapping."""
     if isinstance(batch, Mapping):
         return (), dict(batch)
     if isinstance(batch, tuple | list):
@@ -178,9 +194,9 @@ def call_arguments(batch: Any, position: int) -> Arguments:
     )
 
 
-def first_of(batches: Iterable[Any], count: int | None) -> tuple[Arguments, Iterator[Arguments]]:
-    """The first batch, and all (with that one) up to ``count``; ValueError where there is none."""
-    stream = (call_arguments(batch, i) for i, batch in enumerate(islice(batches, count)))
+def peek_first(batches: Iterable[Any], count: int | None) -> tuple[Arguments, Iterator[Arguments]]:
+    """The first batch; and the first ``count`` batches, that one included (None: all). ValueError if there is none."""
+    stream = (batch_arguments(batch, i) for i, batch in enumerate(islice(batches, count)))
     first = next(stream, None)
     if first is None:
         raise ValueError("batches: empty; accepted: an iterable of at least one batch")
@@ -188,8 +204,10 @@ def first_of(batches: Iterable[Any], count: int | None) -> tuple[Arguments, Iter
 
 
 @contextmanager
-def prepared_for(model: nn.Module, example: Arguments, config: SLAConfig | Mapping[str, Any] | None) -> Iterator[None]:
-    """Give ``model`` gates where it has none, or new settings; taken back if an exception leaves the block."""
+def prepared_or_rolled_back(
+    model: nn.Module, example: Arguments, config: SLAConfig | Mapping[str, Any] | None
+) -> Iterator[None]:
+    """Prepare ``model`` if it has no gates or ``config`` is given; undone if an exception leaves the context."""
     if gates(model) and config is None:
         yield
         return
@@ -197,7 +215,7 @@ def prepared_for(model: nn.Module, example: Arguments, config: SLAConfig | Mappi
     prepare(model, *example, config=config)
     try:
         if not gates(model):
-            raise ValueError(nothing_gated(model, example, config))
+            raise ValueError(no_gated_call_message(model, example, config))
         yield
     except BaseException:
         if previous is not None:
@@ -207,14 +225,16 @@ def prepared_for(model: nn.Module, example: Arguments, config: SLAConfig | Mappi
         raise
 
 
-def nothing_gated(model: nn.Module, example: Arguments, config: SLAConfig | Mapping[str, Any] | None = None) -> str:
-    """Why no attention of ``model`` is sparse-linear at ``example``, for an error."""
+def no_gated_call_message(
+    model: nn.Module, example: Arguments, config: SLAConfig | Mapping[str, Any] | None = None
+) -> str:
+    """The text of an error that says why no attention of ``model`` would be rewritten for the arguments ``example``."""
     sites = explain(model, *example, config=config).sites
     kept = [site for site in sites if not site.rewritten]
     reasons: Sequence[str] = [
         f"{site.path or 'the model itself'}: {site.reason}, {site.value} (accepted: {site.accepted})"
-        for site in kept[:3]
+        for site in kept[:_KEPT_SHOWN]
     ]
-    more = f"; and {len(kept) - 3} more" if len(kept) > 3 else ""
+    more = f"; and {len(kept) - _KEPT_SHOWN} more" if len(kept) > _KEPT_SHOWN else ""
     found = "; ".join(reasons) or "no call of F.scaled_dot_product_attention was found"
     return f"{type(model).__name__}: no attention with a gate was reached: {found}{more}"

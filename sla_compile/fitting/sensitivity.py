@@ -1,4 +1,4 @@
-"""What each attention, and the model's output, lose at each topk of a ladder: the measurements behind `allocate`."""
+"""The measurements behind `allocate`: errors of each attention, and of the model's output, at several topks."""
 
 from __future__ import annotations
 
@@ -10,33 +10,43 @@ import torch
 from torch import Tensor, nn
 
 from sla_compile.common.blocks import MILLION, num_blocks, num_critical
-from sla_compile.fitting.distillation import floating
+from sla_compile.fitting.distillation import at_least_float32, floating_tensors
 from sla_compile.fitting.observer import Arguments, GatedCall, gated_calls
+from sla_compile.fitting.regression import TOKENS_PER_CHUNK
 from sla_compile.gate import Gate
 
-__all__ = ["Measured", "Outputs", "measure"]
-
-_TOKENS_PER_CHUNK = 2048
+__all__ = ["OutputErrors", "SiteSensitivity", "measure_sites"]
 
 
 @dataclass
-class Measured:
-    """One attention: its rungs, and for each the squared error and the critical share of the work."""
+class SiteSensitivity:
+    """The error of one attention at each of several topks, its rungs, summed over calls."""
 
     path: str
+    """Module path of the gate."""
     topk_before: float
     bottomk: float
     rungs: tuple[float, ...]
-    squared: Tensor
+    """The topks, ascending."""
+    squared_errors: Tensor
+    """float64 (rungs): ||O - dense||^2."""
     block_k: int
-    dense: float = 0.0
+    dense_square: float = 0.0
+    """||dense||^2."""
     work: float = 0.0
+    """Pairs of query and key tokens, times B and H."""
     critical: list[float] = field(default_factory=list)
+    """For each rung, how much of ``work`` lies in critical blocks."""
     calls: int = 0
     effect: float | None = None
+    """Relative squared error of the model's output per unit of this attention's; None: not measured."""
 
     @classmethod
-    def of(cls, path: str, gate: Gate, budget: float, ladder: Sequence[float]) -> Measured:
+    def of_gate(cls, path: str, gate: Gate, budget: float, ladder: Sequence[float]) -> SiteSensitivity:
+        """Nothing measured yet. The rungs are ``ladder`` times ``budget``, the budget, and the topk of the gate.
+
+        Raises ValueError if ``budget`` is above the gate's ``max_topk`` or what its bottomk leaves.
+        """
         topk, bottomk = gate.shares()
         most = min(1.0 if gate.config.max_topk is None else gate.config.max_topk, 1 - bottomk)
         if budget > most:
@@ -52,34 +62,38 @@ class Measured:
         blocks = num_blocks(call.key.shape[2], self.block_k)
         work = float(batch * heads * queries * call.key.shape[2])
         for i, rung in enumerate(self.rungs):
-            self.squared[i] += _distance(call.at(rung, min(self.bottomk, 1 - rung)), call.dense)
+            self.squared_errors[i] += _squared_distance(
+                call.output_with_sparsity(rung, min(self.bottomk, 1 - rung)), call.dense
+            )
             self.critical[i] += work * num_critical(rung, blocks) / blocks
-        self.dense += _distance(call.dense, None).item()
+        self.dense_square += _squared_distance(call.dense, None).item()
         self.work += work
         self.calls += 1
 
-    def losses(self) -> list[float]:
-        """||O - dense||^2 / ||dense||^2 at each rung."""
-        found: list[float] = (self.squared / max(self.dense, torch.finfo(torch.float64).tiny)).tolist()
-        if not all(map(math.isfinite, found)):
+    def relative_losses(self) -> list[float]:
+        """||O - dense||^2 / ||dense||^2 at each rung; ValueError if one is not finite."""
+        losses: list[float] = (self.squared_errors / max(self.dense_square, torch.finfo(torch.float64).tiny)).tolist()
+        if not all(map(math.isfinite, losses)):
             raise ValueError(f"{self.path}: attention, dense or sparse, is not finite on these batches")
-        return found
+        return losses
 
 
-def _distance(a: Tensor, b: Tensor | None) -> Tensor:
-    """||a - b||^2 of tensors (B, H, N, D) in float64, a chunk at a time; ||a||^2 without b."""
+def _squared_distance(a: Tensor, b: Tensor | None) -> Tensor:
+    """||a - b||^2, or ||a||^2 without b, of tensors (B, H, N, D): 0-d float64, summed a chunk at a time."""
     total = torch.zeros((), dtype=torch.float64, device=a.device)
-    for start in range(0, a.shape[2], _TOKENS_PER_CHUNK):
-        rows = slice(start, start + _TOKENS_PER_CHUNK)
+    for start in range(0, a.shape[2], TOKENS_PER_CHUNK):
+        rows = slice(start, start + TOKENS_PER_CHUNK)
         part = a[:, :, rows].double()
         total += (part if b is None else part - b[:, :, rows].double()).square().sum()
     return total
 
 
 @torch.no_grad()
-def measure(model: nn.Module, batches: Iterable[Arguments], measured: Mapping[str, Measured]) -> int:
+def measure_sites(model: nn.Module, batches: Iterable[Arguments], sites: Mapping[str, SiteSensitivity]) -> int:
+    """Run ``model``, dense, on ``batches`` and measure every call of ``sites`` (by gate path); how many batches."""
+
     def observe(call: GatedCall) -> Tensor:
-        measured[call.path].add(call)
+        sites[call.path].add(call)
         return call.dense
 
     count = 0
@@ -90,46 +104,50 @@ def measure(model: nn.Module, batches: Iterable[Arguments], measured: Mapping[st
     return count
 
 
-class Outputs:
-    """The model's outputs on a few batches while some attentions are sparse, against its dense outputs."""
+class OutputErrors:
+    """Errors of the model's output, on a few batches, while some of its attentions are sparse."""
 
-    def __init__(self, model: nn.Module, batches: Sequence[Arguments], sites: Mapping[str, Measured]) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[Arguments], sites: Mapping[str, SiteSensitivity]) -> None:
         self.model, self.batches, self.sites = model, batches, sites
-        self.dense = self._run(lambda call: call.dense)
-        self.norm = sum(float(_wide(d).square().sum()) for d in self.dense)
+        self.dense = self._outputs(lambda call: call.dense)
+        self.dense_square = sum(float(at_least_float32(d).square().sum()) for d in self.dense)
 
-    def squared(self, topks: Mapping[str, float]) -> float:
-        """||output - dense output||^2 / ||dense output||^2 with these topks by path, the rest dense."""
+    def relative_loss(self, topks: Mapping[str, float]) -> float:
+        """||output - dense output||^2 / ||dense output||^2 with ``topks`` by gate path, all other attention dense.
+
+        Raises ValueError if it is not finite.
+        """
 
         def attend(call: GatedCall) -> Tensor:
             if call.path not in topks:
                 return call.dense
             topk = topks[call.path]
-            return call.at(topk, min(self.sites[call.path].bottomk, 1 - topk))
+            return call.output_with_sparsity(topk, min(self.sites[call.path].bottomk, 1 - topk))
 
-        moved = self._run(attend)
-        total = sum(float((_wide(m) - _wide(d)).square().sum()) for m, d in zip(moved, self.dense, strict=True))
+        sparse = self._outputs(attend)
+        differences = (at_least_float32(s) - at_least_float32(d) for s, d in zip(sparse, self.dense, strict=True))
+        total = sum(float(difference.square().sum()) for difference in differences)
         if not math.isfinite(total):
             raise ValueError(f"{type(self.model).__name__}: its output is not finite on the first batches")
-        return total / self.norm if self.norm > 0 else total
+        return total / self.dense_square if self.dense_square > 0 else total
 
-    def weigh(self, budget: float) -> None:
-        """Set each site's ``effect``, unless the output does not depend on any."""
+    def measure_effects(self, budget: float) -> None:
+        """Set the ``effect`` of each site, from the output's error with topk=``budget`` at that site alone.
+
+        If the output depends on none of them, all stay None.
+        """
         effects = {}
         for path, site in self.sites.items():
-            loss = site.losses()[site.rungs.index(budget)]
-            effects[path] = self.squared({path: budget}) / loss if loss > 0 else 0.0
+            loss = site.relative_losses()[site.rungs.index(budget)]
+            effects[path] = self.relative_loss({path: budget}) / loss if loss > 0 else 0.0
         if any(effects.values()):
             for path, effect in effects.items():
                 self.sites[path].effect = effect
 
     @torch.no_grad()
-    def _run(self, attend: Callable[[GatedCall], Tensor]) -> list[Tensor]:
+    def _outputs(self, attend: Callable[[GatedCall], Tensor]) -> list[Tensor]:
+        """Every floating-point tensor that the model returns, where gated attention gives what ``attend`` returns."""
         devices = {p.device.index or 0 for p in self.model.parameters() if p.device.type == "cuda"}
         with torch.random.fork_rng(sorted(devices)), gated_calls(self.model, attend):
-            torch.manual_seed(0)  # dropout, say, is the same in every run
-            return [part for args, kwargs in self.batches for part in floating(self.model(*args, **kwargs))]
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+            torch.manual_seed(0)  # the same dropout, say, in every run
+            return [part for args, kwargs in self.batches for part in floating_tensors(self.model(*args, **kwargs))]

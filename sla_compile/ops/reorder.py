@@ -1,7 +1,8 @@
-"""``sla::reorder``: tokens gathered into another order, or back from it; Inductor fuses it into what makes them.
+"""``sla::reorder``: gather tokens into another order, or back; Inductor fuses it into the op that produces them.
 
-The order is not a tensor of the graph but the few numbers that it follows from: nothing to move to a device, to bind to
-a module or to copy. A gather is undone by a gather, so the backward of the op is the op, without atomics.
+The permutation is no tensor of the graph: the op takes the few numbers it follows from, so there is no index to move to
+a device, to register as a buffer or to copy. A permutation is undone by a gather too, so the op is its own backward,
+without atomics.
 """
 
 from __future__ import annotations
@@ -19,33 +20,33 @@ __all__ = ["arguments", "inline_in_inductor", "reorder"]
 
 
 def reorder(x: Tensor, placement: Placement, *, inverse: bool = False) -> Tensor:
-    """x (..., N, D) with its tokens in the order of ``placement``; with ``inverse``, from there back. Differentiable.
+    """x (..., N, D) with its tokens in the order of ``placement``; with ``inverse``, back from it. Differentiable.
 
-    Raises ValueError where the grid of ``placement`` does not lie within N tokens.
+    Raises ValueError if the grid of ``placement`` does not lie within N tokens.
     """
     result: Tensor = torch.ops.sla.reorder.default(x, *arguments(placement), inverse)
     return result
 
 
 def arguments(placement: Placement) -> tuple[str, list[int], int, list[int]]:
-    """kind, grid, start and blocks as the op takes them."""
+    """The op's arguments kind, grid, start and blocks."""
     return placement.kind, list(placement.grid), placement.start, list(placement.blocks)
 
 
 def inline_in_inductor() -> None:
-    """From here on, in this process, Inductor fuses the op into its neighbours instead of calling it."""
-    lower_gather(torch.ops.sla.reorder.default, _table_of)
+    """Register a lowering in this process: Inductor then fuses the op into its neighbours instead of calling it."""
+    lower_gather(torch.ops.sla.reorder.default, _index_for)
 
 
-def _table_of(
+def _index_for(
     tokens: int, device: torch.device, kind: str, grid: list[int], start: int, blocks: list[int], inverse: bool = False
 ) -> Tensor:
-    return _table(Placement(kind, tuple(grid), start, tuple(blocks)), tokens, inverse, device)
+    return _index(Placement(kind, tuple(grid), start, tuple(blocks)), tokens, inverse, device)
 
 
 @lru_cache(maxsize=128)
-def _table(placement: Placement, tokens: int, inverse: bool, device: torch.device) -> Tensor:
-    """int32 (tokens): where each token of the result comes from."""
+def _index(placement: Placement, tokens: int, inverse: bool, device: torch.device) -> Tensor:
+    """int32 (tokens) for ``index_select``: which token each one of the result is; cached by device."""
     order = (inverted if inverse else positions)(placement, tokens)
     with torch.inference_mode(False):
         return torch.tensor(order, dtype=torch.int32, device=device)
@@ -59,11 +60,11 @@ def _table(placement: Placement, tokens: int, inverse: bool, device: torch.devic
     tags=(torch.Tag.flexible_layout,),
 )
 def _reorder(x: Tensor, kind: str, grid: list[int], start: int, blocks: list[int], inverse: bool = False) -> Tensor:
-    """x (..., N, D) gathered along N, in the layout of ``_empty``."""
-    order = _table_of(x.shape[-2], x.device, kind, grid, start, blocks, inverse)
+    """x (..., N, D) gathered along N. A 4-d result, (B, H, N, D), is laid out in memory as (B, N, H, D)."""
+    index = _index_for(x.shape[-2], x.device, kind, grid, start, blocks, inverse)
     if x.dim() != 4:
-        return x.index_select(-2, order)
-    return x.transpose(1, 2).index_select(1, order).transpose(1, 2)
+        return x.index_select(-2, index)
+    return x.transpose(1, 2).index_select(1, index).transpose(1, 2)
 
 
 @_reorder.register_fake

@@ -1,4 +1,4 @@
-"""The reports of calibrate, distill and allocate on a terminal: attention errors, one line for each attention."""
+"""The reports of `calibrate`, `distill` and `allocate` as rich draws them: one row for each attention."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sla_compile.reporting.terminal import TABLE_WIDTH, grouped_paths
+from sla_compile.reporting.path_patterns import grouped_paths
+from sla_compile.reporting.terminal import TABLE_WIDTH
 
 if TYPE_CHECKING:
     from sla_compile.fitting.allocation import SiteAllocation
@@ -19,10 +20,11 @@ __all__ = ["AllocationView", "ErrorsView"]
 
 
 class _SitesView:
-    """A table of sites where it fits, a list where it does not."""
+    """A table of sites where the terminal is wide enough, else a list of sentences."""
 
     caption: str
     columns: tuple[str, ...]
+    """Headings, after that of the path."""
 
     def __init__(self, title: str, sites: Sequence[Any], unreached: Sequence[str]) -> None:
         self.title = title
@@ -30,9 +32,11 @@ class _SitesView:
         self.unreached = unreached
 
     def cells(self, site: Any) -> tuple[str, ...]:
+        """What stands in ``columns`` for ``site``."""
         raise NotImplementedError
 
     def sentence(self, site: Any) -> str:
+        """The same in words, for the list."""
         raise NotImplementedError
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:

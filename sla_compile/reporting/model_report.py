@@ -1,4 +1,4 @@
-"""``explain`` and ``report``: which attention was, or would be, made sparse, why, and what that changes."""
+"""``explain`` and ``report``: which attention would be, or was, rewritten, which stays dense, why, and the cost."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ class Totals:
     rewritten: int
     kept: int
     not_compiled: int
-    """Prepared, but no compile has reached them yet."""
+    """Prepared, but not compiled yet."""
     sizes_unknown: int
+    """In none of the sums below."""
     flops_before: int
     flops_after: int
     bytes_before: int
     bytes_after: int
     gate_parameters: int
-    """Each gate counted once, however often its module is called."""
+    """Numbers in all gates, each gate counted once however often its module is called."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,12 +49,12 @@ class Report:
     model: str
     """Class of the model."""
     compiled: bool
-    """True for what was compiled, False for what would be."""
+    """True: what was compiled, from `report`. False: what would be, from `explain`."""
     sites: tuple[SiteReport, ...]
-    """Every attention call, in the order of the traced graphs (of a compiled model, of its modules)."""
+    """Every attention call: from `explain` in the order of the trace, from `report` in that of the modules."""
     graph_breaks: tuple[GraphBreak, ...] = ()
     untrained_gates: tuple[str, ...] = ()
-    """Module paths of the gates the model has that are still zero."""
+    """Module paths of the model's gates that are still zero."""
 
     @property
     def totals(self) -> Totals:
@@ -118,8 +119,8 @@ def explain(
 ) -> Report:
     """What ``torch.compile(model, backend="sla")`` would do to each attention of ``model``, and why.
 
-    Nothing in the model changes: no gate, hook, parameter or random state. It is traced, not executed: where its Python
-    code reads a value after a graph break that only a run could give, the report ends there, and says so.
+    Nothing in the model changes: no gate, hook, parameter or random state. It is traced, not executed. If its Python
+    code, after a graph break, reads a value that only a run computes, the report ends there and says so.
 
     Args:
         model: any module, prepared, compiled, or neither.
@@ -142,7 +143,7 @@ def explain(
 
 
 def report(model: nn.Module) -> Report:
-    """What was compiled of ``model``: each attention as last compiled, and the gates that were not yet.
+    """What ``backend="sla"`` did to each attention of ``model`` when it was last compiled; and gates not compiled yet.
 
     Args:
         model: a module after its first call with ``backend="sla"``; compiled whole or by blocks.

@@ -1,4 +1,4 @@
-"""Reports and gate files on a terminal of any width: tables where they fit, lists where they do not."""
+"""Reports and gate files as rich draws them, on a terminal of any width: tables where they fit, else lists."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sla_compile.compiler.site_report import SiteReport
+from sla_compile.reporting.path_patterns import grouped_paths, patterns_with_paths, without_numbers
 
 if TYPE_CHECKING:
     from sla_compile.reporting.model_report import Report
@@ -25,23 +26,27 @@ __all__ = [
     "TABLE_WIDTH",
     "GatesView",
     "ReportView",
-    "Row",
+    "SiteRow",
     "group_sites",
-    "grouped_paths",
-    "path_pattern",
     "plain_text",
     "quantity",
 ]
 
 TABLE_WIDTH = 88
-"""Below this many columns a table is a list."""
+"""Terminals with fewer columns get a list instead of a table."""
+
+_FRAMES = 16
+"""Columns that frames and padding of the table of sites take."""
+_GATE_COLUMN = 10
+_MAX_ROWS_WITH_LINES = 19
+"""Up to so many rows of sites have lines between them."""
 
 _STYLES = {"rewritten": "green", "kept": "yellow", "prepared": "cyan"}
 _DIFF_STYLES = {"-": "red", "+": "green"}
 
 
 def plain_text(view: Any, width: int) -> str:
-    """``view`` as ASCII text of at most ``width`` columns, without colours or trailing blanks."""
+    """``view``, anything rich can print, as ASCII text of at most ``width`` columns, with no colours."""
     buffer = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace")
     console = Console(file=buffer, width=width, color_system=None, force_terminal=False, legacy_windows=False)
     console.print(view)
@@ -50,86 +55,53 @@ def plain_text(view: Any, width: int) -> str:
 
 
 def quantity(number: float) -> str:
-    """``number`` to three digits with its prefix: 1.2 T."""
+    """``number`` to three digits with an SI prefix: 1.23 T."""
     for size, prefix in ((1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if number >= 0.9995 * size:
+        if number >= 0.9995 * size:  # 999.5 k rounds to 1.00 M
             return f"{number / size:#.3g}".rstrip(".") + prefix
     return f"{number:.0f}"
 
 
-def change(before: float, after: float, unit: str = "") -> str:
-    """``before -> after (ratio)``, or the one number where nothing changed."""
-    if before == after or not before or not after:
-        return quantity(before) + unit if before == after else f"{quantity(before)}{unit} -> {quantity(after)}{unit}"
+def before_and_after(before: float, after: float, unit: str = "") -> str:
+    """``before -> after (ratio)``; without the ratio if one is zero, and only one number if they are equal."""
+    if before == after:
+        return f"{quantity(before)}{unit}"
+    text = f"{quantity(before)}{unit} -> {quantity(after)}{unit}"
+    if not before or not after:
+        return text
     ratio = before / after
-    text = f"{ratio:.1f}x less" if ratio > 1 else f"{1 / ratio:.1f}x more"
-    return f"{quantity(before)}{unit} -> {quantity(after)}{unit} ({text})"
+    return f"{text} ({ratio:.1f}x less)" if ratio > 1 else f"{text} ({1 / ratio:.1f}x more)"
 
 
 @dataclass(frozen=True)
-class Row:
-    """Sites that differ in nothing but their paths, shown as one."""
+class SiteRow:
+    """Sites that differ in nothing but their paths, shown as one row."""
 
     pattern: str
+    """All their paths: ``blocks.{0..29}.attn1``."""
     first: SiteReport
     count: int
 
 
-def group_sites(sites: Sequence[SiteReport]) -> list[Row]:
-    """Identical sites as one row each, in the order of their first."""
+def group_sites(sites: Sequence[SiteReport]) -> list[SiteRow]:
+    """One row for each set of sites alike but for their paths, ordered by the first site of each."""
     groups: dict[Any, list[SiteReport]] = {}
     for site in sites:
-        shape = tuple(part if not part.isdigit() else "" for part in site.path.split("."))
         value = "" if site.value == site.path else site.value
-        same = dataclasses.replace(site, path="", gate_path="", diff=(), value=value)
-        groups.setdefault((shape, json.dumps(same.to_dict(), sort_keys=True)), []).append(site)
+        without_path = dataclasses.replace(site, path="", gate_path="", diff=(), value=value)
+        key = without_numbers(site.path), json.dumps(without_path.to_dict(), sort_keys=True)
+        groups.setdefault(key, []).append(site)
     rows = []
     for members in groups.values():
         calls = Counter(site.path for site in members)
-        for pattern, paths in _patterns(list(calls)):
+        for pattern, paths in patterns_with_paths(list(calls)):
             first = next(site for site in members if site.path == paths[0])
-            rows.append(Row(pattern, first, sum(calls[path] for path in paths)))
+            rows.append(SiteRow(pattern, first, sum(calls[path] for path in paths)))
     return rows
 
 
-def path_pattern(paths: Sequence[str]) -> list[str]:
-    """``paths``, alike but for numbers, in as few patterns as name exactly them: ``blocks.{0..29}.attn1``."""
-    return [pattern for pattern, _ in _patterns(list(paths))]
-
-
-def _patterns(paths: list[str]) -> Iterator[tuple[str, list[str]]]:
-    split = [path.split(".") for path in paths]
-    columns = [sorted(set(column), key=_number) for column in zip(*split, strict=True)]
-    product = 1
-    for column in columns:
-        product *= len(column)
-    if product == len(paths):
-        yield ".".join(_braces(column) for column in columns), paths
-        return
-    first = next(i for i, column in enumerate(columns) if len(column) > 1)
-    for value in columns[first]:
-        yield from _patterns([path for path, parts in zip(paths, split, strict=True) if parts[first] == value])
-
-
-def _number(part: str) -> tuple[int, str]:
-    return (int(part), "") if part.isdigit() else (-1, part)
-
-
-def _braces(values: list[str]) -> str:
-    if len(values) == 1:
-        return values[0]
-    runs: list[list[int]] = []
-    for number in map(int, values):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    texts = [f"{run[0]}..{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs]
-    return "{" + ",".join(texts) + "}"
-
-
 class ReportView:
-    """A ``Report`` as rich renders it."""
+    """A ``Report`` for rich to draw."""
 
     def __init__(self, report: Report) -> None:
         self.report = report
@@ -161,21 +133,21 @@ class ReportView:
 
     def _table(self, width: int) -> Table:
         modules = [_module(row) for row in self.rows]
-        free = width - 16  # frames and padding of five columns
+        free = width - _FRAMES
         first = min(max(module.cell_len for module in modules), free // 3)
-        rest = free - first - 10
-        table = Table(show_lines=len(self.rows) < 20)
-        for name, most in (
+        rest = free - first - _GATE_COLUMN
+        table = Table(show_lines=len(self.rows) <= _MAX_ROWS_WITH_LINES)
+        for name, max_width in (
             ("module", first),
             ("B x H x N x d", rest * 3 // 11),
             ("decision", rest * 5 // 11),
             ("FLOPs of each", rest * 3 // 11),
-            ("gate parameters", 10),
+            ("gate parameters", _GATE_COLUMN),
         ):
-            table.add_column(name, overflow="fold", max_width=most)
+            table.add_column(name, overflow="fold", max_width=max_width)
         for row, module in zip(self.rows, modules, strict=True):
             site = row.first
-            table.add_row(module, _shape(site), _decision(site), _flops(site), _gate(site))
+            table.add_row(module, _shape(site), _decision(site), _flops(site), _gate_parameters(site))
         return table
 
     def _list(self) -> Padding:
@@ -187,7 +159,7 @@ class ReportView:
                 ("", _shape(site)),
                 ("", _decision(site)),
                 ("FLOPs: ", _flops(site)),
-                ("gate parameters: ", _gate(site)),
+                ("gate parameters: ", _gate_parameters(site)),
             ):
                 if part:
                     text.append(f"  {label}").append_text(part).append("\n")
@@ -197,8 +169,10 @@ class ReportView:
         totals = self.report.totals
         text = Text(overflow="fold")
         if totals.flops_before:
-            text.append(f"attention of one forward: {change(totals.flops_before, totals.flops_after)} FLOPs, ")
-            text.append(f"memory traffic {change(totals.bytes_before, totals.bytes_after, 'B')}\n")
+            text.append(
+                f"attention of one forward: {before_and_after(totals.flops_before, totals.flops_after)} FLOPs, "
+            )
+            text.append(f"memory traffic {before_and_after(totals.bytes_before, totals.bytes_after, 'B')}\n")
         if totals.sizes_unknown:
             text.append(f"sizes unknown, not in these sums: {totals.sizes_unknown}\n")
         if totals.gate_parameters:
@@ -206,15 +180,16 @@ class ReportView:
         return text
 
     def _formulas(self) -> Iterator[Text]:
-        """The distinct formulas, with the settings that go with them."""
-        lines: dict[str, None] = {}
+        """Each distinct formula of FLOPs once, under the settings it is for."""
+        lines: dict[str, None] = {}  # an ordered set
         for site in (row.first for row in self.rows):
             if site.formula_before:
-                form = " (L keys)" * ("key_tokens" in site.shape) + " (causal)" * site.causal
-                lines[f"dense{form}: {site.formula_before}"] = None
+                keys = " (L keys)" if "key_tokens" in site.shape else ""
+                causal = " (causal)" if site.causal else ""
+                lines[f"dense{keys}{causal}: {site.formula_before}"] = None
         for site in (row.first for row in self.rows):
             if site.settings:
-                lines[_settings(site.settings) + _order(site.order)] = None
+                lines[_settings_line(site.settings) + _token_order(site.order)] = None
                 if site.formula_after:
                     where = f", where {', '.join(site.where)}" if site.where else ""
                     lines[f"  FLOPs {site.formula_after}{where}"] = None
@@ -229,7 +204,8 @@ class ReportView:
         text = Text(overflow="fold")
         for found, count in counts.items():
             place = f" at {found.file}:{found.line} in {found.function}" if found.file else ""
-            text.append(f"{found.reason}{place}" + f" ({count} times)" * (count > 1) + "\n")
+            times = f" ({count} times)" if count > 1 else ""
+            text.append(f"{found.reason}{place}{times}\n")
         text.rstrip()
         yield Panel(text, title=f"graph breaks: {sum(counts.values())}", border_style="yellow")
 
@@ -258,15 +234,7 @@ class ReportView:
             yield Padding(lines, (0, 0, 1, 0))
 
 
-def grouped_paths(paths: Sequence[str]) -> list[str]:
-    """``path_pattern`` of each group of ``paths`` that are alike but for numbers."""
-    groups: dict[Any, list[str]] = {}
-    for path in paths:
-        groups.setdefault(tuple("" if part.isdigit() else part for part in path.split(".")), []).append(path)
-    return [pattern for group in groups.values() for pattern in path_pattern(group)]
-
-
-def _module(row: Row) -> Text:
+def _module(row: SiteRow) -> Text:
     site = row.first
     text = Text(row.pattern or ("the model itself" if site.owner else "a plain function"), style="bold")
     notes = [f"attention {site.ordinal + 1} in it"] if site.ordinal else []
@@ -305,37 +273,37 @@ def _decision(site: SiteReport) -> Text:
 def _flops(site: SiteReport) -> Text:
     if site.flops_before is None or site.flops_after is None:
         return Text("unknown" if site.compiled else "", style="dim")
-    return Text(change(site.flops_before, site.flops_after))
+    return Text(before_and_after(site.flops_before, site.flops_after))
 
 
-def _gate(site: SiteReport) -> Text:
+def _gate_parameters(site: SiteReport) -> Text:
     if not site.gate_parameters:
         return Text()
     scaled = ", with scale" if site.settings["sparse_scale"] else ""
     return Text(f"{site.gate_parameters:,} {str(site.settings['gate']).replace('_', ' ')}{scaled}")
 
 
-def _settings(settings: dict[str, Any]) -> str:
+def _settings_line(settings: dict[str, Any]) -> str:
     texts = [f"{start} to {'the end' if stop is None else stop}" for start, stop in settings["always_critical"]]
     ranges = ", ".join(texts)
     always = f", key tokens {ranges} always critical" if ranges else ""
     scaled = ", sparse branch scaled by head" if settings["sparse_scale"] else ""
-    most = "" if settings["max_topk"] is None else f" (at most {100 * settings['max_topk']:g}%)"
+    limit = "" if settings["max_topk"] is None else f" (at most {100 * settings['max_topk']:g}%)"
     return (
-        f"sparse-linear: topk {100 * settings['topk']:g}%{most}, bottomk {100 * settings['bottomk']:g}%, blocks "
+        f"sparse-linear: topk {100 * settings['topk']:g}%{limit}, bottomk {100 * settings['bottomk']:g}%, blocks "
         f"{settings['block_q']}x{settings['block_k']}, feature map {settings['feature_map']}, "
         f"linear {settings['linear']}{scaled}{always}"
     )
 
 
-def _order(order: dict[str, Any]) -> str:
+def _token_order(order: dict[str, Any]) -> str:
     if "grid" in order:
         start = f" from token {order['start']} on" if order["start"] else ""
         return f", {order['kind']} of {' x '.join(map(str, order['grid']))} tokens{start}"
     return f", tokens in the model's order: {order['reason']}" if "reason" in order else ""
 
 
-def _reorder(config: dict[str, Any]) -> str:
+def _reorder_setting(config: dict[str, Any]) -> str:
     if config["reorder"] == "raster":
         return ""
     grid = "the grid seen in the model" if config["grid"] is None else " x ".join(map(str, config["grid"])) + " tokens"
@@ -343,7 +311,7 @@ def _reorder(config: dict[str, Any]) -> str:
 
 
 class GatesView:
-    """The gates of a file, given as dictionaries with path, shape, dtype, weight_norm, bias_norm, config, any scale."""
+    """The gates of a file for rich to draw, each a dictionary as ``python -m sla_compile show --json`` prints it."""
 
     def __init__(self, name: str, gates: Sequence[dict[str, Any]]) -> None:
         self.name = name
@@ -359,7 +327,9 @@ class GatesView:
                 text.append(f"{gate['path']}\n", style="bold")
                 text.append("".join(f"  {part}\n" for part in _gate_cells(gate)), style="not bold")
             yield text
-        for settings in dict.fromkeys(_settings(gate["config"]) + _reorder(gate["config"]) for gate in self.gates):
+        for settings in dict.fromkeys(
+            _settings_line(gate["config"]) + _reorder_setting(gate["config"]) for gate in self.gates
+        ):
             yield Text(settings, overflow="fold")
 
     def _table(self) -> Table:

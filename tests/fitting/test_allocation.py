@@ -16,7 +16,7 @@ import sla_compile
 from sla_compile.common.blocks import num_critical
 from sla_compile.fitting.allocation import _water_fill
 from sla_compile.fitting.observer import GatedCall, gated_calls
-from sla_compile.fitting.sensitivity import Measured
+from sla_compile.fitting.sensitivity import SiteSensitivity
 from sla_compile.kernels import reference
 from sla_compile.reporting.terminal import plain_text
 from tests.support.models import HEADS, OPTIONS, WIDTH, CalledTwice, Model, TwoAttentions, assert_follows_definition
@@ -222,7 +222,7 @@ def test_never_worse_than_the_budget_spread_evenly() -> None:
     """The best raise first can leave room that no other fits: 2.5 + 10 then, against 5.1 + 5.1."""
 
     def site(path: str, rungs: tuple[float, ...], cost: list[float], loss: list[float]) -> Any:
-        return Measured(path, 0.2, 0.0, rungs, torch.tensor(loss), BLOCK, dense=1.0, critical=cost)
+        return SiteSensitivity(path, 0.2, 0.0, rungs, torch.tensor(loss), BLOCK, dense_square=1.0, critical=cost)
 
     tempting = site("a.sla", (0.1, 0.2, 0.25), [1.0, 2.0, 2.5], [10.0, 5.1, 2.5])
     plain = site("b.sla", (0.1, 0.2), [1.0, 2.0], [10.0, 5.1])
@@ -235,13 +235,13 @@ def test_never_worse_than_the_budget_spread_evenly() -> None:
 
 def test_numbers_do_not_grow_with_tokens_or_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[int] = []
-    original = Measured.add
+    original = SiteSensitivity.add
 
     def spy(self: Any, call: GatedCall) -> None:
         original(self, call)
         kept.append(sum(v.numel() for v in vars(self).values() if isinstance(v, Tensor)) + len(self.critical))
 
-    monkeypatch.setattr(Measured, "add", spy)
+    monkeypatch.setattr(SiteSensitivity, "add", spy)
     sla_compile.allocate(prepared(uneven(1)), batches(3), budget=BUDGET)
     assert len(set(kept)) == 1
     assert kept[0] < 40

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import sla_compile
 from sla_compile.compiler.sites import PREPARED
-from sla_compile.fitting.calibration import SiteStatistics, gather
+from sla_compile.fitting.calibration import gather
 from sla_compile.fitting.observer import GatedCall, gated_calls
+from sla_compile.fitting.regression import SiteStatistics
 from sla_compile.gate import Gate
 from sla_compile.gate_settings import GateSpec
 from sla_compile.kernels import reference
@@ -184,7 +185,7 @@ def test_sequential_fits_a_layer_to_what_the_calibrated_ones_give_it() -> None:
 
     def gated(call: GatedCall) -> Tensor:
         calls.extend([call] if call.path == "blocks.1.attention.sla" else [])
-        return call.gated(call.gate.weight, call.gate.bias)
+        return call.output_with_gate(call.gate.weight, call.gate.bias)
 
     with torch.no_grad(), gated_calls(model, gated):
         for args in data:

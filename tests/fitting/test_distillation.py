@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import sla_compile
 from sla_compile.fitting.calibration import gather
-from sla_compile.fitting.distillation import _AttentionLoss, _Copies, _OutputLoss, floating
+from sla_compile.fitting.distillation import _AttentionLoss, _Float64Copies, _OutputLoss, floating_tensors
 from sla_compile.fitting.observer import GatedCall, gated_calls
 from sla_compile.kernels import reference
 from tests.fitting.test_calibration import wan
@@ -64,7 +64,7 @@ def test_attention_loss_and_its_gradient_are_those_of_the_definition(kind: type[
             )  # fmt: skip
             distance, norm = distance + (out - call.dense).square().sum(), norm + call.dense.square().sum()
         expected = expected + distance / norm
-    copies = _Copies(model)
+    copies = _Float64Copies(model)
     loss, gradients = _AttentionLoss(model, copies)((batch, {}), 0)
     assert_close("loss", loss, expected.detach(), 1e-10)
     wanted = torch.autograd.grad(expected, copies.parameters, allow_unused=True)
@@ -79,7 +79,7 @@ def test_output_loss_and_its_gradient_are_those_of_the_definition() -> None:
     model, (batch,) = made(), batches(1)
     randomize_gates(model)
     dense = model(*batch).detach()
-    copies = _Copies(model)
+    copies = _Float64Copies(model)
     with defined(model):
         expected = (model(*batch) - dense).square().sum() / dense.square().sum()
         wanted = torch.autograd.grad(expected, copies.parameters)
@@ -297,7 +297,7 @@ def test_outputs_of_any_form(kind: str) -> None:
     model, (batch,) = made(Outputs()), batches(1)
     report = sla_compile.distill(model, [{"x": batch[0], "kind": kind}], steps=8, loss="output")
     assert report.losses[-1] < report.losses[0]
-    assert len(list(floating(model(batch[0], kind)))) == (2 if kind == "tuple" else 1)
+    assert len(list(floating_tensors(model(batch[0], kind)))) == (2 if kind == "tuple" else 1)
 
 
 def test_an_output_without_floating_tensors_is_refused() -> None:

@@ -253,7 +253,7 @@ def test_eager_calls_see_it_too() -> None:
     run = torch.compile(model, backend="sla", options=EAGER)
     for topk in (0.2, 0.7):
         sla_compile.set_sparsity(model, topk=topk)
-        with gated_calls(model, lambda call: call.gated(call.gate.weight, call.gate.bias)):
+        with gated_calls(model, lambda call: call.output_with_gate(call.gate.weight, call.gate.bias)):
             eager = model(x)
         assert_close("output", eager, run(x), 1e-12)
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import sla_compile
 from sla_compile.__main__ import main
 from sla_compile.fitting import calibration
-from sla_compile.fitting.calibration import SiteStatistics
 from sla_compile.fitting.observer import GatedCall, gated_calls
+from sla_compile.fitting.regression import MIN_SCALE, SiteStatistics
 from sla_compile.gate import Gate
 from sla_compile.gate_settings import GateSpec
 from tests.support.capture import Capture
@@ -381,16 +381,18 @@ def test_closed_form_is_a_minimum_and_its_error_true(gate: str, ridge: float) ->
 def test_a_scale_stays_above_zero() -> None:
     gate = Gate(GateSpec(heads=3, head_dim=DIM, config=sla_compile.SLAConfig(sparse_scale=True)))
     statistics, *_ = random_statistics(gate)
-    statistics.missed -= statistics.sparse * torch.tensor([0.0, 1.5, 0.0])  # O^s of the wrong sign in the second
+    statistics.sparse_residual -= statistics.sparse_square * torch.tensor(
+        [0.0, 1.5, 0.0]
+    )  # O^s of the wrong sign in the second
     scale = statistics.solve(0.01)[2].exp()
-    assert scale[1] == pytest.approx(calibration.LEAST_SCALE)
+    assert scale[1] == pytest.approx(MIN_SCALE)
     assert (scale[[0, 2]] > 0.1).all()
 
 
 def test_a_sparse_branch_that_is_zero_or_spanned_keeps_its_scale() -> None:
     gate = Gate(GateSpec(heads=2, head_dim=DIM, config=sla_compile.SLAConfig(sparse_scale=True)))
     statistics, *_ = random_statistics(gate)
-    statistics.mixed[0], statistics.sparse[0], statistics.missed[0] = 0, 0, 0
+    statistics.sparse_cross[0], statistics.sparse_square[0], statistics.sparse_residual[0] = 0, 0, 0
     weight, bias, log_scale = statistics.solve(0.01)
     assert log_scale[0] == 0
     assert log_scale[1] < -0.01
@@ -441,7 +443,7 @@ def test_what_is_calibrated_is_what_is_computed(gate: str) -> None:
     pairs: list[tuple[Tensor, Tensor]] = []
 
     def compare(call: GatedCall) -> Tensor:
-        pairs.append((call.gated(*call.gate.parameters()), call.dense))
+        pairs.append((call.output_with_gate(*call.gate.parameters()), call.dense))
         return call.dense
 
     with torch.no_grad(), gated_calls(model, compare):
@@ -509,7 +511,7 @@ def test_reordered_tokens_still_move_out_of_the_attention() -> None:
 
     def gated(call: GatedCall) -> Tensor:
         nonlocal out
-        out = call.gated(*call.gate.parameters())
+        out = call.output_with_gate(*call.gate.parameters())
         return out
 
     with torch.no_grad(), gated_calls(model, gated):

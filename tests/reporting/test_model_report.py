@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import sla_compile
 from sla_compile.passes.cost import sla_cost
 from sla_compile.reporting.model_report import Report
-from sla_compile.reporting.terminal import GatesView, ReportView, group_sites, path_pattern, plain_text, quantity
+from sla_compile.reporting.path_patterns import path_patterns
+from sla_compile.reporting.terminal import GatesView, ReportView, group_sites, plain_text, quantity
 from tests.support.models import (
     HEADS,
     OPTIONS,
@@ -458,7 +459,7 @@ def test_diff_is_coloured() -> None:
     ],
 )
 def test_path_patterns(paths: list[str], patterns: list[str]) -> None:
-    assert path_pattern(paths) == patterns
+    assert path_patterns(paths) == patterns
 
 
 def test_sites_that_differ_are_not_grouped() -> None:
