@@ -1,4 +1,8 @@
-"""Command line: ``python -m sla_compile explain package.module:factory``, ``... show FILE`` and ``... tune FILE``."""
+"""Command line: ``python -m sla_compile explain package.module:factory``, ``... show FILE`` and ``... tune FILE``.
+
+In this order: the parser, the three commands with what they print, what imports and calls a factory. A command imports
+what it needs when it runs.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,11 @@ from torch import nn
 from sla_compile.common.limits import BLOCK_SIZES, MAX_HEAD_DIM, MIN_HEAD_DIM
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from sla_compile.checkpoints.gate_files import SavedGate
+    from sla_compile.kernels.triton.launches import Launch
+    from sla_compile.kernels.triton.tuning import Outcome
 
 __all__ = ["main"]
 
@@ -38,10 +46,12 @@ Those that are faster than the shipped ones are written to FILE, beside what it 
 
 
 class UsageError(Exception):
-    """A mistake in the command line, told in one line."""
+    """A mistake in the command line or in what it names; `main` prints it in one line."""
 
 
 class _Parser(argparse.ArgumentParser):
+    """Raises UsageError where argparse would print its usage and exit."""
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
@@ -55,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = " ".join(str(error).split())
         print(f"sla_compile: error: {line}", file=sys.stderr)
         return 2
-    if text:
+    if text:  # a command that has printed returns none
         print(text)
     return 0
 
@@ -115,7 +125,7 @@ _DTYPES = ("bfloat16", "float16", "float32")
 
 
 def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
-    """What reads an integer in that range."""
+    """A ``type`` for argparse: reads an integer from ``least`` to ``most``."""
 
     def read(text: str) -> int:
         if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
@@ -131,16 +141,16 @@ def _explain(options: argparse.Namespace) -> str:
     from sla_compile.reporting.model_report import explain
 
     try:
-        config = SLAConfig.from_options(_pairs("--config", options.config)) if options.config else None
+        config = SLAConfig.from_options(_key_values("--config", options.config)) if options.config else None
     except ValueError as error:
         raise UsageError(f"--config: {error}") from error
-    model, args, kwargs = _example(options.factory, _call_factory(options.factory, options.args))
+    model, args, kwargs = _model_and_inputs(options.factory, _call_factory(options.factory, options.args))
     try:
         report = explain(model, args, kwargs, config=config)
     except Exception as error:
-        raise UsageError(f"{options.factory}: cannot be traced: {_words(error)}") from error
+        raise UsageError(f"{options.factory}: cannot be traced: {_error_line(error)}") from error
     report = report.without_diffs() if options.no_diff else report
-    return report.to_json() if options.json else _printed(report, options.width)
+    return report.to_json() if options.json else _print(report, options.width)
 
 
 def _show(options: argparse.Namespace) -> str:
@@ -156,7 +166,7 @@ def _show(options: argparse.Namespace) -> str:
     gates = [_gate_summary(saved) for saved in file.gates.values()]
     if options.json:
         return json.dumps({"config": file.config.to_dict(), "gates": gates}, indent=2)
-    return _printed(GatesView(options.file, gates), options.width)
+    return _print(GatesView(options.file, gates), options.width)
 
 
 def _gate_summary(saved: SavedGate) -> dict[str, Any]:
@@ -186,39 +196,39 @@ def _tune(options: argparse.Namespace) -> str:
         raise UsageError("tune: triton is not installed")
     if not torch.cuda.is_available():
         raise UsageError("tune: no GPU is available to torch; the Triton kernels run on nothing else")
-    from sla_compile.kernels.triton.tuning import Outcome, Workload, on_gpu, tune
+    from sla_compile.kernels.triton.tuning import Workload, on_gpu, tune
 
     sizes = (options.tokens, options.heads, options.blocks)
-    works = [Workload(dim, getattr(torch, name), *sizes) for dim in options.head_dim for name in options.dtype]
-    if len({work.key("") for work in works}) < len(works):
+    workloads = [Workload(dim, getattr(torch, name), *sizes) for dim in options.head_dim for name in options.dtype]
+    if len({workload.key("") for workload in workloads}) < len(workloads):
         raise UsageError(
             "tune: two of these share their launches: dtypes of 16 bits, or head dimensions to 64, 128 or 256"
         )
     capability = "{}.{}".format(*torch.cuda.get_device_capability())
     found: list[Outcome] = []
     try:
-        merge(options.file, capability, {})  # before minutes are spent on what cannot be written
-        for work in works:
-            with _status() as show, on_gpu(work) as trials:
-                outcomes = tune(work, trials, progress=show)
+        merge(options.file, capability, {})  # fails now, not after minutes, if the file cannot be written
+        for workload in workloads:
+            with _status_line() as show, on_gpu(workload) as trials:
+                outcomes = tune(workload, trials, progress=show)
             merge(options.file, capability, {x.key: x.best if x.best != x.shipped else None for x in outcomes})
             found += outcomes
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"tune: {error}") from error
-    return _printed(_tuned(found, options.file, torch.cuda.get_device_name()), options.width)
+    return _print(_tuning_table(found, options.file, torch.cuda.get_device_name()), options.width)
 
 
 @contextlib.contextmanager
-def _status() -> Iterator[Callable[[str], None]]:
-    """A line that tells what is being done, on a terminal."""
+def _status_line() -> Iterator[Callable[[str], None]]:
+    """Within this context, a line on stderr, if that is a terminal, shows the text that the function is called with."""
     from rich.console import Console
 
     with Console(stderr=True).status("") as status:
         yield status.update
 
 
-def _tuned(found: Sequence[Any], file: str, gpu: str) -> Any:
-    """The table of what was found, then what was dropped, then how to use the file."""
+def _tuning_table(found: Sequence[Outcome], file: str, gpu: str) -> RenderableType:
+    """For rich: a table of the launches found, then those dropped and why, then how to use the file."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -227,25 +237,25 @@ def _tuned(found: Sequence[Any], file: str, gpu: str) -> Any:
     table = Table(*columns, title=f"{gpu}: the directions that the kernel is in")
     for outcome in found:
         kernel, row, precision = outcome.key
-        launch = "shipped" if outcome.best == outcome.shipped else _launch(outcome.best)
+        launch = "shipped" if outcome.best == outcome.shipped else _launch_text(outcome.best)
         times = (f"{ms:.3f}" for ms in (outcome.shipped_ms, outcome.best_ms))
         table.add_row(kernel, str(row), precision, *times, launch)
     dropped = [
-        f"dropped: {x.key[0]} {x.key[1]} {x.key[2]}, {_launch(launch)}: {why}"
-        for x in found
-        for launch, why in x.dropped
+        f"dropped: {outcome.key[0]} {outcome.key[1]} {outcome.key[2]}, {_launch_text(launch)}: {why}"
+        for outcome in found
+        for launch, why in outcome.dropped
     ]
     used = f"written to {file}; in force where SLA_COMPILE_LAUNCHES={file}"
     return Group(table, *(Text(line) for line in (*dropped, used)))
 
 
-def _launch(launch: Any) -> str:
+def _launch_text(launch: Launch) -> str:
     sizes = f"{launch.tile_q}x{launch.tile_k}, chunk {launch.chunk}"
     return f"{sizes}, {launch.warps} warps, {launch.stages} stages"
 
 
-def _printed(view: Any, width: int | None) -> str:
-    """Print ``view`` to standard output, in colour on a terminal; nothing is left to print."""
+def _print(view: Any, width: int | None) -> str:
+    """Print ``view`` to standard output, in colour on a terminal; returns "", so that `main` prints nothing more."""
     from rich.console import Console
 
     Console(width=width).print(view)
@@ -253,16 +263,17 @@ def _printed(view: Any, width: int | None) -> str:
 
 
 def _call_factory(name: str, given: Sequence[str]) -> Any:
-    factory = _find(name)
-    positional = [_value(text) for text in given if "=" not in text]
-    keywords = _pairs("--args", [text for text in given if "=" in text])
+    """What the factory ``package.module:name`` returns, called with the ``--args`` that were ``given``."""
+    factory = _import_factory(name)
+    positional = [_json_or_text(text) for text in given if "=" not in text]
+    keywords = _key_values("--args", [text for text in given if "=" in text])
     try:
         return factory(*positional, **keywords)
     except Exception as error:
-        raise UsageError(f"{name} raised {_words(error)}") from error
+        raise UsageError(f"{name} raised {_error_line(error)}") from error
 
 
-def _find(name: str) -> Any:
+def _import_factory(name: str) -> Any:
     module_name, colon, path = name.partition(":")
     if not (module_name and colon and path):
         raise UsageError(f"FACTORY: got {name!r}; accepted: package.module:factory")
@@ -272,7 +283,7 @@ def _find(name: str) -> Any:
         where = "" if f"{module_name}.".startswith(f"{error.name}.") else f", needed by {module_name!r}"
         raise UsageError(f"no module {error.name!r}{where} (searched from {os.getcwd()})") from error
     except Exception as error:
-        raise UsageError(f"import of {module_name!r} raised {_words(error)}") from error
+        raise UsageError(f"import of {module_name!r} raised {_error_line(error)}") from error
     for part in path.split("."):
         if not hasattr(found, part):
             import difflib
@@ -286,8 +297,8 @@ def _find(name: str) -> Any:
     return found
 
 
-def _example(name: str, made: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """The model and its example call, from what the factory returned."""
+def _model_and_inputs(name: str, made: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """Model, args and kwargs, from what the factory ``name`` returned (``made``)."""
     if isinstance(made, nn.Module) and hasattr(made, "example_inputs"):
         inputs: Any = made.example_inputs
         made = (made, (), inputs) if isinstance(inputs, Mapping) else (made, inputs)
@@ -304,25 +315,25 @@ def _example(name: str, made: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str
     )
 
 
-def _pairs(option: str, texts: Sequence[str]) -> dict[str, Any]:
+def _key_values(option: str, texts: Sequence[str]) -> dict[str, Any]:
     pairs = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not (key and equals):
             raise UsageError(f"{option}: got {text!r}; accepted: KEY=VALUE")
-        pairs[key] = _value(value)
+        pairs[key] = _json_or_text(value)
     return pairs
 
 
-def _value(text: str) -> Any:
+def _json_or_text(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
         return text
 
 
-def _words(error: Exception) -> str:
-    """Kind, first line of the message, and the line of the user's file that raised, in one line."""
+def _error_line(error: Exception) -> str:
+    """Class, first line of the message, and file and line that raised, in one line."""
     message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
