@@ -93,8 +93,7 @@ def sparse_linear_attention(
     if not torch.compiler.is_compiling():
         _refuse_tangents(q, k, v, weight, bias)
         _let_flops_be_counted()
-    if key_mask is not None and key_mask.requires_grad and torch.is_grad_enabled():
-        raise ValueError("key_mask requires a gradient, accepted is a mask without one: sla computes none for it")
+    _refuse_mask_gradient(key_mask)
     out, _, _, _ = torch.ops.sla.forward.default(**tensors, **options)
     return out  # type: ignore[no-any-return]
 
@@ -109,6 +108,12 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
             "sparse_linear_attention has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad): "
             "differentiate it in reverse mode, or leave the attention dense"
         )
+
+
+def _refuse_mask_gradient(key_mask: Tensor | None) -> None:
+    """Raise ValueError for a mask that would get a gradient of zero."""
+    if key_mask is not None and key_mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError("key_mask requires a gradient, accepted is a mask without one: sla computes none for it")
 
 
 def _let_flops_be_counted() -> None:
