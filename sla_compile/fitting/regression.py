@@ -116,16 +116,16 @@ class SiteStatistics:
         """[W^T; b] (G or H, D + 1, D) of the ridge regression of some Y on X, from ``cross`` = X^T Y; linear in it."""
         dim = self.gate.head_dim
         rows = self.gram[:, dim:, dim:]
-        mean_x, mean_r = self.gram[:, dim:, :dim] / rows, cross[:, dim:] / rows
+        mean_x, mean_y = self.gram[:, dim:, :dim] / rows, cross[:, dim:] / rows
         centred = self.gram[:, :dim, :dim] - rows * mean_x.mT @ mean_x
-        covariance = cross[:, :dim] - rows * mean_x.mT @ mean_r
+        covariance = cross[:, :dim] - rows * mean_x.mT @ mean_y
         values, vectors = torch.linalg.eigh((centred + centred.mT) / 2)
         # The subtraction above leaves rounding of the uncentred sums behind.
         noise = dim * torch.finfo(torch.float64).eps * _trace(self.gram[:, :dim, :dim])
         penalised = values + ridge * _trace(centred).clamp(min=0) / dim
         inverse = torch.where(values > noise, 1 / penalised, torch.zeros_like(values))
         transposed = (vectors * inverse[:, None]) @ (vectors.mT @ covariance)
-        return torch.cat([transposed, mean_r - mean_x @ transposed], dim=1)
+        return torch.cat([transposed, mean_y - mean_x @ transposed], dim=1)
 
     def squared_error(self, weight: Tensor, bias: Tensor, log_scale: Tensor | None = None) -> Tensor:
         """||O - dense||^2 with this gate: 0-d float64, differentiable."""
