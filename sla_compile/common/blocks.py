@@ -62,8 +62,8 @@ def shares_of(
 ) -> tuple[int, int]:
     """Numbers of critical (at least ``least``) and of negligible blocks among ``key_blocks``; together maybe too many.
 
-    Each is the exact floor of its share. ``sparsity``, [topk, bottomk] in millionths, replaces the two shares, but
-    never by more than ``topk``.
+    Each is the exact floor of its share. ``sparsity``, [topk, bottomk] in millionths, replaces the two shares; its
+    topk counts up to ``topk``.
     """
     share, dropped = exact_fraction(topk), exact_fraction(bottomk)
     if sparsity is not None:
