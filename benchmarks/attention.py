@@ -31,6 +31,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout comes before what is installed
+
 import sla_compile
 from sla_compile.kernels import reference
 from sla_compile.ops.attention import sparse_linear_attention

@@ -24,6 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout comes before what is installed
+
 from sla_compile.kernels import reference
 from sla_compile.ops.attention import sparse_linear_attention
 

@@ -14,16 +14,20 @@ Axes: H heads, N tokens, D head dimension, P = 4 D + 1 features.
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from checkpoints import Batch, Study, parser
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout comes before what is installed
+
+from benchmarks.dense_checkpoint import Batch, Study, parser
 from sla_compile.fitting.observer import GatedCall, gated_calls
 
 SPARSE, SPARSE_BY_MASS, LINEAR, LINEAR_BY_REST = range(4)

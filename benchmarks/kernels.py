@@ -11,8 +11,10 @@ cache flushed before each call: median, and the 20th and 80th percentile. Correc
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout comes before what is installed
 
 from sla_compile.common.kernel_interface import AttentionInputs, ForwardResult
 from sla_compile.common.options import AttentionOptions

@@ -30,17 +30,18 @@ from typing import Any
 import torch
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout comes before what is installed
+
+from examples.study.arms import ARMS, MAIN
+from examples.study.experiment import Experiment, Job, jobs_of
+from examples.study.pictures import aggregate, save_csv, save_plot, save_samples
+from examples.study.settings import PRESETS, Settings
+from examples.study.training import OutOfTime
+from sla_compile import UntrainedGatesWarning
+from sla_compile.common.blocks import num_blocks, num_critical
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "examples"))
 
-from arms import ARMS, MAIN  # noqa: E402
-from experiment import Experiment, Job, jobs_of  # noqa: E402
-from pictures import aggregate, save_csv, save_plot, save_samples  # noqa: E402
-from settings import PRESETS, Settings  # noqa: E402
-from training import OutOfTime  # noqa: E402
-
-from sla_compile import UntrainedGatesWarning  # noqa: E402
-from sla_compile.common.blocks import num_blocks, num_critical  # noqa: E402
 
 ROUNDS: tuple[tuple[tuple[str, ...], tuple[float, ...], int], ...] = (
     (MAIN, (0.95,), 99),

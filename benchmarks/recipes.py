@@ -10,16 +10,20 @@ same videos; then, on held-out ones, the error of each attention on the dense mo
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from checkpoints import Batch, Study, parser
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout comes before what is installed
+
 import sla_compile
+from benchmarks.dense_checkpoint import Batch, Study, parser
 from sla_compile.fitting.calibration import gather
 
 

@@ -28,6 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from triton.testing import do_bench
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout comes before what is installed
+
 from sla_compile.common.kernel_interface import AttentionInputs, ForwardResult
 from sla_compile.common.options import AttentionOptions
 from sla_compile.kernels.hopper import support as hopper

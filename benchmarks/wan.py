@@ -27,6 +27,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 import traceback
@@ -41,6 +42,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout comes before what is installed
+
 
 FLOOR = "no self-attention (floor)"
 ARMS: dict[str, SDPBackend | dict[str, Any] | None] = {

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.zoo [names ...] [--date 2026-11-24] [--write]
 
-For each example of tests/diffusers_zoo.py, in a process of its own: at topk=1 the compiled model must equal the eager
+For each example of tests/zoo/, in a process of its own: at topk=1 the compiled model must equal the eager
 one, at a smaller topk every gate must get a gradient, and no graph break may be there that plain Dynamo does not also
 have.
 """
@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import platform
+import sys
 import traceback
 import warnings
 from collections import Counter
@@ -26,6 +27,8 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout comes before what is installed
 
 import sla_compile
 from tests.support.closeness import relative_error
@@ -229,7 +232,7 @@ def page(results: Sequence[Result], command: str, date: str) -> str:
         f"give every gate a gradient and add no graph break; in {len(some)} of them self-attention is rewritten.",
         "",
         f"Measured with {versions}, Python {platform.python_version()}, on the CPU, by `{command}` on {date}. "
-        "Tiny random models, blocks of 16, `min_tokens=32`: tests/diffusers_zoo.py. "
+        "Tiny random models, blocks of 16, `min_tokens=32`: tests/zoo/. "
         "Graph breaks: ours / those of plain Dynamo.",
         "",
         "| class | attentions | rewritten | kept, and why | error at topk=1 | graph breaks |",

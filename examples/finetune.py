@@ -25,13 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS, MAIN
-from experiment import Experiment, jobs_of
-from pictures import aggregate, save_csv, save_plot, save_samples
 from rich.console import Console
 from rich.table import Table
-from settings import PRESETS, Settings
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout comes before what is installed
+
+from examples.study.arms import ARMS, MAIN
+from examples.study.experiment import Experiment, jobs_of
+from examples.study.pictures import aggregate, save_csv, save_plot, save_samples
+from examples.study.settings import PRESETS, Settings
 from sla_compile import UntrainedGatesWarning
 
 SHARED = ("size", "batch", "dense_steps", "steps", "dense_lr", "lr", "gate_lr", "loss", "train", "inner", "held_out")

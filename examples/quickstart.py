@@ -10,17 +10,20 @@ about the quality of a video; examples/finetune.py trains a model first.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from progress import Steps
 from rich.console import Console
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout comes before what is installed
+
 import sla_compile
+from examples.study.progress import Steps
 
 Velocity = Callable[[nn.Module, Tensor, Tensor], Tensor]
 console = Console()
@@ -52,8 +55,8 @@ def build_wan(device: torch.device) -> tuple[nn.Module, Velocity]:
 
 
 def build_video_dit(device: torch.device) -> tuple[nn.Module, Velocity]:
-    """The transformer of examples/video_dit.py, for when diffusers is not installed."""
-    from video_dit import VideoDiT, VideoDiTConfig
+    """The transformer of examples/study/video_dit.py, for when diffusers is not installed."""
+    from examples.study.video_dit import VideoDiT, VideoDiTConfig
 
     torch.manual_seed(0)
     model = VideoDiT(VideoDiTConfig(channels=16, heads=2, head_dim=64, layers=2))
@@ -134,7 +137,7 @@ def main(given: list[str] | None = None) -> None:
 
         build, name = build_wan, f"diffusers {diffusers.__version__} WanTransformer3DModel"
     except ImportError:
-        build, name = build_video_dit, "the VideoDiT of examples/video_dit.py (diffusers is not installed)"
+        build, name = build_video_dit, "the VideoDiT of examples/study/video_dit.py (diffusers is not installed)"
     model, velocity = build(device)
     latents, noise_level = sample(shape, seed=0, like=next(model.parameters()))
     console.print(f"[bold]Model[/] {name}, random weights, latents {tuple(shape)} on {device}")

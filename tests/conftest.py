@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch.utils._device import _device_constructors
 
-from tests.support.paths import ROOT
-
 _FRESH = (
     (torch, ("empty", "empty_like", "empty_strided")),
     (torch.Tensor, ("new_empty", "new_empty_strided")),
@@ -57,10 +55,3 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture
-def scripts_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The modules of benchmarks/ and examples/ can be imported, as they are by the scripts beside them."""
-    for folder in ("examples", "benchmarks"):
-        monkeypatch.syspath_prepend(str(ROOT / folder))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from benchmarks import quality
 from tests.support.paths import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "quality.py"
@@ -55,13 +54,7 @@ def test_in_pieces_and_reported(tmp_path: Path) -> None:
         assert (tmp_path / "report" / name).stat().st_size > 1000
 
 
-@pytest.fixture
-def quality(scripts_on_path: None) -> Any:
-    """The benchmark as a module."""
-    return importlib.import_module("quality")
-
-
-def test_a_divergence_is_told(quality: Any) -> None:
+def test_a_divergence_is_told() -> None:
     row = {"seed": 0, "sparsity": 0.95, "before": 2.0, "after": 1.0}
     falls = [[10 * i + 10, 2.0 - i / 200] for i in range(200)]
     assert "no NaN and no divergence" in quality.stability([{**row, "losses": falls}])[0]
@@ -69,7 +62,7 @@ def test_a_divergence_is_told(quality: Any) -> None:
     assert "**it diverged**" in quality.stability([{**row, "losses": rises}])[0]
 
 
-def test_figures_are_those_of_the_rows(quality: Any) -> None:
+def test_figures_are_those_of_the_rows() -> None:
     def rows(after: list[float], **more: float) -> list[dict[str, object]]:
         extra = {"before": 2.0, "frechet": 1.0, "step_ms": 3.0, **more}
         return [{"seed": seed, "after": value, **extra} for seed, value in enumerate(after)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
 import json
 import math
@@ -13,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.usefixtures("scripts_on_path")
+from benchmarks import gate_forms, recipes, token_order
+from examples.study.arms import build
+from examples.study.settings import PRESETS
 
 Rows = list[tuple[str, list[float]]]
 """The first cell and the numbers of the others, row by row."""
@@ -23,9 +24,6 @@ VIDEOS = ("--sparsity", "0.75", "--videos", "64", "--device", "cpu")
 
 def save_checkpoint(folder: Path, size: tuple[int, int, int]) -> Path:
     """A model of one attention, which matters to its output: in a fresh model it does not."""
-    from arms import build
-    from settings import PRESETS
-
     settings = dataclasses.replace(PRESETS["smoke"], size=size, layers=1)
     torch.manual_seed(0)
     model = build(settings)
@@ -41,8 +39,8 @@ def rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ro
     """A function that runs a benchmark in this process, on a checkpoint of 4 blocks, and reads the table it prints."""
     checkpoint = save_checkpoint(tmp_path, (8, 16, 16))
 
-    def run(name: str, *arguments: str) -> Rows:
-        importlib.import_module(name).main(["--checkpoint", str(checkpoint), *arguments])
+    def run(main: Callable[[list[str]], None], *arguments: str) -> Rows:
+        main(["--checkpoint", str(checkpoint), *arguments])
         lines = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
         return [(title.strip(), [float(cell.strip(" %") or 0) for cell in cells]) for title, *cells in lines]
 
@@ -50,7 +48,7 @@ def rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ro
 
 
 def test_recipes(rows: Callable[..., Rows]) -> None:
-    table = rows("recipes", *VIDEOS, "--steps", "24", "--lr", "1e-3")
+    table = rows(recipes.main, *VIDEOS, "--steps", "24", "--lr", "1e-3")
     names = ["dense", "gates of zero (sparse only)", "calibrate", "distill, attention", "distill, output"]
     assert [name for name, _ in table] == [*names, "calibrate, then distill, output"]
     assert all(math.isfinite(number) and number >= 0 for _, numbers in table for number in numbers)
@@ -71,7 +69,7 @@ def test_recipes(rows: Callable[..., Rows]) -> None:
 
 
 def test_forms_of_gates_and_recipes_agree(rows: Callable[..., Rows]) -> None:
-    forms = rows("gate_forms", *VIDEOS)
+    forms = rows(gate_forms.main, *VIDEOS)
     assert len(forms) == 8
     assert all(sparsity == 75 for _, (sparsity, *_) in forms)
     held_out, each, seen = zip(*(numbers for _, (_, *numbers) in forms), strict=True)
@@ -80,21 +78,19 @@ def test_forms_of_gates_and_recipes_agree(rows: Callable[..., Rows]) -> None:
     for richer, form in ((1, 0), (5, 4), (7, 6), (3, 2), (5, 3), (4, 0), (5, 1)):
         assert seen[richer] > seen[form], (richer, form)
 
-    errors = [numbers[0] for _, numbers in rows("recipes", *VIDEOS, "--steps", "1")]
+    errors = [numbers[0] for _, numbers in rows(recipes.main, *VIDEOS, "--steps", "1")]
     assert held_out[0] == pytest.approx(100 * (1 - errors[2] / errors[1]), abs=0.1)
-    scaled = [numbers[0] for _, numbers in rows("recipes", *VIDEOS, "--steps", "1", "--sparse-scale")]
+    scaled = [numbers[0] for _, numbers in rows(recipes.main, *VIDEOS, "--steps", "1", "--sparse-scale")]
     assert scaled[1] == errors[1]
     assert held_out[4] == pytest.approx(100 * (1 - scaled[2] / scaled[1]), abs=0.1)
 
 
 def test_orders(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    import order
-
     checkpoint, written = save_checkpoint(tmp_path, (8, 16, 32)), tmp_path / "rows.json"
-    order.main([str(checkpoint), "--json", str(written)])
+    token_order.main([str(checkpoint), "--json", str(written)])
     looked = json.loads(written.read_text())["rows"]
     keys = [(row["time"], row["order"], row["block"], row["topk"]) for row in looked]
-    assert keys == list(itertools.product(order.TIMES, order.ORDERS, order.BLOCKS, order.TOPKS))
+    assert keys == list(itertools.product(token_order.TIMES, token_order.ORDERS, token_order.BLOCKS, token_order.TOPKS))
     found = dict(zip(keys, ((row["mass"], row["error"]) for row in looked), strict=True))
     for (_, _, block, topk), (mass, error) in found.items():
         share = max(1, int(topk * 128 / block)) * block / 128  # of the keys, that are critical
@@ -104,12 +100,12 @@ def test_orders(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
         else:
             assert share < mass < 1
             assert 0 < error < 2
-    assert len({found[0.5, kind, 16, 0.05] for kind in order.ORDERS}) == len(order.ORDERS)
+    assert len({found[0.5, kind, 16, 0.05] for kind in token_order.ORDERS}) == len(token_order.ORDERS)
 
-    monkeypatch.setattr(order, "ORDERS", ("hilbert",))
-    monkeypatch.setattr(order, "TOPKS", (0.1,))
+    monkeypatch.setattr(token_order, "ORDERS", ("hilbert",))
+    monkeypatch.setattr(token_order, "TOPKS", (0.1,))
     capsys.readouterr()
-    order.main([str(checkpoint), "--pooled"])
+    token_order.main([str(checkpoint), "--pooled"])
     _, halves, whole = (line.split() for line in capsys.readouterr().out.splitlines())
     assert halves[:5] == ["topk", "10%", "block", "64", "hilbert:"]
     assert 0 < float(halves[5]) < 2

@@ -23,9 +23,10 @@ SMOKE = ("finetune.py", "--smoke", "--save-every", "2")
 # finetune.py, ended right after a checkpoint within a training
 INTERRUPTED = """\
 import sys
-key, step, folder, *sys.argv[1:] = sys.argv[1:]
-sys.path.insert(0, folder)
-import finetune, training
+key, step, root, *sys.argv[1:] = sys.argv[1:]
+sys.path.insert(0, root)
+from examples import finetune
+from examples.study import training
 save = training.Trainer.save
 def save_and_end(self, at, student, optimizer):
     save(self, at, student, optimizer)
@@ -126,7 +127,7 @@ def test_finetune_goes_on_after_a_kill(tmp_path: Path, key: str, saved: list[str
     command = (*SMOKE, "--arms", "dense", "sla", "calibrated-tuned")
     (tmp_path / "straight").mkdir()
     run_example(*command, folder=tmp_path / "straight")
-    killed = [sys.executable, "-c", INTERRUPTED, key, "2", str(EXAMPLES), *command[1:]]
+    killed = [sys.executable, "-c", INTERRUPTED, key, "2", str(ROOT), *command[1:]]
     subprocess.run(killed, cwd=tmp_path, check=True, capture_output=True, timeout=600)
     if saved:
         assert [name for name in results(tmp_path) if name != "real"] == saved

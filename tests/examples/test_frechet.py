@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytestmark = pytest.mark.usefixtures("scripts_on_path")
+from examples.study.frechet import SPOILERS, FeatureNet, distance, moments, train_features
+from examples.study.videos import Data
 
 SIZE, REAL = (8, 16, 16), 256
 
 
 def test_of_known_normal_distributions() -> None:
-    from frechet import distance
-
     a = torch.zeros(2).double(), torch.diag(torch.tensor([1.0, 4.0]).double())
     b = torch.tensor([3.0, 0.0]).double(), torch.diag(torch.tensor([9.0, 4.0]).double())
     assert distance(a, a) == pytest.approx(0, abs=1e-12)
@@ -23,9 +22,6 @@ def test_of_known_normal_distributions() -> None:
 
 
 def test_good_samples_are_nearer_than_bad_ones() -> None:
-    from frechet import SPOILERS, distance, moments, train_features
-    from videos import Data
-
     data = Data(SIZE, 32, torch.device("cpu"))
     net = train_features(data, steps=300)
     reference = moments(net, data.videos(REAL // data.batch, seed=0))
@@ -39,12 +35,9 @@ def test_good_samples_are_nearer_than_bad_ones() -> None:
             for amount in (0.4, 1.0)
         )
         assert badly > slightly > unseen, (name, unseen, slightly, badly)
-        print(name, unseen, slightly, badly)
         assert badly > 3 * unseen, (name, unseen, badly)
 
 
 def test_too_few_videos_are_refused() -> None:
-    from frechet import FeatureNet, moments
-
     with pytest.raises(ValueError, match="4 videos; accepted: more than 32"):
         moments(FeatureNet(), [torch.zeros(4, 3, *SIZE)])

@@ -1,6 +1,6 @@
 """Real diffusers transformers, small: at topk=1 exactly dense attention, below it right gates with gradients.
 
-The examples are those of tests/diffusers_zoo.py; ``python -m benchmarks.zoo`` runs all of them.
+The examples are those of tests/zoo/; ``python -m benchmarks.zoo`` runs all of them.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS
 from torch import Tensor
+
+from examples.study.arms import ARMS
 
 __all__ = ["COLUMNS", "aggregate", "save_csv", "save_plot", "save_samples"]
 

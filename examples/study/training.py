@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import Student
-from captured import Captured
-from progress import Steps
 from rich.console import Console
 from torch import Tensor
+
+from examples.study.arms import Student
+from examples.study.cuda_graph import GraphedCallable
+from examples.study.progress import Steps
 
 __all__ = ["OutOfTime", "Trainer", "write"]
 
@@ -67,7 +68,7 @@ class Trainer:
             optimizer.step()
             return loss.detach()
 
-        run = Captured(update, student.captured)
+        run = GraphedCallable(update, student.graphed)
         bar = Steps(key, at.step, steps, self.console)
         for step in bar:
             for group in optimizer.param_groups:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-
-from arms import build
-from settings import Settings
-from videos import Batch, Data
-
 import sla_compile
+from examples.study.arms import build
+from examples.study.settings import Settings
+from examples.study.videos import Batch, Data
 
 __all__ = ["Batch", "Data", "Study", "load", "parser"]
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from captured import Captured
-from settings import Settings
 from torch import Tensor, nn
-from video_dit import SelfAttention, VideoDiT, VideoDiTConfig
 
 import sla_compile
+from examples.study.cuda_graph import GraphedCallable
+from examples.study.settings import Settings
+from examples.study.video_dit import SelfAttention, VideoDiT, VideoDiTConfig
 
 __all__ = ["ARMS", "MAIN", "Arm", "LinearAttention", "Student", "Wan"]
 
@@ -153,8 +153,8 @@ class Student:
         self, settings: Settings, arm: Arm, sparsity: float | None, device: torch.device, *, capture: bool = True
     ) -> None:
         self.settings, self.device = settings, device
-        self.captured = capture and device.type == "cuda"
-        self._velocity = Captured(self._forward, self.captured)
+        self.graphed = capture and device.type == "cuda"
+        self._velocity = GraphedCallable(self._forward, self.graphed)
         self.model = build(settings, arm.attention).to(device)
         backend = "inductor"
         if arm.attention == "sla":
@@ -211,7 +211,7 @@ class Student:
         for group in groups:  # a CUDA graph would keep a number
             group["lr"] = torch.tensor(group["peak_lr"], device=self.device)
         return torch.optim.AdamW(
-            [group for group in groups if group["params"]], betas=(0.9, 0.98), fused=True, capturable=self.captured
+            [group for group in groups if group["params"]], betas=(0.9, 0.98), fused=True, capturable=self.graphed
         )
 
     def rewritten(self) -> bool:

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+
+from examples.study.cuda_graph import GraphedCallable
+from examples.study.experiment import Experiment, Job
+from examples.study.settings import PRESETS
 
 
-@pytest.fixture
-def examples(scripts_on_path: None) -> Any:
-    """What the test needs of the examples' modules."""
-    from captured import Captured
-    from experiment import Experiment, Job
-    from settings import PRESETS
-
-    return SimpleNamespace(Captured=Captured, Experiment=Experiment, Job=Job, PRESETS=PRESETS)
-
-
-def test_off_it_is_the_function(examples: Any) -> None:
-    run = examples.Captured(lambda x: x + 1, enabled=False)
+def test_off_it_is_the_function() -> None:
+    run = GraphedCallable(lambda x: x + 1, enabled=False)
     for value in range(6):
         assert run(torch.tensor(value)).item() == value + 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_what_cannot_be_captured_is_called(examples: Any) -> None:
-    run = examples.Captured(lambda x: x + x.sum().item(), enabled=True)
+def test_what_cannot_be_captured_is_called() -> None:
+    run = GraphedCallable(lambda x: x + x.sum().item(), enabled=True)
     with pytest.warns(UserWarning, match="no CUDA graph"):
         found = [run(torch.full((2,), float(value), device="cuda"))[0].item() for value in range(8)]
     assert found == [3.0 * value for value in range(8)]
@@ -37,18 +30,14 @@ def test_what_cannot_be_captured_is_called(examples: Any) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("arm", ["dense", "sla"])
-def test_the_same_training(arm: str, examples: Any, tmp_path: Path) -> None:
-    from rich.console import Console
-
-    settings = dataclasses.replace(
-        examples.PRESETS["smoke"], size=(32, 32, 32), head_dim=64, block=64, steps=30, dense_steps=20
-    )
+def test_the_same_training(arm: str, tmp_path: Path) -> None:
+    settings = dataclasses.replace(PRESETS["smoke"], size=(32, 32, 32), head_dim=64, block=64, steps=30, dense_steps=20)
     rows = []
     for capture in (False, True):
-        experiment = examples.Experiment(
+        experiment = Experiment(
             settings, tmp_path / str(capture), torch.device("cuda"), Console(quiet=True), capture=capture
         )
-        job = examples.Job(arm, 0.9 if arm == "sla" else None, 0)
+        job = Job(arm, 0.9 if arm == "sla" else None, 0)
         experiment.run([job])
         (student,) = experiment.students.values()
         assert (student._velocity.graph is not None) == capture

@@ -1,7 +1,7 @@
 """What the order of a video's tokens does to Sparse-Linear Attention: how much of the exact attention it catches.
 
-    python benchmarks/order.py CHECKPOINT [CHECKPOINT ...] [--videos 1] [--json order.json]
-    python benchmarks/order.py --pooled CHECKPOINT                              # six videos or more
+    python benchmarks/token_order.py CHECKPOINT [CHECKPOINT ...] [--videos 1] [--json order.json]
+    python benchmarks/token_order.py --pooled CHECKPOINT                              # six videos or more
 
 A checkpoint is the ``pretrained-<seed>.pt`` that examples/finetune.py or benchmarks/quality.py leaves in its folder,
 beside its settings.json: a dense video transformer, trained on moving shapes. Its attention is looked at on held-out
@@ -18,18 +18,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import Data, load
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout comes before what is installed
+
 import sla_compile
+from benchmarks.dense_checkpoint import Data, load
 from sla_compile.common.token_orders import ORDERS, Placement
 from sla_compile.fitting.calibration import gather
 from sla_compile.fitting.observer import GatedCall, gated_calls

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Captured"]
+__all__ = ["GraphedCallable"]
 
 WARM_UP = 3
 """Calls before the capture: they compile, and they count like any other."""
 
 
-class Captured:
+class GraphedCallable:
     """``function``, whose every call after a few is a replay; without ``enabled`` just ``function``.
 
     It must do the same with tensors of the same shapes in every call, and what it reads besides its arguments must

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from videos import PARAMETERS, Data, parameters, render
+
+from examples.study.videos import PARAMETERS, Data, parameters, render
 
 __all__ = ["SPOILERS", "FeatureNet", "Moments", "distance", "moments", "train_features"]
 

@@ -132,5 +132,5 @@ class VideoDiT(nn.Module):
 
 
 def example() -> tuple[VideoDiT, tuple[Tensor, Tensor]]:
-    """A model and the arguments of a call, for ``python -m sla_compile explain examples.video_dit:example``."""
+    """A model and the arguments of a call, for ``python -m sla_compile explain examples.study.video_dit:example``."""
     return VideoDiT(), (torch.zeros(1, 3, 16, 48, 48), torch.zeros(1))

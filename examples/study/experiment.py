@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from arms import ARMS, Student, build
-from frechet import FeatureNet, Moments, distance, moments, train_features
 from rich.console import Console
-from settings import Settings
 from torch import Tensor
-from training import OutOfTime, Trainer, write
-from videos import Data
 
 import sla_compile
+from examples.study.arms import ARMS, Student, build
+from examples.study.frechet import FeatureNet, Moments, distance, moments, train_features
+from examples.study.settings import Settings
+from examples.study.training import OutOfTime, Trainer, write
+from examples.study.videos import Data
 from sla_compile.fitting.calibration import gather
 
 __all__ = ["Experiment", "Job", "jobs_of"]
