@@ -278,7 +278,7 @@ def print_arms(console: Console, tokens: int, times: dict[str, dict[str, Times]]
 
 
 def print_sweep(console: Console, title: str, rows: Sweep) -> None:
-    names = list(max(rows.values(), key=len))
+    names = max((list(row) for row in rows.values()), key=len)
     table = Table("tokens", *names, title=f"{title}: forward / backward, median ms")
     for tokens, row in rows.items():
         table.add_row(
@@ -306,7 +306,7 @@ def draw(path: Path, rows: Sweep, rate: float) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for axis, direction in zip(axes, ("forward", "backward"), strict=True):
-        for name in max(rows.values(), key=len):
+        for name in max((list(row) for row in rows.values()), key=len):
             points = {tokens: row[name][direction].median for tokens, row in rows.items() if name in row}
             axis.loglog(list(points), list(points.values()), "o-", markersize=4, label=name)
         axis.loglog(list(rows), [roof(n, rate, direction) for n in rows], "k:", label="roof of the sparse part")

@@ -64,8 +64,7 @@ class Sums:
     """F^T F (H, P, P), F^T O (H, P, D) and ||O||^2 of one attention, float64."""
 
     def __init__(self) -> None:
-        self.gram: Tensor | float = 0.0
-        self.cross: Tensor | float = 0.0
+        self.gram = self.cross = torch.zeros((), dtype=torch.float64)
         self.norm = 0.0
 
     def add(self, call: GatedCall, topk: float) -> None:
@@ -93,7 +92,7 @@ class Sums:
 
 def fitted(form: Form, sums: Sums, ridge: float = 1e-2, rounds: int = 3000) -> Tensor:
     """The matrix (H, P, D) of ``form`` with the least error on ``sums``: numbers and W, b in turn, till they settle."""
-    gram, cross = torch.as_tensor(sums.gram), torch.as_tensor(sums.cross)
+    gram, cross = sums.gram, sums.cross
     heads, count, dim = cross.shape
     columns = [slice(i * dim, (i + 1) * dim) for i in range(4)]
     numbers = gram.new_ones(heads, len(form.scaled))

@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -203,15 +204,17 @@ def main_table(groups: Groups, tokens: int, block: int, base: str = "dense") -> 
     return lines
 
 
+def excess_of_quarter(row: Row, base: Row, quarter: int) -> float:
+    """By how many percent the loss is above the base's in one quarter of the held-out times."""
+    return float(100 * (row["by_time"][quarter] / base["by_time"][quarter] - 1))
+
+
 def time_table(groups: Groups) -> list[str]:
     """How much the loss is above the dense one's in each quarter of the held-out times."""
     dense = groups.get(("dense", None), [])
     lines = ["| arm | sparsity | least noise | 2nd quarter | 3rd quarter | most noise |", "| --- " * 6 + "|"]
     for (arm, share), rows in groups.items():
-        parts = [
-            paired(rows, dense, lambda row, base, i=i: 100 * (row["by_time"][i] / base["by_time"][i] - 1))
-            for i in range(4)
-        ]
+        parts = [paired(rows, dense, partial(excess_of_quarter, quarter=quarter)) for quarter in range(4)]
         if arm != "dense" and all(parts):
             means = [f"{statistics.fmean(part):+.2f}" for part in parts]
             lines.append(f"| {' | '.join([ARMS[arm].title, '-' if share is None else f'{share:.0%}', *means])} |")

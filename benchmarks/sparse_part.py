@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,10 @@ def flex(inputs: list[Tensor], block: int, lists: Tensor) -> tuple[Call, Call]:
 
 
 def cudnn_frontend(inputs: list[Tensor], block: int, lists: Tensor) -> tuple[Call, Call]:
-    from cudnn.block_sparse_attention import block_sparse_attention_backward, block_sparse_attention_forward
+    from cudnn.block_sparse_attention import (  # type: ignore[import-not-found]
+        block_sparse_attention_backward,
+        block_sparse_attention_forward,
+    )
 
     q, k, v, grad_out = (x.transpose(1, 2) for x in inputs)
     settings = {"sparse_block_size": block, "layout": "bshd"}
@@ -145,10 +149,12 @@ def sparse_part(console: Console) -> dict[str, dict[str, Times]]:
     for block in (128, 64):
         inputs = activations(4, HEADS, HEAD_DIM, torch.bfloat16)
         lists, block_map = random_blocks(block)
-        arms = {f"ours {block}x{block}": lambda b=block, i=inputs, ls=lists, m=block_map: ours(i, b, ls, m)}
+        arms: dict[str, Callable[[], tuple[Call, Call]]] = {
+            f"ours {block}x{block}": partial(ours, inputs, block, lists, block_map)
+        }
         if block == 128:
-            arms["FlexAttention 128x128"] = lambda i=inputs, ls=lists: flex(i, 128, ls)
-        arms[f"cuDNN-frontend {block}x{block}"] = lambda b=block, i=inputs, ls=lists: cudnn_frontend(i, b, ls)
+            arms["FlexAttention 128x128"] = partial(flex, inputs, block, lists)
+        arms[f"cuDNN-frontend {block}x{block}"] = partial(cudnn_frontend, inputs, block, lists)
         expected: list[Tensor] | None = None
         for name, make in arms.items():
             try:
@@ -234,12 +240,12 @@ def head_dims(console: Console) -> dict[str, dict[str, Any]]:
 
 def dense_times(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> tuple[float | None, float | None]:
     """cuDNN's dense attention, or None where it does not take the head dimension."""
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    q, k, v = leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     sdpa = torch.nn.functional.scaled_dot_product_attention
     try:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            out = sdpa(*leaves)
-            forward = do_bench(lambda: sdpa(*leaves), warmup=5, rep=40, return_mode="median")
+            out = sdpa(q, k, v)
+            forward = do_bench(lambda: sdpa(q, k, v), warmup=5, rep=40, return_mode="median")
             backward = do_bench(
                 lambda: torch.autograd.grad(out, leaves, grad_out, retain_graph=True),
                 warmup=5,

@@ -32,7 +32,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout comes before what is installed
 
 import sla_compile
-from benchmarks.dense_checkpoint import Data, load
+from benchmarks.dense_checkpoint import load
+from examples.study.videos import Data
 from sla_compile.common.token_orders import ORDERS, Placement
 from sla_compile.fitting.calibration import gather
 from sla_compile.fitting.observer import GatedCall, gated_calls
@@ -108,7 +109,7 @@ def pooled(checkpoint: Path, videos: int, device: torch.device, console: Console
     """Print the error of the sparse branch over ``videos`` held-out ones, for every order, block and smaller topk."""
     model, settings = load(checkpoint, device)
     held_out = Data(settings.size, 1, device).held_out(videos)
-    batches = [((noisy, time), {}) for noisy, time, _ in held_out]
+    batches: list[tuple[tuple[Tensor, ...], dict[str, Any]]] = [((noisy, time), {}) for noisy, time, _ in held_out]
     console.print("times " + ", ".join(f"{float(time):.2f}" for _, time, _ in held_out))
     for topk in TOPKS[:2]:
         for block in BLOCKS[1:]:

@@ -182,7 +182,7 @@ def leave_self_attention_out() -> None:
             return original(query, key, value, **arguments)
         return value + 0 * (query + key)  # adding nothing of them keeps the work that makes them
 
-    F.scaled_dot_product_attention = attention
+    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
 
 
 def serve(name: str, options: argparse.Namespace, caches: str, asked: Connection) -> None:

@@ -34,7 +34,7 @@ import sla_compile
 from tests.support.closeness import relative_error
 from tests.zoo.registry import EXAMPLES, build, call, transformer_classes
 
-OPTIONS = {"min_tokens": 32, "block_q": 16, "block_k": 16}
+OPTIONS: dict[str, Any] = {"min_tokens": 32, "block_q": 16, "block_k": 16}
 DENSE = {**OPTIONS, "inner": "aot_eager", "topk": 1.0, "bottomk": 0.0}
 SPARSE = {**OPTIONS, "inner": "eager", "topk": 0.25, "bottomk": 0.1}  # a joint graph of each class takes minutes
 BUDGET = 1e-4

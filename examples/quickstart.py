@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout co
 import sla_compile
 from examples.study.progress import Steps
 
-Velocity = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Velocity = Callable[[Callable[..., Any], Tensor, Tensor], Tensor]
+"""The velocity that a model, compiled or not, predicts for latents at a noise level."""
 console = Console()
 
 
@@ -47,7 +49,7 @@ def build_wan(device: torch.device) -> tuple[nn.Module, Velocity]:
         nn.init.normal_(block.scale_shift_table, std=0.5)
     text = torch.randn(1, 64, 128, device=device)
 
-    def velocity(model: nn.Module, latents: Tensor, noise_level: Tensor) -> Tensor:
+    def velocity(model: Callable[..., Any], latents: Tensor, noise_level: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             return model(latents, noise_level * 1000, text, return_dict=False)[0]
 
@@ -60,10 +62,11 @@ def build_video_dit(device: torch.device) -> tuple[nn.Module, Velocity]:
 
     torch.manual_seed(0)
     model = VideoDiT(VideoDiTConfig(channels=16, heads=2, head_dim=64, layers=2))
-    for block in model.blocks:  # fresh from its constructor, each block is the identity
-        nn.init.normal_(block.modulation.bias, std=0.5)
+    for name, parameter in model.named_parameters():
+        if name.endswith("modulation.bias"):  # fresh from its constructor, each block is the identity
+            nn.init.normal_(parameter, std=0.5)
 
-    def velocity(model: nn.Module, latents: Tensor, noise_level: Tensor) -> Tensor:
+    def velocity(model: Callable[..., Any], latents: Tensor, noise_level: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             return model(latents, noise_level)
 
@@ -93,10 +96,10 @@ def milliseconds(*calls: Callable[[], Tensor], repeats: int = 7) -> list[float]:
     return [min(record) for record in times]
 
 
-def fine_tune(compiled: nn.Module, call: Callable[[], Tensor], target: Tensor, steps: int) -> list[float]:
-    """Fit ``call``, which runs ``compiled``, to ``target``; the relative squared distance at each step."""
-    gates = list(sla_compile.gate_parameters(compiled))  # zero so far: they get a higher learning rate
-    weights = [p for name, p in compiled.named_parameters() if ".sla." not in name]
+def fine_tune(model: nn.Module, call: Callable[[], Tensor], target: Tensor, steps: int) -> list[float]:
+    """Fit ``call``, which runs ``model``, to ``target``; returns the relative squared distance at each step."""
+    gates = list(sla_compile.gate_parameters(model))  # zero so far: they get a higher learning rate
+    weights = [p for name, p in model.named_parameters() if ".sla." not in name]
     rate = 1e-5 if target.is_cuda else 3e-4  # the wider model of the GPU needs smaller steps
     optimizer = torch.optim.AdamW(
         [{"params": weights, "lr": rate}, {"params": gates, "lr": 3 * rate}], weight_decay=0.0
@@ -151,7 +154,7 @@ def main(given: list[str] | None = None) -> None:
         velocity(compiled, latents, noise_level)
 
     console.rule("2. inspect")
-    console.print(sla_compile.report(compiled))
+    console.print(sla_compile.report(model))
     if not sla_compile.gates(model):
         raise SystemExit("nothing was rewritten, for the reasons above: choose larger --latents")
 
@@ -165,7 +168,7 @@ def main(given: list[str] | None = None) -> None:
     with torch.no_grad():
         target = velocity(dense, latents, noise_level).float()
     # on one sample: with random weights there is nothing to learn that holds for others
-    losses = fine_tune(compiled, lambda: velocity(compiled, latents, noise_level), target, options.steps)
+    losses = fine_tune(model, lambda: velocity(compiled, latents, noise_level), target, options.steps)
     console.print("relative squared distance from the dense model's velocity, at each step:")
     console.print(" ".join(f"{loss:.4f}" for loss in losses))
 

@@ -197,7 +197,7 @@ def test_a_recompile_limit_is_told() -> None:
 
 
 def test_size_hint_adds_no_guard() -> None:
-    hints = []
+    hints: list[Any] = []
 
     def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
         sizes = [n.meta["example_value"] for n in gm.graph.nodes if n.op == "placeholder"]

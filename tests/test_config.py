@@ -508,7 +508,7 @@ def test_unknown_mode_is_refused(mode: Any, parts: tuple[str, ...]) -> None:
 def test_fingerprint_changes_with_every_field_and_with_nothing_else() -> None:
     prints = {SLAConfig().fingerprint()}
     for name, value in FULL.items():
-        changed = {"inner": "eager"} if name == "inner" else {name: value}
+        changed: dict[str, Any] = {"inner": "eager"} if name == "inner" else {name: value}
         if name == "grid_start":
             changed["grid"] = (8, 30, 52)
         prints.add(SLAConfig(**changed).fingerprint())

@@ -8,6 +8,7 @@ import pickle
 import warnings
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -37,18 +38,18 @@ from tests.support.models import (
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
 
-EAGER = {**OPTIONS, "inner": "aot_eager"}
+EAGER: dict[str, Any] = {**OPTIONS, "inner": "aot_eager"}
 
 
 def graphs() -> int:
     return int(counters["stats"].get("unique_graphs", 0))
 
 
-def compiled(model: nn.Module, **options: object) -> nn.Module:
-    return torch.compile(model, backend="sla", options={**EAGER, **options})  # type: ignore[return-value]
+def compiled(model: nn.Module, **options: Any) -> Any:
+    return torch.compile(model, backend="sla", options={**EAGER, **options})
 
 
-def first_call(model: nn.Module, x: torch.Tensor) -> None:
+def first_call(model: Any, x: torch.Tensor) -> None:
     """A call with a gradient, as later ones have it, then gates that are not zero."""
     model(x.detach().requires_grad_())
     randomize_gates(model)
@@ -405,7 +406,9 @@ def test_models_are_released() -> None:
     ],
     ids=["no pattern", "short", "no attention"],
 )
-def test_prepare_says_that_nothing_will_be_rewritten(model: Callable[[], nn.Module], config: dict, why: str) -> None:
+def test_prepare_says_that_nothing_will_be_rewritten(
+    model: Callable[[], nn.Module], config: dict[str, Any], why: str
+) -> None:
     with pytest.warns(UserWarning, match=f"^prepare: no attention of [A-Z][a-z]* will be rewritten: {why}"):
         prepared = sla_compile.prepare(model(), (torch.zeros(1, 100, 32),), config={**OPTIONS, **config})
     assert sla_compile.gates(prepared) == {}
@@ -516,7 +519,7 @@ def test_excluded_sites_of_a_prepared_model_stay_dense() -> None:
 def test_options_that_contradict_a_gate_are_refused() -> None:
     model, x = Model(), random_input()
     sla_compile.prepare(model, (x,), config=OPTIONS)
-    run = torch.compile(model, backend="sla", options={"topk": 0.5})
+    run = torch.compile(model, backend="sla", options=dict[str, Any](topk=0.5))
     with pytest.raises(ValueError, match=r"blocks\.0\.attention.*topk=0\.5 here, 0\.3 in its gate"):
         run(x)
 
@@ -525,7 +528,7 @@ def test_options_that_contradict_a_gate_are_refused() -> None:
     ("options", "message"),
     [({"topkk": 0.1}, "nearest known: 'topk'"), ({"topk": float("nan")}, "topk"), ({"topk": 0.95}, "up to 1")],
 )
-def test_refused_options_leave_no_trace(options: dict[str, float], message: str) -> None:
+def test_refused_options_leave_no_trace(options: dict[str, Any], message: str) -> None:
     model, x = Model(), random_input()
     keys = list(model.state_dict())
     with pytest.raises(ValueError, match=message):

@@ -9,6 +9,7 @@ import sys
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,12 +73,11 @@ print(json.dumps({
 """
 
 
-def run_python(python: str | Path, code: str, *arguments: str, cwd: Path) -> dict[str, object]:
+def run_python(python: str | Path, code: str, *arguments: str, cwd: Path) -> Any:
     """The JSON that ``code`` prints last, in a process of its own."""
     done = subprocess.run([str(python), "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    facts: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
-    return facts
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def pip(*arguments: str, python: Path | None = None) -> None:

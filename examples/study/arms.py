@@ -100,6 +100,8 @@ class LinearAttention(SelfAttention):
 class Wan(nn.Module):
     """A small WanTransformer3DModel of diffusers with the call of ``VideoDiT``."""
 
+    text: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         from diffusers import WanTransformer3DModel
@@ -167,7 +169,7 @@ class Student:
         self.fresh = [gate.detach().clone() for gate in self.gates]
         if backend == "sla" or settings.inner == "inductor":
             options: dict[str, Any] = {"options": {"inner": settings.inner}} if backend == "sla" else {}
-            for block in self.model.blocks:
+            for block in self.model.get_submodule("blocks").children():
                 block.compile(backend=backend, **options)
 
     def _prepare(self, arm: Arm, sparsity: float | None) -> None:

@@ -70,8 +70,11 @@ class Settings:
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Settings:
         """The inverse of ``to_dict``; names that are no field, of another version, are left out."""
-        known = {field.name for field in dataclasses.fields(cls)} & given.keys()
-        return cls(**{name: tuple(given[name]) if isinstance(given[name], list) else given[name] for name in known})
+        names = {field.name for field in dataclasses.fields(cls)} & given.keys()
+        known: dict[str, Any] = {name: given[name] for name in names}
+        for name, value in known.items():
+            known[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**known)
 
     @property
     def grid(self) -> tuple[int, int, int]:

@@ -74,6 +74,8 @@ class Block(nn.Module):
             nn.Linear(width, config.mlp_ratio * width), nn.GELU(), nn.Linear(config.mlp_ratio * width, width)
         )
         self.modulation = nn.Linear(width, 6 * width)
+        nn.init.zeros_(self.modulation.weight)  # adaLN-Zero: a block starts as the identity
+        nn.init.zeros_(self.modulation.bias)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x (B, N, D) and time (B, D) -> (B, N, D)."""
@@ -106,9 +108,6 @@ class VideoDiT(nn.Module):
         self.blocks = nn.ModuleList([Block(config, attention) for _ in range(config.layers)])
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, config.channels * math.prod(config.patch))
-        for block in self.blocks:  # adaLN-Zero: each block starts as the identity
-            nn.init.zeros_(block.modulation.weight)
-            nn.init.zeros_(block.modulation.bias)
 
     def forward(self, video: Tensor, time: Tensor) -> Tensor:
         """video (B, C, T, H, W) and time (B), from 0 (data) to 1 (noise) -> velocity (B, C, T, H, W)."""

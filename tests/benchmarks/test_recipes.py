@@ -15,6 +15,7 @@ import torch
 from benchmarks import gate_forms, recipes, token_order
 from examples.study.arms import build
 from examples.study.settings import PRESETS
+from sla_compile.common.token_orders import ORDERS
 
 Rows = list[tuple[str, list[float]]]
 """The first cell and the numbers of the others, row by row."""
@@ -27,7 +28,7 @@ def save_checkpoint(folder: Path, size: tuple[int, int, int]) -> Path:
     settings = dataclasses.replace(PRESETS["smoke"], size=size, layers=1)
     torch.manual_seed(0)
     model = build(settings)
-    for parameter in model.blocks[0].modulation.parameters():
+    for parameter in model.get_submodule("blocks.0.modulation").parameters():
         torch.nn.init.normal_(parameter)
     (folder / "settings.json").write_text(json.dumps({**settings.to_dict(), "of_another_version": 1}))
     torch.save(model.state_dict(), folder / "pretrained-0.pt")
@@ -90,7 +91,7 @@ def test_orders(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     token_order.main([str(checkpoint), "--json", str(written)])
     looked = json.loads(written.read_text())["rows"]
     keys = [(row["time"], row["order"], row["block"], row["topk"]) for row in looked]
-    assert keys == list(itertools.product(token_order.TIMES, token_order.ORDERS, token_order.BLOCKS, token_order.TOPKS))
+    assert keys == list(itertools.product(token_order.TIMES, ORDERS, token_order.BLOCKS, token_order.TOPKS))
     found = dict(zip(keys, ((row["mass"], row["error"]) for row in looked), strict=True))
     for (_, _, block, topk), (mass, error) in found.items():
         share = max(1, int(topk * 128 / block)) * block / 128  # of the keys, that are critical
@@ -100,7 +101,7 @@ def test_orders(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
         else:
             assert share < mass < 1
             assert 0 < error < 2
-    assert len({found[0.5, kind, 16, 0.05] for kind in token_order.ORDERS}) == len(token_order.ORDERS)
+    assert len({found[0.5, kind, 16, 0.05] for kind in ORDERS}) == len(ORDERS)
 
     monkeypatch.setattr(token_order, "ORDERS", ("hilbert",))
     monkeypatch.setattr(token_order, "TOPKS", (0.1,))

@@ -23,7 +23,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 def process(caches: Path, *settings: dict[str, Any], package: Path | None = None) -> list[dict[str, Any]]:
-    """What tests/support/cache_process.py says of each of ``settings``; ``package`` holds another sla_compile to import."""
+    """What cache_process.py says of each of ``settings``; ``package`` holds another sla_compile to import."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(caches), "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, filter(None, (package, ROOT))))
     done = subprocess.run(

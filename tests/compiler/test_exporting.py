@@ -36,7 +36,7 @@ from tests.support.models import (
 )
 from tests.support.paths import ROOT
 
-EAGER = {"inner": "aot_eager"}
+EAGER: dict[str, Any] = {"inner": "aot_eager"}
 STRICT = pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 
 
@@ -78,7 +78,7 @@ class Einsum(Attention):
 
 
 class Masked(Attention):
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
         q, k, v = self.heads(x)
         mask = mask[:, None, None, :].expand(-1, -1, x.shape[1], -1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -88,7 +88,7 @@ class Masked(Attention):
 class WithText(Attention):
     """A self-attention, and a cross-attention to as many tokens, which stays dense."""
 
-    def forward(self, x: Tensor, *, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, text: Tensor) -> Tensor:  # type: ignore[override]
         x = super().forward(x)
         (q, _, _), (_, k, v) = self.heads(x), self.heads(text)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -100,7 +100,7 @@ class UnderAutocast(Attention):
             return super().forward(x)
 
 
-def prepared(model: nn.Module, *args: Any, **changes: Any) -> nn.Module:
+def prepared(model: nn.Module, *args: Any, **changes: Any) -> Any:
     sla_compile.prepare(model, args, config={**OPTIONS, **changes})
     randomize_gates(model)
     return model
@@ -266,7 +266,7 @@ def test_what_is_refused() -> None:
 def test_diffusers(name: str, strict: bool) -> None:
     pytest.importorskip("diffusers")
     from tests.flows.test_diffusers import OPTIONS as options
-    from tests.flows.test_diffusers import build, call
+    from tests.zoo.registry import build, call
 
     torch.set_default_dtype(torch.float32)
     model, inputs = build(name)

@@ -23,12 +23,12 @@ from tests.support.models import HEADS, OPTIONS, WIDTH, CalledTwice, Model, TwoA
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
 
-EAGER = {"inner": "aot_eager"}
+EAGER: dict[str, Any] = {"inner": "aot_eager"}
 TOKENS, BLOCK = 320, 16  # 20 blocks
 BUDGET = 0.2
 
 
-def uneven(blocks: int = 4) -> nn.Module:
+def uneven(blocks: int = 4) -> Model:
     """Even blocks attend to their own neighbourhood, which few critical blocks hold; odd ones to everything."""
     model = Model(blocks)
     for i, block in enumerate(model.blocks):
@@ -45,7 +45,7 @@ def batches(count: int = 2) -> list[tuple[Tensor]]:
     return [(x,) for x in (around + 0.3 * torch.randn_like(around)).reshape(count, 1, TOKENS, WIDTH)]
 
 
-def prepared(model: nn.Module, **settings: Any) -> nn.Module:
+def prepared(model: nn.Module, **settings: Any) -> Any:
     return sla_compile.prepare(model, batches()[0], config={**OPTIONS, "topk": BUDGET, "bottomk": 0.1, **settings})
 
 
@@ -271,7 +271,7 @@ def test_what_is_refused_changes_nothing(arguments: dict[str, Any], message: str
 def test_an_exception_leaves_an_unprepared_model_without_gates() -> None:
     model = uneven()
     with pytest.raises(TypeError, match="batches: item 1 is a Tensor"):
-        sla_compile.allocate(model, [*batches(1), batches(1)[0][0]], budget=BUDGET, config=OPTIONS)  # type: ignore[list-item]
+        sla_compile.allocate(model, [*batches(1), batches(1)[0][0]], budget=BUDGET, config=OPTIONS)
     assert not sla_compile.gates(model)
     with refused("no attention with a gate was reached"):
         sla_compile.allocate(prepared(uneven()), [(torch.randn(1, 8, WIDTH),)], budget=0.1, config={"min_tokens": 64})

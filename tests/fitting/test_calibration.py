@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sla_compile
-from sla_compile.compiler.sites import PREPARED
 from sla_compile.fitting.calibration import gather
 from sla_compile.fitting.observer import GatedCall, gated_calls
 from sla_compile.fitting.regression import SiteStatistics
-from sla_compile.gate import Gate
+from sla_compile.gate import PREPARED, Gate
 from sla_compile.gate_settings import GateSpec
 from sla_compile.kernels import reference
 from tests.support.closeness import assert_close, relative_error
@@ -50,7 +49,7 @@ def batches(count: int = 3, tokens: int = 100) -> list[tuple[Tensor]]:
     return [(random_input(tokens),) for _ in range(count)]
 
 
-def made(model: nn.Module | None = None, **options: Any) -> nn.Module:
+def made(model: nn.Module | None = None, **options: Any) -> Any:
     """A float64 model (two blocks by default) with gates."""
     model = (Model() if model is None else model).double().eval()
     return sla_compile.prepare(model, (random_input(),), config={**OPTIONS, **options})
@@ -320,7 +319,7 @@ def test_autocast() -> None:
 
 def test_prepares_takes_compiled_models_and_keyword_batches() -> None:
     model = Model().double()
-    compiled = torch.compile(model, backend="sla", options={**OPTIONS, "inner": "eager"})
+    compiled: Any = torch.compile(model, backend="sla", options={**OPTIONS, "inner": "eager"})
     seen = iter([{"x": random_input()} for _ in range(5)])
     report = sla_compile.calibrate(compiled, seen, config=OPTIONS, max_batches=2)
     assert report.batches == 2
@@ -348,7 +347,12 @@ def test_blocks_compiled_one_by_one_are_not_compiled_again(monkeypatch: pytest.M
         block.compile(backend="sla", options={"inner": "eager"})
     model(*data[0])
     compiled: list[Any] = []
-    monkeypatch.setattr("sla_compile.backend.rewrite_graph", lambda *arguments: compiled.append(arguments) or [])
+
+    def rewrite_nothing(*arguments: Any) -> list[Any]:
+        compiled.append(arguments)
+        return []
+
+    monkeypatch.setattr("sla_compile.backend.rewrite_graph", rewrite_nothing)
     sla_compile.calibrate(model, data)
     assert not compiled
 

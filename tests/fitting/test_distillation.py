@@ -22,7 +22,7 @@ from tests.fitting.test_calibration import wan
 from tests.support.closeness import assert_close, relative_error
 from tests.support.models import OPTIONS, CalledTwice, Model, TwoAttentions, defined, random_input, randomize_gates
 
-EAGER = {"inner": "eager"}
+EAGER: dict[str, Any] = {"inner": "eager"}
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def batches(count: int = 3) -> list[tuple[Tensor]]:
     return [(random_input(),) for _ in range(count)]
 
 
-def made(model: nn.Module | None = None, **options: Any) -> nn.Module:
+def made(model: nn.Module | None = None, **options: Any) -> Any:
     """A float64 model (two blocks by default) with gates."""
     model = (Model() if model is None else model).double()
     return sla_compile.prepare(model, (random_input(),), config={**OPTIONS, "inner": "eager", **options})
@@ -67,7 +67,7 @@ def test_attention_loss_and_its_gradient_are_those_of_the_definition(kind: type[
     copies = _Float64Copies(model)
     loss, gradients = _AttentionLoss(model, copies)((batch, {}), 0)
     assert_close("loss", loss, expected.detach(), 1e-10)
-    wanted = torch.autograd.grad(expected, copies.parameters, allow_unused=True)
+    wanted: tuple[Tensor | None, ...] = torch.autograd.grad(expected, copies.parameters, allow_unused=True)
     for parameter, actual, gradient in zip(copies.parameters, gradients, wanted, strict=True):
         if gradient is None:
             assert not actual.any()

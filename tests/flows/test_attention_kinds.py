@@ -296,7 +296,10 @@ KINDS = ("masked", "grouped", "causal", "cross", "always critical")
 
 
 def settings_of(kind: str) -> dict[str, Any]:
-    more = {"cross": {"cross_attention": True}, "always critical": {"always_critical": ((-20, None),)}}
+    more: dict[str, dict[str, Any]] = {
+        "cross": {"cross_attention": True},
+        "always critical": {"always_critical": ((-20, None),)},
+    }
     return {**OPTIONS, **more.get(kind, {})}
 
 
@@ -309,7 +312,7 @@ def example(batch: int = BATCH) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_calibrated_is_what_the_compiled_model_computes(kind: str) -> None:
     model = nn.Sequential(Wrapper(Owner(kind))).double()
-    wrapper = model[0]
+    wrapper: Any = model[0]
     data = [example() for _ in range(2)]
     sla_compile.prepare(wrapper, data[0], config=settings_of(kind))
     assert list(sla_compile.gates(wrapper)) == ["inner.sla"]
@@ -399,9 +402,9 @@ def test_settings_of_one_site_and_of_a_file(tmp_path: Any) -> None:
     assert [site.rewritten for site in sla_compile.report(fresh).sites] == [False, True]
     torch._dynamo.reset()
     with pytest.raises(ValueError, match=r"always_critical=\(\) here, \(\(0, 8\),\) in its gate"):
-        torch.compile(model, backend="sla", options={"inner": "eager", "always_critical": ()})(*inputs)
+        torch.compile(model, backend="sla", options=dict[str, Any](inner="eager", always_critical=()))(*inputs)
     torch._dynamo.reset()
-    same = {"inner": "eager", "overrides": {"second": {"always_critical": [[0, 8]]}}}
+    same: dict[str, Any] = {"inner": "eager", "overrides": {"second": {"always_critical": [[0, 8]]}}}
     torch.compile(model, backend="sla", options=same)(*inputs)
 
 
@@ -417,7 +420,9 @@ def test_symbolic_ranges_follow_the_rules_of_slices() -> None:
         )
         assert_close("output", compiled(x, torch.zeros_like(x)), expected, 1e-12)
         assert isinstance(capture.sites[0].decision, Rewrite)
-    assert isinstance(capture.sites[0].decision.shape.tokens, torch.SymInt)
+    decision = capture.sites[0].decision
+    assert isinstance(decision, Rewrite)
+    assert isinstance(decision.shape.tokens, torch.SymInt)
     mixed = Capture(always_critical=((16, -16),))
     torch._dynamo.reset()
     compiled = torch.compile(Wrapper(Caller(lambda x, y: sdpa(x, 2 * x, x + y))), backend=mixed)

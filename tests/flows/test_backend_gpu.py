@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
 ]
 
-OPTIONS = {"topk": 0.3, "bottomk": 0.2, "min_tokens": 0}
+OPTIONS: dict[str, Any] = {"topk": 0.3, "bottomk": 0.2, "min_tokens": 0}
 
 
 def gradients(model: torch.nn.Module, output: torch.Tensor, cotangent: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -53,7 +55,7 @@ def test_topk_of_one_is_dense_attention(dtype: torch.dtype) -> None:
     exact = model.double()(x.double())
     model, x = model.to(dtype), x.to(dtype)
     dense = relative_error(model(x), exact)
-    compiled = torch.compile(model, backend="sla", options={**OPTIONS, "topk": 1.0, "bottomk": 0.0})
+    compiled = torch.compile(model, backend="sla", options=OPTIONS | {"topk": 1.0, "bottomk": 0.0})
     sparse = compiled(x)
     assert sla_compile.report(model).to_dict()["totals"]["rewritten"] == 2
     assert_close("output", sparse, exact, 2 * dense)

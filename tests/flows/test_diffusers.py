@@ -5,6 +5,8 @@ The examples are those of tests/zoo/; ``python -m benchmarks.zoo`` runs all of t
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ from tests.zoo.registry import EXAMPLES, build, call, transformer_classes
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
-OPTIONS = {"inner": "aot_eager", "min_tokens": 32, "block_q": 16, "block_k": 16}
+OPTIONS: dict[str, Any] = {"inner": "aot_eager", "min_tokens": 32, "block_q": 16, "block_k": 16}
 
 REWRITTEN = {
     "WanTransformer3DModel": 2,
@@ -60,7 +62,7 @@ READ_VALUES = [
 @pytest.mark.parametrize("name", [*REWRITTEN, *DENSE_ONLY])
 def test_topk_of_one_is_dense_attention(name: str) -> None:
     model, inputs = build(name)
-    compiled = torch.compile(model, backend="sla", options={**OPTIONS, "topk": 1.0, "bottomk": 0.0})
+    compiled = torch.compile(model, backend="sla", options=OPTIONS | {"topk": 1.0, "bottomk": 0.0})
     with torch.no_grad():
         dense = call(model, inputs)
         sparse = call(compiled, inputs)
@@ -112,7 +114,7 @@ CROSS = {
 def test_cross_attention_on_request(name: str) -> None:
     model, inputs = build(name)
     options = {**OPTIONS, "min_tokens": 0, "cross_attention": True}
-    compiled = torch.compile(model, backend="sla", options={**options, "topk": 1.0, "bottomk": 0.0})
+    compiled = torch.compile(model, backend="sla", options=options | {"topk": 1.0, "bottomk": 0.0})
     with torch.no_grad():
         dense, sparse = call(model, inputs), call(compiled, inputs)
     rewritten = [site for site in sla_compile.report(model).sites if site.rewritten]
@@ -153,7 +155,8 @@ def test_compile_repeated_blocks() -> None:
     model, inputs = build("WanTransformer3DModel")
     with torch.no_grad():
         dense = call(model, inputs)
-        model.compile_repeated_blocks(backend="sla", options={**OPTIONS, "topk": 1.0, "bottomk": 0.0})
+        repeated: Any = model
+        repeated.compile_repeated_blocks(backend="sla", options=OPTIONS | {"topk": 1.0, "bottomk": 0.0})
         sparse = call(model, inputs)
     assert len(sla_compile.gates(model)) == REWRITTEN["WanTransformer3DModel"]
     assert_close("regional", sparse, dense, 1e-5)

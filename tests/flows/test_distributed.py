@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed import FileStore, checkpoint
+from torch.multiprocessing import spawn
 
 import sla_compile
 from tests.support.closeness import assert_close
@@ -21,7 +22,7 @@ from tests.support.models import OPTIONS, Model, randomize_gates
 WORLD = 2
 
 
-def seeded_model() -> nn.Module:
+def seeded_model() -> Model:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     model = Model()
@@ -35,45 +36,50 @@ def batch() -> torch.Tensor:
     return torch.randn(WORLD, 100, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: Model) -> None:
     for block in model.blocks:
         block.compile(backend="sla", options={"inner": "aot_eager"})
 
 
-def data_parallel(model: nn.Module) -> nn.Module:
+def data_parallel(model: Model) -> nn.Module:
     compile_blocks(model)
     return nn.parallel.DistributedDataParallel(model)
 
 
-def sharded(model: nn.Module) -> nn.Module:
+def sharded(model: Model) -> Model:
     from torch.distributed.fsdp import fully_shard
 
     for block in model.blocks:
         fully_shard(block)
-    return fully_shard(model)
+    fully_shard(model)
+    return model
 
 
-def fully_sharded(model: nn.Module) -> nn.Module:
+def fully_sharded(model: Model) -> nn.Module:
     compile_blocks(sharded(model))
     return model
 
 
-def compiled_data_parallel(model: nn.Module) -> nn.Module:
+def compiled_data_parallel(model: Model) -> Any:
     """Compiled as a whole, cut by torch's DDPOptimizer into buckets too small to hold an attention and its gate."""
     # A real model's blocks are larger than these bytes, which torch reads anew for each frame.
     dist._DEFAULT_FIRST_BUCKET_BYTES = 1
     wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.003)
-    return torch.compile(wrapped, backend="sla", options={"inner": "aot_eager"})  # type: ignore[return-value]
+    return torch.compile(wrapped, backend="sla", options={"inner": "aot_eager"})
 
 
-WRAPPERS = {"ddp": data_parallel, "ddp, compiled whole": compiled_data_parallel, "fsdp2": fully_sharded}
+WRAPPERS: dict[str, Callable[[Model], Any]] = {
+    "ddp": data_parallel,
+    "ddp, compiled whole": compiled_data_parallel,
+    "fsdp2": fully_sharded,
+}
 
 
 def work(rank: int, wrapper: str, folder: str) -> None:
     os.environ.update(MASTER_ADDR="localhost", RANK=str(rank), WORLD_SIZE=str(WORLD))
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", WORLD)
+    store = FileStore(f"{folder}/store", WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
     try:
         model = seeded_model()
@@ -81,7 +87,7 @@ def work(rank: int, wrapper: str, folder: str) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         wrapped(batch()[rank : rank + 1]).square().mean().backward()
         gradients = {name: _whole(p.grad) for name, p in model.named_parameters()}
-        dcp.save({"model": model.state_dict()}, checkpoint_id=f"{folder}/checkpoint")
+        checkpoint.save({"model": model.state_dict()}, checkpoint_id=f"{folder}/checkpoint")
         optimizer.step()
         state = {name: _whole(p.detach()) for name, p in model.named_parameters()}
         kinds = [type(p).__name__ for p in sla_compile.gate_parameters(model)]
@@ -100,7 +106,7 @@ def _whole(tensor: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_two_processes_give_the_gradients_of_one(wrapper: str, tmp_path: Path) -> None:
-    mp.spawn(work, args=(wrapper, str(tmp_path)), nprocs=WORLD)
+    spawn(work, args=(wrapper, str(tmp_path)), nprocs=WORLD)
     result = torch.load(tmp_path / "result.pt")
     if wrapper == "fsdp2":
         assert set(result["kinds"]) == {"DTensor"}, "gates are sharded like any parameter"
@@ -118,7 +124,7 @@ def test_two_processes_give_the_gradients_of_one(wrapper: str, tmp_path: Path) -
         # The sharded checkpoint goes into a model of one process.
         other = sla_compile.prepare(Model(), (torch.zeros(1, 100, 32),), config={**OPTIONS, "max_topk": 0.9})
         state = {"model": other.state_dict()}
-        dcp.load(state, checkpoint_id=tmp_path / "checkpoint")
+        checkpoint.load(state, checkpoint_id=tmp_path / "checkpoint")
         other.load_state_dict(state["model"])
         for name, tensor in model.state_dict().items():
             assert torch.equal(other.state_dict()[name], tensor), name
@@ -128,12 +134,12 @@ def test_two_processes_give_the_gradients_of_one(wrapper: str, tmp_path: Path) -
 
 def refused(rank: int, wrapper: str, folder: str) -> None:
     warnings.simplefilter("ignore")
-    store = dist.FileStore(f"{folder}/store", 1)
+    store = FileStore(f"{folder}/store", 1)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=1)
     try:
         torch.set_default_dtype(torch.float64)
-        model = nn.parallel.DistributedDataParallel(Model()) if wrapper == "ddp" else sharded(Model())
-        wrapped = torch.compile(model, backend="sla", options={**OPTIONS, "inner": "aot_eager"})
+        model: nn.Module = nn.parallel.DistributedDataParallel(Model()) if wrapper == "ddp" else sharded(Model())
+        wrapped: Any = torch.compile(model, backend="sla", options={**OPTIONS, "inner": "aot_eager"})
         with pytest.raises(ValueError, match=r"attention\.sla: the model is in .* already, .*call sla_compile\.prep"):
             wrapped(batch())
         with torch.no_grad():
@@ -153,11 +159,11 @@ def refused(rank: int, wrapper: str, folder: str) -> None:
 
 def named_as_unwrapped(rank: int, folder: str) -> None:
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=rank, world_size=1)
+    dist.init_process_group("gloo", store=FileStore(f"{folder}/store", 1), rank=rank, world_size=1)
     try:
         torch.set_default_dtype(torch.float64)
         model = seeded_model()
-        wrapped = torch.compile(
+        wrapped: Any = torch.compile(
             nn.parallel.DistributedDataParallel(model), backend="sla", options={"inner": "aot_eager"}
         )
         wrapped(batch())
@@ -176,10 +182,10 @@ def named_as_unwrapped(rank: int, folder: str) -> None:
 
 
 def test_gates_in_a_wrapper_are_named_as_in_the_model(tmp_path: Path) -> None:
-    mp.spawn(named_as_unwrapped, args=(str(tmp_path),), nprocs=1)
+    spawn(named_as_unwrapped, args=(str(tmp_path),), nprocs=1)
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_no_gate_is_made_behind_the_wrappers_back(wrapper: str, tmp_path: Path) -> None:
     """Its gradients would not be averaged over the processes; without gradients it does no harm."""
-    mp.spawn(refused, args=(wrapper, str(tmp_path)), nprocs=1)
+    spawn(refused, args=(wrapper, str(tmp_path)), nprocs=1)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed import checkpoint as dcp
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +18,7 @@ import sla_compile
 from tests.support.closeness import assert_close
 from tests.support.models import OPTIONS, Model, assert_follows_definition, defined, random_input, randomize_gates
 
-EAGER = {**OPTIONS, "inner": "aot_eager"}
+EAGER: dict[str, Any] = {**OPTIONS, "inner": "aot_eager"}
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +85,8 @@ def test_optimizers(kind: str) -> None:
             {"params": [p for n, p in model.named_parameters() if ".sla." not in n], "lr": 1e-3},
             {"params": list(sla_compile.gate_parameters(model)), "lr": 1e-2, "weight_decay": 0.0},
         ],
-        **{kind: True},
+        foreach=kind == "foreach",
+        fused=kind == "fused",
     )
     target = torch.randn_like(x)
     losses = []

@@ -29,7 +29,7 @@ from tests.support.models import (
     randomize_gates,
 )
 
-EAGER = {"inner": "aot_eager"}
+EAGER: dict[str, Any] = {"inner": "aot_eager"}
 MODES = ["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
@@ -45,7 +45,7 @@ def float64_and_fresh_dynamo() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-def prepared(model: nn.Module, x: Tensor, **changes: Any) -> nn.Module:
+def prepared(model: nn.Module, x: Tensor, **changes: Any) -> Any:
     sla_compile.prepare(model, (x,), config={**OPTIONS, **changes})
     randomize_gates(model)
     torch._dynamo.reset()
@@ -240,7 +240,7 @@ def test_recomputed_blocks_can_keep_their_attention(kind: type[Model], runs: int
 
 def rewritten_then(gm: torch.fx.GraphModule, inputs: Any, compiler: Any) -> Any:
     """The backend, with ``compiler`` for the forward and the backward graph."""
-    from functorch.compile import make_boxed_func
+    from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
@@ -258,7 +258,7 @@ def test_compile_repeated_blocks_trains() -> None:
     pytest.importorskip("diffusers")
     from diffusers import ModelMixin
 
-    class Repeated(ModelMixin):
+    class Repeated(ModelMixin):  # type: ignore[misc]
         _repeated_blocks = ["Block"]  # noqa: RUF012
 
         def __init__(self) -> None:

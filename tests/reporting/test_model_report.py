@@ -39,7 +39,7 @@ from tests.support.models import (
 pytestmark = pytest.mark.filterwarnings("ignore::sla_compile.UntrainedGatesWarning")
 
 WIDTHS = (20, 27, 40, 60, 87, 88, 100, 133, 250)
-EAGER = {**OPTIONS, "inner": "eager"}
+EAGER: dict[str, Any] = {**OPTIONS, "inner": "eager"}
 
 
 @pytest.fixture(autouse=True)
@@ -271,7 +271,7 @@ class Lengths(Model):
         super().__init__(2)
         self.of_layer, self.error = of_layer, error
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
         x = self.blocks[0](x)
         last = torch.zeros(len(mask), dtype=torch.bool)
         last[-1] = True

@@ -1,4 +1,4 @@
-"""Run as a process of its own by tests/compiler/test_cache_key.py: compile a prepared model, and print what came of it as JSON.
+"""Run as a process of its own by test_cache_key.py: compile a prepared model, and print what came of it as JSON.
 
 Usage: python -m tests.support.cache_process SETTINGS..., where each is a JSON object of fields of SLAConfig.
 """

@@ -182,7 +182,9 @@ def run_kernels(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The launchers' out and gradients by name, and their block map; ``kernels`` None: Triton's."""
     if kernels is None:
-        from sla_compile.kernels.triton import attention as kernels
+        from sla_compile.kernels.triton import attention
+
+        kernels = attention
 
     *arguments, grad_out = tensors
     assert grad_out is not None
@@ -203,7 +205,7 @@ def run_reference(case: Case, tensors: list[torch.Tensor | None], block_map: tor
     """The definition in float64 at the kernels' own classes: out and the gradients that exist."""
     *arguments, grad_out = tensors
     assert grad_out is not None
-    doubles = [None if x is None else x.detach().double().requires_grad_() for x in arguments]
+    doubles: list[Any] = [None if x is None else x.detach().double().requires_grad_() for x in arguments]
     mask = key_mask(case, grad_out.device.type)
     out = reference.sparse_linear_attention(*doubles, key_mask=mask, block_map=block_map, **case.options)
     present = {n: x for n, x in zip(NAMES[1:], doubles, strict=True) if x is not None}
