@@ -2,76 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import re
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import sla_compile
 from sla_compile.common.blocks import num_critical
 from sla_compile.fitting.allocation import _water_fill
-from sla_compile.fitting.observer import GatedCall, gated_calls
-from sla_compile.fitting.sensitivity import SiteSensitivity
-from sla_compile.kernels import reference
-from sla_compile.reporting.terminal import plain_text
-from tests.support.models import HEADS, OPTIONS, WIDTH, CalledTwice, Model, TwoAttentions, assert_follows_definition
+from sla_compile.fitting.sensitivity import Measured
+from tests.support.allocation import BLOCK, BUDGET, TOKENS, batches, errors, prepared, topks, uneven
+from tests.support.models import OPTIONS, WIDTH, CalledTwice, Model, TwoAttentions, assert_follows_definition
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
 
 EAGER: dict[str, Any] = {"inner": "aot_eager"}
-TOKENS, BLOCK = 320, 16  # 20 blocks
-BUDGET = 0.2
-
-
-def uneven(blocks: int = 4) -> Model:
-    """Even blocks attend to their own neighbourhood, which few critical blocks hold; odd ones to everything."""
-    model = Model(blocks)
-    for i, block in enumerate(model.blocks):
-        with torch.no_grad():
-            query, key, _ = block.attention.qkv.weight.view(3, WIDTH, WIDTH)
-            query.copy_(torch.eye(WIDTH) * (4.0 if i % 2 == 0 else 0.3))
-            key.copy_(torch.eye(WIDTH) * (1.0 if i % 2 == 0 else 0.3))
-    return model
-
-
-def batches(count: int = 2) -> list[tuple[Tensor]]:
-    """Neighbouring tokens are alike, as in a video."""
-    around = torch.randn(count, 1, TOKENS // BLOCK, 1, WIDTH).expand(-1, -1, -1, BLOCK, -1)
-    return [(x,) for x in (around + 0.3 * torch.randn_like(around)).reshape(count, 1, TOKENS, WIDTH)]
-
-
-def prepared(model: nn.Module, **settings: Any) -> Any:
-    return sla_compile.prepare(model, batches()[0], config={**OPTIONS, "topk": BUDGET, "bottomk": 0.1, **settings})
-
-
-def errors(model: nn.Module, data: list[tuple[Tensor]], topks: dict[str, float]) -> dict[str, float]:
-    """||O - dense|| / ||dense|| at each attention by the definition."""
-    sums: dict[str, list[float]] = {}
-
-    def observe(call: GatedCall) -> Tensor:
-        gate, options = call.gate, call.gate.config.kernel_options()
-        options |= {"topk": topks[call.path], "bottomk": gate.shares()[1], "scale": call.scale}
-        out = reference.sparse_linear_attention(
-            call.query, call.key, call.value, gate.weight.detach(), gate.bias.detach(), **options
-        )
-        total = sums.setdefault(call.path, [0.0, 0.0])
-        total[0] += (out - call.dense).square().sum().item()
-        total[1] += call.dense.square().sum().item()
-        return call.dense
-
-    with gated_calls(model, observe), torch.no_grad():
-        for batch in data:
-            model(*batch)
-    return {path: math.sqrt(error / dense) for path, (error, dense) in sums.items()}
-
-
-def topks(model: nn.Module) -> dict[str, float]:
-    return {path: gate.shares()[0] for path, gate in sla_compile.gates(model).items()}
 
 
 def refused(*parts: str) -> Any:
@@ -106,58 +54,6 @@ def test_less_error_at_the_same_total(at_run_time: bool) -> None:
             parameter.normal_(std=0.5)
     run = torch.compile(model, backend="sla", options=EAGER)
     assert_follows_definition(run, model, data[0][0])
-
-
-def output_error(model: nn.Module, data: list[tuple[Tensor]]) -> float:
-    """Of the compiled model against the dense one."""
-    run = torch.compile(model, backend="sla", options={**EAGER})
-    with torch.no_grad():
-        dense = torch.cat([model(*batch) for batch in data])
-        return ((torch.cat([run(*batch) for batch in data]) - dense).norm() / dense.norm()).item()
-
-
-@pytest.mark.parametrize("at_run_time", [False, True], ids=["constants", "run time"])
-def test_what_reaches_the_output_counts(at_run_time: bool) -> None:
-    """The layer with the largest error of its own hardly reaches the output, so its blocks go to others."""
-    model = uneven()
-    with torch.no_grad():
-        model.blocks[1].attention.out.weight.mul_(0.02)
-    prepared(model, **({"max_topk": 1.0} if at_run_time else {}))
-    data = batches()
-    even = output_error(model, data)
-    report = sla_compile.allocate(model, data, budget=BUDGET)
-    assert report.output_uniform == pytest.approx(even, rel=1e-6)
-    assert report.output == pytest.approx(output_error(model, data), rel=1e-6)
-    assert report.output < 0.9 * even
-    assert report.critical <= report.critical_uniform
-    effects = {site.path: site.effect for site in report.sites}
-    assert min(effects, key=effects.__getitem__) == "blocks.1.attention.sla"  # type: ignore[arg-type]
-    given = topks(model)
-    assert given["blocks.1.attention.sla"] < BUDGET < given["blocks.3.attention.sla"]
-    attention = sla_compile.allocate(prepared(model, max_topk=1.0), data, budget=BUDGET, objective="attention")
-    assert report.output < attention.output
-    assert attention.sites[1].effect is None
-
-
-def test_an_output_that_no_attention_reaches() -> None:
-    model = uneven(2)
-    for block in model.blocks:
-        nn.init.zeros_(block.attention.out.weight)
-    report = sla_compile.allocate(prepared(model), batches(), budget=BUDGET)
-    assert report.output == report.output_uniform == 0
-    assert [site.effect for site in report.sites] == [None, None]
-
-
-def test_gates_count_in_the_error() -> None:
-    """A gate that makes up for a layer's missing blocks leaves them to others."""
-    model, data = prepared(uneven(2)), batches()
-    before = sla_compile.allocate(model, data, budget=BUDGET, objective="attention")
-    sla_compile.calibrate(model, data)
-    after = sla_compile.allocate(model, data, budget=BUDGET, objective="attention")
-    assert after.mean("uniform") < 0.9 * before.mean("uniform")
-    given = topks(model)
-    expected = errors(model, data, given)
-    assert [site.after for site in after.sites] == pytest.approx(list(expected.values()), rel=1e-9)
 
 
 def test_larger_attentions_cost_more() -> None:
@@ -222,7 +118,7 @@ def test_never_worse_than_the_budget_spread_evenly() -> None:
     """The best raise first can leave room that no other fits: 2.5 + 10 then, against 5.1 + 5.1."""
 
     def site(path: str, rungs: tuple[float, ...], cost: list[float], loss: list[float]) -> Any:
-        return SiteSensitivity(path, 0.2, 0.0, rungs, torch.tensor(loss), BLOCK, dense_square=1.0, critical=cost)
+        return Measured(path, 0.2, 0.0, rungs, torch.tensor(loss), BLOCK, dense=1.0, critical=cost)
 
     tempting = site("a.sla", (0.1, 0.2, 0.25), [1.0, 2.0, 2.5], [10.0, 5.1, 2.5])
     plain = site("b.sla", (0.1, 0.2), [1.0, 2.0], [10.0, 5.1])
@@ -231,20 +127,6 @@ def test_never_worse_than_the_budget_spread_evenly() -> None:
     assert _water_fill([tempting, roomy], 0.2, True) == {"a.sla": 0.2, "b.sla": 0.2}
     worthless = site("b.sla", (0.1, 0.2), [1.0, 2.0], [10.0, 9.9])
     assert _water_fill([tempting, worthless], 0.2, True) == {"a.sla": 0.25, "b.sla": 0.1}
-
-
-def test_numbers_do_not_grow_with_tokens_or_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[int] = []
-    original = SiteSensitivity.add
-
-    def spy(self: Any, call: GatedCall) -> None:
-        original(self, call)
-        kept.append(sum(v.numel() for v in vars(self).values() if isinstance(v, Tensor)) + len(self.critical))
-
-    monkeypatch.setattr(SiteSensitivity, "add", spy)
-    sla_compile.allocate(prepared(uneven(1)), batches(3), budget=BUDGET)
-    assert len(set(kept)) == 1
-    assert kept[0] < 40
 
 
 @pytest.mark.parametrize(
@@ -275,20 +157,3 @@ def test_an_exception_leaves_an_unprepared_model_without_gates() -> None:
     assert not sla_compile.gates(model)
     with refused("no attention with a gate was reached"):
         sla_compile.allocate(prepared(uneven()), [(torch.randn(1, 8, WIDTH),)], budget=0.1, config={"min_tokens": 64})
-
-
-def test_report_renders() -> None:
-    model = prepared(uneven())
-    report = sla_compile.allocate(model, batches(), budget=BUDGET)
-    data = json.loads(report.to_json())
-    assert data["mean"]["after"] == report.mean("after")
-    assert data["sites"][1]["topk"] == report.sites[1].topk
-    assert len(data["sites"]) == HEADS * 2
-    assert "blocks.1.attention.sla" in str(report)
-    for width in (60, 120):
-        text = plain_text(dataclasses.replace(report, unreached=("blocks.9.sla",)).__rich__(), width)
-        assert all(len(line) <= width for line in text.splitlines())
-        assert "not reached, left as they were: blocks.9.sla" in text
-        assert f"-> {100 * report.sites[1].topk:.3g}%" in text
-    assert "AllocationReport of Model" in repr(report)
-    assert f"output error {report.output_uniform:.4f} spread evenly, {report.output:.4f} as allocated" in report.title

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -13,94 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sla_compile
-from sla_compile.fitting.calibration import gather
+from sla_compile.fitting.calibration import SiteStatistics, gather
 from sla_compile.fitting.observer import GatedCall, gated_calls
-from sla_compile.fitting.regression import SiteStatistics
-from sla_compile.gate import PREPARED, Gate
-from sla_compile.gate_settings import GateSpec
-from sla_compile.kernels import reference
-from tests.support.closeness import assert_close, relative_error
-from tests.support.models import (
-    HEADS,
-    OPTIONS,
-    WIDTH,
-    Attention,
-    CalledTwice,
-    Model,
-    TwoAttentions,
-    random_input,
-    randomize_gates,
+from sla_compile.gate import Gate
+from tests.support.calibration import (
+    DIM,
+    Failed,
+    assert_same_state,
+    batches,
+    defined_error,
+    direct_solution,
+    made,
+    recorded,
+    state,
+    wan,
 )
+from tests.support.closeness import assert_close, relative_error
+from tests.support.models import HEADS, OPTIONS, CalledTwice, Model, TwoAttentions, random_input, randomize_gates
 
-DIM = WIDTH // HEADS
-
-
-class Failed(Exception):
-    pass
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-
-
-def batches(count: int = 3, tokens: int = 100) -> list[tuple[Tensor]]:
-    return [(random_input(tokens),) for _ in range(count)]
-
-
-def made(model: nn.Module | None = None, **options: Any) -> Any:
-    """A float64 model (two blocks by default) with gates."""
-    model = (Model() if model is None else model).double().eval()
-    return sla_compile.prepare(model, (random_input(),), config={**OPTIONS, **options})
-
-
-def recorded(model: nn.Module, data: list[tuple[Tensor]]) -> dict[str, list[GatedCall]]:
-    calls: dict[str, list[GatedCall]] = {}
-
-    def record(call: GatedCall) -> Tensor:
-        calls.setdefault(call.path, []).append(call)
-        return call.dense
-
-    with torch.no_grad(), gated_calls(model, record):
-        for args in data:
-            model(*args)
-    return calls
-
-
-def defined_error(calls: list[GatedCall], weight: Tensor | None = None, bias: Tensor | None = None) -> float:
-    """||O - dense|| / ||dense|| by the definition; with the site's own gate unless one is given."""
-    outs, denses = [], []
-    for call in calls:
-        gate = call.gate.weight if weight is None else weight, call.gate.bias if bias is None else bias
-        outs.append(
-            reference.sparse_linear_attention(
-                call.query, call.key, call.value, *gate, scale=call.scale, **call.gate.config.kernel_options()
-            ).flatten()
-        )
-        denses.append(call.dense.flatten())
-    return relative_error(torch.cat(outs), torch.cat(denses))
-
-
-def direct_solution(calls: list[GatedCall], ridge: float) -> tuple[Tensor, Tensor]:
-    """weight and bias of ``calls`` by least squares over all tokens at once, the ridge as extra rows."""
-    gate = calls[0].gate
-    heads = range(gate.heads) if gate.weight.dim() == 3 else [slice(None)]
-    solved = []
-    for head in heads:
-        parts = []
-        for call in calls:
-            sparse, linear = call.branches()
-            assert linear is not None
-            parts.append([t[:, head].reshape(-1, DIM) for t in (linear, call.dense - sparse)])
-        x, r = (torch.cat(rows) for rows in zip(*parts, strict=True))
-        variance = (x - x.mean(0)).square().sum() / DIM
-        penalty = torch.cat([(ridge * variance).sqrt() * torch.eye(DIM, dtype=x.dtype), x.new_zeros(DIM, 1)], dim=1)
-        x = torch.cat([F.pad(x, (0, 1), value=1.0), penalty])
-        solved.append(torch.linalg.lstsq(x, torch.cat([r, r.new_zeros(DIM, DIM)])).solution)
-    solution = torch.stack(solved)
-    weight, bias = solution[:, :DIM].mT, solution[:, DIM]
-    return weight.reshape(gate.weight.shape), bias.reshape(gate.bias.shape)
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.mark.parametrize("gate", ["shared", "per_head"])
@@ -118,7 +47,7 @@ def test_closed_form_is_the_least_squares_solution(gate: str, ridge: float) -> N
 def test_closed_form_on_random_numbers() -> None:
     """Branches far from those of an attention, on tokens that do not fill the last chunk."""
     config = sla_compile.SLAConfig(gate="per_head")
-    gate = Gate(GateSpec(heads=3, head_dim=16, config=config), dtype=torch.float64)
+    gate = Gate(head_dim=16, heads=3, config=config, dtype=torch.float64)
     linear, sparse, dense = torch.randn(3, 2, 3, 2100, 16, dtype=torch.float64)
 
     class Given(GatedCall):
@@ -184,7 +113,7 @@ def test_sequential_fits_a_layer_to_what_the_calibrated_ones_give_it() -> None:
 
     def gated(call: GatedCall) -> Tensor:
         calls.extend([call] if call.path == "blocks.1.attention.sla" else [])
-        return call.output_with_gate(call.gate.weight, call.gate.bias)
+        return call.gated(call.gate.weight, call.gate.bias)
 
     with torch.no_grad(), gated_calls(model, gated):
         for args in data:
@@ -241,36 +170,6 @@ def test_an_owner_called_twice_fits_its_gate_to_both_calls() -> None:
     assert_close("weight", sla_compile.gates(model)["attention.sla"].weight, weight, 1e-8)
 
 
-class Inner(nn.Module):
-    """Attention of a child, without a gate, inside an owner that has two."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-        self.child = TwoAttentions()
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, DIM)).permute(2, 0, 3, 1, 4)
-        masked = F.scaled_dot_product_attention(q, k, v, q.new_ones(x.shape[1], x.shape[1]).tril())
-        q = q + self.child(masked.transpose(1, 2).flatten(2)).unflatten(-1, (HEADS, DIM)).transpose(1, 2)
-        return F.scaled_dot_product_attention(query=q, key=k, value=v, scale=0.3).transpose(1, 2).flatten(2)
-
-
-def test_ordinals_are_those_of_the_compiled_graph() -> None:
-    model = made(Inner(), exclude=("child",))
-    assert list(sla_compile.gates(model)) == ["sla_1"]
-    calls = recorded(model, batches(1))
-    assert [(path, call.scale) for path, found in calls.items() for call in found] == [("sla_1", 0.3)]
-    report = sla_compile.calibrate(model, batches(1))
-    assert [site.path for site in report.sites] == ["sla_1"]
-
-
-def test_attention_too_short_for_its_settings_is_left_dense() -> None:
-    model = made(min_tokens=80)
-    assert recorded(model, batches(1, tokens=79)) == {}
-    assert len(recorded(model, batches(1, tokens=80))) == 2
-
-
 def test_mixed_settings_per_site() -> None:
     overrides = {"blocks.0.*": {"linear": "none"}, "blocks.1.*": {"gate": "per_head", "feature_map": "elu"}}
     model, data = made(overrides=overrides), batches()
@@ -317,69 +216,6 @@ def test_autocast() -> None:
     assert all(gate.weight.dtype == torch.float32 for gate in sla_compile.gates(model).values())
 
 
-def test_prepares_takes_compiled_models_and_keyword_batches() -> None:
-    model = Model().double()
-    compiled: Any = torch.compile(model, backend="sla", options={**OPTIONS, "inner": "eager"})
-    seen = iter([{"x": random_input()} for _ in range(5)])
-    report = sla_compile.calibrate(compiled, seen, config=OPTIONS, max_batches=2)
-    assert report.batches == 2
-    assert len(list(seen)) == 3
-    assert len(sla_compile.gates(model)) == 2
-    assert all(gate.trained() for gate in sla_compile.gates(model).values())
-
-
-def test_blocks_compiled_one_by_one_run_dense_meanwhile() -> None:
-    model, data = made(), batches(2)
-    randomize_gates(model)
-    expected = {path: defined_error(calls) for path, calls in recorded(model, data).items()}
-    for block in model.blocks:
-        block.compile(backend="sla", options={"inner": "eager"})
-    sparse = model(*data[0])
-    report = sla_compile.calibrate(model, data)
-    for site in report.sites:
-        assert abs(site.before - expected[site.path]) < 1e-7
-    assert relative_error(model(*data[0]), sparse) > 1e-3
-
-
-def test_blocks_compiled_one_by_one_are_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, data = made(), batches(1)
-    for block in model.blocks:
-        block.compile(backend="sla", options={"inner": "eager"})
-    model(*data[0])
-    compiled: list[Any] = []
-
-    def rewrite_nothing(*arguments: Any) -> list[Any]:
-        compiled.append(arguments)
-        return []
-
-    monkeypatch.setattr("sla_compile.backend.rewrite_graph", rewrite_nothing)
-    sla_compile.calibrate(model, data)
-    assert not compiled
-
-
-class Forgiving(Attention):
-    """Goes on where a child fails."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.child = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        with contextlib.suppress(Failed):
-            self.child(x)
-        return super().forward(x)
-
-
-def test_an_exception_that_the_model_catches_does_not_hide_the_owner() -> None:
-    model = made(Forgiving())
-
-    def fail(module: nn.Module, args: Any) -> None:
-        raise Failed
-
-    model.child.register_forward_pre_hook(fail)
-    assert [site.path for site in sla_compile.calibrate(model, batches(1)).sites] == ["sla"]
-
-
 def test_a_gate_that_the_fit_would_not_improve_stays() -> None:
     model, data = made(), batches(1)
     best = sla_compile.calibrate(model, data, ridge=0.0)
@@ -388,29 +224,6 @@ def test_a_gate_that_the_fit_would_not_improve_stays() -> None:
     for path, weight in gates.items():
         assert torch.equal(sla_compile.gates(model)[path].weight, weight)
     assert [site.after for site in again.sites] == [site.after for site in best.sites]
-
-
-def state(model: nn.Module) -> dict[str, Any]:
-    hooks = {
-        name: (list(m._forward_pre_hooks.items()), list(m._forward_hooks.items()), m.__dict__.get(PREPARED))
-        for name, m in model.named_modules()
-    }
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    settings = {path: (g.config, g.settings, g.model_config) for path, g in sla_compile.gates(model).items()}
-    return {"hooks": hooks, "tensors": tensors, "settings": settings}
-
-
-def assert_same_state(actual: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert actual["settings"] == expected["settings"]
-    assert actual["tensors"].keys() == expected["tensors"].keys()
-    for name, tensor in actual["tensors"].items():
-        assert torch.equal(tensor, expected["tensors"][name]), name
-
-    # ``prepare`` renews its markers; what they do is in their attributes.
-    def plain(hooks: dict[str, Any]) -> Any:
-        return {n: ([vars(h) for _, h in pre], list(post), prepared) for n, (pre, post, prepared) in hooks.items()}
-
-    assert plain(actual["hooks"]) == plain(expected["hooks"])
 
 
 def failing(count: int) -> Iterator[tuple[Tensor]]:
@@ -478,47 +291,6 @@ def test_what_is_refused() -> None:
         sla_compile.calibrate(lambda x: x, batches(1))  # type: ignore[arg-type]
 
 
-def test_no_gated_attention_says_why() -> None:
-    model = Model().double()
-    reason = r"Model: no attention with a gate.*blocks\.0\.attention: short sequence, 100 tokens.*min_tokens=4096"
-    with pytest.raises(ValueError, match=reason):
-        sla_compile.calibrate(model, batches(1))
-    assert not sla_compile.gates(model)
-    model = made(min_tokens=100)
-    with pytest.raises(ValueError, match="short sequence, 50 tokens"):
-        sla_compile.calibrate(model, batches(1, tokens=50))
-    with pytest.raises(ValueError, match=r"no call of F\.scaled_dot_product_attention was found"):
-        sla_compile.calibrate(nn.Linear(WIDTH, WIDTH).double(), batches(1))
-
-
-class Branching(Model):
-    def forward(self, x: Tensor, last: bool = True) -> Tensor:
-        x = self.blocks[0](x)
-        return self.blocks[1](x) if last else x
-
-
-def test_report_renders_and_lists_gates_that_were_not_reached() -> None:
-    model = made(Branching())
-    report = sla_compile.calibrate(model, [(random_input(), False)])
-    assert report.unreached == ("blocks.1.attention.sla",)
-    assert not sla_compile.gates(model)["blocks.1.attention.sla"].trained()
-    data = json.loads(report.to_json())
-    assert data["sites"][0]["path"] == "blocks.0.attention.sla"
-    assert data["mean"]["after"] == report.sites[0].after
-    assert data["unreached"] == ["blocks.1.attention.sla"]
-    assert 0 < data["sites"][0]["closed"] < 1
-    from sla_compile.reporting.terminal import plain_text
-
-    for width in (40, 120):
-        text = plain_text(report, width)
-        assert all(len(line) <= width for line in text.splitlines())
-        for part in ("blocks.0.attention.sla", f"{report.sites[0].after:.4f}", f"{100 * report.sites[0].closed:.1f}%"):
-            assert part in text
-        assert "not reached" in text
-    assert str(report) == plain_text(report, 100)
-    assert "CalibrationReport of Branching" in repr(report)
-
-
 def test_statistics_do_not_grow_with_tokens_or_batches() -> None:
     model = made()
     _, small = gather(model, iter([((random_input(64),), {})]))
@@ -529,27 +301,6 @@ def test_statistics_do_not_grow_with_tokens_or_batches() -> None:
         assert max(sizes) == (DIM + 1) ** 2
 
 
-def wan() -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    """A small WanTransformer3DModel of diffusers, a batch by keyword, and settings for its 192 tokens."""
-    diffusers = pytest.importorskip("diffusers")
-    model = diffusers.WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-    )
-    batch = {
-        "hidden_states": torch.randn(1, 4, 3, 16, 16),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": torch.randn(1, 12, 16),
-    }
-    return model, batch, {**OPTIONS, "min_tokens": 64}
-
-
 def test_diffusers() -> None:
     model, batch, options = wan()
     report = sla_compile.calibrate(model, [batch], config=options)
@@ -558,22 +309,3 @@ def test_diffusers() -> None:
     for site in report.sites:
         assert site.after < site.sparse_only
         assert gates[site.path].trained()
-
-
-def test_an_owner_that_mixes_in_attention_written_by_hand_is_refused() -> None:
-    """The compiler counts both kinds; seen from outside, the second would take the gate of the first."""
-
-    class Mixed(Attention):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            q, k, v = self.heads(x)
-            first = (q @ k.transpose(-2, -1) * 0.25).softmax(-1) @ v
-            second = F.scaled_dot_product_attention(q, k, v)
-            return self.out((first + second).transpose(1, 2).flatten(2))
-
-    model = nn.Sequential(Mixed()).double()
-    batches = [(random_input(),)]
-    sla_compile.prepare(model, batches[0], config=OPTIONS)
-    assert list(sla_compile.gates(model)) == ["0.sla", "0.sla_1"]
-    with pytest.raises(ValueError, match=r"0\.sla, 0\.sla_1: the owner called .* 1 time\(s\).*number 2"):
-        sla_compile.calibrate(model, batches)
-    assert not any(bool(p.any()) for p in sla_compile.gate_parameters(model))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Iterator
@@ -18,17 +17,13 @@ from sla_compile.fitting.calibration import gather
 from sla_compile.fitting.distillation import _AttentionLoss, _Float64Copies, _OutputLoss, floating_tensors
 from sla_compile.fitting.observer import GatedCall, gated_calls
 from sla_compile.kernels import reference
-from tests.fitting.test_calibration import wan
+from tests.support.calibration import wan
 from tests.support.closeness import assert_close, relative_error
 from tests.support.models import OPTIONS, CalledTwice, Model, TwoAttentions, defined, random_input, randomize_gates
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 EAGER: dict[str, Any] = {"inner": "eager"}
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
 
 
 def batches(count: int = 3) -> list[tuple[Tensor]]:
@@ -326,23 +321,6 @@ def test_works_under_no_grad_and_says_nothing_about_untrained_gates(monkeypatch:
         warnings.simplefilter("error", UserWarning)
         report = sla_compile.distill(model, data, steps=3, loss="output")
     assert report.losses[-1] < report.losses[0]
-
-
-def test_report_renders() -> None:
-    from sla_compile.reporting.terminal import plain_text
-
-    report = sla_compile.distill(made(), batches(1), steps=2, loss="output")
-    data = json.loads(report.to_json())
-    assert data["losses"] == list(report.losses)
-    assert data["output_after"] == report.output_after
-    assert data["sites"][1]["after"] == report.sites[1].after
-    for width in (40, 120):
-        text = plain_text(report, width)
-        assert all(len(line) <= width for line in text.splitlines())
-        assert "blocks.1.attention.sla" in text
-        assert f"{report.sites[1].after:.4f}" in text
-    assert f"{report.output_after:.4f}" in str(report)
-    assert "DistillationReport of Model" in repr(report)
 
 
 def test_diffusers() -> None:

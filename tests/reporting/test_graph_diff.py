@@ -1,0 +1,55 @@
+"""The difference of a site before and after: what it shows, and of which sites."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.support.models import HEADS, CheckpointedModel, Model
+from tests.support.reports import explain
+
+pytestmark = pytest.mark.filterwarnings("ignore::sla_compile.backend.UntrainedGatesWarning")
+
+
+def test_diff_shows_the_site_before_and_after() -> None:
+    diff = explain(Model()).sites[1].diff
+    minus = [line for line in diff if line.startswith("- ")]
+    plus = [line for line in diff if line.startswith("+ ")]
+    context = [line for line in diff if line.startswith("  ")]
+    assert len(minus) + len(plus) + len(context) == len(diff) <= 12
+    assert any("scaled_dot_product_attention(" in line for line in minus)
+    assert any("sla::forward(" in line for line in plus)
+    assert "blocks.1.attention.sla.weight" in "".join(plus)
+    assert "blocks.1.attention.sla.bias" in "".join(plus)
+    assert not any("gate(" in line or "_parameters_" in line for line in diff)
+    assert not any("sla" in line for line in minus + context)
+
+
+def test_diff_inside_activation_checkpointing() -> None:
+    diff = explain(CheckpointedModel()).sites[1].diff
+    assert "blocks.1.attention.sla.weight" in "".join(diff)
+    assert not any("gate(" in line for line in diff)
+
+
+def test_a_view_that_became_a_reshape_is_shown_as_it_was() -> None:
+    class Views(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, q, q).transpose(1, 2).view(2, 100, -1)
+
+    class Owner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.views = Views()
+
+        def forward(self, q: Tensor) -> Tensor:
+            return self.views(q)
+
+    diff = explain(Owner(), torch.randn(2, 100, HEADS, 16).transpose(1, 2)).sites[0].diff
+    assert any(line.startswith("- ") and ".view(" in line for line in diff)
+    assert any(line.startswith("+ ") and ".reshape(" in line for line in diff)
+
+
+def test_kept_sites_have_no_diff() -> None:
+    assert not explain(Model(), min_tokens=1000).sites[0].diff
