@@ -213,7 +213,8 @@ class Run:
 
     @contextlib.contextmanager
     def processes(self) -> Iterator[None]:
-        context = multiprocessing.get_context("spawn")
+        # a fork has torch imported already, but cannot use CUDA
+        context = multiprocessing.get_context("spawn" if self.options.device == "cuda" else "fork")
         with tempfile.TemporaryDirectory() as caches:
             running = []
             for number, arm in enumerate(self.options.arms):

@@ -18,7 +18,7 @@ from examples.study.arms import Student
 from examples.study.cuda_graph import GraphedCallable
 from examples.study.progress import Steps
 
-__all__ = ["OutOfTime", "Trainer", "write"]
+__all__ = ["OutOfTime", "Trainer", "TrainingState", "write"]
 
 CHECK_EVERY = 10
 """Steps between looks at the loss, the clock and the bar: each waits for the device."""
@@ -53,12 +53,12 @@ class Trainer:
         Returns ``losses``, pairs of step and loss, and ``step_ms``. Raises FloatingPointError where a loss is not
         finite.
         """
-        at = _Progress(key)
+        at = TrainingState(key)
         if self.running(key).exists():
             state = torch.load(self.running(key), map_location=student.device, weights_only=True)
             student.model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-            at = _Progress(key, state["step"], state["losses"])
+            at = TrainingState(key, state["step"], state["losses"])
 
         def update(*drawn: Tensor) -> Tensor:
             optimizer.zero_grad()
@@ -89,7 +89,7 @@ class Trainer:
         """The file with the state of the training ``key``."""
         return self.folder / f"running-{re.sub(r'[^a-z0-9]+', '-', key.lower())}.pt"
 
-    def save(self, at: _Progress, student: Student, optimizer: torch.optim.Optimizer) -> None:
+    def save(self, at: TrainingState, student: Student, optimizer: torch.optim.Optimizer) -> None:
         """Everything that ``fit`` needs to go on."""
         state = {"key": at.key, "step": at.step, "losses": at.losses}
         state |= {"model": student.model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -97,7 +97,7 @@ class Trainer:
 
 
 @dataclass
-class _Progress:
+class TrainingState:
     """How far a training is: its losses, and when they were looked at."""
 
     key: str

@@ -15,27 +15,17 @@ import pytest
 import safetensors.torch
 import torch
 
+from examples import finetune
+from examples.study.training import Trainer, TrainingState
 from tests.support.paths import ROOT
 
 EXAMPLES = ROOT / "examples"
 SMOKE = ("finetune.py", "--smoke", "--save-every", "2")
+RESUMED = ("--arms", "dense", "sla", "calibrated-tuned")
 
-# finetune.py, ended right after a checkpoint within a training
-INTERRUPTED = """\
-import sys
-key, step, root, *sys.argv[1:] = sys.argv[1:]
-sys.path.insert(0, root)
-from examples import finetune
-from examples.study import training
-save = training.Trainer.save
-def save_and_end(self, at, student, optimizer):
-    save(self, at, student, optimizer)
-    if (at.key, at.step) == (key, int(step)):
-        sys.exit(0)
-training.Trainer.save = save_and_end
-finetune.main()
-sys.exit("never interrupted")
-"""
+
+class Interrupted(BaseException):
+    """Ends a run in the middle of a training."""
 
 
 def run_example(*command: str, folder: Path, blocked: str = "") -> str:
@@ -116,6 +106,35 @@ def test_finetune_smoke_runs_every_arm(tmp_path: Path) -> None:
     assert (folder / "samples.txt").read_text().split("\n")[:-1] == list(found)[1:]
 
 
+def finetune_in(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """What ``python examples/finetune.py`` does in ``folder``, in this process: importing torch takes longer."""
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))  # as in another process: nothing may follow from it
+    torch.compiler.reset()
+    finetune.main([*SMOKE[1:], *arguments])
+
+
+def refused_in(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> str:
+    """The error that ends the same with exit code 2, on one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        finetune_in(folder, monkeypatch, *arguments)
+    assert end.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What RESUMED finds when it is left alone."""
+    folder = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        finetune_in(folder, monkeypatch, *RESUMED)
+    return results(folder)
+
+
 @pytest.mark.parametrize(
     ("key", "saved"),
     [
@@ -123,43 +142,54 @@ def test_finetune_smoke_runs_every_arm(tmp_path: Path) -> None:
         ("SLA, calibrated, trained 95%, seed 0", ["dense/-/0", "sla/0.95/0"]),
     ],
 )
-def test_finetune_goes_on_after_a_kill(tmp_path: Path, key: str, saved: list[str]) -> None:
-    command = (*SMOKE, "--arms", "dense", "sla", "calibrated-tuned")
-    (tmp_path / "straight").mkdir()
-    run_example(*command, folder=tmp_path / "straight")
-    killed = [sys.executable, "-c", INTERRUPTED, key, "2", str(ROOT), *command[1:]]
-    subprocess.run(killed, cwd=tmp_path, check=True, capture_output=True, timeout=600)
+def test_finetune_goes_on_after_a_kill(
+    key: str,
+    saved: list[str],
+    uninterrupted: dict[str, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save = Trainer.save
+
+    def save_and_end(self: Trainer, state: TrainingState, *others: Any) -> None:
+        save(self, state, *others)
+        if (state.key, state.step) == (key, 2):
+            raise Interrupted
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "save", save_and_end)
+        with pytest.raises(Interrupted):
+            finetune_in(tmp_path, patched, *RESUMED)
     if saved:
         assert [name for name in results(tmp_path) if name != "real"] == saved
-    run_example(*command, "--resume", folder=tmp_path)
-    assert results(tmp_path) == results(tmp_path / "straight")
+    finetune_in(tmp_path, monkeypatch, *RESUMED, "--resume")
+    assert results(tmp_path) == uninterrupted
     assert not list((tmp_path / "runs/finetune").glob("running*"))
 
 
-def test_finetune_refuses_to_mix_runs(tmp_path: Path) -> None:
-    command = (*SMOKE, "--arms", "checkpoint")
-    run_example(*command, folder=tmp_path)
+def test_finetune_refuses_to_mix_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune_in(tmp_path, monkeypatch, "--arms", "checkpoint")
     for flags, message in (
         ((), "runs/finetune holds a run already: add --resume"),
         (("--resume", "--steps", "5"), "holds an experiment with other settings of steps"),
         (("--resume", "--sparsity", "1"), "--sparsity: got 1.0; accepted: shares from 0 to below 1"),
     ):
-        done = subprocess.run(
-            [sys.executable, str(EXAMPLES / command[0]), *command[1:], *flags],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 2, done.stdout + done.stderr
-        assert message in " ".join(done.stderr.split()), done.stderr
+        assert message in refused_in(tmp_path, monkeypatch, capsys, "--arms", "checkpoint", *flags)
 
 
-def test_finetune_towards_the_dense_model(tmp_path: Path) -> None:
+def test_finetune_says_where_there_is_nothing_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused_in(tmp_path, monkeypatch, capsys, "--resume")
+    assert "there is no settings.json in runs/finetune" in message
+
+
+def test_finetune_towards_the_dense_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is trained alone, and the other target, change what comes out."""
-    command = (*SMOKE, "--arms", "sla", "--output")
-    run_example(*command, "all", folder=tmp_path)
-    run_example(*command, "gates", "--train", "gates", "--loss", "teacher", folder=tmp_path)
+    finetune_in(tmp_path, monkeypatch, "--arms", "sla", "--output", "all")
+    finetune_in(tmp_path, monkeypatch, "--arms", "sla", "--output", "gates", "--train", "gates", "--loss", "teacher")
     weights = {name: torch.load(tmp_path / name / "sla-0.95-0.pt") for name in ("all", "gates")}
     dense = torch.load(tmp_path / "gates/pretrained-0.pt")
     assert all(torch.equal(weights["gates"][name], value) for name, value in dense.items())
@@ -174,15 +204,3 @@ def test_finetune_of_wan_compiled(tmp_path: Path) -> None:
     assert "4 of 5 attentions are sparse-linear" in output  # one cross-attention, in the code that all blocks share
     assert results(tmp_path)["dense/-/0"]["after"] < results(tmp_path)["dense/-/0"]["before"]
     assert (tmp_path / "runs/finetune/sla-0.95-0.gates.safetensors").is_file()
-
-
-def test_finetune_says_where_there_is_nothing_to_resume(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "finetune.py"), "--resume"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2
-    assert "there is no settings.json in runs/finetune" in done.stderr
