@@ -213,8 +213,7 @@ class Run:
 
     @contextlib.contextmanager
     def processes(self) -> Iterator[None]:
-        # a fork has torch imported already, but cannot use CUDA
-        context = multiprocessing.get_context("spawn" if self.options.device == "cuda" else "fork")
+        context = multiprocessing.get_context("spawn")
         with tempfile.TemporaryDirectory() as caches:
             running = []
             for number, arm in enumerate(self.options.arms):

@@ -78,7 +78,7 @@ def test_all_blocks_critical_is_dense_attention() -> None:
 @GATES
 @pytest.mark.parametrize("linear", ["marginal", "all", "none"])
 def test_output_and_gradients_follow_the_definition(gate: str, linear: str) -> None:
-    model, x = made(gate=gate, linear=linear), random_input()
+    model, x = made(Model(blocks=1), gate=gate, linear=linear), random_input()
     randomize_gates(model)
     if linear == "none":  # the weight has no gradient
         for site in sla_compile.gates(model).values():
