@@ -1,4 +1,4 @@
-"""Which form of gate would calibration need: how much of sparse only's attention error the best of each form closes.
+"""How much of the attention error of the sparse branch alone the best gate of each form closes.
 
     python benchmarks/gate_forms.py --checkpoint runs/quality/pretrained-0.pt [--sparsity 0.95 0.8] [--videos 128]
 

@@ -1,7 +1,7 @@
-"""The arms of the comparison: what each does with the attention of one and the same dense checkpoint.
+"""The arms of the comparison: the attention that each puts into the same dense checkpoint, and how it trains it.
 
-``Student`` is a model with the attention of one arm, compiled block by block; arms that differ only in how they are
-trained share it, and so do seeds.
+``Student`` is a model with the attention of one arm, compiled block by block. Arms that differ only in their training
+share one, and so do seeds.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Arm:
     calibrated: bool = False
     trained: bool = True
     wide: int = 1
-    """Tokens in a block, in units of ``Settings.block``."""
+    """Tokens in a block, as a multiple of ``Settings.block``."""
     order: str = "raster"
     """``SLAConfig.reorder``, for "sla"."""
     scaled: bool = False
     """``SLAConfig.sparse_scale``, for "sla"."""
     longer: int = 1
-    """Steps of training, in units of ``Settings.steps``."""
+    """Steps of training, as a multiple of ``Settings.steps``."""
 
     @property
     def sparse(self) -> bool:
@@ -47,7 +47,7 @@ class Arm:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What is compiled, besides the sparsity: arms that have it in common share a ``Student``."""
+        """What the compiled code depends on, besides the sparsity. Arms with the same kind share a ``Student``."""
         return self.attention, self.branch, self.wide, self.order, self.scaled
 
 
@@ -148,7 +148,7 @@ def build(settings: Settings, attention: str = "dense") -> nn.Module:
 class Student:
     """A model with one kind of attention, its blocks compiled; call it with a noisy video and its time.
 
-    ``capture``: whether, on a GPU, training steps and ``velocity`` are to be replayed as CUDA graphs.
+    ``capture``: replay training steps and ``velocity`` as CUDA graphs, on a GPU.
     """
 
     def __init__(
@@ -201,7 +201,10 @@ class Student:
         self.model.zero_grad()
 
     def optimizer(self, lr: float, gate_lr: float, train: str) -> torch.optim.Optimizer:
-        """The gates start at zero in a trained model: a higher learning rate than the rest, no weight decay."""
+        """AdamW on all weights, or (``train="gates"``) on the gates alone.
+
+        Gates start at zero in a trained model, so they get a learning rate of their own and no weight decay.
+        """
         known = {id(gate) for gate in self.gates}
         rest = [parameter for parameter in self.model.parameters() if id(parameter) not in known]
         for parameter in rest:
@@ -217,7 +220,7 @@ class Student:
         )
 
     def rewritten(self) -> bool:
-        """Whether every gate is in use by what was compiled."""
+        """True if the compiled code uses every gate of the model."""
         sites = sla_compile.report(self.model).to_dict()["sites"]
         gated = [site for site in sites if site["rewritten"]]
         return len(gated) == len(sla_compile.gates(self.model)) > 0
@@ -233,7 +236,7 @@ class Student:
         return velocity.float()
 
     def velocity(self, noisy: Tensor, time: Tensor) -> Tensor:
-        """The same without a graph of gradients, by the very code that training runs: nothing else is compiled."""
+        """The velocity without gradients. It runs the code compiled for training, so nothing is compiled for it."""
         return self._velocity(noisy, time).clone()
 
     def _forward(self, noisy: Tensor, time: Tensor) -> Tensor:

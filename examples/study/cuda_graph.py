@@ -1,4 +1,4 @@
-"""A function of tensors, replayed as a CUDA graph: hundreds of small kernels for the host's price of one launch."""
+"""A function of tensors that is replayed as a CUDA graph: one launch from the host for hundreds of small kernels."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from torch import Tensor
 __all__ = ["GraphedCallable"]
 
 WARM_UP = 3
-"""Calls before the capture: they compile, and they count like any other."""
+"""Calls before the capture. They compile the function, and their results are used like those of later calls."""
 
 
 class GraphedCallable:
-    """``function``, whose every call after a few is a replay; without ``enabled`` just ``function``.
+    """Calls ``function`` a few times, captures it, and replays it from then on; if not ``enabled``, only calls it.
 
-    It must do the same with tensors of the same shapes in every call, and what it reads besides its arguments must
-    keep its memory. The result is overwritten by the next call. What cannot be captured is called, with a warning.
+    Every call must do the same work on tensors of the same shapes, and tensors that ``function`` reads besides its
+    arguments must stay where they are in memory. The next call overwrites the result. A function that cannot be
+    captured is called as it is, with a warning.
     """
 
     def __init__(self, function: Callable[..., Tensor], enabled: bool) -> None:
@@ -30,7 +31,7 @@ class GraphedCallable:
         self.inputs: list[Tensor] = []
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """What ``function`` gives."""
+        """The result of ``function`` on ``inputs``."""
         if self.enabled and self.graph is None:
             if self.calls < WARM_UP:
                 return self._warmed(inputs)
@@ -43,7 +44,7 @@ class GraphedCallable:
         return self.output
 
     def _warmed(self, inputs: Sequence[Tensor]) -> Tensor:
-        """A call on the stream of the capture, as captures ask for."""
+        """A call on the stream that the capture will use, as CUDA graphs require."""
         self.calls += 1
         stream = self.stream = self.stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -48,12 +48,12 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Its name among the results."""
+        """Its key in ``results.json``."""
         return f"{self.arm}/{'-' if self.sparsity is None else format(self.sparsity, 'g')}/{self.seed}"
 
     @property
     def label(self) -> str:
-        """Its name for people."""
+        """Its name in what is printed."""
         share = "" if self.sparsity is None else f" {self.sparsity:.0%}"
         return f"{ARMS[self.arm].title}{share}, seed {self.seed}"
 
@@ -69,10 +69,12 @@ def jobs_of(arms: Sequence[str], sparsities: Sequence[float], seeds: Sequence[in
 class Experiment:
     """The arms of ``settings`` in ``folder``; what is there already is used.
 
-    ``seconds``: raise ``OutOfTime`` about then. ``save_every``: steps between checkpoints within a training; None:
-    only when the time is used up. ``keep``: leave the weights of each trained arm in the folder, and print what was
-    compiled. ``capture``: replay training steps as CUDA graphs, on a GPU. ``lock``: held while a file that others
-    write too is changed.
+    seconds: raise ``OutOfTime`` after about as many.
+    save_every: steps between checkpoints within a training; None: only when the time is used up.
+    keep: leave the weights of each trained arm in the folder, and print what was compiled.
+    capture: replay training steps as CUDA graphs, on a GPU.
+    lock: held while a file that others write too is changed.
+
     Raises ValueError where the folder is another experiment's.
     """
 
@@ -117,7 +119,7 @@ class Experiment:
         return dict(json.loads(path.read_text())) if path.exists() else default
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Do what is not done yet. Raises OutOfTime, or FloatingPointError where a loss is not finite."""
+        """Run the jobs that have no result yet. Raises OutOfTime, or FloatingPointError where a loss is not finite."""
         missing = [job for job in jobs if job.key not in self.results]
         if not missing:
             return
@@ -205,7 +207,7 @@ class Experiment:
         return {**name, **row, "seconds": time.monotonic() - began}
 
     def _student(self, arm: str, sparsity: float | None) -> Student:
-        """The compiled model of an arm; a kind of attention at a time, so that Dynamo's cache stays short."""
+        """The compiled model of an arm. Only one is held at a time, so that Dynamo's cache stays short."""
         spec = ARMS[arm]
         key = (*spec.kind, sparsity)
         if key not in self.students:
@@ -221,7 +223,10 @@ class Experiment:
         return 30.0 if self.settings.inner == "inductor" else 0.0
 
     def _objective(self, student: Student, teacher: int | None) -> Callable[..., Tensor]:
-        """The loss of what ``Data.draw`` gives: to the data's velocity, or to that of seed ``teacher``'s checkpoint."""
+        """The loss as a function of what ``Data.draw`` returns.
+
+        The target is the velocity of the data, or that of the dense checkpoint of seed ``teacher``.
+        """
         if teacher is None:
 
             def to_data(*drawn: Tensor) -> Tensor:
@@ -241,7 +246,7 @@ class Experiment:
         return to_teacher
 
     def _loss(self, student: Student) -> dict[str, Any]:
-        """The held-out loss, and that of each quarter of the times, the least noise first."""
+        """The held-out loss, and the loss in each quarter of the times, from least noise to most."""
         losses = [
             F.mse_loss(student.velocity(noisy, time), velocity, reduction="none").flatten(1).mean(1)
             for noisy, time, velocity in self.held_out
@@ -250,9 +255,10 @@ class Experiment:
         return {"after": by_time.mean().item(), "by_time": [part.mean().item() for part in by_time.chunk(4)]}
 
     def _attention_errors(self, student: Student) -> dict[str, float]:
-        """||O - dense|| / ||dense|| on held-out batches, the mean over sites: sparse branch alone, and with the gate.
+        """||O - dense|| / ||dense|| on held-out batches, mean over sites: sparse branch alone, and with the gate.
 
-        Dense is the attention of the same weights. A training has other ends, so this is for arms without one.
+        ``dense`` is dense attention with the same weights. Training does not aim at it, so only untrained arms are
+        measured this way.
         """
         with torch.no_grad(), student.autocast():
             _, sites = gather(student.model, [(batch[:2], {}) for batch in self.held_out[: self.settings.measured]])
@@ -261,7 +267,7 @@ class Experiment:
         return {"error_sparse": sum(sparse) / len(sparse), "error_gated": sum(gated) / len(gated)}
 
     def _samples(self, student: Student) -> list[Tensor]:
-        """Videos that the model makes of the same noise in every arm, by Euler's method."""
+        """Videos sampled by Euler's method, from the same noise in every arm."""
         uniform = torch.linspace(1, 0, self.settings.sampling_steps + 1).tolist()
         times = [self.settings.shift * u / (1 + (self.settings.shift - 1) * u) for u in uniform]
         videos = []

@@ -1,8 +1,8 @@
 """A Fréchet distance between sets of videos, on features of a small network trained here for the purpose.
 
-The network looks at clean and at spoiled videos and tells the numbers that the video follows from, and how much it
-was spoiled and in which way; its features are the layer below. Distances are comparable for one such network, one
-reference set and one number of videos only.
+The network sees clean and spoiled videos and predicts the numbers that a video was made from, and how much and in
+which way it was spoiled; its features are the layer below those predictions. Distances are comparable only for one
+such network, one reference set and one number of videos.
 
 Axes: B batch, C channels, T frames, H height, W width, F features, P parameters of a video.
 """
@@ -110,7 +110,7 @@ Moments = tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def moments(net: FeatureNet, batches: Iterable[Tensor]) -> Moments:
-    """Of the features of ``batches`` of videos, which together must be more than F."""
+    """Mean and covariance of the features of all videos in ``batches``; there must be more videos than features."""
     features = torch.cat([net(videos.float()).double() for videos in batches])
     if len(features) <= FEATURES:
         raise ValueError(f"batches: {len(features)} videos; accepted: more than {FEATURES}, the number of features")

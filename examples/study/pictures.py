@@ -18,20 +18,20 @@ __all__ = ["COLUMNS", "aggregate", "save_csv", "save_plot", "save_samples"]
 COLUMNS = (
     *("arm", "sparsity", "seed", "before", "after", "frechet", "error_sparse", "error_gated", "step_ms", "seconds"),
 )
-"""Of the CSV: held-out loss before and after, Frechet distance, attention errors, and times."""
+"""Columns of the CSV: held-out loss before and after, Fréchet distance, attention errors, and times."""
 
 Results = Mapping[str, Mapping[str, Any]]
 
 
 def rows_of(results: Results) -> list[Mapping[str, Any]]:
-    """The rows that are arms', in the order of ``ARMS``, then by falling sparsity and by seed."""
+    """The rows of arms, in the order of ``ARMS``, then by falling sparsity, then by seed."""
     order = list(ARMS)
     rows = [row for row in results.values() if "arm" in row]
     return sorted(rows, key=lambda row: (order.index(row["arm"]), -(row["sparsity"] or 0), row["seed"]))
 
 
 def aggregate(results: Results) -> dict[tuple[str, float | None], list[Mapping[str, Any]]]:
-    """The rows of each arm and sparsity, one a seed."""
+    """The rows of each arm and sparsity: one for each seed."""
     groups: dict[tuple[str, float | None], list[Mapping[str, Any]]] = {}
     for row in rows_of(results):
         groups.setdefault((row["arm"], row["sparsity"]), []).append(row)

@@ -14,7 +14,7 @@ __all__ = ["PRESETS", "Settings"]
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that the numbers of a run follow from, besides seed and device."""
+    """All that decides the numbers of a run, apart from its seed and device."""
 
     model: str = "dit"
     size: tuple[int, int, int] = (32, 64, 64)
@@ -27,7 +27,7 @@ class Settings:
     batch: int = 8
     """Videos in a batch, of training, of the held-out set and of samples."""
     shift: float = 3.0
-    """How far the times of flow matching are moved towards noise."""
+    """How far the times of flow matching are moved towards noise; 1 leaves them as they are."""
 
     block: int = 64
     """Tokens in a block, of queries and of keys."""
@@ -41,18 +41,18 @@ class Settings:
     steps: int = 500
     """Steps of fine-tuning, of each arm."""
     lr: float = 3e-4
-    """Of the weights in the fine-tuning."""
+    """Learning rate of the weights in the fine-tuning."""
     gate_lr: float = 6e-3
-    """Of the gates in the fine-tuning."""
+    """Learning rate of the gates in the fine-tuning."""
     loss: str = "flow"
     """Target of the fine-tuning: "flow" (the data's velocity) or "teacher" (the dense checkpoint's)."""
     train: str = "all"
     """What is fine-tuned: "all" or "gates"."""
 
     held_out: int = 32
-    """Batches of the held-out loss."""
+    """Batches on which the held-out loss is measured."""
     calibration: int = 16
-    """Batches of the calibration."""
+    """Batches that ``calibrate`` sees."""
     measured: int = 4
     """Held-out batches on which attention errors are measured."""
     feature_steps: int = 600
@@ -60,7 +60,7 @@ class Settings:
     real: int = 128
     """Batches of real videos that samples are compared with."""
     sampled: int = 16
-    """Batches of samples."""
+    """Batches of videos that a trained model samples."""
     sampling_steps: int = 16
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Settings:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Settings:
-        """The inverse of ``to_dict``; names that are no field, of another version, are left out."""
+        """The inverse of ``to_dict``; fields of another version, unknown to this one, are left out."""
         names = {field.name for field in dataclasses.fields(cls)} & given.keys()
         known: dict[str, Any] = {name: given[name] for name in names}
         for name, value in known.items():

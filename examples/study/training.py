@@ -21,7 +21,7 @@ from examples.study.progress import Steps
 __all__ = ["OutOfTime", "Trainer", "TrainingState", "write"]
 
 CHECK_EVERY = 10
-"""Steps between looks at the loss, the clock and the bar: each waits for the device."""
+"""Steps between reading the loss and the clock: reading a loss waits for the device."""
 
 
 class OutOfTime(Exception):
@@ -35,7 +35,7 @@ class Trainer:
     folder: Path
     console: Console
     deadline: float = math.inf
-    """Of ``time.monotonic()``; past it, ``fit`` saves and raises OutOfTime."""
+    """A value of ``time.monotonic()`` after which ``fit`` saves and raises OutOfTime."""
     save_every: int | None = None
     """Steps between checkpoints; None: only when the time is used up."""
 
@@ -48,7 +48,7 @@ class Trainer:
         draw: Callable[[int], tuple[Tensor, ...]],
         objective: Callable[..., Tensor],
     ) -> dict[str, Any]:
-        """Minimise ``objective`` of what ``draw`` gives for steps 0 to ``steps``; a checkpoint of ``key`` goes on.
+        """Minimise ``objective(*draw(step))`` over ``steps`` steps, from the checkpoint of ``key`` if there is one.
 
         Returns ``losses``, pairs of step and loss, and ``step_ms``. Raises FloatingPointError where a loss is not
         finite.
@@ -98,7 +98,7 @@ class Trainer:
 
 @dataclass
 class TrainingState:
-    """How far a training is: its losses, and when they were looked at."""
+    """How far a training is: the losses so far, and when each was read."""
 
     key: str
     step: int = 0
@@ -106,7 +106,7 @@ class TrainingState:
     looks: list[tuple[int, float]] = field(default_factory=list)
 
     def look(self, loss: Tensor) -> float:
-        """Note the loss of this step, as a number."""
+        """Record the loss of this step, and return it as a number."""
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(f"{self.key}: the loss is {value} at step {self.step}")
@@ -115,7 +115,7 @@ class TrainingState:
         return value
 
     def milliseconds(self) -> float:
-        """Per step, without the first steps, which compile; 0 where there are too few to say."""
+        """Milliseconds per step, without the first steps, which compile; 0 after too few steps to tell."""
         if len(self.looks) < 3:
             return 0.0
         (first, began), (last, ended) = self.looks[1], self.looks[-1]
@@ -123,12 +123,12 @@ class TrainingState:
 
 
 def rate(step: int, steps: int) -> float:
-    """The learning rate's share of its peak: a warm-up, since Adam's first steps are long, and a way down to zero."""
+    """Learning rate at ``step`` as a share of its peak: a warm-up (Adam's first steps are long), then down to zero."""
     return min(1.0, (step + 1) / max(1, min(50, steps // 10)), 2 * (1 - step / steps))
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Let ``save`` write a file that takes the place of ``path`` only when it is complete."""
+    """Write ``path`` by ``save``, beside it first: a reader, or a restart, never finds half a file."""
     temporary = path.with_name(path.name + ".tmp")
     save(temporary)
     temporary.replace(path)

@@ -1,4 +1,4 @@
-"""A small video diffusion transformer: plain PyTorch, no code for sla-compile.
+"""A small video diffusion transformer in plain PyTorch: nothing in it is written for sla-compile.
 
 Axes: B batch, C channels, T frames, H height, W width, N tokens, D width of the model.
 """

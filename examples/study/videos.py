@@ -1,7 +1,7 @@
 """Procedural videos and the batches of flow matching: everything follows from a seed, made on the fly.
 
 A video is textured shapes that cross a drifting, textured ground, hide one another, and bounce off the borders,
-under one flickering light. It follows from ``PARAMETERS`` numbers, and every token tells a little about each of
+under one flickering light. It is made from ``PARAMETERS`` numbers, and every token tells a little about each of
 them: a good denoiser has to gather what it knows about texture, motion and light from the whole video.
 
 Axes: B batch, C channels, T frames, H height, W width, P parameters.
@@ -29,7 +29,7 @@ HELD_OUT_SEED = 1_000_000
 
 
 def parameters(count: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """(count, P) in [0, 1): the numbers that ``count`` videos follow from. A GPU draws others than a CPU."""
+    """Numbers (count, P) in [0, 1) from which ``render`` makes ``count`` videos. A GPU draws others than a CPU."""
     return torch.rand(count, PARAMETERS, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 

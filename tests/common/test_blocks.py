@@ -44,5 +44,5 @@ def test_symbolic_counts_agree_with_those_of_numbers() -> None:
 
 
 def test_forced_blocks_hold_every_token_of_a_range() -> None:
-    assert forced_blocks(None, 100, 16) == []
+    assert forced_blocks((), 100, 16) == []
     assert forced_blocks([0, 17, 90, 100], 100, 16) == [(0, 2), (5, 7)]

@@ -23,7 +23,7 @@ OWN: dict[str, Any] = {**EAGER, "topk": 0.5, "bottomk": 0.0, "max_topk": 0.75, "
 
 def compile_blocks(model: nn.Module, options: dict[str, Any]) -> nn.Module:
     for block in model.blocks:  # type: ignore[union-attr]
-        block.compile(backend="sla", options=options)  # type: ignore[operator]
+        block.compile(backend="sla", options=options)
     return model
 
 

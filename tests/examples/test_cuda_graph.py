@@ -1,4 +1,4 @@
-"""Training steps that are replayed as CUDA graphs are the steps that they stand for."""
+"""Training steps replayed as CUDA graphs give the same training as steps that are called."""
 
 from __future__ import annotations
 

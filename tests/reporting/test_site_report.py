@@ -22,7 +22,7 @@ from tests.support.models import (
 )
 from tests.support.reports import BrokenBlocks, Cross, assert_fits, explain, flat
 
-pytestmark = pytest.mark.filterwarnings("ignore::sla_compile.backend.UntrainedGatesWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::sla_compile.UntrainedGatesWarning")
 
 
 EAGER: dict[str, Any] = {**OPTIONS, "inner": "eager"}

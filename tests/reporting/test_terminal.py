@@ -13,7 +13,7 @@ from sla_compile.reporting.terminal import GatesView, ReportView, group_sites, p
 from tests.support.models import WIDTH, Model, random_input
 from tests.support.reports import BrokenBlocks, Stack, assert_fits, explain, flat
 
-pytestmark = pytest.mark.filterwarnings("ignore::sla_compile.backend.UntrainedGatesWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::sla_compile.UntrainedGatesWarning")
 
 
 REPORTS = {

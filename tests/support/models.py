@@ -122,7 +122,7 @@ def random_input(tokens: int = 100, batch: int = 2) -> Tensor:
 
 
 def randomize_gates(model: nn.Module) -> None:
-    """Leave zero, where a gate that is not read at all could not be told from one that is."""
+    """Give every gate random values: at zero, a gate that is never read would go unnoticed."""
     with torch.no_grad():
         for parameter in sla_compile.gate_parameters(model):
             parameter.normal_(std=0.5)
