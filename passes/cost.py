@@ -213,7 +213,9 @@ def readable(*terms: sympy.Expr) -> str:
             merged[powers] = merged.get(powers, 0) + coefficient
     order = sorted(range(len(_SYMBOLS)), key=lambda i: _ORDER.index(str(_SYMBOLS[i])))
     texts = [
-        "*".join([str(coefficient)] * (coefficient != 1) + [_power(i, powers[i]) for i in order if powers[i]])
+        "*".join(
+            (*([str(coefficient)] if coefficient != 1 else []), *(_power(i, powers[i]) for i in order if powers[i]))
+        )
         for powers, coefficient in merged.items()
     ]
     if len(texts) > 1:

@@ -10,20 +10,18 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from sla_compile.passes.node_ops import VIEWS, read
 from sla_compile.passes.operands import Operand, example
+from sla_compile.passes.view_axes import same_size
 
 __all__ = ["of_different_tensors"]
 
 _MOST_NODES = 400
 _PROJECTIONS = {"linear", "conv1d", "conv2d", "conv3d"}
 _ATTENTION = {"scaled_dot_product_attention", "softmax"}
-_OF_ONE = {
-    *("layer_norm", "rms_norm", "group_norm", "dropout", "to", "float", "type_as", "contiguous", "clone", "detach"),
-    *("view", "reshape", "flatten", "unflatten", "transpose", "permute", "unsqueeze", "squeeze", "getitem", "expand"),
-}
-_OF_SEVERAL = {"add", "iadd", "sub", "mul", "imul", "div", "truediv", "addcmul"}
+_OF_ONE = VIEWS | {"layer_norm", "rms_norm", "group_norm", "dropout", "to", "contiguous", "clone", "detach"}
+_OF_SEVERAL = {"add", "sub", "mul", "div", "addcmul"}
 
 
 def of_different_tensors(query: Any, key: Any) -> bool:
@@ -32,10 +30,6 @@ def of_different_tensors(query: Any, key: Any) -> bool:
     if not queries or not keys:
         return False
     return not {part for node in queries for part in _parts(node)} & {part for node in keys for part in _parts(node)}
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "").partition(".")[0]
 
 
 def _projected(side: Any) -> set[fx.Node] | None:
@@ -47,10 +41,11 @@ def _projected(side: Any) -> set[fx.Node] | None:
     seen, pending = {node}, [node]
     while pending:
         node = pending.pop()
-        if _name(node) in _PROJECTIONS and isinstance(node.args[0], fx.Node):
-            found.add(node.args[0])
+        op = read(node)
+        if op.word in _PROJECTIONS and isinstance(op.input, fx.Node):
+            found.add(op.input)
             continue
-        if _name(node) in _ATTENTION or len(seen) > _MOST_NODES or (node.op == "placeholder" and _is_activation(node)):
+        if op.word in _ATTENTION or len(seen) > _MOST_NODES or (node.op == "placeholder" and _is_activation(node)):
             return None
         behind = {other for other in node.all_input_nodes if isinstance(example(other), torch.Tensor)} - seen
         seen |= behind
@@ -71,12 +66,12 @@ def _parts(node: fx.Node) -> set[fx.Node]:
     while pending and len(found) < _MOST_NODES:
         node = pending.pop()
         found.add(node)
-        name = _name(node)
-        if name in ("cat", "concat") and node.args and isinstance(node.args[0], list | tuple):
-            pending += [part for part in node.args[0] if isinstance(part, fx.Node)]
-        elif name in _OF_ONE and node.args and isinstance(node.args[0], fx.Node):
-            pending.append(node.args[0])
-        elif name in _OF_SEVERAL:
+        op = read(node)
+        if op.word == "cat":
+            pending += [part for part in op.arguments.get("tensors", ()) if isinstance(part, fx.Node)]
+        elif op.word in _OF_ONE and isinstance(op.input, fx.Node):
+            pending.append(op.input)
+        elif op.word in _OF_SEVERAL:
             whole = [other for other in node.all_input_nodes if _same_shape(other, node)]
             if len(whole) == 1:
                 pending += whole
@@ -88,4 +83,4 @@ def _same_shape(left: fx.Node, right: fx.Node) -> bool:
     one, other = example(left), example(right)
     if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor) or one.dim() != other.dim():
         return False
-    return all(statically_known_true(a == b) for a, b in zip(one.shape, other.shape, strict=True))
+    return all(same_size(a, b) for a, b in zip(one.shape, other.shape, strict=True))

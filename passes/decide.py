@@ -19,7 +19,7 @@ from sla_compile.passes.cross_attention import of_different_tensors
 from sla_compile.passes.key_masks import key_mask
 from sla_compile.passes.operands import Source, Step, after
 from sla_compile.passes.operands import example as _example
-from sla_compile.passes.profitability import UnknownRange, Work, forced_tokens, token_ranges
+from sla_compile.passes.profitability import SkippablePairs, UnknownRange, forced_tokens, token_ranges
 from sla_compile.passes.token_order import (
     AS_IN_THE_MODEL,
     AS_IT_IS,
@@ -78,7 +78,7 @@ class Rewrite:
 
     def operands(self, call: AttentionCall) -> tuple[Source, Source, Source]:
         """Queries, keys and values with as many heads each, their tokens in ``order``."""
-        steps = [Step("repeat_interleave", (self.repeats, 1))] * (self.repeats > 1)
+        steps = [Step("repeat_interleave", (self.repeats, 1))] if self.repeats > 1 else []
         key, value = (after(ordered(source, self.order.keys), *steps) for source in (call.key, call.value))
         return ordered(call.query, self.order.queries), key, value
 
@@ -154,9 +154,9 @@ def decide(
     if ranges and order.keys is not None:
         ranges = block_ranges(order.keys, int(_example(call.key).shape[2]), ranges, requirements.order.blocks[1])
     forced = forced_tokens(ranges)
-    work = Work(shape.tokens, shape.keys, causal, forced, requirements.min_tokens)
-    if work.known_short:
-        return Keep("short sequence", work.value, work.accepted)
+    pairs = SkippablePairs(shape.tokens, shape.keys, causal, forced, requirements.min_tokens)
+    if pairs.known_short:
+        return Keep("short sequence", pairs.value, pairs.accepted)
     refused = _refuse_form(call, requirements) or _refuse_causal(call, shape)
     if refused is not None:
         return refused
@@ -164,12 +164,12 @@ def decide(
     if isinstance(mask, Obstacle):
         return Keep(mask.reason, mask.value, mask.accepted)
     # A condition on a symbolic size becomes a guard of the graph: below it, the call has to be dense again.
-    if not work.enough:
-        return Keep("short sequence", work.value, work.accepted, work.condition(enough=False))
+    if not pairs.enough:
+        return Keep("short sequence", pairs.value, pairs.accepted, pairs.condition(enough=False))
     return Rewrite(
         shape=shape,
         scale=float(call.scale) if call.scale is not None else int(shape.head_dim) ** -0.5,
-        condition=work.condition(enough=True),
+        condition=pairs.condition(enough=True),
         key_mask=mask,
         causal=causal,
         repeats=int(shape.heads) // int(_example(call.key).shape[1]),

@@ -14,14 +14,13 @@ import torch
 from torch import fx
 
 from sla_compile.passes.attention_call import AttentionCall, Obstacle, module_stack
-from sla_compile.passes.handwritten_inputs import Inputs, Side, same_sizes
+from sla_compile.passes.handwritten_inputs import Inputs, NamedTensor, same_sizes
 from sla_compile.passes.handwritten_ops import (
-    Axes,
+    AxisNames,
     Masked,
     Product,
     cast,
     copied,
-    disturbs,
     dropout,
     masked,
     permutation,
@@ -29,8 +28,8 @@ from sla_compile.passes.handwritten_ops import (
     regrouped,
     scaled,
     softmax_axis,
-    tensor,
 )
+from sla_compile.passes.node_ops import disturbs, is_number, tensor
 from sla_compile.passes.operands import Source, example
 
 __all__ = ["scaled_matmul_softmax_matmul"]
@@ -42,15 +41,15 @@ _PATTERN = "scaled_matmul_softmax_matmul"
 class _Trail:
     """The way from the second product back to the first: the axes of the tensor it has reached, what it passed."""
 
-    axes: Axes
+    axes: AxisNames
     precision: torch.dtype
     passed: list[fx.Node] = field(default_factory=list)
     scale: Any = 1.0
     mask: Masked | None = None
-    mask_axes: Axes = ()
+    mask_axes: AxisNames = ()
     mask_scale: float = 1.0
     dropout_p: float = 0.0
-    before_grouping: tuple[Axes, torch.Size] | None = None
+    before_grouping: tuple[AxisNames, torch.Size] | None = None
     obstacle: Obstacle | None = None
 
     def refuse(self, reason: str, value: str, accepted: str) -> None:
@@ -106,7 +105,7 @@ def scaled_matmul_softmax_matmul(node: fx.Node, module: fx.GraphModule) -> Atten
         first = _scores(softmax, trail) if softmax is not None else None
         if first is None:
             continue
-        call = _normal_form(node, module, trail, first, summed, Side(value, value_axes), second.out_axes)
+        call = _normal_form(node, module, trail, first, summed, NamedTensor(value, value_axes), second.out_axes)
         if call is not None:
             return call
     return None
@@ -118,14 +117,14 @@ def _normal_form(
     trail: _Trail,
     first: Product,
     summed: str,
-    value: Side,
-    out_axes: Axes,
+    value: NamedTensor,
+    out_axes: AxisNames,
 ) -> AttentionCall | None:
     """The call, from the way between its products: ``summed`` names the axis of the keys' tokens."""
     names = dict(zip(first.out_axes, trail.axes, strict=True))
     names[first.contracted() or ""] = "width"
-    query = Side(first.left, tuple(names.get(axis, "") for axis in first.left_axes))
-    key = Side(first.right, tuple(names.get(axis, "") for axis in first.right_axes))
+    query = NamedTensor(first.left, tuple(names.get(axis, "") for axis in first.left_axes))
+    key = NamedTensor(first.right, tuple(names.get(axis, "") for axis in first.right_axes))
     if summed in query.axes:
         query, key = key, query
     own = [axis for axis in query.axes if axis not in key.axes]
@@ -226,7 +225,7 @@ def _first_product(node: fx.Node, first: Product, trail: _Trail) -> Product | No
 
 
 def _scale(trail: _Trail, factor: Any) -> None:
-    if type(factor) not in (int, float):
+    if not is_number(factor):
         value = tensor(factor)
         text = f"a tensor {tuple(value.shape)}" if value is not None else str(example(factor))
         trail.refuse("scale is not a fixed number", text, "a finite number or None")

@@ -9,20 +9,21 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from sla_compile.passes.handwritten_ops import Axes, Masked, cast, copied, in_place, permutation, regrouped, scaled
+from sla_compile.passes.handwritten_ops import AxisNames, Masked, cast, copied, permutation, regrouped, scaled
+from sla_compile.passes.node_ops import is_number, writes
 from sla_compile.passes.operands import Source, Step, after, example
+from sla_compile.passes.view_axes import same_size
 
-__all__ = ["Inputs", "Side", "same_sizes"]
+__all__ = ["Inputs", "NamedTensor", "same_sizes"]
 
 
 @dataclass
-class Side:
+class NamedTensor:
     """A tensor whose axes have names, and what it was followed back by: a factor, and the nodes passed."""
 
     node: fx.Node
-    axes: Axes
+    axes: AxisNames
     scale: float = 1.0
     passed: list[fx.Node] = field(default_factory=list)
 
@@ -34,7 +35,7 @@ class Side:
     def size(self, axis: str) -> Any:
         return self.example.shape[self.axes.index(axis)]
 
-    def ordered(self, axes: Axes) -> Iterator[Step]:
+    def ordered(self, axes: AxisNames) -> Iterator[Step]:
         """The steps that put the axes in the order ``axes``."""
         order = tuple(self.axes.index(axis) for axis in axes)
         count = len(order)
@@ -47,15 +48,15 @@ class Side:
 _HEADS = ("batch", "head")
 
 
-def _follow(side: Side, last: Axes, dtype: torch.dtype, *, scales: bool, expand: bool) -> Side:
+def _follow(side: NamedTensor, last: AxisNames, dtype: torch.dtype, *, scales: bool, expand: bool) -> NamedTensor:
     """Undo factors that are numbers, widening casts of a ``dtype``, copies, and, to ``expand``, merged heads."""
     side = replace(side, passed=[])
-    while not in_place(side.node):
+    while not writes(side.node):
         node, value = side.node, side.example
         source: fx.Node | None = None
         axes = side.axes
         if (way := scaled(node)) is not None:
-            if scales and type(way[1]) in (int, float) and example(way[0]).dtype == value.dtype:
+            if scales and is_number(way[1]) and example(way[0]).dtype == value.dtype:
                 source = way[0]
                 side.scale *= way[1]
         elif (before := cast(node)) is not None:
@@ -83,14 +84,23 @@ def _follow(side: Side, last: Axes, dtype: torch.dtype, *, scales: bool, expand:
 class Inputs:
     """The three sides in one layout. ``batch`` names the axes before the tokens, two where heads can be told."""
 
-    sides: tuple[Side, Side, Side]
-    batch: Axes
+    sides: tuple[NamedTensor, NamedTensor, NamedTensor]
+    batch: AxisNames
     tokens: tuple[str, str]
     width: str
-    original_batch: Axes
+    original_batch: AxisNames
 
     @classmethod
-    def of(cls, query: Side, key: Side, value: Side, *, batch: Axes, tokens: tuple[str, str], width: str) -> Inputs:
+    def of(
+        cls,
+        query: NamedTensor,
+        key: NamedTensor,
+        value: NamedTensor,
+        *,
+        batch: AxisNames,
+        tokens: tuple[str, str],
+        width: str,
+    ) -> Inputs:
         """Follow each side back, to where heads are an axis of their own if all three show them."""
         dtype = value.example.dtype
         given = ((query, (tokens[0], "width")), (key, (tokens[1], "width")), (value, (tokens[1], width)))
@@ -129,9 +139,10 @@ class Inputs:
     def _source(self, index: int, token: str, width: str) -> Source:
         side = self.sides[index]
         steps = list(side.ordered((*self.batch, token, width)))
-        steps += [Step("unsqueeze", (1,))] * self.merged
-        # Each keeps its precision: what is wider decides, as nothing was lost before the products either.
-        steps += [Step("to", (self._dtype,))] * (side.example.dtype != self._dtype)
+        if self.merged:
+            steps.append(Step("unsqueeze", (1,)))
+        if side.example.dtype != self._dtype:  # the widest decides, as nothing was lost before the products either
+            steps.append(Step("to", (self._dtype,)))
         return after(side.node, *steps)
 
     @property
@@ -146,11 +157,11 @@ class Inputs:
     def value(self) -> Source:
         return self._source(2, self.tokens[1], self.width)
 
-    def restored(self, node: fx.Node, out_axes: Axes) -> tuple[fx.Node, tuple[Step, ...]]:
+    def restored(self, node: fx.Node, out_axes: AxisNames) -> tuple[fx.Node, tuple[Step, ...]]:
         """The node to replace, and the steps from (B, H, N, D) to it: ``node``, or the view of it by heads."""
         plain = (*self.original_batch, self.tokens[0], self.width)
         mixed = any(side.example.dtype != self._dtype for side in self.sides)
-        steps = [Step("to", (example(node).dtype,))] * mixed
+        steps = [Step("to", (example(node).dtype,))] if mixed else []
         if self.expanded:
             user = next(iter(node.users), None)
             split = user is not None and len(node.users) == 1 and regrouped(user) is node
@@ -160,9 +171,9 @@ class Inputs:
             steps.append(Step("flatten", (0, 1)))
         elif self.merged:
             steps.append(Step("squeeze", (1,)))
-        return node, (*steps, *Side(node, plain).ordered(out_axes))
+        return node, (*steps, *NamedTensor(node, plain).ordered(out_axes))
 
-    def mask(self, mask: Masked, axes: Axes, scale: float) -> Source | None:
+    def mask(self, mask: Masked, axes: AxisNames, scale: float) -> Source | None:
         """``attn_mask`` of scaled_dot_product_attention: boolean (True takes part) or added; None if unclear."""
         value = example(mask.mask)
         plain = (*self.original_batch, *self.tokens)
@@ -173,17 +184,18 @@ class Inputs:
         elif axes != plain:
             if value.dim() != len(axes):
                 return None
-            steps += Side(mask.mask, axes).ordered(plain)
+            steps += NamedTensor(mask.mask, axes).ordered(plain)
         if len(self.original_batch) == 1 and not axes[0].startswith("grouped") and value.dim() == 3:
             leading = value.shape[0]
             if not self.expanded:
                 steps.append(Step("unsqueeze", (1,)))
-            elif not statically_known_true(leading == 1):
+            elif not same_size(leading, 1):
                 steps.append(Step("unflatten", (0, (-1, self.sides[0].size("head")))))
         if mask.fill is not None:
             if mask.fill * scale > -1e3:  # scaled down to where it leaves weight
                 return None
-            steps += [Step("logical_not")] * (not mask.keeps)
+            if not mask.keeps:
+                steps.append(Step("logical_not"))
         elif not value.is_floating_point():  # True that is added is 1, not leave to take part
             steps += [Step("to", (self._dtype,)), Step("mul", (scale,))]
         elif scale != 1.0:
@@ -193,4 +205,4 @@ class Inputs:
 
 def same_sizes(left: Sequence[Any], right: Sequence[Any]) -> bool:
     """Whether two shapes are equal, provably."""
-    return len(left) == len(right) and all(statically_known_true(a == b) for a, b in zip(left, right, strict=True))
+    return len(left) == len(right) and all(same_size(a, b) for a, b in zip(left, right, strict=True))

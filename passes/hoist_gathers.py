@@ -16,9 +16,11 @@ import torch
 from torch import fx
 
 from sla_compile.passes.axes import ALIGNED, Atom, unknown
+from sla_compile.passes.node_ops import NodeOp, read, writes
 from sla_compile.passes.operands import example
 from sla_compile.passes.rewrite import copied_meta
-from sla_compile.passes.token_grids import Followed, name_of
+from sla_compile.passes.token_grids import Followed
+from sla_compile.passes.view_axes import origins_of_write
 
 __all__ = ["MOVED_HERE", "hoist_gathers"]
 
@@ -26,7 +28,7 @@ MOVED_HERE = "sla_moved_here"
 """Key in the meta of a node that this pass added: the attention it is for. Its first argument was read before."""
 
 _MOST_NODES = 400
-_VIEWS = {"transpose", "permute", "flatten", "reshape", "view", "unflatten", "contiguous", "to", "type_as", "float"}
+_PASSED_BY_OUTPUTS = {"permute", "reshape", "contiguous", "to", "linear"}
 _OTHERS_DO_NOT_MATTER = {"linear": 2, "matmul": 2, "layer_norm": 1, "rms_norm": 1}
 """Operations that take nothing by token but their first argument, where the others have at most so many axes: a norm
 over tokens and channels has a weight for each token."""
@@ -48,7 +50,7 @@ def _hoist_inputs(forward: fx.Node) -> bool:
     if len(gathers) != 3 or len({str(gather.args[1:]) for gather in gathers}) != 1:
         return False
     projections = {found for gather in gathers for found in _projections(gather.args[0])}
-    sources = {projection.args[0] for projection in projections}
+    sources = {read(projection).input for projection in projections}
     if len(sources) != 1:
         return False
     (source,) = sources
@@ -67,19 +69,20 @@ def _hoist_inputs(forward: fx.Node) -> bool:
     return True
 
 
-def _read(node: fx.Node) -> list[fx.Node]:
+def _read_by(node: fx.Node) -> list[fx.Node]:
     """The nodes whose values ``node`` takes: of one that gives only its dtype, none."""
-    return list(node.all_input_nodes[:1]) if name_of(node) == "type_as" else node.all_input_nodes
+    op = read(node)
+    return [op.input] if op.word == "to" and isinstance(op.input, fx.Node) else node.all_input_nodes
 
 
-def _gives_its_input(dropout: fx.Node) -> bool:
+def _gives_its_input(dropout: NodeOp) -> bool:
     """Whether a call of dropout drops nothing: another order would hand the random numbers to other tokens."""
-    given = {**dict(zip(("input", "p", "training"), dropout.args, strict=False)), **dropout.kwargs}
+    given = dropout.arguments
     return bool(given.get("p", 0.5) == 0 or given.get("training", True) is False)
 
 
 def _projections(node: Any) -> set[fx.Node]:
-    """The nearest calls of linear behind ``node``."""
+    """The nearest linear projections behind ``node``."""
     found: set[fx.Node] = set()
     seen: set[fx.Node] = set()
     pending = [node]
@@ -88,10 +91,10 @@ def _projections(node: Any) -> set[fx.Node]:
         if node in seen or not isinstance(node, fx.Node):
             continue
         seen.add(node)
-        if name_of(node) == "linear":
+        if read(node).word == "linear":
             found.add(node)
         else:
-            pending += _read(node)
+            pending += _read_by(node)
             pending += [user for user in node.users if user.target is operator.setitem]  # who writes into it
     return found
 
@@ -116,7 +119,7 @@ class _Region:
         first = next(node for node in self.source.graph.nodes if node in self.projections)
         node = first
         while node.op != "root" and len(order) <= _MOST_NODES:
-            if node not in self.ends and (node in reached or reached.intersection(_read(node))):
+            if node not in self.ends and (node in reached or reached.intersection(_read_by(node))):
                 reached.add(node)
                 order.append(node)
             node = node.next
@@ -124,36 +127,62 @@ class _Region:
 
     def whole(self) -> bool:
         """Whether all that depends on the projections is between them and the ends, token by token."""
-        return len(self.nodes) <= _MOST_NODES and all(map(self._by_token, self.nodes))
+        return len(self.nodes) <= _MOST_NODES and all(map(self._by_token, self.nodes)) and not self._written_between()
+
+    def _written_between(self) -> bool:
+        """Whether anything else writes to a tensor while the region runs: it may be one that is gathered before."""
+        inside, node = set(self.nodes), self.nodes[0]
+        while node is not self.nodes[-1]:
+            if node not in inside and writes(node):
+                return True
+            node = node.next
+        return False
 
     def _by_token(self, node: fx.Node) -> bool:
-        name = name_of(node)
-        if node.target is operator.setitem:
-            written, _, value = node.args
-            return written in self.nodes and (value in self.nodes or not isinstance(value, fx.Node))
-        if name == "dropout" and not _gives_its_input(node):
+        op = read(node)
+        if any(written not in self.nodes for written in op.written):
+            return False
+        if op.word == "setitem":
+            return self._written_by_token(op)
+        if op.word == "dropout" and not _gives_its_input(op):
             return False
         labels = self.followed.labels.get(node)
         for piece in labels if isinstance(labels, list) else [labels]:
             axis = None if piece is None else self._axis(piece)
-            if axis is None or (name == "group_norm" and axis == 1):  # its channels
+            if axis is None or (op.word == "group_norm" and axis == 1):  # its channels
                 return False
         if node in self.projections:
             return all(other is self.source or int(example(other).dim()) <= 2 for other in node.all_input_nodes)
-        for other in node.all_input_nodes:
-            if other not in self.nodes and not self._beside(node, name, other):
-                return False
-        return True
+        return all(other in self.nodes or self._beside(node, other) for other in node.all_input_nodes)
 
-    def _beside(self, node: fx.Node, name: str, other: fx.Node) -> bool:
+    def _written_by_token(self, op: NodeOp) -> bool:
+        """Whether ``x[...] = value`` writes to every token what is of that token in ``value``, or one number."""
+        labels, value = self.followed.labels.get(op.input), op.arguments.get("value")
+        written = origins_of_write(op)
+        axis = None if labels is None else self._axis(labels)
+        if axis is None or written is None:
+            return False
+        places = [
+            i - len(written) for i, origin in enumerate(written) if origin and origin.whole and origin.axis == axis
+        ]
+        if not isinstance(value, fx.Node) or len(places) != 1:
+            return len(places) == 1
+        given = self.followed.labels.get(value)
+        if not isinstance(given, tuple) or value not in self.nodes:
+            return False
+        at = self._axis(given)
+        return at is not None and at - len(given) == places[0]
+
+    def _beside(self, node: fx.Node, other: fx.Node) -> bool:
         """Whether an input from elsewhere can stay, or be reordered: if it is, it is noted."""
-        value, result = example(other), example(node)
-        if not isinstance(value, torch.Tensor) or other not in _read(node):
+        op = read(node)
+        value, result = example(other), op.result
+        if not isinstance(value, torch.Tensor) or other not in _read_by(node):
             return True
-        if name in _OTHERS_DO_NOT_MATTER:
-            most = min(_OTHERS_DO_NOT_MATTER[name], result.dim() - 1)
-            return bool(value.dim() <= most) and other is not node.args[0]
-        if name not in ALIGNED or not isinstance(result, torch.Tensor):
+        if op.word in _OTHERS_DO_NOT_MATTER:
+            most = min(_OTHERS_DO_NOT_MATTER[op.word], result.dim() - 1)
+            return bool(value.dim() <= most) and other is not op.input
+        if op.word not in ALIGNED or not isinstance(result, torch.Tensor):
             return False
         axis = self._axis(self.followed.labels[node])
         back = result.dim() - (axis or 0)
@@ -178,7 +207,7 @@ class _Region:
             with tensor.graph.inserting_before(users[0]):
                 gathered = _gathered(tensor, back, arguments, forward)
             for user in list(tensor.users):
-                if user in inside and tensor in _read(user):
+                if user in inside and tensor in _read_by(user):
                     user.replace_input_with(tensor, gathered)
 
 
@@ -213,15 +242,15 @@ def _sink_output(forward: fx.Node) -> bool:
     followed, last, node = Followed({gather: axes}), None, gather
     while len(node.users) == 1:
         (node,) = node.users
-        name = name_of(node)
-        others = [example(other) for other in node.all_input_nodes if other is not node.args[0]]
-        if name not in _VIEWS | {"linear"} or (name != "type_as" and any(getattr(o, "ndim", 0) > 2 for o in others)):
+        op = read(node)
+        others = [example(other) for other in _read_by(node) if other is not op.input]
+        if op.word not in _PASSED_BY_OUTPUTS or any(getattr(other, "ndim", 0) > 2 for other in others):
             break
         followed.visit(node)
         labels = followed.labels.get(node)
         if not isinstance(labels, tuple) or (tokens,) not in labels:
             break
-        if name == "linear" and labels[-2] == (tokens,):
+        if op.word == "linear" and labels[-2] == (tokens,):
             last = node
     if last is None:
         return False
@@ -245,6 +274,7 @@ def _outputs(forward: fx.Node) -> Iterator[fx.Node]:
 def _scaled(output: fx.Node) -> fx.Node:
     """``output``, or what is read in its place where a gate scales it: ``output.mul(scale).type_as(output)``."""
     for cast in output.users:
-        if name_of(cast) == "type_as" and {*output.users} == {cast, cast.args[0]}:
+        op = read(cast)
+        if op.word == "to" and op.input is not output and {*output.users} == {cast, op.input}:
             return cast
     return output

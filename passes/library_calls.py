@@ -105,11 +105,11 @@ def _native_multi_head_attention(node: fx.Node, module: fx.GraphModule) -> Atten
         (given["weight"], given["bias"]),
         (given["out_weight"], given["out_bias"]),
         padding=given["mask"] if over_keys else None,
-        masks=["mask"] * (given["mask"] is not None and not over_keys),
+        masks=[] if given["mask"] is None or over_keys else ["mask"],
         heads=given["num_heads"],
         dropout_p=0.0,
         batch_first=True,
-        odd=["need_weights=True"] * bool(given["need_weights"]),
+        odd=["need_weights=True"] if given["need_weights"] else [],
     )
 
 
@@ -169,7 +169,7 @@ def _over_keys(padding: Any) -> Any:
     value = example(padding)
     if not isinstance(value, torch.Tensor):
         return padding
-    negated = [Step("logical_not")] * (value.dtype == torch.bool)
+    negated = [Step("logical_not")] if value.dtype == torch.bool else []
     return after(padding, *negated, Step("unsqueeze", (1,)), Step("unsqueeze", (1,)))
 
 
@@ -238,7 +238,8 @@ def _token_major(
     heads = Step("unsqueeze", (2,)), Step("transpose", (1, 2))
     restore = Step("transpose", (1, 2)), Step("squeeze", (2,))
     query, key, value = (after(given[name], *heads[not single :]) for name in names)
-    added = [Step("unsqueeze", (1,))] * (single and bias != "" and example(mask).dim() == 3)
+    of_one_head = single and bias != "" and example(mask).dim() == 3
+    added = [Step("unsqueeze", (1,))] if of_one_head else []
     return AttentionCall(
         output,
         module,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["UnknownRange", "Work", "forced_tokens", "token_ranges"]
+__all__ = ["SkippablePairs", "UnknownRange", "forced_tokens", "token_ranges"]
 
 
 class UnknownRange(ValueError):
@@ -48,7 +48,7 @@ def forced_tokens(ranges: Sequence[int]) -> int:
 
 
 @dataclass(frozen=True)
-class Work:
+class SkippablePairs:
     """Pairs of tokens that an attention may skip, against those of plain self-attention over ``min_tokens`` tokens."""
 
     tokens: Any

@@ -11,6 +11,7 @@ from torch import fx
 
 from sla_compile.passes.decide import Rewrite
 from sla_compile.passes.find_attention import AttentionCall, Marker
+from sla_compile.passes.node_ops import VIEWS, read
 from sla_compile.passes.operands import REPLACED_BY, Step, after, build, example
 from sla_compile.passes.token_order import back
 
@@ -101,19 +102,24 @@ def _erase_unused(graph: fx.Graph, interior: Iterable[fx.Node]) -> None:
             graph.erase_node(node)
 
 
-_LAYOUT_ONLY = frozenset({"transpose", "permute", "swapaxes", "swapdims", "movedim", "flatten", "unflatten"})
+_AS_RESHAPES: dict[Any, Any] = {
+    "view": "reshape",
+    "view_as": "reshape_as",
+    torch.ops.aten.view: torch.ops.aten.reshape,
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
+}
 
 
 def _allow_any_layout(output: fx.Node) -> None:
     """Turn views of ``output`` into reshapes: they were legal in the layout that SDPA's own kernel returned."""
     for user in output.users:
-        if user.op != "call_method":
+        op = read(user)
+        if op.word not in VIEWS or op.in_place or op.input is not output:
             continue
-        if user.target == "view" and not any(isinstance(a, torch.dtype) for a in user.args):
+        if op.word == "reshape" and user.target in _AS_RESHAPES:
             user.meta[REWRITTEN_FROM] = user.target
-            user.target = "reshape"
-        if user.target in _LAYOUT_ONLY or user.target == "reshape":
-            _allow_any_layout(user)
+            user.target = _AS_RESHAPES[user.target]
+        _allow_any_layout(user)
 
 
 def erase_markers(markers: Iterable[Marker]) -> None:

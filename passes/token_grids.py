@@ -6,24 +6,25 @@ are followed through the graph: a flatten joins them into tokens, text is put be
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
-from sla_compile.passes.axes import Atom, Call, Labels, is_labels, size_of, through, unpacked
-from sla_compile.passes.operands import Operand, example
+from sla_compile.passes.axes import ALIGNED, Atom, Labels, is_labels, size_of, through, unpacked
+from sla_compile.passes.node_ops import NodeOp, read, tensor
+from sla_compile.passes.operands import Operand, after, example
 from sla_compile.passes.token_order import Grid
+from sla_compile.passes.view_axes import origins_of_write
 
-__all__ = ["Followed", "Grids", "name_of"]
+__all__ = ["Followed", "Grids"]
 
 
-def name_of(node: fx.Node) -> str:
-    """The function or method that ``node`` calls, without an overload."""
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return str(name).partition(".")[0]
+def _only(known: Any, labels: Any, argument: Any) -> Any:
+    """The labels of the one argument that is known."""
+    return labels if argument is known else None
 
 
 class Followed:
@@ -34,8 +35,8 @@ class Followed:
         for node in nodes:
             self.visit(node)
 
-    def fresh(self, name: str, node: fx.Node, value: Any) -> Labels | None:
-        """The axes that ``node``, a call of ``name``, makes anew."""
+    def fresh(self, op: NodeOp) -> Labels | None:
+        """The axes that ``op`` makes anew."""
         return None
 
     def visit(self, node: fx.Node, gm: fx.GraphModule | None = None) -> None:
@@ -46,32 +47,41 @@ class Followed:
                 self.labels[node] = labels
 
     def _node(self, node: fx.Node) -> Any:
-        name = name_of(node)
-        if node.target is operator.setitem:
-            self._written(node)
+        op = read(node)
+        if op.in_place and not self._keeps(op):
+            for written in op.written:
+                self._forget(written)
             return None
-        value = example(node)
-        if (fresh := self.fresh(name, node, value)) is not None:
-            return fresh
-        known = {other: self.labels[other] for other in node.all_input_nodes if other in self.labels}
-        if not known:
-            return None
+        fresh = self.fresh(op)
+        return fresh if fresh is not None else through(op, self.known)
 
-        def labels(argument: Any) -> Any:
-            if isinstance(argument, tuple | list):
-                return [labels(part) for part in argument]
-            return known.get(argument) if isinstance(argument, fx.Node) else None
+    def known(self, argument: Any) -> Any:
+        """The labels of an argument; a list of them where it is several tensors."""
+        if isinstance(argument, tuple | list):
+            return [self.known(part) for part in argument]
+        return self.labels.get(argument) if isinstance(argument, fx.Node) else None
 
-        given: Any = node.args or tuple(node.kwargs.values())
-        values, named = fx.node.map_arg((tuple(given), dict(node.kwargs)), example)
-        return through(name, Call(tuple(map(labels, given)), dict(named), tuple(values), value))
+    def _keeps(self, op: NodeOp) -> bool:
+        """Whether a write leaves each axis that is known as it was: element by element, or to all of its positions."""
+        if op.word != "setitem":
+            return op.word in ALIGNED and op.written == (op.input,)
+        labels: Any = self.labels.get(op.input)
+        written = origins_of_write(op)
+        if not is_labels(labels) or written is None:
+            return False
+        whole = {origin.axis for origin in written if origin is not None and origin.whole}
+        return all(axis in whole or not any(atom.known for atom in labels[axis]) for axis in range(len(labels)))
 
-    def _written(self, node: fx.Node) -> None:
-        """A write by slices of other axes keeps what is known of the tensor written to; any other does not."""
-        target, index, _ = node.args
-        parts = index if isinstance(index, tuple | list) else (index,)
-        if isinstance(target, fx.Node) and not all(part is ... or isinstance(part, slice) for part in parts):
-            self.labels.pop(target, None)
+    def _forget(self, written: Any) -> None:
+        """Take away what is known of the tensor ``written`` and of all that share its memory."""
+        value = tensor(written)
+        if value is None:
+            return
+        memory = value.untyped_storage()._cdata
+        for node in list(self.labels):
+            other = tensor(node)
+            if node is written or (other is not None and other.untyped_storage()._cdata == memory):
+                del self.labels[node]
 
     def _subgraph(self, node: fx.Node, gm: fx.GraphModule) -> Any:
         """Through a region that is traced by itself, as a checkpoint is: its inputs, nodes and outputs."""
@@ -106,14 +116,15 @@ class Grids(Followed):
                 self.labels[node] = tuple((Atom(size, node, axis),) for axis, size in enumerate(value.shape))
             self.visit(node, gm)
 
-    def fresh(self, name: str, node: fx.Node, value: Any) -> Labels | None:
+    def fresh(self, op: NodeOp) -> Labels | None:
         """(batch, channels, *space), of a convolution; its batch may be the frames of a video."""
-        if name not in ("conv2d", "conv3d") or not isinstance(value, torch.Tensor):
+        value, node = op.result, op.source
+        if op.word not in ("conv2d", "conv3d") or not isinstance(value, torch.Tensor) or not isinstance(node, fx.Node):
             return None
-        inside = value.dim() - (3 if name == "conv3d" else 2)
+        inside = value.dim() - (3 if op.word == "conv3d" else 2)
         sizes = enumerate(value.shape)
         axes = [(Atom(n, node, axis - inside) if axis >= inside else Atom(n),) for axis, n in sizes]
-        before: Any = self.labels.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        before = self.known(op.input)
         if is_labels(before) and len(before) == value.dim():
             axes[0] = before[0]
         return tuple(axes)
@@ -138,10 +149,7 @@ class Grids(Followed):
         if not isinstance(source, Operand):
             return self.labels.get(source) if isinstance(source, fx.Node) else None
         labels = self.labels.get(source.source)
-        for count, step in enumerate(source.steps, 1):
-            value = example(Operand(source.source, source.steps[:count]))
-            name = step.target if isinstance(step.target, str) else getattr(step.target, "__name__", "")
-            before = example(Operand(source.source, source.steps[: count - 1]))
-            call = Call((labels, *(None for _ in step.arguments)), {}, (before, *step.arguments), value)
-            labels = through(name, call)
+        for count in range(1, len(source.steps) + 1):
+            op = read(after(source.source, *source.steps[:count]))
+            labels = through(op, partial(_only, op.input, labels))
         return labels

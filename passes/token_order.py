@@ -11,10 +11,11 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import fx
 
 from sla_compile.common.token_orders import RASTER, Placement, place
-from sla_compile.passes.operands import Operand, Step, after, example
+from sla_compile.passes.node_ops import NodeOp, read
+from sla_compile.passes.operands import Step, after, example
+from sla_compile.passes.view_axes import origins
 
 __all__ = ["AS_IN_THE_MODEL", "AS_IT_IS", "Grid", "TokenOrder", "Wanted"]
 __all__ += ["back", "ordered", "ordered_mask", "token_order"]
@@ -91,29 +92,27 @@ def _placement(wanted: Wanted, side: Any, seen: Grid | None) -> Placement | str:
     return Placement(wanted.kind, wanted.grid, start, wanted.blocks)
 
 
-_JOINS = {"cat", "concat", "concatenate"}
-
-
 def _joined(side: Any, size: int) -> int | None:
-    """Where the only part of ``size`` tokens begins, if ``side`` was joined of parts along its tokens."""
-    node, axis = (side.source, None) if isinstance(side, Operand) else (side, 2)
-    while isinstance(node, fx.Node) and axis is not None:
-        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-        if name in _JOINS:
-            return _part(node, axis, size)
-        if name in ("transpose", "swapaxes") and sorted(a % 4 for a in node.args[1:3] if isinstance(a, int)) == [1, 2]:
-            axis = {1: 2, 2: 1}.get(axis, axis)
-        elif name not in ("contiguous", "to", "type_as", "float", "clone"):
-            return None
-        node = node.args[0] if node.args else None
-    return None
+    """Where the only part of ``size`` tokens begins, if ``side`` (B, H, N, D) was joined of parts along its tokens."""
+    op, axis = read(side), 2
+    while op.word != "cat":
+        if op.word not in _COPIES:
+            found = origins(op)
+            origin = None if found is None else found[axis]
+            if origin is None or origin.axis is None or not origin.whole:
+                return None
+            axis = origin.axis
+        op = read(op.input)
+    return _part(op, axis, size)
 
 
-def _part(node: fx.Node, axis: int, size: int) -> int | None:
-    """Where the only tensor of ``size`` along ``axis`` begins in what ``node`` joins along it; None without one."""
-    arguments = dict(zip(("tensors", "dim"), node.args, strict=False)) | dict(node.kwargs)
-    given: Any = arguments.get("tensors", ())
-    parts, dim = [example(part) for part in given], arguments.get("dim", 0)
+_COPIES = ("to", "contiguous", "clone", "detach")
+
+
+def _part(op: NodeOp, axis: int, size: int) -> int | None:
+    """Where the only tensor of ``size`` along ``axis`` begins in what ``op`` joins along it; None without one."""
+    given: Any = op.arguments.get("tensors", ())
+    parts, dim = [example(part) for part in given], op.arguments.get("dim", 0)
     if not all(isinstance(part, torch.Tensor) and isinstance(part.shape[axis], int) for part in parts):
         return None
     if not isinstance(dim, int) or dim % parts[0].dim() != axis:
