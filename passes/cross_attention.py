@@ -47,7 +47,8 @@ def _projected(side: Any) -> set[fx.Node] | None:
             continue
         if op.word in _ATTENTION or len(seen) > _MOST_NODES or (node.op == "placeholder" and _is_activation(node)):
             return None
-        behind = {other for other in node.all_input_nodes if isinstance(example(other), torch.Tensor)} - seen
+        inputs = [op.input] if op.word in VIEWS else node.all_input_nodes
+        behind = {other for other in inputs if isinstance(example(other), torch.Tensor)} - seen
         seen |= behind
         pending += behind
     return found

@@ -247,7 +247,23 @@ def whole_index(index: Any, value: torch.Tensor) -> tuple[Any, ...] | None:
     named = sum(entry is not None and entry is not ... for entry in numbers)
     place = next((i for i, entry in enumerate(numbers) if entry is ...), len(numbers))
     filling = [slice(None)] * (value.dim() - named)
-    return (*numbers[:place], *filling, *numbers[place + 1 :])
+    sizes = iter(value.shape)
+    return tuple(
+        None if entry is None else _from_the_start(entry, next(sizes))
+        for entry in (*numbers[:place], *filling, *numbers[place + 1 :])
+    )
+
+
+def _from_the_start(entry: Any, size: Any) -> Any:
+    """An entry of an index, of an axis of ``size``, with numbers that count from the start; all of it as ``:``."""
+    if not isinstance(size, int):
+        return entry
+    if not isinstance(entry, slice):
+        return entry % size if type(entry) is int and size else entry
+    if any(isinstance(bound, torch.SymInt) for bound in (entry.start, entry.stop, entry.step)):
+        return entry
+    first, last, step = entry.indices(size)
+    return slice(None) if (first, last, step) == (0, size, 1) else slice(first, last, None if step == 1 else step)
 
 
 def _numbers(entry: Any) -> Any:
@@ -277,8 +293,10 @@ def pieces(op: NodeOp) -> list[tuple[Any, ...]] | None:
     after_it = (slice(None),) * (op.tensor.dim() - axis - 1)
     if op.word == "unbind":
         return [(*before, i, *after_it) for i in range(len(op.result))]
+    size = op.tensor.shape[axis]
     bounds = accumulate((piece.shape[axis] for piece in op.result), initial=0)
-    return [(*before, slice(first, last), *after_it) for first, last in pairwise(bounds)]
+    parts = [_from_the_start(slice(first, last), size) for first, last in pairwise(bounds)]
+    return [(*before, part, *after_it) for part in parts]
 
 
 def writes(node: fx.Node) -> tuple[Any, ...]:

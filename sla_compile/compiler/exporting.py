@@ -7,7 +7,6 @@ op and checks every shape again. Names of parameters, arguments and outputs stay
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -108,22 +107,8 @@ def _check(sites: Sequence[Site], model: nn.Module, ranges: Mapping[Any, Any]) -
         raise ValueError(f"{type(model).__name__} cannot be exported: " + "; ".join(problems))
 
 
-_METHODS = frozenset(
-    {
-        *("matmul", "bmm", "baddbmm", "mul", "div", "add", "sub", "softmax", "masked_fill"),
-        *("to", "contiguous", "clone", "expand", "unsqueeze", "repeat"),
-        *("transpose", "permute", "reshape", "view", "flatten", "unflatten"),
-    }
-)
-_FUNCTIONS: dict[Any, Any] = {
-    torch.ops.aten.einsum.default: torch.einsum,
-    torch.ops.aten.where.self: torch.where,
-    torch.ops.aten.dropout.default: torch.nn.functional.dropout,
-}
-
-
 def _as_traced_by_dynamo(node: fx.Node, paths: Mapping[str, int]) -> None:
-    """Spell ``node`` as the passes know it: Python's methods and functions, and modules by their id, of ``paths``."""
+    """Name the modules of ``node`` by their ids, of ``paths``; take it out where exporting again makes it again."""
     stack = {}
     for key, (name, kind) in node.meta.get("nn_module_stack", {}).items():
         path, _, call = name.partition("@")
@@ -134,18 +119,5 @@ def _as_traced_by_dynamo(node: fx.Node, paths: Mapping[str, int]) -> None:
             identity = str(paths[path])
         stack[f"{identity}@{later_call or call or 0}"] = (name, kind)
     node.meta["nn_module_stack"] = stack
-    aten = torch.ops.aten
-    if node.op != "call_function":
-        return
-    if node.target is aten._assert_tensor_metadata.default:  # exporting again makes it again
+    if node.op == "call_function" and node.target is torch.ops.aten._assert_tensor_metadata.default:
         node.graph.erase_node(node)
-    elif node.target is operator.getitem and getattr(node.args[0], "target", None) is aten.unbind.int:
-        unbind = cast(fx.Node, node.args[0])
-        node.op, node.target = "call_method", "select"
-        node.args = (unbind.args[0], *(unbind.args[1:] or (0,)), node.args[1])
-    elif node.target in _FUNCTIONS:
-        node.target = _FUNCTIONS[node.target]
-    elif isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten":
-        name = node.target._schema.name.partition("::")[2]
-        if name.removesuffix("_") in _METHODS and "layout" not in node.kwargs:
-            node.op, node.target = "call_method", name

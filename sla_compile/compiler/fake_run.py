@@ -6,7 +6,6 @@ So what follows from the call's own small tensors alone, with no parameter in it
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import fx
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sla_compile.compat import size_hint
+from sla_compile.passes.node_ops import writes
 
 __all__ = ["stand_ins"]
 
@@ -52,12 +52,12 @@ def _readable(value: Any) -> bool:
 
 def _compute(node: fx.Node, known: dict[fx.Node, Any]) -> None:
     """Put the value of ``node`` into ``known``, if all that it takes is there and it is small."""
-    changes = _changes_first(node)
+    changed = [argument for argument in writes(node) if isinstance(argument, fx.Node)]
     if not all(source in known for source in node.all_input_nodes):
-        if changes and node.args[0] in known:
-            _forget(known, known[node.args[0]])  # type: ignore[index]
+        for argument in changed:
+            _forget(known, known.get(argument))
         return
-    if not (changes or _small(node.meta.get("example_value"))):
+    if not (changed or _small(node.meta.get("example_value"))):
         return
     arguments, keywords = torch.fx.map_arg((node.args, node.kwargs), known.__getitem__)
     target: Any = node.target
@@ -65,14 +65,8 @@ def _compute(node: fx.Node, known: dict[fx.Node, Any]) -> None:
         call = getattr(arguments[0], target) if node.op == "call_method" else target
         known[node] = call(*(arguments[1:] if node.op == "call_method" else arguments), **keywords)
     except Exception:  # the trace succeeded, so this is of a value that differs; zeros will do as well
-        if changes:
-            _forget(known, arguments[0])
-
-
-def _changes_first(node: fx.Node) -> bool:
-    """Whether ``node`` writes into its first argument."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.target is operator.setitem or (name.endswith("_") and not name.endswith("__")) or name[:2] == "__i"
+        for argument in changed:
+            _forget(known, known.get(argument))
 
 
 def _forget(known: dict[fx.Node, Any], changed: Any) -> None:

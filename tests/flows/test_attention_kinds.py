@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import sla_compile
 from sla_compile.kernels import reference
 from sla_compile.passes.decide import Keep, Rewrite
-from sla_compile.passes.profitability import UnknownRange, Work, token_ranges
+from sla_compile.passes.profitability import UnknownRange, token_ranges
 from tests.support.capture import HEAD_DIM, TOKENS, Caller, Capture, Wrapper, run
 from tests.support.closeness import assert_close, relative_error
 from tests.support.models import OPTIONS, randomize_gates
@@ -203,73 +203,6 @@ def test_the_report_of_a_short_one_says_what_would_do() -> None:
         "short sequence: 96 queries, 40 keys, 8 keys always critical "
         "(accepted: queries x keys of at least min_tokens=90 squared)"
     )
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("forced", [0, 1, 7, 500])
-@pytest.mark.parametrize("min_tokens", [0, 1, 2, 63, 64, 4096])
-def test_least_is_the_first_length_with_enough_pairs(min_tokens: int, forced: int, causal: bool) -> None:
-    least = Work(1, None, causal, forced, min_tokens).least
-    wanted = min_tokens**2 * (2 if causal else 1)
-    assert least * (least - forced) >= wanted
-    assert least <= forced or (least - 1) * (least - 1 - forced) < wanted
-
-
-def test_ranges_are_cut_merged_and_counted_from_the_end() -> None:
-    assert token_ranges(((-16, None), (0, 10), (5, 20)), 100) == (0, 20, 84, 100)
-    assert token_ranges(((90, 1000), (200, 300), (-300, 4)), 100) == (0, 4, 90, 100)
-    assert token_ranges(((10, -10), (-10, 95)), 100) == (10, 95)
-    assert token_ranges((), 100) == ()
-
-
-class TwoStreams(nn.Module):
-    """Attention of one stream of tokens to another of the same length, or to what is its own after all."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-        width = HEADS * HEAD_DIM
-        self.q, self.k, self.down, self.up = (nn.Linear(width, width) for _ in range(4))
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        self.scale = nn.Parameter(torch.randn(width))
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        given, x, y = y, x + self.down(x), self.up(y)  # as after a block, and after an embedding
-        first, second = self.norms
-        sides = {
-            "other": lambda: (first(x), y),
-            "other, normalised": lambda: (first(x) * (1 + self.scale), second(y)),
-            "other, of a block before": lambda: (first(x + self.down(y)), y),
-            "own": lambda: (x, x),
-            "own, normalised apart": lambda: (first(x), second(x) * (1 + self.scale)),
-            "own, with a position": lambda: (x + y, x),
-            "given in part": lambda: (x, y),
-            "joint": lambda: (torch.cat([x, y], 1), torch.cat([y, x], 1)),
-        }
-        a, b = sides[self.kind]()
-        q, k = (layer(z).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer, z in ((self.q, a), (self.k, b)))
-        if self.kind == "own":  # a low-rank adapter beside the projection
-            k = k + self.down(self.up(b)).unflatten(-1, (HEADS, -1)).transpose(1, 2)
-        if self.kind == "given in part":  # by another graph, which may have made it of the queries' tensor
-            k = k + given.unflatten(-1, (HEADS, -1)).transpose(1, 2)
-        return sdpa(q, k, k).transpose(1, 2).flatten(2)
-
-
-@pytest.mark.parametrize("kind", ["other", "other, normalised", "other, of a block before"])
-def test_as_many_keys_of_another_tensor_are_cross_attention(kind: str) -> None:
-    inputs = [torch.randn(BATCH, TOKENS, HEADS * HEAD_DIM) for _ in range(2)]
-    (site,) = sla_compile.explain(TwoStreams(kind), inputs, config=OPTIONS).sites
-    assert (site.rewritten, site.reason) == (False, "cross-attention")
-    assert site.value == "96 queries, as many keys of another tensor"
-    (site,) = sla_compile.explain(TwoStreams(kind), inputs, config={**OPTIONS, "cross_attention": True}).sites
-    assert (site.rewritten, site.reason) == (True, "cross-attention")
-
-
-@pytest.mark.parametrize("kind", ["own", "own, normalised apart", "own, with a position", "joint", "given in part"])
-def test_keys_of_the_queries_own_tensor_are_self_attention(kind: str) -> None:
-    inputs = [torch.randn(BATCH, TOKENS, HEADS * HEAD_DIM) for _ in range(2)]
-    (site,) = sla_compile.explain(TwoStreams(kind), inputs, config=OPTIONS).sites
-    assert (site.rewritten, site.reason) == (True, "self-attention")
 
 
 class Owner(nn.Module):

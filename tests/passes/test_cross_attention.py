@@ -1,0 +1,67 @@
+"""Queries and keys of equal length: of one tensor, or of two, which is cross-attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sla_compile
+from tests.support.capture import HEAD_DIM, TOKENS
+from tests.support.models import OPTIONS
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+BATCH, HEADS = 2, 6
+sdpa = F.scaled_dot_product_attention
+
+
+class TwoStreams(nn.Module):
+    """Attention of one stream of tokens to another of the same length, or to what is its own after all."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        width = HEADS * HEAD_DIM
+        self.q, self.k, self.down, self.up = (nn.Linear(width, width) for _ in range(4))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.scale = nn.Parameter(torch.randn(width))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        given, x, y = y, x + self.down(x), self.up(y)  # as after a block, and after an embedding
+        first, second = self.norms
+        sides = {
+            "other": lambda: (first(x), y),
+            "other, normalised": lambda: (first(x) * (1 + self.scale), second(y)),
+            "other, of a block before": lambda: (first(x + self.down(y)), y),
+            "own": lambda: (x, x),
+            "own, normalised apart": lambda: (first(x), second(x) * (1 + self.scale)),
+            "own, with a position": lambda: (x + y, x),
+            "given in part": lambda: (x, y),
+            "joint": lambda: (torch.cat([x, y], 1), torch.cat([y, x], 1)),
+        }
+        a, b = sides[self.kind]()
+        q, k = (layer(z).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer, z in ((self.q, a), (self.k, b)))
+        if self.kind == "own":  # a low-rank adapter beside the projection
+            k = k + self.down(self.up(b)).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        if self.kind == "given in part":  # by another graph, which may have made it of the queries' tensor
+            k = k + given.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        return sdpa(q, k, k).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("kind", ["other", "other, normalised", "other, of a block before"])
+def test_as_many_keys_of_another_tensor_are_cross_attention(kind: str) -> None:
+    inputs = [torch.randn(BATCH, TOKENS, HEADS * HEAD_DIM) for _ in range(2)]
+    (site,) = sla_compile.explain(TwoStreams(kind), inputs, config=OPTIONS).sites
+    assert (site.rewritten, site.reason) == (False, "cross-attention")
+    assert site.value == "96 queries, as many keys of another tensor"
+    (site,) = sla_compile.explain(TwoStreams(kind), inputs, config={**OPTIONS, "cross_attention": True}).sites
+    assert (site.rewritten, site.reason) == (True, "cross-attention")
+
+
+@pytest.mark.parametrize("kind", ["own", "own, normalised apart", "own, with a position", "joint", "given in part"])
+def test_keys_of_the_queries_own_tensor_are_self_attention(kind: str) -> None:
+    inputs = [torch.randn(BATCH, TOKENS, HEADS * HEAD_DIM) for _ in range(2)]
+    (site,) = sla_compile.explain(TwoStreams(kind), inputs, config=OPTIONS).sites
+    assert (site.rewritten, site.reason) == (True, "self-attention")
