@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -260,6 +261,41 @@ def changed_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = (q @ k.mT).softmax(-1)
     q.add_(1)
     return weights @ v + q
+
+
+def changed_by(change: Callable[[Tensor], Any]) -> Call:
+    """An attention that ``change`` writes to the queries of, between its products."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = q * 1.5
+        weights = (q @ k.mT).softmax(-1)
+        change(q)
+        return weights @ v + q
+
+    return call
+
+
+# By an operator's protocol, an option, a schema, an index: whatever writes.
+CHANGES: dict[str, Callable[[Tensor], Any]] = {
+    "-=": lambda q: operator.isub(q, 1),
+    "**=": lambda q: operator.ipow(q, 2),
+    "//=": lambda q: operator.ifloordiv(q, 2),
+    "%=": lambda q: operator.imod(q, 2),
+    "@=": lambda q: operator.imatmul(q[..., :HEAD_DIM, :], q.new_ones(HEAD_DIM, HEAD_DIM)),
+    "__isub__": lambda q: q.__isub__(1),
+    "inplace=True": lambda q: F.relu(q, inplace=True),
+    "out=": lambda q: torch.add(q, 1, out=q),
+    "an aten op": lambda q: torch.ops.aten.add_.Tensor(q, 1),
+    "an index": lambda q: operator.setitem(q, (..., 0), 0.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_a_tensor_between_the_products_leaves_it_dense(change: str) -> None:
+    call, inputs = changed_by(CHANGES[change]), qkv(dtype=torch.float64)
+    capture, output = run(call, *inputs, topk=1.0, bottomk=0.0)
+    assert capture.rewritten == 0
+    assert_close("dense", output, call(*inputs), 1e-12)
 
 
 def scaled_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -163,6 +163,21 @@ def written_afterwards(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return attention(q, k, v, mask)
 
 
+def written_by_an_operator(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    mask = mask[:, None, None].repeat(1, 1, TOKENS, 1)
+    plane = mask[0, 0]
+    plane &= torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    mask[..., 0] = True
+    return attention(q, k, v, mask)
+
+
+def written_through_a_piece(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    mask = mask[:, None, None].repeat(1, 1, TOKENS, 1)
+    first, _ = mask.chunk(2, dim=2)
+    first |= torch.eye(TOKENS, dtype=torch.bool)[: TOKENS // 2]
+    return attention(q, k, v, mask)
+
+
 def one_head_off(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """(H*B) seen as (B, H): next to repeat_interleave, repeat puts other batches' masks on the heads."""
     return attention(q, k, v, mask.repeat(HEADS, 1).view(BATCH, HEADS, 1, TOKENS))
@@ -194,6 +209,8 @@ KEPT: dict[str, tuple[Callable[..., Tensor], str]] = {
         "per-query attention mask",
     ),
     "written afterwards": (written_afterwards, "per-query attention mask"),
+    "written by an operator": (written_by_an_operator, "per-query attention mask"),
+    "written through a piece": (written_through_a_piece, "per-query attention mask"),
     "of each head": (
         lambda q, k, v, m: attention(q, k, v, torch.stack([m, ~m], 1)[:, :, None]),
         "per-head attention mask",
