@@ -41,7 +41,16 @@ def written(mask: Tensor) -> tuple[Tensor, Tensor]:
     return made, view
 
 
-@pytest.mark.parametrize("function", [lengths, written])
+def written_by_operators(mask: Tensor) -> tuple[Tensor, Tensor]:
+    made = torch.arange(10)
+    made -= 3
+    made[2:] **= mask[2:]
+    torch.add(made, 1, out=made)
+    other = torch.ops.aten.mul_.Tensor(made.clone(), 2)
+    return made, other
+
+
+@pytest.mark.parametrize("function", [lengths, written, written_by_operators])
 def test_small_values_are_those_of_a_run(function: Callable[..., Any]) -> None:
     for actual, expected in zip(returned(function, MASK), function(MASK), strict=True):
         assert expected.any()
@@ -83,8 +92,23 @@ class Overwritten(Layer):
         return made, mask.sum()
 
 
-def test_a_value_that_a_layer_wrote_into_is_unknown() -> None:
-    made, count = returned(Overwritten(), MASK)
+class OverwrittenByAnOperator(Layer):
+    def forward(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        made = torch.ones(10)
+        made -= self.linear(mask.float())
+        return made, mask.sum()
+
+
+class OverwrittenAsOutput(Layer):
+    def forward(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        made = torch.ones(10)
+        torch.mul(self.linear(mask.float()), 2, out=made)
+        return made, mask.sum()
+
+
+@pytest.mark.parametrize("layer", [Overwritten, OverwrittenByAnOperator, OverwrittenAsOutput])
+def test_a_value_that_a_layer_wrote_into_is_unknown(layer: type[Layer]) -> None:
+    made, count = returned(layer(), MASK)
     assert not made.any()
     assert int(count) == 6
 

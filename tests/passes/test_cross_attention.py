@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sla_compile
-from tests.support.capture import HEAD_DIM, TOKENS
+from tests.support.capture import HEAD_DIM, TOKENS, Wrapper
 from tests.support.models import OPTIONS
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -65,3 +65,28 @@ def test_keys_of_the_queries_own_tensor_are_self_attention(kind: str) -> None:
     inputs = [torch.randn(BATCH, TOKENS, HEADS * HEAD_DIM) for _ in range(2)]
     (site,) = sla_compile.explain(TwoStreams(kind), inputs, config=OPTIONS).sites
     assert (site.rewritten, site.reason) == (True, "self-attention")
+
+
+class ByKeywords(nn.Module):
+    """Projections that are called with nothing but keywords, and halves of one instead of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv = (
+            nn.Linear(HEADS * HEAD_DIM, HEADS * HEAD_DIM),
+            nn.Linear(HEADS * HEAD_DIM, 2 * HEADS * HEAD_DIM),
+        )
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        q = F.linear(input=x + 1, weight=self.q.weight)
+        k, v = F.linear(weight=self.kv.weight, input=y + 1).chunk(2, dim=-1)
+        q, k, v = (z.unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2) for z in (q, k, v))
+        return sdpa(q, k, v).transpose(1, 2).flatten(2)
+
+
+def test_projections_by_keywords_and_halves_of_a_projection() -> None:
+    x, y = (torch.randn(BATCH, TOKENS, HEADS * HEAD_DIM) for _ in range(2))
+    for inputs, kind in (((x, y), "another tensor"), ((x, x), "self-attention")):
+        (site,) = sla_compile.explain(Wrapper(ByKeywords()), inputs, config=OPTIONS).sites
+        assert site.rewritten == (kind == "self-attention")
+        assert kind in (site.value if not site.rewritten else site.reason)
