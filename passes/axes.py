@@ -118,7 +118,11 @@ def _all_but_last(op: NodeOp, known: Known) -> Labels | None:
     labels = known(op.arguments.get("query", op.input))
     if not is_labels(labels) or len(labels) != op.result.dim():
         return None
-    return (*labels[:-1], unknown(op.result.shape[-1]))
+    kept = zip(labels[:-1], op.result.shape[:-1], strict=True)
+    return (
+        *(axis if same_size(size_of(axis), size) else unknown(size) for axis, size in kept),
+        unknown(op.result.shape[-1]),
+    )
 
 
 def _viewed(op: NodeOp, known: Known) -> Any:

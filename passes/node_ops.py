@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sla_compile.passes.operands import Operand, Source, after, example
 from sla_compile.passes.spellings import KEYWORDS, Spelling, spelling_of
@@ -290,13 +291,15 @@ def pieces(op: NodeOp) -> list[tuple[Any, ...]] | None:
     if axis is None or op.tensor is None or not isinstance(op.result, tuple | list):
         return None
     before = (slice(None),) * axis
-    after_it = (slice(None),) * (op.tensor.dim() - axis - 1)
+    behind = (slice(None),) * (op.tensor.dim() - axis - 1)
     if op.word == "unbind":
-        return [(*before, i, *after_it) for i in range(len(op.result))]
+        return [(*before, i, *behind) for i in range(len(op.result))]
     size = op.tensor.shape[axis]
-    bounds = accumulate((piece.shape[axis] for piece in op.result), initial=0)
+    bounds = list(accumulate((piece.shape[axis] for piece in op.result), initial=0))
+    if not statically_known_true(bounds[-1] == size):  # tensor_split may give places twice
+        return None
     parts = [_from_the_start(slice(first, last), size) for first, last in pairwise(bounds)]
-    return [(*before, part, *after_it) for part in parts]
+    return [(*before, part, *behind) for part in parts]
 
 
 def writes(node: fx.Node) -> tuple[Any, ...]:

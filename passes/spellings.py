@@ -60,9 +60,11 @@ _SYNONYMS = {
     **dict.fromkeys(("view", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten", "ravel"), "reshape"),
 }
 
-_BINARY = ("add", "sub", "mul", "div", "matmul", "floor_divide", "remainder", "pow", "minimum", "maximum")
-_BINARY += ("eq", "ne", "gt", "ge", "lt", "le", "bitwise_and", "bitwise_or", "bitwise_xor")
-_BINARY += ("logical_and", "logical_or", "logical_xor")
+_BINARY = (
+    *("add", "sub", "mul", "div", "matmul", "floor_divide", "remainder", "pow", "minimum", "maximum"),
+    *("eq", "ne", "gt", "ge", "lt", "le", "bitwise_and", "bitwise_or", "bitwise_xor"),
+    *("logical_and", "logical_or", "logical_xor"),
+)
 _PARAMETERS: dict[str, tuple[str, ...]] = {
     word: tuple(names.split())
     for word, names in {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sla_compile.passes.axes import Atom, Labels
 from sla_compile.passes.token_grids import Followed
-from tests.support.view_spellings import graph_of
+from tests.support.view_spellings import graph_of, joined, part_of
 
 X = torch.rand(2, 3, 4, 6)
 TIME, ROWS = 2, 3
@@ -69,6 +69,15 @@ def test_axes_are_followed(name: str) -> None:
     function, expected = KNOWN[name]
     found = followed(function)
     assert found == expected or (expected == [] and not any(found))
+
+
+def test_a_cut_is_followed_in_every_spelling() -> None:
+    for join in joined(2, 4):
+        for cut in part_of(2, 5, 9, (2, 3, 11, 6)):
+            found = followed(
+                lambda x, join=join, cut=cut: cut(join([torch.ones(2, 3, 5, 6), x, torch.ones(2, 3, 2, 6)]))
+            )
+            assert found == [None, None, T, R]
 
 
 def in_place(change: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:

@@ -107,6 +107,8 @@ def test_pieces_and_writes() -> None:
     first, second = slice(0, 3), slice(3, 5)
     assert origins_of_pieces(read(split)) == [(Origin(0), Origin(1, part), Origin(2)) for part in (first, second)]
     assert origins_of_pieces(read(made_by(lambda x: x.sin(), x))) is None
+    overlapping = made_by(lambda x: x.tensor_split([3, 1], dim=1)[2], x)
+    assert origins(read(overlapping)) is None
     graph = graph_of(lambda x: x.sin(), x).graph
     node = graph.find_nodes(op="placeholder")[0]
     write = graph.call_function(operator.setitem, (node, (..., slice(None, None, 2)), 0))
