@@ -20,7 +20,6 @@ from sla_compile.passes.node_ops import NodeOp, read, writes
 from sla_compile.passes.operands import example
 from sla_compile.passes.rewrite import copied_meta
 from sla_compile.passes.token_grids import Followed
-from sla_compile.passes.view_axes import origins_of_write
 
 __all__ = ["MOVED_HERE", "hoist_gathers"]
 
@@ -142,8 +141,11 @@ class _Region:
         op = read(node)
         if any(written not in self.nodes for written in op.written):
             return False
-        if op.word == "setitem":
-            return self._written_by_token(op)
+        if op.word == "setitem":  # one that does not go by token has left no labels
+            value = op.arguments.get("value")
+            labels = self.followed.labels.get(op.input)
+            known = labels is not None and self._axis(labels) is not None
+            return known and (value in self.nodes or not isinstance(value, fx.Node))
         if op.word == "dropout" and not _gives_its_input(op):
             return False
         labels = self.followed.labels.get(node)
@@ -154,24 +156,6 @@ class _Region:
         if node in self.projections:
             return all(other is self.source or int(example(other).dim()) <= 2 for other in node.all_input_nodes)
         return all(other in self.nodes or self._beside(node, other) for other in node.all_input_nodes)
-
-    def _written_by_token(self, op: NodeOp) -> bool:
-        """Whether ``x[...] = value`` writes to every token what is of that token in ``value``, or one number."""
-        labels, value = self.followed.labels.get(op.input), op.arguments.get("value")
-        written = origins_of_write(op)
-        axis = None if labels is None else self._axis(labels)
-        if axis is None or written is None:
-            return False
-        places = [
-            i - len(written) for i, origin in enumerate(written) if origin and origin.whole and origin.axis == axis
-        ]
-        if not isinstance(value, fx.Node) or len(places) != 1:
-            return len(places) == 1
-        given = self.followed.labels.get(value)
-        if not isinstance(given, tuple) or value not in self.nodes:
-            return False
-        at = self._axis(given)
-        return at is not None and at - len(given) == places[0]
 
     def _beside(self, node: fx.Node, other: fx.Node) -> bool:
         """Whether an input from elsewhere can stay, or be reordered: if it is, it is noted."""

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from sla_compile.passes.axes import ALIGNED, Atom, Labels, is_labels, size_of, through, unpacked
+from sla_compile.passes.axes import ALIGNED, Atom, Axis, Labels, is_labels, size_of, through, unpacked
 from sla_compile.passes.node_ops import NodeOp, read, tensor
 from sla_compile.passes.operands import Operand, after, example
+from sla_compile.passes.spellings import spelling_of
 from sla_compile.passes.token_order import Grid
-from sla_compile.passes.view_axes import origins_of_write
+from sla_compile.passes.view_axes import origins_of_write, same_size
 
 __all__ = ["Followed", "Grids"]
 
@@ -35,8 +36,11 @@ class Followed:
         for node in nodes:
             self.visit(node)
 
+    makes: frozenset[str] = frozenset()
+    """Words of the operations that may make axes anew."""
+
     def fresh(self, op: NodeOp) -> Labels | None:
-        """The axes that ``op`` makes anew."""
+        """The axes that ``op``, one that ``makes`` names, makes anew."""
         return None
 
     def visit(self, node: fx.Node, gm: fx.GraphModule | None = None) -> None:
@@ -47,12 +51,14 @@ class Followed:
                 self.labels[node] = labels
 
     def _node(self, node: fx.Node) -> Any:
+        if not self.labels and spelling_of(node.target).word not in self.makes:
+            return None
         op = read(node)
         if op.in_place and not self._keeps(op):
             for written in op.written:
                 self._forget(written)
             return None
-        fresh = self.fresh(op)
+        fresh = self.fresh(op) if op.word in self.makes else None
         return fresh if fresh is not None else through(op, self.known)
 
     def known(self, argument: Any) -> Any:
@@ -62,15 +68,23 @@ class Followed:
         return self.labels.get(argument) if isinstance(argument, fx.Node) else None
 
     def _keeps(self, op: NodeOp) -> bool:
-        """Whether a write leaves each axis that is known as it was: element by element, or to all of its positions."""
+        """Whether a write leaves each axis that is known as it was: element by element, or all of it from its like."""
         if op.word != "setitem":
             return op.word in ALIGNED and op.written == (op.input,)
         labels: Any = self.labels.get(op.input)
         written = origins_of_write(op)
         if not is_labels(labels) or written is None:
             return False
-        whole = {origin.axis for origin in written if origin is not None and origin.whole}
-        return all(axis in whole or not any(atom.known for atom in labels[axis]) for axis in range(len(labels)))
+        backs = {origin.axis: len(written) - i for i, origin in enumerate(written) if origin and origin.whole}
+        known = [axis for axis, atoms in enumerate(labels) if any(atom.known for atom in atoms)]
+        return all(axis in backs and self._gives(op.arguments["value"], backs[axis], labels[axis]) for axis in known)
+
+    def _gives(self, value: Any, back: int, axis: Axis) -> bool:
+        """Whether ``value`` has ``axis`` as its ``-back``, or one value for all of it."""
+        given, labels = tensor(value), self.known(value)
+        if given is None or given.dim() < back or same_size(given.shape[-back], 1):
+            return True
+        return is_labels(labels) and labels[-back] == axis
 
     def _forget(self, written: Any) -> None:
         """Take away what is known of the tensor ``written`` and of all that share its memory."""
@@ -108,6 +122,8 @@ class Followed:
 class Grids(Followed):
     """The grids of tokens in ``gm`` and its subgraphs."""
 
+    makes = frozenset({"conv2d", "conv3d"})
+
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__({})
         for node in gm.graph.nodes:
@@ -119,7 +135,7 @@ class Grids(Followed):
     def fresh(self, op: NodeOp) -> Labels | None:
         """(batch, channels, *space), of a convolution; its batch may be the frames of a video."""
         value, node = op.result, op.source
-        if op.word not in ("conv2d", "conv3d") or not isinstance(value, torch.Tensor) or not isinstance(node, fx.Node):
+        if not isinstance(value, torch.Tensor) or not isinstance(node, fx.Node):
             return None
         inside = value.dim() - (3 if op.word == "conv3d" else 2)
         sizes = enumerate(value.shape)

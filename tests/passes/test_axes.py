@@ -93,5 +93,9 @@ def test_writes_keep_or_forget_axes() -> None:
     whole = [None, None, T, R]
     assert followed(in_place(lambda y: y.add_(1))) == whole
     assert followed(in_place(lambda y: y.__setitem__((slice(None), 0), 1.0))) == whole
+    assert followed(in_place(lambda y: y.__setitem__((..., slice(0, 6)), 2 * y))) == whole
+    assert followed(in_place(lambda y: y.__setitem__((slice(None), 1), 2 * y[:, 0]))) == whole
+    assert not any(followed(in_place(lambda y: y.__setitem__(slice(None), y.flip(2)))))
+    assert not any(followed(in_place(lambda y: y.__setitem__((..., slice(0, 2), slice(None)), 0.0))))
     assert not any(followed(in_place(lambda y: y.copy_(torch.ones(6)))))
     assert not any(followed(in_place(lambda y: y.view(2, 3, 4, 6).copy_(torch.ones(6)))))
