@@ -8,34 +8,41 @@ import pytest
 
 from sla_compile import SLAConfig
 from sla_compile.config import SITE_FIELDS
-from sla_compile.gate_settings import UNSEEN, Seen, as_seen, read_settings, settings_text, written
+from sla_compile.gate_settings import (
+    NO_GRIDS,
+    SeenGrids,
+    grids_from_json,
+    grids_to_json,
+    settings_from_json,
+    settings_to_json,
+)
 from sla_compile.passes.token_order import Grid
 
-SEEN: Seen = (Grid((4, 30, 52), 0, 6240), None)
+SEEN: SeenGrids = (Grid((4, 30, 52), 0, 6240), None)
 
 
 def test_every_setting_of_a_site_comes_back() -> None:
     config = SLAConfig(topk=0.125, linear="all", always_critical=((0, 128), (-64, None)), sparse_scale=True)
-    fields, seen = read_settings(settings_text(config, SEEN))
+    fields, seen = settings_from_json(settings_to_json(config, SEEN))
     assert fields.keys() == set(SITE_FIELDS)
     assert SLAConfig(**fields) == config
-    assert seen == UNSEEN, "a raster order needs no grid"
+    assert seen == NO_GRIDS, "a raster order needs no grid"
 
 
 def test_shares_that_are_read_at_run_time_are_left_out() -> None:
-    fields, _ = read_settings(settings_text(SLAConfig(max_topk=0.5), UNSEEN))
+    fields, _ = settings_from_json(settings_to_json(SLAConfig(max_topk=0.5), NO_GRIDS))
     assert set(SITE_FIELDS) - fields.keys() == {"topk", "bottomk"}
 
 
-@pytest.mark.parametrize("seen", [UNSEEN, SEEN, (None, Grid((8, 8), 16, 80))])
-def test_grids_that_were_found_come_back_where_an_order_needs_them(seen: Seen) -> None:
-    assert as_seen(json.loads(json.dumps(written(seen)))) == seen
-    assert read_settings(settings_text(SLAConfig(reorder="tiles"), seen))[1] == seen
-    given = settings_text(SLAConfig(reorder="tiles", grid=(8, 8)), seen)
-    assert read_settings(given)[1] == UNSEEN, "a grid that is set needs none that was found"
+@pytest.mark.parametrize("seen", [NO_GRIDS, SEEN, (None, Grid((8, 8), 16, 80))])
+def test_grids_that_were_found_come_back_where_an_order_needs_them(seen: SeenGrids) -> None:
+    assert grids_from_json(json.loads(json.dumps(grids_to_json(seen)))) == seen
+    assert settings_from_json(settings_to_json(SLAConfig(reorder="tiles"), seen))[1] == seen
+    given = settings_to_json(SLAConfig(reorder="tiles", grid=(8, 8)), seen)
+    assert settings_from_json(given)[1] == NO_GRIDS, "a grid that is set needs none that was found"
 
 
 def test_equal_settings_have_one_text() -> None:
-    assert settings_text(SLAConfig(topk=0.1, bottomk=0.2), UNSEEN) == settings_text(
-        SLAConfig(bottomk=0.2, topk=0.1), UNSEEN
+    assert settings_to_json(SLAConfig(topk=0.1, bottomk=0.2), NO_GRIDS) == settings_to_json(
+        SLAConfig(bottomk=0.2, topk=0.1), NO_GRIDS
     )

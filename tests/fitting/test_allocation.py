@@ -13,7 +13,7 @@ from torch import Tensor
 import sla_compile
 from sla_compile.common.blocks import num_critical
 from sla_compile.fitting.allocation import _water_fill
-from sla_compile.fitting.sensitivity import Measured
+from sla_compile.fitting.sensitivity import SiteSensitivity
 from tests.support.allocation import BLOCK, BUDGET, TOKENS, batches, errors, prepared, topks, uneven
 from tests.support.models import OPTIONS, WIDTH, CalledTwice, Model, TwoAttentions, assert_follows_definition
 
@@ -118,7 +118,7 @@ def test_never_worse_than_the_budget_spread_evenly() -> None:
     """The best raise first can leave room that no other fits: 2.5 + 10 then, against 5.1 + 5.1."""
 
     def site(path: str, rungs: tuple[float, ...], cost: list[float], loss: list[float]) -> Any:
-        return Measured(path, 0.2, 0.0, rungs, torch.tensor(loss), BLOCK, dense=1.0, critical=cost)
+        return SiteSensitivity(path, 0.2, 0.0, rungs, torch.tensor(loss), BLOCK, dense_square=1.0, critical=cost)
 
     tempting = site("a.sla", (0.1, 0.2, 0.25), [1.0, 2.0, 2.5], [10.0, 5.1, 2.5])
     plain = site("b.sla", (0.1, 0.2), [1.0, 2.0], [10.0, 5.1])

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sla_compile
-from sla_compile.fitting.calibration import SiteStatistics, gather
+from sla_compile.fitting.calibration import gather
 from sla_compile.fitting.observer import GatedCall, gated_calls
+from sla_compile.fitting.regression import SiteStatistics
 from sla_compile.gate import Gate
+from sla_compile.gate_settings import GateSpec
 from tests.support.calibration import (
     DIM,
     Failed,
@@ -47,7 +49,7 @@ def test_closed_form_is_the_least_squares_solution(gate: str, ridge: float) -> N
 def test_closed_form_on_random_numbers() -> None:
     """Branches far from those of an attention, on tokens that do not fill the last chunk."""
     config = sla_compile.SLAConfig(gate="per_head")
-    gate = Gate(head_dim=16, heads=3, config=config, dtype=torch.float64)
+    gate = Gate(GateSpec(heads=3, head_dim=16, config=config), dtype=torch.float64)
     linear, sparse, dense = torch.randn(3, 2, 3, 2100, 16, dtype=torch.float64)
 
     class Given(GatedCall):
@@ -113,7 +115,7 @@ def test_sequential_fits_a_layer_to_what_the_calibrated_ones_give_it() -> None:
 
     def gated(call: GatedCall) -> Tensor:
         calls.extend([call] if call.path == "blocks.1.attention.sla" else [])
-        return call.gated(call.gate.weight, call.gate.bias)
+        return call.output_with_gate(call.gate.weight, call.gate.bias)
 
     with torch.no_grad(), gated_calls(model, gated):
         for args in data:

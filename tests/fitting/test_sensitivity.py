@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import sla_compile
 from sla_compile.fitting.observer import GatedCall
-from sla_compile.fitting.sensitivity import Measured
+from sla_compile.fitting.sensitivity import SiteSensitivity
 from tests.support.allocation import BUDGET, batches, errors, prepared, topks, uneven
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
@@ -73,13 +73,13 @@ def test_gates_count_in_the_error() -> None:
 
 def test_numbers_do_not_grow_with_tokens_or_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[int] = []
-    original = Measured.add
+    original = SiteSensitivity.add
 
     def spy(self: Any, call: GatedCall) -> None:
         original(self, call)
         kept.append(sum(v.numel() for v in vars(self).values() if isinstance(v, Tensor)) + len(self.critical))
 
-    monkeypatch.setattr(Measured, "add", spy)
+    monkeypatch.setattr(SiteSensitivity, "add", spy)
     sla_compile.allocate(prepared(uneven(1)), batches(3), budget=BUDGET)
     assert len(set(kept)) == 1
     assert kept[0] < 40

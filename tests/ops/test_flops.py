@@ -20,8 +20,9 @@ SIZES = {BATCH: B, HEADS: H, TOKENS: N, KEY_TOKENS: N, HEAD_DIM: D}
 BLOCKS: dict[str, Any] = {"block_q": 16, "block_k": 16}
 
 
-def inputs(requires_grad: bool = False) -> list[torch.Tensor]:
-    return [torch.randn(B, H, N, D, requires_grad=requires_grad) for _ in range(3)]
+def inputs(requires_grad: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q, k, v = (torch.randn(B, H, N, D, requires_grad=requires_grad) for _ in range(3))
+    return q, k, v
 
 
 def counted(function: Any) -> dict[Any, int]:
@@ -46,7 +47,7 @@ def test_without_a_gate_there_is_no_linear_branch_to_count() -> None:
 
 
 def test_always_critical_blocks_are_counted() -> None:
-    options = {"topk": 0.25, "always_critical": [0, 20, 190, 200], **BLOCKS}
+    options: dict[str, Any] = {"topk": 0.25, "always_critical": [0, 20, 190, 200], **BLOCKS}
     found = counted(lambda: sla_compile.sparse_linear_attention(*inputs(), **options))
     # tokens 0 to 19 touch two blocks, 190 to 199 two more
     assert found[torch.ops.sla.forward] == evaluate(sla_cost(0.25, 16, 16, "none", forced=4).flops, SIZES)

@@ -9,7 +9,8 @@ from rich.console import Console
 from torch import nn
 
 import sla_compile
-from sla_compile.reporting.terminal import GatesView, ReportView, group_sites, path_pattern, plain_text, quantity
+from sla_compile.reporting.path_patterns import path_patterns
+from sla_compile.reporting.terminal import GatesView, ReportView, group_sites, plain_text, quantity
 from tests.support.models import WIDTH, Model, random_input
 from tests.support.reports import BrokenBlocks, Stack, assert_fits, explain, flat
 
@@ -82,7 +83,7 @@ def test_diff_is_coloured() -> None:
     ],
 )
 def test_path_patterns(paths: list[str], patterns: list[str]) -> None:
-    assert path_pattern(paths) == patterns
+    assert path_patterns(paths) == patterns
 
 
 def test_sites_that_differ_are_not_grouped() -> None:
