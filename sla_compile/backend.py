@@ -13,11 +13,11 @@ import sla_compile.ops.flops  # noqa: F401  lets FlopCounterMode count the ops
 from sla_compile.compat import current_frame, on_recompile_limit, user_errors
 from sla_compile.compiler.compiled_sites import remember
 from sla_compile.compiler.logs import log_rewritten
-from sla_compile.compiler.memory import remember_given, was_given
 from sla_compile.compiler.precompile import compile_ahead
 from sla_compile.compiler.rewriting import rewrite_graph
 from sla_compile.compiler.sites import Settings, Site
 from sla_compile.config import SLAConfig
+from sla_compile.memory import remember_given, was_given
 from sla_compile.ops.reorder import inline_in_inductor
 from sla_compile.passes.decide import Rewrite
 from sla_compile.user_warnings import RecompileLimitWarning, TokenOrderWarning, UntrainedGatesWarning

@@ -22,9 +22,9 @@ import sla_compile.ops.gate_marker  # noqa: F401  registers sla::gate
 from sla_compile.common.blocks import MILLION, to_millionths
 from sla_compile.common.limits import FLOATING_DTYPES
 from sla_compile.compat import forget_code, skip_as_root_frame
-from sla_compile.compiler.memory import take_dense_code
 from sla_compile.config import SLAConfig
 from sla_compile.gate_settings import GateSpec, SeenGrids, settings_to_json
+from sla_compile.memory import take_dense_code
 from sla_compile.module_paths import module_paths
 
 __all__ = [

@@ -253,7 +253,7 @@ def test_fullgraph() -> None:
 
 
 def test_untrained_gates_warn_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sla_compile.compiler.memory._warned", set())
+    monkeypatch.setattr("sla_compile.memory._warned", set())
     with pytest.warns(sla_compile.UntrainedGatesWarning, match="2 attention.* gates that are still zero"):
         compiled(Model())(random_input())
     with warnings.catch_warnings():

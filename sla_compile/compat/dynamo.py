@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from sla_compile.compiler.memory import limit_callbacks, remember_limit_callback
+from sla_compile.memory import limit_callbacks, remember_limit_callback
 
 __all__ = [
     "Frame",

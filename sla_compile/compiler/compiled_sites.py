@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import fx, nn
 
+from sla_compile import memory
 from sla_compile.compat import Frame, runs_forward_of
-from sla_compile.compiler import memory
 from sla_compile.compiler.site_report import (
     GraphBreak,
     SiteReport,

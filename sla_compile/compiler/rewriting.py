@@ -13,14 +13,6 @@ from torch import fx, nn
 
 import sla_compile.ops  # noqa: F401  registers the ops that a rewritten graph calls
 from sla_compile.compat import Frame, compiled_siblings, data_parallel, fully_sharded, user_errors
-from sla_compile.compiler.memory import (
-    await_marker,
-    forget_awaited,
-    is_awaited,
-    remember_dense,
-    remember_injected,
-    was_injected,
-)
 from sla_compile.compiler.sites import BROKEN, Settings, Site, find_sites, remember_calls
 from sla_compile.gate import (
     PREPARED,
@@ -30,6 +22,14 @@ from sla_compile.gate import (
     gate_dtype,
     mark_from_children,
     refuse_taken_name,
+)
+from sla_compile.memory import (
+    await_marker,
+    forget_awaited,
+    is_awaited,
+    remember_dense,
+    remember_injected,
+    was_injected,
 )
 from sla_compile.passes.decide import Keep, Rewrite
 from sla_compile.passes.find_attention import Marker

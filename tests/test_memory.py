@@ -1,0 +1,102 @@
+"""What is remembered is found again, and goes with what it is about."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from sla_compile import memory
+from sla_compile.compiler.site_report import GraphBreak, SiteReport
+
+SITE = SiteReport(path="a", owner="Linear", ordinal=0, rewritten=True, reason="self-attention")
+
+
+def a_code() -> CodeType:
+    """A code object that nothing else holds."""
+    made: dict[str, Any] = {}
+    exec("def forward(self): return self", made)
+    function = made["forward"]
+    assert isinstance(function, FunctionType)
+    return function.__code__
+
+
+def test_a_gate_is_awaited_until_it_is_forgotten() -> None:
+    owner = nn.Linear(2, 2)
+    memory.await_marker(owner, 1)
+    assert memory.is_awaited(owner, 1)
+    assert not memory.is_awaited(owner, 0)
+    memory.forget_awaited(owner, 1)
+    assert not memory.is_awaited(owner, 1)
+    memory.forget_awaited(nn.Linear(2, 2), 0)
+
+
+def test_dense_code_is_taken_once() -> None:
+    owner, code = nn.Linear(2, 2), a_code()
+    memory.remember_dense(owner, code)
+    assert memory.take_dense_code(owner) == {code}
+    assert memory.take_dense_code(owner) == set()
+
+
+def test_a_copy_of_an_injected_gate_was_not_injected() -> None:
+    gate, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    memory.remember_injected(gate)
+    assert memory.was_injected(gate)
+    assert not memory.was_injected(other)
+
+
+def test_accounts_by_owner_class_and_code() -> None:
+    class Owner(nn.Module):
+        pass
+
+    owner, code = Owner(), a_code()
+    memory.remember_owner_account(owner, 0, (SITE,))
+    assert memory.accounts_of_owner(owner) == {0: (SITE,)}
+    assert memory.accounts_of_owner(Owner()) == {}
+    memory.remember_class_account(Owner, 0, "{}", (SITE,))
+    assert memory.accounts_of_class(Owner, 0, "{}") == (SITE,)
+    assert memory.accounts_of_class(Owner, 0, "other") is None
+    memory.remember_code_accounts(code, [SITE])
+    assert (code, [SITE]) in list(memory.accounts_by_code())
+    memory.remember_code_accounts(code, [])
+    assert code not in dict(memory.accounts_by_code())
+
+
+def test_a_break_is_listed_once() -> None:
+    root, found = nn.Linear(2, 2), GraphBreak("print")
+    memory.remember_break(root, found)
+    memory.remember_break(root, GraphBreak("print"))
+    assert memory.breaks_in(root) == [found]
+
+
+def test_everything_goes_with_its_key() -> None:
+    weak = (weakref.WeakKeyDictionary, weakref.WeakSet)
+    registries: dict[str, Any] = {name: value for name, value in vars(memory).items() if isinstance(value, weak)}
+    assert len(registries) == 9
+    gc.collect()
+    before = {name: len(registry) for name, registry in registries.items()}
+    owner, code = type("Owner", (nn.Module,), {})(), a_code()
+    memory.await_marker(owner, 0)
+    memory.remember_dense(owner, code)
+    memory.remember_injected(owner)
+    memory.remember_root_calls(code, 2)
+    memory.remember_limit_callback(code, print)
+    memory.remember_owner_account(owner, 0, (SITE,))
+    memory.remember_class_account(type(owner), 0, "{}", (SITE,))
+    memory.remember_code_accounts(code, [SITE])
+    memory.remember_break(owner, GraphBreak("print"))
+    assert all(len(registry) == before[name] + 1 for name, registry in registries.items())
+    del owner, code
+    gc.collect()
+    assert {name: len(registry) for name, registry in registries.items()} == before
+
+
+def test_a_warning_is_given_once() -> None:
+    name = f"a warning of this test {torch.rand(1).item()}"
+    assert not memory.was_given(name)
+    memory.remember_given(name)
+    assert memory.was_given(name)
