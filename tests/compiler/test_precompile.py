@@ -342,8 +342,8 @@ class Model(nn.Module):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("block", [64, 128])
 def test_the_first_run_on_a_gpu_finds_its_kernels(block: int, tmp_path: Path) -> None:
-    root = str(ROOT)
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{root}:{root}/tests"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
     environment.pop("TRITON_CACHE_DIR", None)
     done = subprocess.run(
         [sys.executable, "-c", FIRST_RUN, str(block)], env=environment, capture_output=True, text=True, timeout=300
