@@ -21,6 +21,7 @@ from sla_compile.gate import (
     detach_gate,
     gate_dtype,
     mark_from_children,
+    own_gates,
     refuse_taken_name,
 )
 from sla_compile.memory import (
@@ -128,12 +129,11 @@ def _attach(site: Site, owner: nn.Module, decision: Rewrite) -> None:
 def _inject_siblings(sites: Sequence[Site], root: nn.Module, frame: Frame) -> None:
     """The same gates for every module that shares this code and has none: it would fail the guards and recompile.
 
-    What was prepared, loaded or copied with gates, or has other sizes, is not touched: it compiles by itself.
+    What was prepared, loaded or copied with gates, or has other sizes, keeps its gates and settings as they are.
     """
     names = {id(module): name for name, module in root.named_modules()}
     for sibling in compiled_siblings(root, frame.compiler):
-        if _has_own_settings(sibling) or not _same_sizes(root, sibling):
-            continue
+        ours = not _has_own_settings(sibling) and _same_sizes(root, sibling)
         for site in sites:
             name = names.get(id(site.owner))
             if name is None or not isinstance(site.decision, Rewrite):
@@ -142,8 +142,9 @@ def _inject_siblings(sites: Sequence[Site], root: nn.Module, frame: Frame) -> No
                 owner = sibling.get_submodule(name)
             except AttributeError:  # a sibling of another structure compiles by itself
                 continue
-            _attach(site, owner, site.decision)
-            if owner is sibling:
+            if ours:
+                _attach(site, owner, site.decision)
+            if owner is sibling and own_gates(owner):  # as in ``root``, whose code would not serve it otherwise
                 mark_from_children(owner)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sla_compile
-from tests.support.models import OPTIONS, Model, random_input, randomize_gates
+from tests.support.models import OPTIONS, Attention, Model, random_input, randomize_gates
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo", "float64"),
@@ -62,7 +62,7 @@ def test_another_model_with_gates_keeps_its_settings(how: str, used: bool, tmp_p
 
 
 def test_two_sizes_of_one_class_live_in_one_process() -> None:
-    class Attention(nn.Module):
+    class OfWidth(nn.Module):
         def __init__(self, width: int) -> None:
             super().__init__()
             self.qkv = nn.Linear(width, 3 * width)
@@ -71,7 +71,7 @@ def test_two_sizes_of_one_class_live_in_one_process() -> None:
             q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
             return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
-    small, large = Attention(32), Attention(64)
+    small, large = OfWidth(32), OfWidth(64)
     for module in (small, large):
         module.compile(backend="sla", options=EAGER)
     small(torch.randn(1, 64, 32))
@@ -79,6 +79,22 @@ def test_two_sizes_of_one_class_live_in_one_process() -> None:
     large(torch.randn(1, 64, 64))
     assert [tuple(gate.weight.shape) for gate in sla_compile.gates(large).values()] == [(32, 32)]
     assert [tuple(gate.weight.shape) for gate in sla_compile.gates(small).values()] == [(16, 16)]
+
+
+def test_prepared_blocks_that_call_attention_themselves_share_one_compile() -> None:
+    """More of them than Dynamo's recompile limit: the first compile lets each show its gate, as the first does."""
+    from torch._dynamo.utils import counters
+
+    model = nn.Sequential(*(Attention() for _ in range(10)))
+    x = random_input(64)
+    sla_compile.prepare(model, (x,), config=EAGER)
+    randomize_gates(model)
+    for module in model:
+        module.compile(backend="sla", options={"inner": "eager"})
+    before = counters["stats"]["unique_graphs"]
+    model(x)
+    assert counters["stats"]["unique_graphs"] - before <= 2
+    assert all(site.rewritten for site in sla_compile.report(model).sites)
 
 
 def test_blocks_of_one_model_are_injected_together() -> None:
