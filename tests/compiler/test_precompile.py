@@ -7,7 +7,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +49,7 @@ def logged() -> Iterator[list[str]]:
     logger.setLevel(before)
 
 
-def job_of(case: Case, tensors: list[torch.Tensor | None], *, backward: bool = True) -> CompileJob:
+def job_of(case: Case, tensors: Sequence[torch.Tensor | None], *, backward: bool = True) -> CompileJob:
     """What the call of ``case`` on ``tensors`` is ahead of time."""
     *operands, _ = (None if x is None else TensorForm.of(x) for x in tensors)
     return CompileJob(HOPPER, (OpCall((*operands, None, None), case.attention_options, backward),))

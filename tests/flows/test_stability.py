@@ -131,7 +131,7 @@ def check_situation(
     situation: Situation, dtype: torch.dtype, device: str = "cpu", kernels: Kernels | None = None
 ) -> None:
     """Finite, and as close to the definition in float64 as float32 allows, or as the definition in low precision is."""
-    tensors: Tensors = inputs(situation.case, torch.float32, device)  # type: ignore[assignment]
+    tensors: Tensors = list(inputs(situation.case, torch.float32, device))  # type: ignore[arg-type]
     situation.change(tensors)
     tensors = [x.to(dtype) for x in tensors]
     results, block_map = run_kernels(situation.case, list(tensors), kernels)

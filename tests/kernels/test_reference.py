@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -56,7 +58,7 @@ def test_sparse_branch_is_attention_under_a_mask() -> None:
 def test_linear_branch_is_the_masked_product_of_features(linear: str) -> None:
     torch.manual_seed(3)
     q, k, v, weight, _ = random_inputs(2, 2, 50, 8, gate=(8,))
-    options = {"topk": 0.3, "bottomk": 0.2, "block_q": 16, "block_k": 8}
+    options: dict[str, Any] = {"topk": 0.3, "bottomk": 0.2, "block_q": 16, "block_k": 8}
     block_map = reference.classify(q, k, scale=8**-0.5, **options)
     rows, columns = torch.arange(50) // 16, torch.arange(50) // 8
     summed = block_map[:, :, rows][:, :, :, columns] == 0
@@ -106,7 +108,7 @@ def test_zero_denominator_gives_zero_and_zero_gradient() -> None:
     q, k, v, weight, bias = random_inputs(1, 1, 32, 4, gate=(4,))
     with torch.no_grad():
         q.copy_(-q.abs())
-    options = {"topk": 0.25, "bottomk": 0.0, "block_q": 8, "block_k": 8, "feature_map": "relu"}
+    options: dict[str, Any] = {"topk": 0.25, "bottomk": 0.0, "block_q": 8, "block_k": 8, "feature_map": "relu"}
     out = reference.sparse_linear_attention(q, k, v, weight, bias, **options)
     expected = reference.sparse_linear_attention(q, k, v, None, bias, **options)
     assert_close("out", out, expected, 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -35,7 +35,7 @@ def make_inputs(
 
 
 def op_arguments(
-    inputs: list[Tensor | None], feature_map: str = "softmax", linear: str = "marginal"
+    inputs: Sequence[Tensor | None], feature_map: str = "softmax", linear: str = "marginal"
 ) -> tuple[Any, ...]:
     return (*inputs, None, None, 0.25, 0.3, 0.2, 16, 32, feature_map, linear)
 
@@ -132,7 +132,7 @@ def test_opcheck_of_options(name: str, dynamic: bool) -> None:
     keys, options = OP_OPTIONS[name]
     tensors, options = with_options(keys, **options)
     checks = "test_aot_dispatch_dynamic" if dynamic else OPCHECKS
-    torch.library.opcheck(torch.ops.sla.forward.default, tensors, options, test_utils=checks)
+    torch.library.opcheck(torch.ops.sla.forward.default, tuple(tensors), options, test_utils=checks)
     with torch.no_grad():
         saved = torch.ops.sla.forward.default(*tensors, **options)
     detached = [x.detach() for x in (torch.randn_like(tensors[0]), *tensors)]

@@ -96,6 +96,7 @@ def test_a_backward_gathers_once_what_it_sums_over_tokens() -> None:
     parameters = {name: p for name, p in model.named_parameters() if ".sla." not in name}
     expected = torch.autograd.grad(model(x).square().sum(), [*parameters.values()])
     for (name, parameter), gradient in zip(parameters.items(), expected, strict=True):
+        assert parameter.grad is not None, name
         assert_close(name, parameter.grad, gradient, 1e-4)
     # before the projections and in the residual sum, each forth and back
     assert [table_loads(code) for code in codes] == [2, 2]

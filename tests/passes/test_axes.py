@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from sla_compile.passes.axes import Atom, Labels
 from sla_compile.passes.token_grids import Followed
-from tests.support.view_spellings import graph_of, joined, part_of
+from tests.support.view_spellings import View, graph_of, joined, part_of
 
 X = torch.rand(2, 3, 4, 6)
 TIME, ROWS = 2, 3
@@ -23,7 +23,9 @@ def followed(function: Callable[[Any], Any]) -> list[Any]:
     graph = graph_of(function, X).graph
     (x,) = graph.find_nodes(op="placeholder")
     start: Labels = tuple((Atom(size, x if axis in (TIME, ROWS) else None, axis),) for axis, size in enumerate(X.shape))
-    labels = Followed({x: start}, graph.nodes).labels.get(graph.output_node().args[0])
+    result = graph.output_node().args[0]
+    assert isinstance(result, fx.Node)
+    labels = Followed({x: start}, graph.nodes).labels.get(result)
     if labels is None:
         return []
     found = []
@@ -71,13 +73,14 @@ def test_axes_are_followed(name: str) -> None:
     assert found == expected or (expected == [] and not any(found))
 
 
+def joined_and_cut(join: Callable[[list[Any]], Any], cut: View) -> View:
+    return lambda x: cut(join([torch.ones(2, 3, 5, 6), x, torch.ones(2, 3, 2, 6)]))
+
+
 def test_a_cut_is_followed_in_every_spelling() -> None:
     for join in joined(2, 4):
         for cut in part_of(2, 5, 9, (2, 3, 11, 6)):
-            found = followed(
-                lambda x, join=join, cut=cut: cut(join([torch.ones(2, 3, 5, 6), x, torch.ones(2, 3, 2, 6)]))
-            )
-            assert found == [None, None, T, R]
+            assert followed(joined_and_cut(join, cut)) == [None, None, T, R]
 
 
 def in_place(change: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:

@@ -105,7 +105,7 @@ def test_lengths_equal_by_chance_are_not_self_attention() -> None:
     x, y = qkv()[:2]
     for tensor in (x, y):
         torch._dynamo.mark_dynamic(tensor, 2)
-    with torch.fx.experimental._config.patch(use_duck_shape=False):
+    with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         torch.compile(model, backend=capture)(x, y)
     assert (capture.rewritten, capture.kept) == (0, 1)
     decision = capture.sites[0].decision

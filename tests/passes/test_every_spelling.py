@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -87,12 +87,15 @@ def splits_tokens(plan: Plan) -> bool:
     return any(step == "regroup" and TOKENS // 2 in arguments[0] for step, arguments in plan)
 
 
-def ways(step: str, arguments: tuple[Any, ...], value: Tensor) -> Any:
+def ways(step: str, arguments: tuple[Any, ...], value: Tensor) -> Iterator[View]:
     if step == "permute":
         return permuted(*arguments)
     if step == "regroup":
         return regrouped(value.shape, *arguments)
-    return unsqueezed(*arguments, value.dim()) if step == "unsqueeze" else one_of(*arguments, value.shape)
+    if step == "unsqueeze":
+        return unsqueezed(arguments[0], value.dim())
+    axis, place = arguments
+    return one_of(axis, place, value.shape)
 
 
 def spelled(plan: Plan, value: Tensor, which: int, draw: random.Random) -> tuple[View, Tensor]:
@@ -111,7 +114,9 @@ def spelled(plan: Plan, value: Tensor, which: int, draw: random.Random) -> tuple
     return all_steps, value
 
 
-def model(plan: Plan, place: int, axis: int, kind: str, inputs: Sequence[Tensor], draw: random.Random) -> Callable:  # type: ignore[type-arg]
+def model(
+    plan: Plan, place: int, axis: int, kind: str, inputs: Sequence[Tensor], draw: random.Random
+) -> Callable[..., Any]:
     """An attention of joined text and video tokens by ``plan``, in some spelling."""
     sides, values = [], []
     for which in range(3):
@@ -140,11 +145,22 @@ def attention(kind: str, values: Sequence[Tensor], mask: Tensor, draw: random.Ra
         return lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, heads(queries(m)).repeat(1, 1, TOKENS, 1))
     if kind == "by hand":
         transposed = some_way(permuted([0, 1, 3, 2]), values[1], draw)
-        products = [lambda a, b: a @ b, torch.matmul, lambda a, b: a.matmul(b), lambda a, b: torch.matmul(a, other=b)]
-        scales = [lambda x: x * 0.3, lambda x: 0.3 * x, lambda x: x.mul(0.3), lambda x: torch.multiply(x, 0.3)]
+        products: list[Callable[[Any, Any], Any]] = [
+            lambda a, b: a @ b,
+            torch.matmul,
+            lambda a, b: a.matmul(b),
+            lambda a, b: torch.matmul(a, other=b),
+        ]
+        scales: list[View] = [
+            lambda x: x * 0.3,
+            lambda x: 0.3 * x,
+            lambda x: x.mul(0.3),
+            lambda x: torch.multiply(x, 0.3),
+        ]
         scales += [lambda x: x / (1 / 0.3), lambda x: torch.ops.aten.mul.Tensor(x, 0.3)]
-        softmaxes = [lambda x: x.softmax(-1), lambda x: F.softmax(x, dim=3), lambda x: torch.softmax(x, -1)]
-        one, other, scale, softmax = (draw.choice(some) for some in (products, products, scales, softmaxes))
+        softmaxes: list[View] = [lambda x: x.softmax(-1), lambda x: F.softmax(x, dim=3), lambda x: torch.softmax(x, -1)]
+        one, other = draw.choice(products), draw.choice(products)
+        scale, softmax = draw.choice(scales), draw.choice(softmaxes)
         return lambda q, k, v, m: other(softmax(scale(one(q, transposed(k)))), v)
     calls = [
         lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v),

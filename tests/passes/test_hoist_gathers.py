@@ -26,6 +26,8 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 class Rotary(Block):
     """A norm, projections, a rotary embedding that is written half by half, and a residual sum."""
 
+    angles: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("angles", torch.rand(1, TOKENS, 1, HEAD_DIM // 2))

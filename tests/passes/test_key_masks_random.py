@@ -59,14 +59,15 @@ STEPS: dict[str, Callable[[Tensor, random.Random], tuple[Any, ...]]] = {
 }
 
 
-def chain(draw: random.Random) -> tuple[fx.Node, list[Any]]:
+def chain(draw: random.Random) -> tuple[fx.Node, list[tuple[Any, ...]]]:
     """A graph's last node, of a random number of steps, and what they were."""
     graph = fx.Graph()
     shape = [draw.choice(SIZES) for _ in range(draw.randint(1, 4))]
     value = torch.randint(0, 1000, shape)
     if draw.random() < 0.4:
         value = value.narrow(draw.randrange(len(shape)), 0, 1).expand(shape)
-    node, steps = graph.placeholder("x"), [("x", value.shape, value.stride())]
+    node = graph.placeholder("x")
+    steps: list[tuple[Any, ...]] = [("x", value.shape, value.stride())]
     node.meta["example_value"] = value
     for _ in range(draw.randint(1, 5)):
         name = draw.choice(list(STEPS))

@@ -107,8 +107,8 @@ def test_operations_of_two_tensors(word: str) -> None:
 
 
 def test_joins_conditions_and_products_by_name() -> None:
-    for way in joined(2, 4):
-        word, given, _ = read_by_place(lambda x, y, way=way: way([x, y]), X, X)
+    for join in joined(2, 4):
+        word, given, _ = read_by_place(lambda x, y, join=join: join([x, y]), X, X)
         assert (word, list(given["tensors"])) == ("cat", ["input 0", "input 1"])
         assert given["dim"] in (2, -2)
     where = {"condition": "input 0", "input": "input 1", "other": 0.0}

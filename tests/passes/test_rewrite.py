@@ -22,7 +22,7 @@ def test_a_view_of_the_output_still_works(token_major: bool) -> None:
             return y.transpose(1, 2).view(2, TOKENS, HEADS * HEAD_DIM)
         return y.view(2 * HEADS, TOKENS, HEAD_DIM)
 
-    inputs = qkv()
+    inputs: tuple[Tensor, ...] = qkv()
     if token_major:
         inputs = tuple(x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs)
     capture, output = run(call, *inputs, topk=1.0, bottomk=0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_blocks_compiled_by_themselves_know_the_grid_from_prepare_through_copies
     model, x = Patches(), video()
     sla_compile.prepare(model, (x,), config={**SETTINGS, **EXACT})
     sla_compile.save(model, tmp_path / "gates")
-    loaded = sla_compile.load(Patches(), tmp_path / "gates")
+    loaded: Any = sla_compile.load(Patches(), tmp_path / "gates")
     loaded.load_state_dict(model.state_dict())
     for one in (model, copy.deepcopy(model), loaded):
         torch._dynamo.reset()

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 Call = Callable[..., Tensor]
 
 
-SELF = {
+SELF: dict[str, tuple[Call, int, int, dict[str, Any], dict[str, Any]]] = {
     # The call, tokens before and behind the grid, settings, and what the definition is told.
     "tiles": (sdpa, 0, 0, {}, {}),
     "hilbert": (sdpa, 0, 0, {"reorder": "hilbert"}, {}),
@@ -85,6 +85,7 @@ def test_a_key_mask_and_grouped_heads_are_reordered_too() -> None:
 def test_cross_attention_reorders_the_side_that_has_the_grid(grid_of: str) -> None:
     inputs = qkv(TOKENS, 50) if grid_of == "queries" else qkv(50, TOKENS)
     capture, output = run(sdpa, *inputs, cross_attention=True, **TILES)
+    sides: tuple[Placement | None, Placement | None]
     sides = (placement(), None) if grid_of == "queries" else (None, placement())
     assert (order_of(capture).queries, order_of(capture).keys) == sides
     assert_close("output", output, by_hand(*inputs, *sides), 1e-11)
@@ -139,14 +140,14 @@ def test_what_has_no_sure_order_keeps_the_models_and_says_why(why: str) -> None:
     capture, output = run(call, *inputs, **{**TILES, **settings})
     assert (capture.rewritten, capture.count(torch.ops.sla.reorder.default)) == (1, 0)
     assert (order_of(capture).queries, order_of(capture).keys, order_of(capture).obstacle) == (None, None, reason)
-    told = {"causal": True} if why == "causal" else {}
+    told: dict[str, Any] = {"causal": True} if why == "causal" else {}
     assert_close("output", output, by_hand(*inputs, None, None, **told), 1e-11)
 
 
 class Joined(Attention):
     """Text and image tokens with projections of their own, joined for the attention, as in double-stream blocks."""
 
-    def forward(self, text: Tensor, image: Tensor) -> Tensor:
+    def forward(self, text: Tensor, image: Tensor) -> Tensor:  # type: ignore[override]
         sides = [self.heads(text).unbind(0), self.heads(image).unbind(0)]
         q, k, v = (torch.cat(parts, dim=2) for parts in zip(*sides, strict=True))
         return sdpa(q, k, v).transpose(1, 2).flatten(2)
@@ -154,7 +155,7 @@ class Joined(Attention):
 
 def test_a_grid_is_found_among_the_parts_that_a_graph_joins() -> None:
     model = nn.ModuleDict({"joined": Joined().double()})
-    model.forward = lambda text, image: model["joined"](text, image)  # type: ignore[method-assign]
+    model.forward = lambda text, image: model["joined"](text, image)
     text, image = torch.randn(2, 2, 1, 40, WIDTH, dtype=torch.float64)[0], torch.randn(2, TOKENS, WIDTH).double()
     text = text[0].expand(2, -1, -1)
     capture = Capture(**TILES)

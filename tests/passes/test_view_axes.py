@@ -111,5 +111,6 @@ def test_pieces_and_writes() -> None:
     assert origins(read(overlapping)) is None
     graph = graph_of(lambda x: x.sin(), x).graph
     node = graph.find_nodes(op="placeholder")[0]
-    write = graph.call_function(operator.setitem, (node, (..., slice(None, None, 2)), 0))
+    index: Any = (..., slice(None, None, 2))  # fx's annotation of arguments lacks the ellipsis
+    write = graph.call_function(operator.setitem, (node, index, 0))
     assert origins_of_write(read(write)) == (Origin(0), Origin(1), Origin(2, slice(0, 4, 2)))

@@ -36,9 +36,10 @@ SEEN = {"kind": "tiles", "grid": list(GRID), "start": 0}
 sdpa = F.scaled_dot_product_attention
 
 
-def qkv(queries: int = TOKENS, keys: int | None = None, heads: int = 2) -> list[Tensor]:
+def qkv(queries: int = TOKENS, keys: int | None = None, heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     shapes = (2, queries), (heads, keys or queries), (heads, keys or queries)
-    return [torch.randn(2, *shape, HEAD_DIM, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    q, k, v = (torch.randn(2, *shape, HEAD_DIM, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    return q, k, v
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, queries: Placement | None, keys: Placement | None, **told: Any) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,9 @@ from tests.support.closeness import assert_close
 from tests.support.interpreter import INTERPRETED, patch_language_once
 
 NAMES = ("out", "dq", "dk", "dv", "dweight", "dbias")
+
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]
+"""q, k, v, weight, bias, grad_out."""
 
 
 if INTERPRETED and importlib.util.find_spec("triton") is not None:
@@ -148,8 +152,8 @@ def key_mask(case: Case, device: str) -> torch.Tensor | None:
     return moderate - 3
 
 
-def inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> list[torch.Tensor | None]:
-    """q, k, v, weight, bias, grad_out."""
+def inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
+    """Random tensors of the case."""
     generator = torch.Generator(device).manual_seed(seed)
     tokens = (case.tokens, case.num_keys, case.num_keys, case.tokens)
     q, k, v, grad_out = (activation(replace(case, tokens=n), generator, dtype) for n in tokens)
@@ -164,10 +168,10 @@ def inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> list[t
     if case.bias != "none":
         shape = (dim,) if case.bias == "shared" else (heads, dim)
         bias = torch.randn(shape, generator=generator, device=device).to(gate_dtype)
-    return [q, k, v, weight, bias, grad_out]
+    return q, k, v, weight, bias, grad_out
 
 
-def call_of(case: Case, tensors: list[torch.Tensor | None]) -> AttentionInputs:
+def call_of(case: Case, tensors: Sequence[torch.Tensor | None]) -> AttentionInputs:
     """What the kernels take of ``tensors`` (`inputs`, or its first five), with the case's mask and sparsity."""
     q, k, v, weight, bias = tensors[:5]
     assert q is not None
@@ -178,7 +182,7 @@ def call_of(case: Case, tensors: list[torch.Tensor | None]) -> AttentionInputs:
 
 
 def run_kernels(
-    case: Case, tensors: list[torch.Tensor | None], kernels: Kernels | None = None
+    case: Case, tensors: Sequence[torch.Tensor | None], kernels: Kernels | None = None
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The launchers' out and gradients by name, and their block map; ``kernels`` None: Triton's."""
     if kernels is None:
@@ -201,7 +205,9 @@ def run_kernels(
     return dict(zip(NAMES, (out, *gradients), strict=True)), result.block_map
 
 
-def run_reference(case: Case, tensors: list[torch.Tensor | None], block_map: torch.Tensor) -> dict[str, torch.Tensor]:
+def run_reference(
+    case: Case, tensors: Sequence[torch.Tensor | None], block_map: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """The definition in float64 at the kernels' own classes: out and the gradients that exist."""
     *arguments, grad_out = tensors
     assert grad_out is not None
@@ -215,7 +221,7 @@ def run_reference(case: Case, tensors: list[torch.Tensor | None], block_map: tor
     return {"out": out.detach(), **dict(zip(present, gradients, strict=True))}
 
 
-def expected_classes(case: Case, tensors: list[torch.Tensor | None]) -> torch.Tensor:
+def expected_classes(case: Case, tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
     """The definition's block map in float64."""
     q, k, grad_out = tensors[0], tensors[1], tensors[-1]
     assert q is not None
@@ -236,7 +242,7 @@ def expected_classes(case: Case, tensors: list[torch.Tensor | None]) -> torch.Te
 
 def check(
     case: Case,
-    tensors: list[torch.Tensor | None],
+    tensors: Sequence[torch.Tensor | None],
     forward_budget: float,
     gradient_budget: float,
     kernels: Kernels | None = None,

@@ -33,17 +33,21 @@ def permuted(order: Sequence[int]) -> Iterator[View]:
         for destination in range(count):
             rest = [axis for axis in range(count) if axis != source]
             if source != destination and [*rest[:destination], source, *rest[destination:]] == order:
-                yield lambda x, s=source, d=destination: x.movedim(s, d)
-                yield lambda x, s=source, d=destination: torch.movedim(input=x, source=s - count, destination=d)
-                yield lambda x, s=source, d=destination: aten.movedim.int(x, s, d - count)
+                yield from moved(source, destination, count)
+
+
+def moved(source: int, destination: int, count: int) -> Iterator[View]:
+    """Every way to move one axis of ``count``."""
+    yield lambda x: x.movedim(source, destination)
+    yield lambda x: torch.movedim(input=x, source=source - count, destination=destination)
+    yield lambda x: aten.movedim.int(x, source, destination - count)
 
 
 def transposed(one: int, other: int, count: int) -> Iterator[View]:
     """Every way to swap two axes of ``count``."""
     a, b = one, other - count
     for name in ("transpose", "swapaxes", "swapdims"):
-        yield lambda x, name=name: getattr(x, name)(a, b)
-        yield lambda x, name=name: getattr(torch, name)(x, b, a)
+        yield from transposed_by(name, a, b)
     yield lambda x: x.transpose(dim1=a, dim0=b)
     yield lambda x: torch.transpose(input=x, dim0=a, dim1=b)
     yield lambda x: torch.swapaxes(x, axis0=b, axis1=a)
@@ -56,6 +60,12 @@ def transposed(one: int, other: int, count: int) -> Iterator[View]:
     if count == 2:
         yield lambda x: x.T
         yield lambda x: torch.t(x)
+
+
+def transposed_by(name: str, a: int, b: int) -> Iterator[View]:
+    """A method and a function of that name, which swap the axes ``a`` and ``b``."""
+    yield lambda x: getattr(x, name)(a, b)
+    yield lambda x: getattr(torch, name)(x, b, a)
 
 
 def regrouped(shape: Sequence[int], result: Sequence[int]) -> Iterator[View]:
@@ -72,15 +82,24 @@ def regrouped(shape: Sequence[int], result: Sequence[int]) -> Iterator[View]:
     for axis in range(len(shape)):
         count = len(result) - len(shape) + 1
         if count > 1 and [*shape[:axis], *result[axis : axis + count], *shape[axis + 1 :]] == result:
-            sizes = result[axis : axis + count]
-            yield lambda x, axis=axis, sizes=sizes: x.unflatten(axis, sizes)
-            yield lambda x, axis=axis, sizes=sizes: torch.unflatten(input=x, dim=axis - len(shape), sizes=sizes)
-            yield lambda x, axis=axis, sizes=sizes: aten.unflatten.int(x, axis, sizes)
+            yield from unflattened(axis, result[axis : axis + count], len(shape))
         last = axis + len(shape) - len(result)
         if last > axis and [*shape[:axis], result[axis] if axis < len(result) else 0, *shape[last + 1 :]] == result:
-            yield lambda x, axis=axis, last=last: x.flatten(axis, last)
-            yield lambda x, axis=axis, last=last: torch.flatten(x, start_dim=axis, end_dim=last - len(shape))
-            yield lambda x, axis=axis, last=last: aten.flatten.using_ints(x, axis, last)
+            yield from flattened(axis, last, len(shape))
+
+
+def unflattened(axis: int, sizes: list[int], count: int) -> Iterator[View]:
+    """Every way to split one axis of ``count`` into axes of ``sizes``."""
+    yield lambda x: x.unflatten(axis, sizes)
+    yield lambda x: torch.unflatten(input=x, dim=axis - count, sizes=sizes)
+    yield lambda x: aten.unflatten.int(x, axis, sizes)
+
+
+def flattened(first: int, last: int, count: int) -> Iterator[View]:
+    """Every way to merge the axes from ``first`` to ``last``, inclusive, of ``count``."""
+    yield lambda x: x.flatten(first, last)
+    yield lambda x: torch.flatten(x, start_dim=first, end_dim=last - count)
+    yield lambda x: aten.flatten.using_ints(x, first, last)
 
 
 def unsqueezed(axis: int, count: int) -> Iterator[View]:
@@ -125,12 +144,12 @@ def part_of(axis: int, first: int, last: int, shape: Sequence[int]) -> Iterator[
     yield lambda x: x.tensor_split([first, last], dim=axis)[1]
 
 
-def joined(axis: int, count: int) -> Iterator[Callable[[Sequence[Any]], Any]]:
+def joined(axis: int, count: int) -> Iterator[Callable[[list[Any]], Any]]:
     """Every way to join tensors along ``axis`` of ``count``."""
     yield lambda parts: torch.cat(parts, axis)
     yield lambda parts: torch.cat(tuple(parts), dim=axis - count)
     yield lambda parts: torch.concat(tensors=parts, dim=axis)
-    yield lambda parts: torch.concatenate(parts, axis=axis)
+    yield lambda parts: torch.concatenate(parts, axis=axis)  # type: ignore[call-arg]
     yield lambda parts: aten.cat.default(parts, axis)
 
 

@@ -195,7 +195,7 @@ def test_topk_1_is_dense_attention(gates: str) -> None:
     saved = cpu.forward(call, case.options)
     out = saved.out
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    dense = F.scaled_dot_product_attention(*leaves)
+    dense = F.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2])
     assert_close("out", out, dense, 1e-14)
     grad_out = torch.randn_like(out)
     gradients = cpu.backward(grad_out, call, saved, case.options)

@@ -86,7 +86,8 @@ def test_what_a_mask_hides_changes_nothing() -> None:
     results = []
     for factor in (1.0, -50.0):
         hidden = torch.where(mask[:, None, :, None], 1.0, factor).double()
-        leaves = [x.detach().requires_grad_() for x in (q, k * hidden, v * hidden, weight, bias)]
+        given = (q, k * hidden, v * hidden, weight, bias)
+        leaves = [x.detach().requires_grad_() for x in given if x is not None]
         out = sparse_linear_attention(*leaves, key_mask=mask, topk=0.2, bottomk=0.2, block_q=32, block_k=16)
         gradients = torch.autograd.grad(out.square().sum(), leaves)
         for gradient in gradients[1:3]:

@@ -128,7 +128,8 @@ else:
         case = Case(topk=1.0, bottomk=0.0, bias="none", tokens=130, head_dim=32)
         tensors = inputs(case, torch.float32, "cpu")
         actual, _ = run_kernels(case, tensors)
-        dense = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in tensors[:3]))
+        q, k, v = (x.double() for x in tensors[:3])
+        dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         assert_close("out", actual["out"], dense, 1e-6)
         assert not actual["dweight"].any()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -375,7 +376,7 @@ def test_options(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("head_dim", [40, 64, 72, 128, 256])
 @pytest.mark.parametrize("options", [{"mask": "-inf"}, {"causal": True}, {"keys": 777, "mask": "bool"}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
-def test_options_at_head_dims(dtype: torch.dtype, options: dict[str, object], head_dim: int) -> None:
+def test_options_at_head_dims(dtype: torch.dtype, options: dict[str, Any], head_dim: int) -> None:
     for block_q, block_k in ((64, 64), (128, 64), (64, 128)):
         case = replace(Case(tokens=1003, head_dim=head_dim, batch=2, block_q=block_q, block_k=block_k), **options)
         check(case, inputs(case, dtype, "cuda"), *BUDGETS[dtype])

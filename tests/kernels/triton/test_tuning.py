@@ -329,7 +329,12 @@ def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     launched: list[int] = []
     kernel = triton_forward.attention_forward_kernel
     original = kernel.run
-    monkeypatch.setattr(kernel, "run", lambda *a, **k: (launched.append(k["num_warps"]), original(*a, **k))[1])
+
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        launched.append(keywords["num_warps"])
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(kernel, "run", run)
     actual = sla_compile.sparse_linear_attention(q, q, q, gate, **options)
     assert launched == [2]
     assert_close("out", actual, expected, 2e-2)
