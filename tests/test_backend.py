@@ -222,7 +222,7 @@ def test_refused_options_leave_no_trace(options: dict[str, Any], message: str) -
 def test_a_long_sequence_after_short_ones(dynamic: bool | None) -> None:
     """The gates are made while Dynamo compiles code whose dense entries, made before, must not serve any more."""
     model = Model()
-    run = torch.compile(model, backend="sla", options={**EAGER, "min_tokens": 100}, dynamic=dynamic)
+    run = torch.compile(model, backend="sla", options={**EAGER, "inner": "eager", "min_tokens": 100}, dynamic=dynamic)
     for x in (random_input(40), random_input(60)):
         torch.testing.assert_close(run(x), model(x))
     x = random_input(200)
@@ -236,7 +236,7 @@ def test_a_recompile_limit_is_no_silent_end() -> None:
     from sla_compile import RecompileLimitWarning
 
     model = Model()
-    run = torch.compile(model, backend="sla", options=EAGER, dynamic=False)
+    run = torch.compile(model, backend="sla", options={**EAGER, "inner": "eager"}, dynamic=False)
     with torch._dynamo.config.patch(recompile_limit=2), warnings.catch_warnings():
         warnings.simplefilter("error", RecompileLimitWarning)
         for tokens in (100, 120):

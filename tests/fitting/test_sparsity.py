@@ -31,7 +31,9 @@ from tests.support.models import (
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
 
 AT_RUN_TIME = {**OPTIONS, "max_topk": 0.9}
-EAGER: dict[str, Any] = {"inner": "aot_eager"}
+EAGER: dict[str, Any] = {"inner": "eager"}
+JOINT: dict[str, Any] = {"inner": "aot_eager"}
+"""For tests of which graphs forward and backward are: shapes that vary, recomputed blocks, training."""
 
 
 def graphs() -> int:
@@ -76,13 +78,13 @@ def test_equals_what_is_compiled_with_constants() -> None:
     constant.load_state_dict(model.state_dict(), strict=False)
     sla_compile.prepare(constant, (x,), config={**OPTIONS, "topk": 0.6})
     constant.load_state_dict({k: v for k, v in model.state_dict().items() if not k.endswith("sparsity")})
-    runs = [torch.compile(m, backend="sla", options=EAGER)(x) for m in (model, constant)]
+    runs = [torch.compile(m, backend="sla", options=JOINT)(x) for m in (model, constant)]
     assert torch.equal(runs[0], runs[1])
 
 
 def test_dynamic_shapes() -> None:
     model = prepared()
-    run = torch.compile(model, backend="sla", options=EAGER, dynamic=True)
+    run = torch.compile(model, backend="sla", options=JOINT, dynamic=True)
     for tokens in (100, 144, 77):
         for topk in (0.7, 0.2):
             sla_compile.set_sparsity(model, topk=topk, bottomk=0.1)
@@ -93,7 +95,7 @@ def test_dynamic_shapes() -> None:
 def test_blocks_of_different_sparsity_share_one_graph() -> None:
     model, x = prepared(Model(blocks=4)), random_input()
     for block in model.blocks:
-        block.compile(backend="sla", options=EAGER)
+        block.compile(backend="sla", options=JOINT)
     for i, topk in enumerate((0.9, 0.5, 0.2, 0.7)):
         sla_compile.set_sparsity(model, topk=topk, bottomk=0.1, sites=f"blocks.{i}.*")
     before = graphs()
@@ -114,7 +116,7 @@ def test_first_call_of_an_unprepared_model() -> None:
 
 def test_activation_checkpointing() -> None:
     model, x = prepared(CheckpointedModel()), random_input()
-    run = torch.compile(model, backend="sla", options=EAGER)
+    run = torch.compile(model, backend="sla", options=JOINT)
     for topk in (0.3, 0.8):
         sla_compile.set_sparsity(model, topk=topk)
         assert_follows_definition(run, model, x)
@@ -310,7 +312,7 @@ def test_anneal() -> None:
 def test_training_with_a_schedule() -> None:
     model, x = Model(), random_input()
     sla_compile.prepare(model, (x,), config={**OPTIONS, "max_topk": 1.0})
-    run = torch.compile(model, backend="sla", options=EAGER)
+    run = torch.compile(model, backend="sla", options=JOINT)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     dense = model(x).detach()
     sizes = []

@@ -9,7 +9,6 @@ from rich.console import Console
 from torch import nn
 
 import sla_compile
-from sla_compile.reporting.path_patterns import path_patterns
 from sla_compile.reporting.terminal import GatesView, ReportView, group_sites, plain_text, quantity
 from tests.support.models import WIDTH, Model, random_input
 from tests.support.reports import BrokenBlocks, Stack, assert_fits, explain, flat
@@ -68,22 +67,6 @@ def test_diff_is_coloured() -> None:
     text = console.file.getvalue()
     assert "\x1b[31m" in text
     assert "\x1b[32m" in text
-
-
-@pytest.mark.parametrize(
-    ("paths", "patterns"),
-    [
-        (["blocks.0.a", "blocks.1.a", "blocks.2.a"], ["blocks.{0..2}.a"]),
-        ([f"blocks.{i}.a" for i in range(12)], ["blocks.{0..11}.a"]),
-        (["b.0", "b.1", "b.2", "b.5", "b.7"], ["b.{0..2,5,7}"]),
-        (["s.0.b.0", "s.0.b.1", "s.1.b.0", "s.1.b.1"], ["s.{0,1}.b.{0,1}"]),
-        (["s.0.b.0", "s.0.b.1", "s.1.b.0"], ["s.0.b.{0,1}", "s.1.b.0"]),
-        (["only"], ["only"]),
-        ([""], [""]),
-    ],
-)
-def test_path_patterns(paths: list[str], patterns: list[str]) -> None:
-    assert path_patterns(paths) == patterns
 
 
 def test_sites_that_differ_are_not_grouped() -> None:

@@ -22,7 +22,10 @@ from tests.support.models import (
 )
 from tests.support.reports import BrokenBlocks, Cross, assert_fits, explain, flat
 
-pytestmark = pytest.mark.filterwarnings("ignore::sla_compile.UntrainedGatesWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore::sla_compile.UntrainedGatesWarning"),
+]
 
 
 EAGER: dict[str, Any] = {**OPTIONS, "inner": "eager"}

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from tests.support.models import HEADS, CheckpointedModel, Model
 from tests.support.reports import explain
 
-pytestmark = pytest.mark.filterwarnings("ignore::sla_compile.UntrainedGatesWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore::sla_compile.UntrainedGatesWarning"),
+]
 
 
 def test_diff_shows_the_site_before_and_after() -> None:
