@@ -21,20 +21,25 @@ REWRITTEN_FROM = "sla_rewritten_from"
 """Key in the meta of a node whose target was changed: the target it had."""
 
 
-def replace_attention(call: AttentionCall, decision: Rewrite, marker: Marker, options: Mapping[str, Any]) -> fx.Node:
+def replace_attention(
+    call: AttentionCall, decision: Rewrite, marker: Marker, options: Mapping[str, Any], name: str | None = None
+) -> fx.Node:
     """Put ``sla::forward`` where ``call`` stands, with the gate of ``marker``; the node that now stands for it.
 
-    ``options`` are topk, bottomk, block_q, block_k, feature_map and linear. The graph is not recompiled.
+    ``options`` are topk, bottomk, block_q, block_k, feature_map and linear; ``name`` is that of the op's node, which
+    Inductor's generated code and logs repeat. The graph is not recompiled.
     """
     graph, node = call.module.graph, call.node
     before = node.prev
     with graph.inserting_before(node):
         query, key, value, *key_mask = build(graph, (*decision.operands(call), *decision.masks()))
         weight, bias, scaled_by = _gate(graph, marker, options["linear"])
-        results = graph.call_function(
+        results = graph.create_node(
+            "call_function",
             torch.ops.sla.forward.default,
             (query, key, value, weight, bias, key_mask[0] if key_mask else None, marker.sparsity),
             {**decision.options(), **options},
+            name=name,
         )
         output = graph.call_function(operator.getitem, (results, 0))
         scaling = () if scaled_by is None else _scaling(output, scaled_by, example(query), example(node))

@@ -73,7 +73,8 @@ def apply_decisions(sites: Iterable[Site], markers: Iterable[Marker], graphs: It
     """Put the op where each site is to be rewritten, take ``markers`` out, move gathers within ``graphs``."""
     for site in sites:
         if isinstance(site.decision, Rewrite) and site.marker is not None:
-            replace_attention(site.call, site.decision, site.marker, site.config.compiled_options())
+            name = site.gate_path.replace(".", "_")  # of the first block, where several share this graph
+            replace_attention(site.call, site.decision, site.marker, site.config.compiled_options(), name)
     erase_markers(markers)
     for graph in graphs:
         hoist_gathers(graph)
