@@ -217,7 +217,7 @@ def _first_product(node: fx.Node, first: Product, trail: _Trail) -> Product | No
     if trail.before_grouping is not None or len(first.out_axes) != len(trail.axes) or first.contracted() is None:
         return None
     if first.addend is not None and first.addend_factor != 0:
-        _mask(trail, Masked(node, first.addend), first.addend_factor)
+        _mask(trail, Masked(node, first.addend, factor=first.addend_factor))
     elif first.addend is not None and first.addend.target in (torch.empty, torch.zeros):
         trail.passed.append(first.addend)
     _scale(trail, first.factor)
@@ -233,14 +233,14 @@ def _scale(trail: _Trail, factor: Any) -> None:
     trail.scale *= factor
 
 
-def _mask(trail: _Trail, mask: Masked, factor: float = 1.0) -> None:
+def _mask(trail: _Trail, mask: Masked) -> None:
     """Take note of a mask at the scores as they are here, on the way back: scales already seen come after it."""
     shape = tensor(mask.mask)
     if trail.mask is not None:
         trail.refuse("more than one attention mask", mask.mask.name, "one mask")
     if shape is None or shape.dim() > len(trail.axes):
         trail.refuse("the attention mask is no tensor of the scores' axes", mask.mask.name, "a tensor")
-    trail.mask, trail.mask_axes, trail.mask_scale = mask, trail.axes, trail.scale * factor
+    trail.mask, trail.mask_axes, trail.mask_scale = mask, trail.axes, trail.scale * mask.factor
 
 
 def _leads_to_product(node: fx.Node, masks: int = 2) -> bool:

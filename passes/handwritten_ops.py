@@ -101,23 +101,26 @@ def scaled(node: fx.Node) -> tuple[fx.Node, Any] | None:
 
 @dataclass(frozen=True)
 class Masked:
-    """Scores with a mask: ``fill`` for a mask whose True is forbidden, else ``mask`` was added."""
+    """Scores with a mask: ``fill`` for a mask whose True is forbidden, else ``mask`` times ``factor`` was added."""
 
     source: fx.Node
     mask: fx.Node
     fill: float | None = None
     keeps: bool = False
     """With ``fill``, that the mask's True is what takes part."""
+    factor: float = 1.0
 
 
 def masked(node: fx.Node) -> list[Masked]:
-    """The ways to read ``node`` as scores with a mask: a sum may be read either way round."""
+    """The ways to read ``node`` as scores with a mask: a sum may be read either way round, a difference only one."""
     op = read(node)
     given = op.arguments
-    if op.word == "add" and given.keys() == {"input", "other"}:
+    if op.word in ("add", "sub") and given.keys() == {"input", "other"}:
         pair = op.input, given["other"]
         if tensor(pair[0]) is None or tensor(pair[1]) is None:
             return []
+        if op.word == "sub":
+            return [Masked(*pair, factor=-1.0)]
         ways = [pair] if op.in_place else [pair, pair[::-1]]
         return [Masked(source, mask) for source, mask in ways]
     if op.word == "masked_fill":

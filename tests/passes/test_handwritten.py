@@ -283,7 +283,11 @@ UNLISTED: dict[str, Callable[..., Any]] = {
     "factor between softmax and product": lambda q, k, v: (scores(q, k).softmax(-1) * 2) @ v,
     "constant added": lambda q, k, v: torch.tanh(scores(q, k)).softmax(-1) @ v,
     "log softmax": lambda q, k, v: scores(q, k).log_softmax(-1) @ v,
-    "stable by hand": stable,
+    "scores subtracted": lambda q, k, v: (1 - scores(q, k)).softmax(-1) @ v,
+    "scores subtracted from a mask": lambda q, k, v: (k[:, :, None, :, 0] - scores(q, k)).softmax(-1) @ v,
+    "mask subtracted times a factor": lambda q, k, v: (
+        torch.sub(scores(q, k), k[:, :1, None, :, 0], alpha=2).softmax(-1) @ v
+    ),
     "no first product": lambda q, k, v: (q @ k.mT + 0).abs().softmax(-1) @ v,
     "weights are the scores": lambda q, k, v: scores(q, k) @ v,
     "a tensor changed in place between": changed_between,
@@ -307,6 +311,7 @@ def assert_same(output: Any, expected: Any) -> None:
 
 KEPT: dict[str, tuple[Callable[..., Any], str, str]] = {
     "returned attention maps": (maps, "the attention probabilities are used elsewhere too", "matmul"),
+    "stable by hand": (stable, "the attention scores are used elsewhere too", "amax, sub"),
     "top-k on the scores": (top_k, "the attention scores are used elsewhere too", "lt"),
     "scale per head": (
         lambda q, k, v: (scores(q, k) * q.new_ones(HEADS, 1, 1)).softmax(-1) @ v,
@@ -402,6 +407,8 @@ def mask_by_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 MASKS: dict[str, Callable[..., Tensor]] = {
     "filled": lambda q, k, v, mask: (scores(q, k) * 0.3).masked_fill(mask[0] > 0.5, -1e9).softmax(-1) @ v,
     "added before the scale": lambda q, k, v, mask: ((scores(q, k) + mask[0]) * 0.3).softmax(-1) @ v,
+    "subtracted before the scale": lambda q, k, v, mask: ((scores(q, k) - mask[0]) * 0.3).softmax(-1) @ v,
+    "subtracted by a method in place": lambda q, k, v, mask: scores(q, k).mul(0.3).sub_(mask[0]).softmax(-1) @ v,
     "added after the scale": lambda q, k, v, mask: (scores(q, k) * 0.3 + mask[:2]).softmax(-1) @ v,
     "on merged heads": mask_on_merged_heads,
     "by heads between merged products": mask_by_heads,

@@ -313,6 +313,8 @@ def test_a_mask_of_a_symbolic_length(own_symbol: bool) -> None:
 HAND_WRITTEN: dict[str, Callable[..., Tensor]] = {
     "added": lambda q, k, v, m: ((q @ k.mT) * 0.3 + torch.where(m, 0.0, -1e9)[:, None, None]).softmax(-1) @ v,
     "added before the scale": lambda q, k, v, m: (((q @ k.mT) + m[:, None, None].to(q.dtype)) * 0.3).softmax(-1) @ v,
+    "subtracted": lambda q, k, v, m: (q @ k.mT - 1e9 * (1 - m.to(q.dtype))[:, None, None]).softmax(-1) @ v,
+    "subtracted before the scale": lambda q, k, v, m: (((q @ k.mT) - m[:, None, None].long()) * 0.3).softmax(-1) @ v,
     "(Lk)": lambda q, k, v, m: ((q @ k.mT) * 0.3 + torch.where(m[0], 0.0, -1e9)).softmax(-1) @ v,
     "a bool added": lambda q, k, v, m: ((q @ k.mT) + m[:, None, None]).softmax(-1) @ v,
     "filled": lambda q, k, v, m: (q @ k.mT).masked_fill(~m[:, None, None], float("-inf")).softmax(-1) @ v,
