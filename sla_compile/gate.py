@@ -23,7 +23,7 @@ from sla_compile.common.blocks import MILLION, to_millionths
 from sla_compile.common.limits import FLOATING_DTYPES
 from sla_compile.compat import forget_code, skip_as_root_frame
 from sla_compile.config import SLAConfig
-from sla_compile.gate_settings import GateSpec, SeenGrids, settings_to_json
+from sla_compile.gate_settings import CALLED, GateSpec, SeenGrids, settings_to_json
 from sla_compile.memory import take_dense_code
 from sla_compile.module_paths import module_paths
 
@@ -67,6 +67,7 @@ class Gate(nn.Module):
         model_config: the settings the whole model was prepared with.
         ordinal: which attention call of its owner it belongs to, counted from 0.
         seen: the token grids found for its queries and keys in the whole model, used where only a part is compiled.
+        pattern: what its attention is written as, such as ``"scaled_dot_product_attention"``.
         settings: ``config`` and ``seen`` as the JSON text that the marker carries into a graph.
     """
 
@@ -78,6 +79,7 @@ class Gate(nn.Module):
     config: SLAConfig
     model_config: SLAConfig
     seen: SeenGrids
+    pattern: str = CALLED  # of a gate that was pickled before there was this attribute
     settings: str
 
     def __init__(
@@ -99,8 +101,9 @@ class Gate(nn.Module):
         self.apply_settings(spec)
 
     def apply_settings(self, spec: GateSpec) -> None:
-        """Take path, settings and grids from ``spec``; the values of the parameters and of ``sparsity`` stay."""
+        """Take path, settings, grids and pattern from ``spec``; values of the parameters and of ``sparsity`` stay."""
         self.path, self.config, self.seen = spec.path, spec.config, spec.seen
+        self.pattern = spec.pattern
         self.model_config = spec.config if spec.model_config is None else spec.model_config
         # What the rewritten graph depends on, and so what Dynamo guards on: alike for all like sites.
         self.settings = settings_to_json(spec.config, spec.seen)
@@ -115,6 +118,7 @@ class Gate(nn.Module):
             path=self.path,
             ordinal=self.ordinal,
             seen=self.seen,
+            pattern=self.pattern,
         )
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from sla_compile.config import SITE_FIELDS, SLAConfig
 from sla_compile.passes.token_order import Grid
 
 __all__ = [
+    "CALLED",
     "NO_GRIDS",
     "GateSpec",
     "SeenGrids",
@@ -24,6 +25,9 @@ __all__ = [
 SeenGrids = tuple[Grid | None, Grid | None]
 """The token grids (T, H, W) that were found in a model for an attention's queries and for its keys; None: none."""
 NO_GRIDS: SeenGrids = (None, None)
+
+CALLED = "scaled_dot_product_attention"
+"""The pattern of an attention that is a call of that function."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,8 @@ class GateSpec:
     ordinal: int = 0
     """Which attention call of its owner it belongs to, counted from 0."""
     seen: SeenGrids = NO_GRIDS
+    pattern: str = CALLED
+    """What its attention is written as, as ``AttentionCall.pattern`` says."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters and buffers that the gate has with these settings, by name."""

@@ -29,7 +29,7 @@ from sla_compile.common.blocks import MILLION
 from sla_compile.common.limits import FLOATING_DTYPES
 from sla_compile.config import SITE_FIELDS, SITE_FIELDS_FILES_MAY_LACK, SLAConfig
 from sla_compile.gate import Gate, attach_gate, detach_gate, gates, mark_prepared, model_config, owner_path
-from sla_compile.gate_settings import NO_GRIDS, GateSpec, grids_from_json, grids_to_json
+from sla_compile.gate_settings import CALLED, NO_GRIDS, GateSpec, grids_from_json, grids_to_json
 from sla_compile.module_paths import module_paths
 
 __all__ = ["GateFile", "SavedGate", "load", "raise_problems", "read_gate_file", "save", "tensor_problems"]
@@ -88,7 +88,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             tensors[f"{name}.{part}"] = tensor.detach().cpu().contiguous().clone()
         settings = {field: getattr(gate.config, field) for field in SITE_FIELDS}
         site = {"path": name, "heads": gate.heads, "head_dim": gate.head_dim, "config": settings}
-        sites.append(site | ({"seen": grids_to_json(gate.seen)} if any(gate.seen) else {}))
+        seen = {"seen": grids_to_json(gate.seen)} if any(gate.seen) else {}
+        sites.append(site | seen | ({"pattern": gate.pattern} if gate.pattern != CALLED else {}))
     metadata = {"format": FORMAT, "version": VERSION, "config": config.to_json(), "sites": json.dumps(sites)}
     _write(path, to_safetensors(tensors, metadata))
 
@@ -190,6 +191,7 @@ def _parse(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> GateFi
             path=path,
             ordinal=_ordinal(path) or 0,
             seen=grids_from_json(entry.get("seen", NO_GRIDS)),
+            pattern=str(entry.get("pattern", CALLED)),
         )
         gates[path] = SavedGate(spec, {})
         for part, shape in spec.shapes().items():

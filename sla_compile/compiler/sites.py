@@ -92,6 +92,7 @@ class Site:
             path=self.gate_path,
             ordinal=self.ordinal,
             seen=self.seen,
+            pattern=self.call.pattern,
         )
 
 

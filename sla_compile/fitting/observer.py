@@ -24,6 +24,7 @@ from sla_compile.compiler.preparation import prepare
 from sla_compile.compiler.sites import requirements
 from sla_compile.config import SLAConfig
 from sla_compile.gate import Gate, detach, gate_name, gates, model_config, own_gates
+from sla_compile.gate_settings import CALLED
 from sla_compile.ops.reorder import reorder
 from sla_compile.passes.decide import Rewrite, decide
 from sla_compile.passes.find_attention import SDPA_TARGETS, attention_call
@@ -152,12 +153,15 @@ class _AttentionMode(TorchFunctionMode):
         called = self.counts.pop()
         gated = own_gates(module).values()
         last = max((gate.ordinal for gate in gated), default=-1)
-        if output is not None and 0 < called <= last:  # output is None where the forward raised
+        others = [gate for gate in gated if gate.pattern != CALLED]
+        if output is not None and called and (called <= last or others):  # output is None where the forward raised
             paths = ", ".join(self.paths[id(gate)] for gate in gated)
+            of = f" ({others[0].pattern})" if others else ""
+            last = others[0].ordinal if others else last
             raise ValueError(
                 f"{paths}: the owner called F.scaled_dot_product_attention {called} time(s), but has a gate for its "
-                f"attention number {last + 1}, so which call a gate belongs to is not known; accepted: owners whose "
-                f"every attention is such a call, none written by hand"
+                f"attention number {last + 1}{of}, so which call a gate belongs to is not known; accepted: owners "
+                f"whose every attention is such a call, none written by hand"
             )
 
     def __torch_function__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,6 +139,35 @@ def test_an_owner_that_mixes_in_attention_written_by_hand_is_refused() -> None:
     batches = [(random_input(),)]
     sla_compile.prepare(model, batches[0], config=OPTIONS)
     assert list(sla_compile.gates(model)) == ["0.sla", "0.sla_1"]
-    with pytest.raises(ValueError, match=r"0\.sla, 0\.sla_1: the owner called .* 1 time\(s\).*number 2"):
+    with pytest.raises(ValueError, match=r"0\.sla, 0\.sla_1: the owner called .* 1 time\(s\).*number 1 \(scaled_mat"):
+        sla_compile.calibrate(model, batches)
+    assert not any(bool(p.any()) for p in sla_compile.gate_parameters(model))
+
+
+class WithOneKept(Attention):
+    """Called as often as it has gates: one attention by hand, one call that has a gate, one that is kept."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        first = (q @ k.transpose(-2, -1) * 0.25).softmax(-1) @ v
+        second = F.scaled_dot_product_attention(q, k, 2 * v)
+        third = F.scaled_dot_product_attention(q, k, v, q.new_ones(x.shape[1], x.shape[1]).tril())
+        return self.out((first + second + third).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("from_a_file", [False, True])
+def test_it_is_refused_also_where_it_calls_as_often_as_it_has_gates(from_a_file: bool, tmp_path: Path) -> None:
+    model = nn.Sequential(WithOneKept()).double()
+    batches = [(random_input(),)]
+    sla_compile.prepare(model, batches[0], config=OPTIONS)
+    assert [gate.pattern for gate in sla_compile.gates(model).values()] == [
+        "scaled_matmul_softmax_matmul",
+        "scaled_dot_product_attention",
+    ]
+    if from_a_file:
+        sla_compile.save(model, tmp_path / "gates.safetensors")
+        model = nn.Sequential(WithOneKept()).double()
+        sla_compile.load(model, tmp_path / "gates.safetensors")
+    with pytest.raises(ValueError, match=r"0\.sla, 0\.sla_1: the owner called .* 2 time\(s\).*number 1 \(scaled_mat"):
         sla_compile.calibrate(model, batches)
     assert not any(bool(p.any()) for p in sla_compile.gate_parameters(model))
