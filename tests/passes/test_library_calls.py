@@ -131,9 +131,9 @@ def test_gates_of_multi_head_attention_are_trained() -> None:
     assert all(p.grad is not None and p.grad.norm() > 0 for p in sla_compile.gate_parameters(model))
 
 
-def attention_of_another_package(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+def attention_of_another_package(q: Tensor, k: Tensor, v: Tensor, scale: float | None, causal: bool = False) -> Tensor:
     q, k, v = (x.transpose(1, 2) if x.dim() == 4 else x for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=causal, enable_gqa=q.dim() == 4)
     return out.transpose(1, 2) if out.dim() == 4 else out
 
 
@@ -151,7 +151,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         window_size: tuple[int, int] = (-1, -1),
         deterministic: bool = False,
     ) -> Tensor:
-        return attention_of_another_package(q, k, v, softmax_scale)
+        return attention_of_another_package(q, k, v, softmax_scale, causal)
 
     def memory_efficient_attention(
         query: Tensor, key: Tensor, value: Tensor, attn_bias: Any = None, p: float = 0.0, scale: float | None = None
@@ -176,6 +176,8 @@ def token_major(dims: int = 4) -> tuple[Tensor, ...]:
 
 FOREIGN = {
     "flash": lambda f, q, k, v: f.flash(q, k, v),
+    "flash, causal": lambda f, q, k, v: f.flash(q, k, v, causal=True),
+    "flash in groups": lambda f, q, k, v: f.flash(q, k[:, :, :1], v[:, :, :1]),
     "flash with a scale": lambda f, q, k, v: f.flash(q, k, v, 0.0, 0.3, deterministic=True),
     "xformers": lambda f, q, k, v: f.xformers(q, k, v, scale=0.3),
     "xformers of one head": lambda f, q, k, v: f.xformers(q, k, v, None, 0.0),
@@ -191,7 +193,7 @@ def test_functions_of_other_packages(form: str, packages: types.SimpleNamespace)
 
     capture, output = run(call, *inputs, topk=1.0, bottomk=0.0)
     assert capture.rewritten == 1
-    assert capture.count(packages.flash) + capture.count(packages.xformers) == 0
+    assert all(capture.count(function) == 0 for function in vars(packages).values())
     assert_close("topk=1 is dense attention", output, call(*inputs), 1e-12)
 
 
@@ -206,11 +208,13 @@ FOREIGN_KEPT = {
 @pytest.mark.parametrize("form", FOREIGN_KEPT)
 def test_functions_of_other_packages_that_stay(form: str, packages: types.SimpleNamespace) -> None:
     call, reason = FOREIGN_KEPT[form]
-    capture, _ = run(lambda q, k, v: call(packages, q, k, v), *token_major())
+    inputs = token_major()
+    capture, output = run(lambda q, k, v: call(packages, q, k, v), *inputs)
     assert capture.rewritten == 0
     decision = capture.sites[0].decision
     assert isinstance(decision, Keep)
     assert decision.reason == reason
+    assert torch.equal(output, call(packages, *inputs))
 
 
 def test_a_function_of_the_same_name_elsewhere_is_not_known(packages: types.SimpleNamespace) -> None:
