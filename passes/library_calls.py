@@ -218,7 +218,8 @@ def _token_major(
     """A call on tensors (B, N, H, D), or (B, N, D) of one head, which gives the same.
 
     ``names``, ``options`` (dropout, scale, causal) and ``bias``, which takes a tensor (B, H, N, keys), or (B, N, keys)
-    of one head, are its parameters; any other must be at its default.
+    of one head, are its parameters; any other must be at its default, and else is the obstacle. An option that it does
+    not have gets a name all the same. ``output`` is the node with the result, ``interior`` the other nodes of the call.
     """
     parameters, given = _parameters(node.target), _bound(node.target, node)
     if parameters is None or given is None or not {*names} <= {*parameters}:
@@ -251,7 +252,8 @@ def _token_major(
         dropout_p=given.get(options[0], 0.0),
         scale=given.get(options[1]),
         is_causal=given.get(options[2], False),
-        enable_gqa=not bias and options[2] in parameters,  # flash-attn groups heads by itself
+        # flash-attn groups heads by itself; where a function does not, it was given as many heads of each.
+        enable_gqa=not bias and options[2] in parameters,
         pattern=pattern,
         restore=restore[: 1 + single],
         interior=interior,
@@ -264,6 +266,7 @@ _READERS: dict[Any, Reader] = {
     torch._native_multi_head_attention: _native_multi_head_attention,
     torch._transformer_encoder_layer_fwd: _transformer_encoder_layer,
 }
+# By the first part of a function's __module__, or the namespace of an op, and its name.
 _FOREIGN: dict[tuple[str, str], Reader] = {
     ("flash_attn", "flash_attn_func"): _flash_attn_func,
     ("flash_attn_interface", "flash_attn_func"): _flash_attn_func,

@@ -65,6 +65,7 @@ def qkv(tokens: int = TOKENS, **changes: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def run(call: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> tuple[Capture, Tensor]:
+    """What became of the attention that ``call`` writes, and its output; ``options`` are on top of OPTIONS."""
     capture = Capture(**options)
     model = nn.Sequential(Caller(call)) if len(inputs) == 1 else Wrapper(Caller(call))
     return capture, torch.compile(model, backend=capture, dynamic=False)(*inputs)
