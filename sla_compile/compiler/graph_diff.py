@@ -50,7 +50,8 @@ def site_diff(site: Site) -> tuple[str, ...]:
                 lines += [*minus, *plus, f"  {new}"]
                 minus, plus = [], []
                 continue
-            minus += [f"- {old}"] * (MOVED_HERE not in node.meta)
+            if MOVED_HERE not in node.meta:
+                minus.append(f"- {old}")
             plus.append(f"+ {new}")
         return [*lines, *minus, *plus]
 
@@ -58,10 +59,12 @@ def site_diff(site: Site) -> tuple[str, ...]:
     moved = [n for n in added[0].graph.nodes if n.meta.get(MOVED_HERE) in added and n not in (*near[0], *near[1])]
     early = [f"+ {_line(node, after)}" for node in moved if node < added[0]]
     late = [f"+ {_line(node, after)}" for node in moved if added[0] < node]
-    lines = [*early, *["  ..."] * bool(early), *window(near[0])]
+    gap = "  ..."
+    lines = [*early, gap, *window(near[0])] if early else window(near[0])
     lines.append(f"- {site.call.node.name} = {_original(site, after)}")
     lines += [f"+ {_line(node, after)}" for node in added]
-    return (*lines, *window(near[1]), *["  ..."] * bool(late), *late)
+    lines += window(near[1])
+    return tuple([*lines, gap, *late] if late else lines)
 
 
 def _around(node: fx.Node, count: int, *, backwards: bool) -> Iterator[fx.Node]:
@@ -78,7 +81,7 @@ def _original(site: Site, label: Callable[[fx.Node], str]) -> str:
     """The attention that was replaced, by its pattern, with the arguments that are not at their defaults."""
     call = site.call
     positional = [_text(argument, label) for argument in (call.query, call.key, call.value)]
-    keywords = [f"scale={_text(call.scale, label)}"] * (call.scale is not None)
+    keywords = [] if call.scale is None else [f"scale={_text(call.scale, label)}"]
     return f"{call.pattern}({', '.join(positional + keywords)})"
 
 
