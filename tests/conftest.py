@@ -28,6 +28,10 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # or libraries that look at exit report what they find as leaks
+
+
 @pytest.fixture
 def nan_fresh_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers made empty from Python start as NaN (integers: as -77), so that an unwritten element shows."""
