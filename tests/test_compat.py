@@ -263,3 +263,32 @@ def test_triton_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/inductor")
     assert compat.triton_cache_folder(torch.device("cuda", 3)) == "/inductor/triton/3"
     assert os.environ["TRITON_CACHE_DIR"] == "/inductor/triton/3"
+
+
+def test_trace_artifact_makes_nothing_where_no_trace_is_written() -> None:
+    """That one is written, with its payload, is seen in tests/compiler/test_logs.py."""
+    made: list[str] = []
+
+    def payload() -> str:
+        made.append("payload")
+        return ""
+
+    compat.trace_artifact("sla_test", "string", payload)  # the first of a process finds that none is; Dynamo's, usually
+    made.clear()
+    compat.trace_artifact("sla_test", "string", payload)
+    assert made == []
+
+
+def test_counters_that_count_already_learn_a_formula() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    packet = torch.ops.aten.sinh
+    x = torch.ones(3)
+    with FlopCounterMode(display=False) as counter:
+        x.sinh()
+        compat.count_in_running_counters(packet, lambda *args, out_val: 7)
+        x.sinh()
+    assert counter.get_flop_counts()["Global"] == {packet: 7}
+    with FlopCounterMode(display=False) as later:
+        x.sinh()
+    assert later.get_total_flops() == 0, "it is of that counter alone"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -349,3 +350,18 @@ def test_the_first_run_on_a_gpu_finds_its_kernels(block: int, tmp_path: Path) ->
         [sys.executable, "-c", FIRST_RUN, str(block)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_changed_kernel_in_any_folder_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the note beside Triton's cache says was done is of these sources, those in folders too."""
+    copy = tmp_path / "kernels"
+    shutil.copytree(ROOT / "kernels", copy)
+    monkeypatch.setattr("sla_compile.kernels.__path__", [str(copy)])
+    seen = []
+    for changed in (None, "reference.py", "triton/forward.py", "hopper/states.py"):
+        if changed is not None:
+            (copy / changed).write_text((copy / changed).read_text() + "\n# changed\n")
+        ahead._versions.cache_clear()
+        seen.append(ahead._versions())
+    ahead._versions.cache_clear()
+    assert len(set(seen)) == 4
