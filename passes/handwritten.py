@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from sla_compile.passes.attention_call import AttentionCall, Obstacle, module_stack
-from sla_compile.passes.handwritten_inputs import Inputs, NamedTensor, same_sizes
+from sla_compile.passes.handwritten_inputs import Inputs, NamedTensor, grouped_axes, same_sizes
 from sla_compile.passes.handwritten_ops import (
     AxisNames,
     Masked,
@@ -81,10 +81,10 @@ class _Trail:
         before, result = example(source).shape, example(node).shape
         if self.before_grouping is None:
             self.before_grouping = self.axes, result
-            self.axes = (*(f"grouped {i}" for i in range(len(before) - 2)), *self.axes[-2:])
+            self.axes = (*grouped_axes(before), *self.axes[-2:])
             return not any(axis.startswith("grouped") for axis in self.axes[-2:])
         axes, shape = self.before_grouping
-        if not same_sizes(before, shape) or self.axes[-2:] != axes[-2:]:
+        if not same_sizes(before, shape) or self.axes[-2:] != axes[-2:] or self.axes[:-2] != grouped_axes(result):
             return False
         self.axes, self.before_grouping = axes, None
         return True
@@ -138,7 +138,10 @@ def _normal_form(
     interior = tuple(dict.fromkeys([*trail.passed, *inputs.passed]))
     if {query.node, key.node, value.node} & {*trail.passed} or _disturbed(node, {*interior}):
         return None
-    end, restore = inputs.restored(node, out_axes)
+    user = inputs.split_heads(node, out_axes)
+    # what is read at ``user`` in the place of ``node`` must be then what it was
+    end = user if user is not None and not _disturbed(user, {node}) else node
+    restore = inputs.restored(end, node, out_axes)
     mask = trail.mask
     attn_mask: Source | None = None
     if mask is not None and trail.obstacle is None:

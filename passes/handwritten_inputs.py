@@ -15,7 +15,7 @@ from sla_compile.passes.node_ops import is_number, writes
 from sla_compile.passes.operands import Source, Step, after, example
 from sla_compile.passes.view_axes import same_size
 
-__all__ = ["Inputs", "NamedTensor", "same_sizes"]
+__all__ = ["Inputs", "NamedTensor", "grouped_axes", "same_sizes"]
 
 
 @dataclass
@@ -46,6 +46,12 @@ class NamedTensor:
 
 
 _HEADS = ("batch", "head")
+_GROUPED = "grouped"
+
+
+def grouped_axes(shape: Sequence[Any]) -> AxisNames:
+    """Names for the axes before the last two of scores of ``shape`` that were regrouped on the way."""
+    return tuple(f"{_GROUPED} {i}" for i in range(len(shape) - 2))
 
 
 def _follow(side: NamedTensor, last: AxisNames, dtype: torch.dtype, *, scales: bool, expand: bool) -> NamedTensor:
@@ -157,35 +163,45 @@ class Inputs:
     def value(self) -> Source:
         return self._source(2, self.tokens[1], self.width)
 
-    def restored(self, node: fx.Node, out_axes: AxisNames) -> tuple[fx.Node, tuple[Step, ...]]:
-        """The node to replace, and the steps from (B, H, N, D) to it: ``node``, or the view of it by heads."""
+    def split_heads(self, node: fx.Node, out_axes: AxisNames) -> fx.Node | None:
+        """The view of ``node``, the second product, by heads, where that is all that reads it."""
+        user = next(iter(node.users), None)
+        if not self.expanded or user is None or len(node.users) != 1 or regrouped(user) is not node:
+            return None
+        wanted = [self.sides[0].size(axis) for axis in (*_HEADS, self.tokens[0])]
+        plain = (*self.original_batch, self.tokens[0], self.width)
+        return user if plain == out_axes and same_sizes(example(user).shape[:-1], wanted) else None
+
+    def restored(self, end: fx.Node, node: fx.Node, out_axes: AxisNames) -> tuple[Step, ...]:
+        """The steps from (B, H, N, D) to ``end``, which is the second product ``node`` or the view of it by heads."""
         plain = (*self.original_batch, self.tokens[0], self.width)
         mixed = any(side.example.dtype != self._dtype for side in self.sides)
         steps = [Step("to", (example(node).dtype,))] if mixed else []
+        if end is not node:
+            return tuple(steps)
         if self.expanded:
-            user = next(iter(node.users), None)
-            split = user is not None and len(node.users) == 1 and regrouped(user) is node
-            wanted = [self.sides[0].size(axis) for axis in (*_HEADS, self.tokens[0])]
-            if split and user is not None and plain == out_axes and same_sizes(example(user).shape[:-1], wanted):
-                return user, tuple(steps)
             steps.append(Step("flatten", (0, 1)))
         elif self.merged:
             steps.append(Step("squeeze", (1,)))
-        return node, (*steps, *NamedTensor(node, plain).ordered(out_axes))
+        return (*steps, *NamedTensor(node, plain).ordered(out_axes))
 
     def mask(self, mask: Masked, axes: AxisNames, scale: float) -> Source | None:
         """``attn_mask`` of scaled_dot_product_attention: boolean (True takes part) or added; None if unclear."""
         value = example(mask.mask)
         plain = (*self.original_batch, *self.tokens)
         steps: list[Step] = []
-        if axes[0].startswith("grouped"):  # the scores themselves were seen by heads
-            if len(self.batch) != 2 or len(axes) != 4 or axes[-2:] != self.tokens:
+        by_heads = axes[0].startswith(_GROUPED)
+        if by_heads:  # the scores themselves were seen by heads
+            sizes = example(mask.source).shape
+            if len(self.batch) != 2 or axes != (*grouped_axes(sizes), *self.tokens):
+                return None
+            if not same_sizes(sizes[:-2], [self.sides[0].size(axis) for axis in self.batch]):
                 return None
         elif axes != plain:
             if value.dim() != len(axes):
                 return None
             steps += NamedTensor(mask.mask, axes).ordered(plain)
-        if len(self.original_batch) == 1 and not axes[0].startswith("grouped") and value.dim() == 3:
+        if len(self.original_batch) == 1 and not by_heads and value.dim() == 3:
             leading = value.shape[0]
             if not self.expanded:
                 steps.append(Step("unsqueeze", (1,)))

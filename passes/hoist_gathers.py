@@ -125,8 +125,13 @@ class _Region:
         return order
 
     def whole(self) -> bool:
-        """Whether all that depends on the projections is between them and the ends, token by token."""
-        return len(self.nodes) <= _MOST_NODES and all(map(self._by_token, self.nodes)) and not self._written_between()
+        """Whether all that depends on the projections is between them and the ends, token by token.
+
+        And each of the ends depends on them: one that comes another way would keep its order.
+        """
+        if len(self.nodes) > _MOST_NODES or not {end.args[0] for end in self.ends} <= {*self.nodes}:
+            return False
+        return all(map(self._by_token, self.nodes)) and not self._written_between()
 
     def _written_between(self) -> bool:
         """Whether anything else writes to a tensor while the region runs: it may be one that is gathered before."""

@@ -107,7 +107,7 @@ def read(source: Any) -> NodeOp:
         step = source.steps[-1]
         target: Any = step.target
         given: tuple[Any, ...] = (after(source.source, *source.steps[:-1]), *step.arguments)
-        named: dict[str, Any] = {}
+        named: Mapping[str, Any] = dict(step.keywords)
     elif isinstance(source, fx.Node) and source.op in ("call_function", "call_method"):
         target, given, named = source.target, source.args, source.kwargs
     else:

@@ -21,20 +21,22 @@ REPLACED_BY = "sla_replaced_by"
 
 @dataclass(frozen=True)
 class Step:
-    """One call on a tensor: a method by its name, or a function; ``arguments`` follow the tensor."""
+    """One call on a tensor: a method by its name, or a function; ``arguments`` and ``keywords`` follow the tensor."""
 
     target: str | Callable[..., Any]
     arguments: tuple[Any, ...] = ()
+    keywords: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         values = torch.fx.map_arg(self.arguments, example)
         function: Any = getattr(torch.Tensor, self.target) if isinstance(self.target, str) else self.target
-        result: torch.Tensor = function(tensor, *values)
+        result: torch.Tensor = function(tensor, *values, **dict(self.keywords))
         return result
 
     def text(self, tensor: str) -> str:
         """The call as Python writes it."""
-        arguments = ", ".join(str(argument) for argument in self.arguments)
+        named = [f"{name}={value}" for name, value in self.keywords]
+        arguments = ", ".join([*map(str, self.arguments), *named])
         if isinstance(self.target, str):
             return f"{tensor}.{self.target}({arguments})"
         return f"{getattr(self.target, '__name__', self.target)}({', '.join(filter(None, (tensor, arguments)))})"
@@ -98,10 +100,10 @@ def build(graph: fx.Graph, operands: Sequence[Source]) -> list[fx.Node]:
         node = current(source)
         for step in steps:
             arguments = torch.fx.map_arg(step.arguments, current)
-            key = (node, step.target, str(arguments))
+            key = (node, step.target, str(arguments), step.keywords)
             if key not in built:
                 call = graph.call_method if isinstance(step.target, str) else graph.call_function
-                built[key] = call(step.target, (node, *arguments))  # type: ignore[arg-type]
+                built[key] = call(step.target, (node, *arguments), dict(step.keywords))  # type: ignore[arg-type]
                 value = example(node)
                 if isinstance(value, torch.Tensor):
                     with torch.no_grad():

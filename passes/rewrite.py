@@ -11,14 +11,11 @@ from torch import fx
 
 from sla_compile.passes.decide import Rewrite
 from sla_compile.passes.find_attention import AttentionCall, Marker
-from sla_compile.passes.node_ops import VIEWS, read
+from sla_compile.passes.memory_layout import in_any_layout, laid_out_as
 from sla_compile.passes.operands import REPLACED_BY, Step, after, build, example
 from sla_compile.passes.token_order import back
 
-__all__ = ["REWRITTEN_FROM", "copied_meta", "erase_markers", "replace_attention"]
-
-REWRITTEN_FROM = "sla_rewritten_from"
-"""Key in the meta of a node whose target was changed: the target it had."""
+__all__ = ["copied_meta", "erase_markers", "replace_attention"]
 
 
 def replace_attention(
@@ -42,17 +39,17 @@ def replace_attention(
             name=name,
         )
         output = graph.call_function(operator.getitem, (results, 0))
-        scaling = () if scaled_by is None else _scaling(output, scaled_by, example(query), example(node))
+        output.meta["example_value"] = _result(example(query), example(node))
+        scaling = () if scaled_by is None else (Step("mul", (scaled_by,)), Step("type_as", (output,)))
         (restored,) = build(graph, (back(after(output, *scaling), decision.order.queries, *call.restore),))
+        if not in_any_layout(node, example(restored)):
+            (restored,) = build(graph, (after(restored, *laid_out_as(example(node))),))
     added = _between(before, node)
     for new in added:
         known = {key: value for key, value in new.meta.items() if key == "example_value"}
         new.meta = {**copied_meta(node), **known}
-    if "example_value" in node.meta:
-        restored.meta["example_value"] = node.meta["example_value"]
     node.replace_all_uses_with(restored)
     node.meta[REPLACED_BY] = added
-    _allow_any_layout(restored)
     graph.erase_node(node)
     _erase_unused(graph, call.interior)
     return restored
@@ -76,15 +73,10 @@ def _gate(graph: fx.Graph, marker: Marker, linear: str) -> tuple[fx.Node, fx.Nod
     return weight, bias, scale
 
 
-def _scaling(output: fx.Node, scale: fx.Node, query: Any, dense: Any) -> tuple[Step, ...]:
-    """The steps from the op's ``output`` to the scaled one, in its dtype: the gate's may be a wider one.
-
-    PyTorch's compile caches take a method call only on what has a traced value, so ``output`` gets one.
-    """
-    if isinstance(query, torch.Tensor) and isinstance(dense, torch.Tensor):
-        batch, heads, tokens, dim = query.shape
-        output.meta["example_value"] = query.new_empty(batch, tokens, heads, dim, dtype=dense.dtype).transpose(1, 2)
-    return Step("mul", (scale,)), Step("type_as", (output,))
+def _result(query: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """A traced value for the op's output (B, H, N, D): in memory (B, N, H, D), in the dtype of the ``dense`` one."""
+    batch, heads, tokens, dim = query.shape
+    return query.new_empty(batch, tokens, heads, dim, dtype=dense.dtype).transpose(1, 2)
 
 
 def copied_meta(node: fx.Node) -> dict[str, Any]:
@@ -105,26 +97,6 @@ def _erase_unused(graph: fx.Graph, interior: Iterable[fx.Node]) -> None:
     for node in interior:
         if not node.users and not node._erased:
             graph.erase_node(node)
-
-
-_AS_RESHAPES: dict[Any, Any] = {
-    "view": "reshape",
-    "view_as": "reshape_as",
-    torch.ops.aten.view: torch.ops.aten.reshape,
-    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
-}
-
-
-def _allow_any_layout(output: fx.Node) -> None:
-    """Turn views of ``output`` into reshapes: they were legal in the layout that SDPA's own kernel returned."""
-    for user in output.users:
-        op = read(user)
-        if op.word not in VIEWS or op.in_place or op.input is not output:
-            continue
-        if op.word == "reshape" and user.target in _AS_RESHAPES:
-            user.meta[REWRITTEN_FROM] = user.target
-            user.target = _AS_RESHAPES[user.target]
-        _allow_any_layout(user)
 
 
 def erase_markers(markers: Iterable[Marker]) -> None:

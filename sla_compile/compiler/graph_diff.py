@@ -14,8 +14,8 @@ from torch import fx
 
 from sla_compile.compiler.sites import Site
 from sla_compile.passes.hoist_gathers import MOVED_HERE
+from sla_compile.passes.memory_layout import REWRITTEN_FROM
 from sla_compile.passes.operands import REPLACED_BY
-from sla_compile.passes.rewrite import REWRITTEN_FROM
 
 __all__ = ["site_diff"]
 
