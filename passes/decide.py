@@ -30,6 +30,7 @@ from sla_compile.passes.token_order import (
     ordered_mask,
     token_order,
 )
+from sla_compile.passes.view_axes import split_off
 
 __all__ = ["Decision", "Keep", "Requirements", "Rewrite", "Shape", "decide", "example_shape"]
 
@@ -75,6 +76,8 @@ class Rewrite:
     always_critical: tuple[int, ...] = ()
     """start, stop, start, stop, ... of key tokens in ``order``, by the rules of slices."""
     order: TokenOrder = AS_IT_IS
+    mean_if_masked: bool = False
+    """An item all of whose keys ``key_mask``, a boolean one, masks gives the mean of its values."""
 
     def operands(self, call: AttentionCall) -> tuple[Source, Source, Source]:
         """Queries, keys and values with as many heads each, their tokens in ``order``."""
@@ -163,6 +166,8 @@ def decide(
     mask = key_mask(call) if call.attn_mask is not None else None
     if isinstance(mask, Obstacle):
         return Keep(mask.reason, mask.value, mask.accepted)
+    if pairs.known_late:
+        return Keep("the number of tokens is known only at run time", pairs.value, "min_tokens=0")
     # A condition on a symbolic size becomes a guard of the graph: below it, the call has to be dense again.
     if not pairs.enough:
         return Keep("short sequence", pairs.value, pairs.accepted, pairs.condition(enough=False))
@@ -175,6 +180,7 @@ def decide(
         repeats=int(shape.heads) // int(_example(call.key).shape[1]),
         always_critical=ranges,
         order=order,
+        mean_if_masked=call.mean_if_masked,
     )
 
 
@@ -194,6 +200,10 @@ def _refuse_form(call: AttentionCall, requirements: Requirements) -> Keep | None
         return Keep("scale is not a fixed number", f"scale={_describe(scale)}", "a finite number or None")
     if call.merged_heads and requirements.per_head:
         return Keep("batch and heads are one axis", _describe(call.query), 'gate="shared", or (B, H, N, D) tensors')
+    if requirements.per_head and split_off(call.query, (0, 1)) == 0:
+        return Keep(
+            "heads are where the batch should be", _describe(call.query), 'gate="shared", or (B, H, N, D) tensors'
+        )
     return None
 
 

@@ -7,13 +7,13 @@ as activation checkpointing. Each node's ``nn_module_stack`` says which modules'
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from sla_compile.passes.attention_call import AttentionCall, ModuleCall, module_stack
+from sla_compile.passes.attention_call import AttentionCall, ModuleCall, Obstacle, module_stack
 from sla_compile.passes.handwritten import scaled_matmul_softmax_matmul
 from sla_compile.passes.library_calls import attention_inside_call
 
@@ -75,8 +75,20 @@ def graphs(root: fx.GraphModule) -> Iterator[fx.GraphModule]:
 
 def find_attention(root: fx.GraphModule) -> list[AttentionCall]:
     """Every attention of ``root`` and its subgraphs, fused or written out, in graph order."""
-    found = (_attention(node, module) for module in graphs(root) for node in module.graph.nodes)
-    return [call for call in found if call is not None]
+    return [call for module in graphs(root) for call in _in_graph(module)]
+
+
+def _in_graph(module: fx.GraphModule) -> Iterator[AttentionCall]:
+    transforms: list[str] = []
+    for node in module.graph.nodes:
+        name = str(getattr(node.target, "__name__", ""))
+        if name.endswith("_increment_nesting"):
+            transforms.append(name.removesuffix("_increment_nesting").strip("_"))
+        elif name.endswith("_decrement_nesting"):
+            del transforms[-1:]
+        elif (call := _attention(node, module)) is not None:
+            where = Obstacle("inside a transform of torch.func", ", ".join(transforms), "a call outside of it")
+            yield replace(call, obstacle=where) if transforms else call
 
 
 def _attention(node: fx.Node, module: fx.GraphModule) -> AttentionCall | None:

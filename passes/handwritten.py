@@ -7,6 +7,7 @@ einsum and any transpose is the same pattern. What differs in anything is not to
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,7 +129,8 @@ def _normal_form(
     if summed in query.axes:
         query, key = key, query
     own = [axis for axis in query.axes if axis not in key.axes]
-    batch = tuple(axis for axis in trail.axes if axis in query.axes and axis in key.axes)
+    # in the order of the queries: (batch, heads), however the scores have them
+    batch = tuple(axis for axis in query.axes if axis in key.axes and axis in trail.axes)
     if "" in query.axes + key.axes or len(own) != 1 or own[0] in value.axes or not batch:
         return None
     if not {*batch, summed} <= {*value.axes} or summed in query.axes or summed not in key.axes:
@@ -162,6 +164,7 @@ def _normal_form(
         restore=restore,
         interior=interior if end is node else (node, *interior),
         merged_heads=inputs.merged,
+        mean_if_masked=mask is not None and mask.fill is not None and math.isfinite(mask.fill),
         obstacle=trail.obstacle,
     )
 

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sla_compile.passes.attention_call import AttentionCall, Obstacle
 from sla_compile.passes.node_ops import ELEMENTWISE, NodeOp, disturbs, read
-from sla_compile.passes.operands import Source, Step, after, example
+from sla_compile.passes.operands import Source, Step, after, example, memory
 from sla_compile.passes.view_axes import origins, same_size
 
 __all__ = ["constant_along", "key_mask"]
@@ -104,17 +104,17 @@ def _needs(source: Source, axis: int, group: Group) -> Needs:
 
 def _written(node: fx.Node) -> bool:
     """Whether anything writes to the memory of ``node`` later, so that its making does not tell its values."""
-    return _written_by_users(node, example(node).untyped_storage()._cdata)
+    return _written_by_users(node, memory(example(node)))
 
 
-def _written_by_users(node: fx.Node, memory: int) -> bool:
+def _written_by_users(node: fx.Node, written: int | None) -> bool:
     for user in node.users:
-        if disturbs(user):
+        if disturbs(user) or written is None:
             return True
         value = example(user)
         views = value if isinstance(value, tuple | list) else (value,)  # chunk and the like give several
-        shared = any(isinstance(view, torch.Tensor) and view.untyped_storage()._cdata == memory for view in views)
-        if shared and _written_by_users(user, memory):
+        shared = any(isinstance(view, torch.Tensor) and memory(view) in (written, None) for view in views)
+        if shared and _written_by_users(user, written):
             return True
     return False
 

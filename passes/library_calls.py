@@ -229,7 +229,7 @@ def _token_major(
     if not isinstance(example(mask), torch.Tensor):
         bias = ""
     known = {*names, *options, *_HARMLESS, bias}
-    odd = [name for name, value in given.items() if name not in known and value != parameters.get(name)]
+    odd = [name for name, value in given.items() if name not in known and not _equal(value, parameters.get(name))]
     obstacle = None
     if odd:
         text = ", ".join(f"{name}={given[name]}" for name in odd)
@@ -259,6 +259,13 @@ def _token_major(
         interior=interior,
         obstacle=obstacle,
     )
+
+
+def _equal(value: Any, default: Any) -> bool:
+    """Whether an argument is the default: a graph has lists for tuples."""
+    if isinstance(value, tuple | list) and isinstance(default, tuple | list):
+        return tuple(value) == tuple(default)
+    return not isinstance(value, fx.Node) and bool(value == default)
 
 
 _READERS: dict[Any, Reader] = {

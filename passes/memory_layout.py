@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from sla_compile.passes.node_ops import read, writes
-from sla_compile.passes.operands import Step, example
+from sla_compile.passes.operands import Step, example, memory
 from sla_compile.passes.view_axes import same_size
 
 __all__ = ["REWRITTEN_FROM", "in_any_layout", "laid_out_as"]
@@ -26,6 +26,7 @@ REWRITTEN_FROM = "sla_rewritten_from"
 
 _MOST_NODES = 400
 _BY_ADDRESS = {"as_strided", "set", "view_dtype", "view_as_real", "view_as_complex"}
+_KNOWN = ("sla::", "einops.")
 _AS_RESHAPES: dict[Any, Any] = {
     "view": "reshape",
     "view_as": "reshape_as",
@@ -75,9 +76,9 @@ def _again(step: fx.Node, changed: Mapping[fx.Node, Any]) -> tuple[Any, Any]:
     if written:
         return (None, None) if written & changed.keys() else (step.target, None)
     word = read(step).word
-    ours = word.startswith("sla::")
-    elsewhere = "::" in word or "." in word or isinstance(step.target, torch._ops.HigherOrderOperator)
-    if word in _BY_ADDRESS or not word or (elsewhere and not ours) or "unbacked_bindings" in step.meta:
+    elsewhere = ("::" in word or "." in word) and not word.startswith(_KNOWN)
+    higher_order = isinstance(step.target, torch._ops.HigherOrderOperator)
+    if word in _BY_ADDRESS or not word or elsewhere or higher_order or "unbacked_bindings" in step.meta:
         return None, None
     for target in dict.fromkeys((step.target, _AS_RESHAPES.get(step.target))):
         try:
@@ -98,9 +99,9 @@ def _run(step: fx.Node, target: Any, changed: Mapping[fx.Node, Any]) -> Any:
 def _differs(step: fx.Node, result: Any, changed: Mapping[fx.Node, Any]) -> bool:
     """Whether ``result`` lies otherwise than what ``step`` gave, or shares memory with what does."""
     inputs = [node for node in step.all_input_nodes if node in changed]
-    shared = {memory for node in inputs for value in (changed[node], example(node)) for memory in _memories(value)}
+    shared = {place for node in inputs for value in (changed[node], example(node)) for place in _memories(value)}
     before, after = list(_tensors(example(step))), list(_tensors(result))
-    if len(before) != len(after) or shared & {*_memories(before), *_memories(after)}:
+    if len(before) != len(after) or {*shared, None} & {*_memories(before), *_memories(after)}:
         return True
     return not all(map(_same_strides, before, after))
 
@@ -108,8 +109,8 @@ def _differs(step: fx.Node, result: Any, changed: Mapping[fx.Node, Any]) -> bool
 def _same_outputs(output: fx.Node, changed: Mapping[fx.Node, Any]) -> bool:
     """Whether who gets the outputs of the graph sees no difference: in strides, or in what shares memory."""
     seen = [node for node in output.all_input_nodes if node in changed]
-    alike = all(_same_strides(*pair) for node in seen for pair in zip(*map(_tensors, (example(node), changed[node]))))
-    return alike and len(seen) <= 1
+    pairs = [pair for node in seen for pair in zip(_tensors(example(node)), _tensors(changed[node]), strict=True)]
+    return len(seen) <= 1 and all(_same_strides(*pair) for pair in pairs)
 
 
 def _nodes(argument: Any) -> list[fx.Node]:
@@ -126,8 +127,8 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(part)
 
 
-def _memories(value: Any) -> set[int]:
-    return {tensor.untyped_storage()._cdata for tensor in _tensors(value)}
+def _memories(value: Any) -> set[int | None]:
+    return {memory(tensor) for tensor in _tensors(value)}
 
 
 def _same_strides(left: torch.Tensor, right: torch.Tensor) -> bool:

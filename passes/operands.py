@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["REPLACED_BY", "Operand", "Source", "Step", "after", "build", "current", "example"]
+__all__ = ["REPLACED_BY", "Operand", "Source", "Step", "after", "build", "current", "example", "memory"]
 
 REPLACED_BY = "sla_replaced_by"
 """Key in the meta of an erased node: the nodes that stand there now, the last with its value."""
@@ -82,6 +82,14 @@ def example(argument: Any) -> Any:
     if isinstance(argument, fx.Node | Operand):
         return argument.meta.get("example_value", argument.meta.get("val"))
     return argument
+
+
+def memory(value: torch.Tensor) -> int | None:
+    """Which memory a tensor lies in, as a number; None where it does not tell, as inside a transform of torch.func."""
+    try:
+        return value.untyped_storage()._cdata
+    except NotImplementedError:
+        return None
 
 
 def current(node: fx.Node) -> fx.Node:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 __all__ = ["SkippablePairs", "UnknownRange", "forced_tokens", "token_ranges"]
 
@@ -79,6 +80,14 @@ class SkippablePairs:
         """Whether it is too short at any size that the graph can have."""
         enough = self.enough
         return isinstance(enough, bool) and not enough
+
+    @property
+    def known_late(self) -> bool:
+        """Whether only a run tells if there is enough: the count is data, as that of ``nonzero`` is."""
+        enough = self.enough
+        if isinstance(enough, bool) or statically_known_true(enough) or statically_known_true(torch.sym_not(enough)):
+            return False
+        return bool(free_unbacked_symbols(enough))
 
     def condition(self, enough: bool) -> str | None:
         """The guard that asking for ``enough`` makes; None where the sizes are fixed or nothing is asked."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,12 +30,12 @@ def replace_attention(
     graph, node = call.module.graph, call.node
     before = node.prev
     with graph.inserting_before(node):
-        query, key, value, *key_mask = build(graph, (*decision.operands(call), *decision.masks()))
+        query, key, value, key_mask = _operands(graph, call, decision)
         weight, bias, scaled_by = _gate(graph, marker, options["linear"])
         results = graph.create_node(
             "call_function",
             torch.ops.sla.forward.default,
-            (query, key, value, weight, bias, key_mask[0] if key_mask else None, marker.sparsity),
+            (query, key, value, weight, bias, key_mask, marker.sparsity),
             {**decision.options(), **options},
             name=name,
         )
@@ -53,6 +54,24 @@ def replace_attention(
     graph.erase_node(node)
     _erase_unused(graph, call.interior)
     return restored
+
+
+def _operands(
+    graph: fx.Graph, call: AttentionCall, decision: Rewrite
+) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None]:
+    """Queries, keys, values and the key mask for the op."""
+    if not decision.mean_if_masked:
+        query, key, value, *key_mask = build(graph, (*decision.operands(call), *decision.masks()))
+        return query, key, value, key_mask[0] if key_mask else None
+    # queries of zero weigh all keys alike; and the gradients are those of filled scores too
+    (key_mask,) = decision.masks()
+    nothing = after(key_mask, Step("any", (-1, True)), Step("logical_not"))
+    of_keys, of_queries = build(graph, (nothing, after(nothing, *[Step("unsqueeze", (-1,))] * 2)))
+    masked = replace(call, query=after(call.query, Step("masked_fill", (of_queries, 0.0))))
+    query, key, value, mask = build(
+        graph, (*decision.operands(masked), after(key_mask, Step("logical_or", (of_keys,))))
+    )
+    return query, key, value, mask
 
 
 def _gate(graph: fx.Graph, marker: Marker, linear: str) -> tuple[fx.Node, fx.Node, fx.Node | None]:

@@ -15,7 +15,7 @@ from torch import fx
 
 from sla_compile.passes.axes import ALIGNED, Atom, Axis, Labels, is_labels, size_of, through, unpacked
 from sla_compile.passes.node_ops import NodeOp, read, tensor
-from sla_compile.passes.operands import Operand, after, example
+from sla_compile.passes.operands import Operand, after, example, memory
 from sla_compile.passes.spellings import spelling_of
 from sla_compile.passes.token_order import Grid
 from sla_compile.passes.view_axes import origins_of_write, same_size
@@ -91,10 +91,10 @@ class Followed:
         value = tensor(written)
         if value is None:
             return
-        memory = value.untyped_storage()._cdata
+        here = memory(value)
         for node in list(self.labels):
             other = tensor(node)
-            if node is written or (other is not None and other.untyped_storage()._cdata == memory):
+            if node is written or (other is not None and (here is None or memory(other) in (here, None))):
                 del self.labels[node]
 
     def _subgraph(self, node: fx.Node, gm: fx.GraphModule) -> Any:

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from sla_compile.passes.node_ops import VIEWS, NodeOp, pieces, whole_index
+from sla_compile.passes.node_ops import ELEMENTWISE, VIEWS, NodeOp, pieces, read, tensor, whole_index
 
-__all__ = ["Origin", "origins", "origins_of_pieces", "origins_of_write", "same_size"]
+__all__ = ["Origin", "origins", "origins_of_pieces", "origins_of_write", "same_size", "split_off"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,32 @@ def origins_of_pieces(op: NodeOp) -> list[Origins] | None:
     """The same for each tensor that chunk, split or unbind gives."""
     found = pieces(op) if op.word in ("split", "unbind") else None
     return None if found is None else [_indexed(index) for index in found]
+
+
+def split_off(source: Any, axes: Sequence[int]) -> int | None:
+    """The one of ``axes`` of ``source`` that a regrouping split off another axis; None where none, or several, were.
+
+    As the axis of heads, from the channels of a projection. It is followed back through views and element by element.
+    """
+    places = {axis: axis for axis in axes}
+    while (op := read(source)).word in VIEWS | ELEMENTWISE | {"layer_norm", "rms_norm"} and op.tensor is not None:
+        here, source = tensor(source), op.input
+        if op.word not in VIEWS:
+            if here is None or here.dim() != op.tensor.dim():
+                return None
+            continue
+        found = origins(op)
+        if found is None:
+            return None
+        split = [axis for axis, place in places.items() if found[place] is None]
+        if split:
+            return split[0] if len(split) == 1 and op.word == "reshape" else None
+        for axis, place in places.items():
+            origin = found[place]
+            if origin is None or origin.axis is None:
+                return None
+            places[axis] = origin.axis
+    return None
 
 
 def origins_of_write(op: NodeOp) -> Origins | None:

@@ -12,6 +12,8 @@ and erases it. A prepared model that is not compiled computes exactly what the d
 from __future__ import annotations
 
 import contextlib
+import inspect
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,6 +40,7 @@ __all__ = [
     "gate_name",
     "gate_parameters",
     "gates",
+    "iterates_over_children",
     "mark_from_children",
     "marked_exports",
     "model_config",
@@ -193,7 +196,9 @@ class GateMarker:
         if torch.compiler.is_dynamo_compiling() or _MARK_EXPORTS[0]:
             owner = module if self.owner is None else self.owner
             for name in self.names:
-                gate = getattr(owner, name)
+                gate = getattr(owner, name, None)
+                if not isinstance(gate, Gate):  # taken away by hand
+                    continue
                 tensors = gate.weight, gate.bias, gate.sparsity, gate.log_scale
                 torch.ops.sla.gate(*tensors, gate.ordinal, gate.settings, self.owner is not None)
 
@@ -333,6 +338,21 @@ def _called_children(owner: nn.Module) -> Iterator[nn.Module]:
             yield from _called_children(child)
         elif not isinstance(child, Gate):
             yield child
+
+
+def iterates_over_children(module: nn.Module) -> bool:
+    """Whether the forward of ``module`` may call each of its children in a loop, of which a gate would be one."""
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return True
+    forward = inspect.unwrap(getattr(module.forward, "__func__", module.forward))
+    pending = [getattr(forward, "__code__", None)]
+    while pending:
+        code = pending.pop()
+        if isinstance(code, types.CodeType):
+            if {"children", "named_children", "_modules"} & {*code.co_names}:
+                return True
+            pending += code.co_consts
+    return False
 
 
 def _replace_marker(module: nn.Module, names: tuple[str, ...], owner: nn.Module | None) -> None:

@@ -17,7 +17,7 @@ from sla_compile.common.limits import DTYPES
 from sla_compile.common.token_orders import RASTER
 from sla_compile.compat import Frame, plain_module_path, runs_forward_of
 from sla_compile.config import SITE_FIELDS, SLAConfig
-from sla_compile.gate import PREPARED, Gate, gate_name, own_gates, refuse_other_form
+from sla_compile.gate import PREPARED, Gate, gate_name, iterates_over_children, own_gates, refuse_other_form
 from sla_compile.gate_settings import NO_GRIDS, GateSpec, SeenGrids, settings_from_json
 from sla_compile.memory import remember_root_calls, root_calls
 from sla_compile.module_paths import module_paths
@@ -187,6 +187,8 @@ def _site(
         decision = Keep(rejected, path, "a path that include selects and exclude does not")
     elif owner is None:
         decision = Keep("no module owns this attention", "a plain function calls it", "a call in a forward")
+    elif iterates_over_children(owner):
+        decision = Keep("its module runs over its children", path, "children called by name: a gate is a child too")
     else:
         decision = decide(call, requirements(config), seen)
     if isinstance(decision, Rewrite) and marker is not None and marker.module is not call.module:
