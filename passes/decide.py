@@ -198,12 +198,19 @@ def _refuse_form(call: AttentionCall, requirements: Requirements) -> Keep | None
     scale = call.scale
     if scale is not None and (type(scale) not in (int, float) or not math.isfinite(scale)):
         return Keep("scale is not a fixed number", f"scale={_describe(scale)}", "a finite number or None")
-    if call.merged_heads and requirements.per_head:
-        return Keep("batch and heads are one axis", _describe(call.query), 'gate="shared", or (B, H, N, D) tensors')
-    if requirements.per_head and split_off(call.query, (0, 1)) == 0:
-        return Keep(
-            "heads are where the batch should be", _describe(call.query), 'gate="shared", or (B, H, N, D) tensors'
-        )
+    return _refuse_heads(call) if requirements.per_head else None
+
+
+def _refuse_heads(call: AttentionCall) -> Keep | None:
+    """Where the second axis of (B, H, N, D) may be another than the heads, each of which is to have its gate."""
+    accepted = 'gate="shared", or (B, H, N, D) tensors'
+    if call.merged_heads:
+        return Keep("batch and heads are one axis", _describe(call.query), accepted)
+    told = {split_off(side, (0, 1)) for side in (call.query, call.key, call.value)}
+    if 0 in told:
+        return Keep("heads are where the batch should be", _describe(call.query), accepted)
+    if call.mixed_heads and 1 not in told:
+        return Keep("batch and heads are in different orders", _describe(call.query), accepted)
     return None
 
 

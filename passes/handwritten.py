@@ -136,6 +136,7 @@ def _normal_form(
     if not {*batch, summed} <= {*value.axes} or summed in query.axes or summed not in key.axes:
         return None
     width = next(axis for axis in value.axes if axis not in (*batch, summed))
+    orders = {tuple(axis for axis in side.axes if axis in batch) for side in (query, key, value)}
     inputs = Inputs.of(query, key, value, batch=batch, tokens=(own[0], summed), width=width)
     interior = tuple(dict.fromkeys([*trail.passed, *inputs.passed]))
     if {query.node, key.node, value.node} & {*trail.passed} or _disturbed(node, {*interior}):
@@ -164,6 +165,7 @@ def _normal_form(
         restore=restore,
         interior=interior if end is node else (node, *interior),
         merged_heads=inputs.merged,
+        mixed_heads=len(orders) > 1,
         mean_if_masked=mask is not None and mask.fill is not None and math.isfinite(mask.fill),
         obstacle=trail.obstacle,
     )
