@@ -266,6 +266,20 @@ def mode_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights @ v
 
 
+def swapped_back_wrongly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scores whose batch and heads change places between the products, by views of the same sizes."""
+    q, k, v = (x.reshape(BATCH * HEADS, TOKENS, HEAD_DIM) for x in (q, k, v))
+    weights = torch.bmm(q, k.mT).view(HEADS, BATCH, TOKENS, TOKENS).transpose(0, 1)
+    return torch.bmm(weights.reshape(BATCH * HEADS, TOKENS, TOKENS).softmax(-1), v)
+
+
+def into_a_buffer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.reshape(BATCH * HEADS, TOKENS, HEAD_DIM) for x in (q, k, v))
+    buffer = q.new_zeros(2, *q.shape)
+    torch.bmm(torch.bmm(q, k.mT).softmax(-1), v, out=buffer[0])
+    return buffer
+
+
 # Graphs next to the pattern that are not listed as attention at all.
 UNLISTED: dict[str, Callable[..., Any]] = {
     "softmax over queries": lambda q, k, v: (scores(q, k) * SCALE).softmax(-2) @ v,
@@ -292,6 +306,8 @@ UNLISTED: dict[str, Callable[..., Any]] = {
     "weights are the scores": lambda q, k, v: scores(q, k) @ v,
     "a tensor changed in place between": changed_between,
     "a mode changed between": mode_between,
+    "batch and heads of the scores swapped": swapped_back_wrongly,
+    "written into a buffer": into_a_buffer,
     "rounded scores": lambda q, k, v: scores(q, k).bfloat16().softmax(-1).float() @ v,
 }
 
@@ -390,6 +406,60 @@ def test_an_in_place_scale_of_the_queries_is_not_applied_twice() -> None:
     capture, output = run(scaled_in_place, *inputs, topk=1.0, bottomk=0.0)
     assert capture.rewritten == 1
     assert_close("topk=1 is dense attention", output, scaled_in_place(*inputs), 1e-12)
+
+
+def values_changed_behind(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Between the second product and the view of it by heads."""
+    q, k, v = (x.reshape(BATCH * HEADS, TOKENS, HEAD_DIM) * 1 for x in (q, k, v))
+    out = torch.bmm(torch.bmm(q, k.mT).mul(SCALE).softmax(-1), v)
+    v -= 1
+    return out.view(BATCH, HEADS, TOKENS, HEAD_DIM) + v.view(BATCH, HEADS, TOKENS, HEAD_DIM)
+
+
+def swapped_and_back(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.reshape(BATCH * HEADS, TOKENS, HEAD_DIM) for x in (q, k, v))
+    weights = torch.bmm(q, k.mT).view(BATCH, HEADS, TOKENS, TOKENS).transpose(0, 1).transpose(0, 1)
+    return torch.bmm(weights.reshape(BATCH * HEADS, TOKENS, TOKENS).softmax(-1), v)
+
+
+@pytest.mark.parametrize("call", [values_changed_behind, swapped_and_back])
+def test_what_is_put_back_or_comes_later_does_not_matter(call: Call) -> None:
+    inputs = qkv(dtype=torch.float64)
+    capture, output = run(call, *inputs, topk=1.0, bottomk=0.0)
+    assert capture.rewritten == 1
+    assert_close("topk=1 is dense attention", output, call(*inputs), 1e-12)
+
+
+class HeadsBefore(nn.Module):
+    """Of (B, N, C): the scores, or all of it, have the heads before the batch."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(32, 3 * HEADS * HEAD_DIM)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, HEAD_DIM)).permute(2, 0, 3, 1, 4)
+        if self.how == "in the scores":
+            weights = torch.einsum("bhid,bhjd->hbij", q, k).softmax(-1)
+            return torch.einsum("hbij,bhjd->bhid", weights, v)
+        if self.how == "in the queries":
+            q = q.transpose(0, 1)
+            return torch.einsum("hbij,bhjd->bhid", torch.einsum("hbid,bhjd->hbij", q, k).softmax(-1), v)
+        return F.scaled_dot_product_attention(*(side.transpose(0, 1) for side in (q, k, v))).transpose(0, 1)
+
+
+@pytest.mark.parametrize("how", ["in the scores", "in the queries", "everywhere"])
+def test_gates_per_head_are_of_the_heads(how: str) -> None:
+    model, x = nn.Sequential(HeadsBefore(how)).double(), torch.randn(3, TOKENS, 32, dtype=torch.float64)
+    capture = Capture(topk=1.0, bottomk=0.0, gate="per_head")
+    output = torch.compile(model, backend=capture)(x)
+    assert_close("topk=1 is dense attention", output, model(x), 1e-12)
+    if how == "in the scores":
+        assert model[0].sla.weight.shape == (HEADS, HEAD_DIM, HEAD_DIM)
+    else:
+        assert isinstance(keep := capture.sites[0].decision, Keep)
+        assert keep.reason == "heads are where the batch should be"
 
 
 def mask_on_merged_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

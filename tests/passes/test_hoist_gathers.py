@@ -137,12 +137,57 @@ class WritingAside(Attention):
         return self.out(sdpa(q * scale, k, v).transpose(1, 2).flatten(2)) + scale
 
 
+def by_heads(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
+
+
+class AnotherWay(Attention):
+    """One of the three does not come through a linear projection, so its tokens would stay where they were."""
+
+    def __init__(self, way: str, side: int) -> None:
+        super().__init__()
+        self.way, self.side = way, side
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        sides = [*self.heads(x)]
+        if self.way == "conv1x1":
+            made = F.conv1d(x.mT, self.weight[..., None]).mT
+        elif self.way == "matmul":
+            made = x @ self.weight
+        elif self.way == "einsum":
+            made = torch.einsum("bnc,cd->bnd", x, self.weight)
+        else:
+            made = x
+        sides[self.side] = by_heads(made)
+        return self.out(sdpa(*sides).transpose(1, 2).flatten(2))
+
+
+class ValuesOverwritten(Attention):
+    """The first tokens of the values are a constant, before they are by heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, WIDTH)).permute(2, 0, 1, 3)
+        v = v * 1
+        v[:, :20] = 0
+        return self.out(sdpa(by_heads(q), by_heads(k), by_heads(v)).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("way", "side"), [("conv1x1", 2), ("matmul", 1), ("einsum", 0), ("none", 2)])
+def test_gathers_stay_where_one_side_comes_another_way(way: str, side: int) -> None:
+    assert_gathers_stay(AnotherWay(way, side))
+
+
 @pytest.mark.parametrize(
     "kind",
-    [Leaking, Random, Normed, RMSNormed, GroupNormed, Overwritten, ChangedBetween, WritingAside],
+    [ValuesOverwritten, Leaking, Random, Normed, RMSNormed, GroupNormed, Overwritten, ChangedBetween, WritingAside],
 )
 def test_gathers_stay_where_something_else_reads_the_same_tokens(kind: type[Attention]) -> None:
-    model, x = nn.Sequential(kind()).double(), torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
+    assert_gathers_stay(kind())
+
+
+def assert_gathers_stay(owner: nn.Module) -> None:
+    model, x = nn.Sequential(owner).double(), torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
     capture = Capture(**TILES, **EXACT)
     torch.manual_seed(1)
     output = torch.compile(model, backend=capture)(x)

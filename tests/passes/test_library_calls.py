@@ -179,6 +179,7 @@ FOREIGN = {
     "flash, causal": lambda f, q, k, v: f.flash(q, k, v, causal=True),
     "flash in groups": lambda f, q, k, v: f.flash(q, k[:, :, :1], v[:, :, :1]),
     "flash with a scale": lambda f, q, k, v: f.flash(q, k, v, 0.0, 0.3, deterministic=True),
+    "flash with its default window": lambda f, q, k, v: f.flash(q, k, v, window_size=[-1, -1]),
     "xformers": lambda f, q, k, v: f.xformers(q, k, v, scale=0.3),
     "xformers of one head": lambda f, q, k, v: f.xformers(q, k, v, None, 0.0),
 }

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, fx
 
@@ -90,7 +89,7 @@ def check(seed: str) -> str:
     if len(decisions) != len(p.cores) or not all(core.defined for core in p.cores):
         return "rewritten"
     same_per_head = all(
-        isinstance(decision, Keep) or not per_head or not decision.shape is None for _, decision in decisions
+        isinstance(decision, Keep) or not per_head or decision.shape is not None for _, decision in decisions
     )
     assert same_per_head
 
