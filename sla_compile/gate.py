@@ -12,8 +12,6 @@ and erases it. A prepared model that is not compiled computes exactly what the d
 from __future__ import annotations
 
 import contextlib
-import inspect
-import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,7 +38,6 @@ __all__ = [
     "gate_name",
     "gate_parameters",
     "gates",
-    "iterates_over_children",
     "mark_from_children",
     "marked_exports",
     "model_config",
@@ -338,21 +335,6 @@ def _called_children(owner: nn.Module) -> Iterator[nn.Module]:
             yield from _called_children(child)
         elif not isinstance(child, Gate):
             yield child
-
-
-def iterates_over_children(module: nn.Module) -> bool:
-    """Whether the forward of ``module`` may call each of its children in a loop, of which a gate would be one."""
-    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        return True
-    forward = inspect.unwrap(getattr(module.forward, "__func__", module.forward))
-    pending = [getattr(forward, "__code__", None)]
-    while pending:
-        code = pending.pop()
-        if isinstance(code, types.CodeType):
-            if {"children", "named_children", "_modules"} & {*code.co_names}:
-                return True
-            pending += code.co_consts
-    return False
 
 
 def _replace_marker(module: nn.Module, names: tuple[str, ...], owner: nn.Module | None) -> None:

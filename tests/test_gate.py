@@ -125,3 +125,13 @@ def test_a_gate_is_not_called() -> None:
     with pytest.raises(TypeError, match=r"gate 'a\.sla' is not called"):
         gate(torch.zeros(1))
     assert "head_dim=16" in repr(gate)
+
+
+def test_a_gate_that_was_taken_away_by_hand_is_not_read() -> None:
+    model, x = Model(), random_input()
+    dense = model(x)
+    sla_compile.prepare(model, (x,), config=OPTIONS)
+    model.blocks[0].attention.sla = None
+    del model.blocks[1].attention.sla
+    assert not sla_compile.gates(model)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), dense)

@@ -16,8 +16,9 @@ from torch import fx, nn
 from sla_compile.common.limits import DTYPES
 from sla_compile.common.token_orders import RASTER
 from sla_compile.compat import Frame, plain_module_path, runs_forward_of
+from sla_compile.compiler.owners import iterates_over_children
 from sla_compile.config import SITE_FIELDS, SLAConfig
-from sla_compile.gate import PREPARED, Gate, gate_name, iterates_over_children, own_gates, refuse_other_form
+from sla_compile.gate import PREPARED, Gate, gate_name, own_gates, refuse_other_form
 from sla_compile.gate_settings import NO_GRIDS, GateSpec, SeenGrids, settings_from_json
 from sla_compile.memory import remember_root_calls, root_calls
 from sla_compile.module_paths import module_paths

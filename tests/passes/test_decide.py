@@ -140,3 +140,42 @@ def test_symbolic_head_dimension_stays_dense() -> None:
     torch.compile(Wrapper(Caller(sdpa)), backend=capture, dynamic=True)(*qkv())
     assert capture.rewritten == 0
     assert "heads and head dimension must be fixed" in str(capture.sites[0].decision)
+
+
+@pytest.mark.parametrize(("min_tokens", "tokens"), [(50, 96), (0, 96), (200, 96)])
+def test_a_count_of_tokens_that_only_a_run_gives_is_not_asked_for(min_tokens: int, tokens: int) -> None:
+    def call(x: Tensor) -> Tensor:
+        kept = x[:, :, x[0, 0, :, 0].nonzero()[:, 0]]
+        torch._check(kept.shape[2] > 1)
+        return F.scaled_dot_product_attention(kept, 2 * kept, kept)
+
+    x = torch.randn(2, HEADS, tokens, HEAD_DIM)
+    capture = Capture(min_tokens=min_tokens, topk=1.0, bottomk=0.0)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        output = torch.compile(Wrapper(Caller(call)), backend=capture, fullgraph=True)(x)
+    torch.testing.assert_close(output, call(x))
+    decision = capture.sites[0].decision
+    if min_tokens == 0:
+        assert isinstance(decision, Rewrite)
+    else:
+        reason = "short sequence" if min_tokens > tokens else "the number of tokens is known only at run time"
+        assert isinstance(decision, Keep)
+        assert (decision.reason, capture.rewritten) == (reason, 0)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_transform_of_torch_func_keeps_it_dense(by_hand: bool) -> None:
+    def call(x: Tensor) -> Tensor:
+        if by_hand:
+            return (x @ x.mT).masked_fill(x[:, :1, None, :, 0] > 0, -1e9).softmax(-1) @ x
+        return F.scaled_dot_product_attention(x, x, x)
+
+    model, x = Wrapper(Caller(call)), qkv()[0]
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda y: model(y).square().sum())(x)  # type: ignore[no-any-return]
+
+    capture = Capture()
+    torch.testing.assert_close(torch.compile(gradient, backend=capture)(x), gradient(x))
+    (site,) = capture.sites
+    assert str(site.decision).startswith("inside a transform of torch.func: grad"), site.decision

@@ -146,6 +146,24 @@ def test_it_is_the_definition_below_topk_of_one() -> None:
     assert_close("output", output, expected, 1e-12)
 
 
+@pytest.mark.parametrize("fill", [-1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("where", [False, True])
+def test_an_item_without_keys_gives_the_mean_where_scores_are_filled(fill: float, where: bool) -> None:
+    """Equal scores weigh all values alike, also those of the other items' masked keys."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        scores, mask = q @ k.mT * 0.25, mask[:, None, None]
+        filled = torch.where(mask, scores, fill) if where else scores.masked_fill(~mask, fill)
+        return filled.softmax(-1) @ v
+
+    mask = padding()
+    mask[1] = False
+    assert_masked(call, mask)
+    q, k, v = qkv(dtype=torch.float64)
+    _, output = run(call, q, k, v, mask, **EXACT, reorder="tiles", grid=(4, 4, 6))
+    assert_close("the mean", output[1], v[1].mean(-2, keepdim=True).expand_as(output[1]), 1e-12)
+
+
 def outer(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """HunyuanVideo1.5's: a query that is padding sees nothing."""
     return attention(q, k, v, (mask[:, None, None, :] & mask[:, None, :, None]) | torch.eye(TOKENS, dtype=torch.bool))
