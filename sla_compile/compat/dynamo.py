@@ -7,13 +7,13 @@ import logging
 import re
 import sys
 import types
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from torch import nn
 
+from sla_compile.compat.leftovers import forget_backend, let_go_of_guards, superseded_guards
 from sla_compile.memory import limit_callbacks, remember_limit_callback
 
 __all__ = [
@@ -242,17 +242,16 @@ def forget_code(code: types.CodeType, compiler: Any = None, stale: Callable[[Any
     It does not guard on module hooks. Not ``reset_code``: a compile of ``code`` that is under way holds its entries.
     """
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
-    from torch._dynamo.guards import DeletedGuardManagerWrapper
 
+    dropped = []
     for entry in _debug_get_cache_entry_list(code):
         guards: Any = entry.guard_manager
         if guards.extra_state is None or (compiler and _innermost(entry.backend) != _innermost(compiler)):
             continue
         if stale(guards):
-            deleted: Any = DeletedGuardManagerWrapper("superseded by sla_compile")
-            # A dead entry counts towards recompile_limit unless it is of another module's.
-            deleted.id_matched_objs = {"": weakref.ref(forget_code)}
-            guards.extra_state.invalidate(guards.cache_entry, deleted)
+            guards.extra_state.invalidate(guards.cache_entry, superseded_guards())
+            dropped.append(guards)
+    let_go_of_guards(dropped)
 
 
 @contextlib.contextmanager
@@ -271,6 +270,7 @@ def throw_away_compile() -> Iterator[list[Frame]]:
         finally:
             for frame in frames:
                 forget_code(frame.code, frame.compiler)
+                forget_backend(_innermost(frame.compiler))
             frames.clear()
 
 
