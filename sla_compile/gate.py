@@ -25,7 +25,7 @@ from sla_compile.compat import forget_code, skip_as_root_frame
 from sla_compile.config import SLAConfig
 from sla_compile.gate_settings import CALLED, GateSpec, SeenGrids, settings_to_json
 from sla_compile.memory import take_dense_code
-from sla_compile.module_paths import module_paths
+from sla_compile.module_paths import all_module_paths, inside, module_paths
 
 __all__ = [
     "PREPARED",
@@ -226,8 +226,9 @@ def owner_path(gate_path: str) -> str:
 
 
 def own_gates(owner: nn.Module) -> dict[str, Gate]:
-    """The gates that are children of ``owner``, by name."""
-    return {name: child for name, child in owner._modules.items() if isinstance(child, Gate)}
+    """The gates that are children of ``owner``, or in wrappers there, by name."""
+    found = {name: inside(child) for name, child in owner._modules.items() if child is not None}
+    return {name: gate for name, gate in found.items() if isinstance(gate, Gate) and name == gate_name(gate.ordinal)}
 
 
 def attach_gate(
@@ -241,7 +242,8 @@ def attach_gate(
         ValueError: ``owner`` has something else under the gate's name, or a gate of another shape.
     """
     name = gate_name(spec.ordinal)
-    existing: Gate | None = getattr(owner, name, None)
+    refuse_taken_name(owner, spec.ordinal, spec.path)
+    existing = own_gates(owner).get(name)
     if existing is None:
         gate = Gate(spec, device=device, dtype=dtype)
         gate.train(owner.training)
@@ -250,25 +252,29 @@ def attach_gate(
         for code in take_dense_code(owner):  # Dynamo does not guard on hooks
             forget_code(code)
         return gate
-    refuse_taken_name(owner, spec.ordinal, spec.path)
     refuse_other_form(existing, spec)
-    before, after = existing.config, spec.config
+    for copy in (module for module in getattr(owner, name).modules() if isinstance(module, Gate)):
+        _change_settings(copy, spec)
+    return existing
+
+
+def _change_settings(gate: Gate, spec: GateSpec) -> None:
+    before, after = gate.config, spec.config
     if (before.topk, before.bottomk, before.max_topk) != (after.topk, after.bottomk, after.max_topk):
         with torch.inference_mode(False), torch.no_grad():
-            sparsity = _sparsity_of(after, existing.weight.device)
-            if existing.sparsity is None or sparsity is None:
-                existing.sparsity = sparsity
+            sparsity = _sparsity_of(after, gate.weight.device)
+            if gate.sparsity is None or sparsity is None:
+                gate.sparsity = sparsity
             else:
-                existing.sparsity.copy_(sparsity)  # in place: a CUDA graph reads this memory
-    existing.apply_settings(spec)
-    return existing
+                gate.sparsity.copy_(sparsity)  # in place: a CUDA graph reads this memory
+    gate.apply_settings(spec)
 
 
 def refuse_taken_name(owner: nn.Module, ordinal: int, path: str) -> None:
     """Raise ValueError if ``owner`` has something that is no gate under the gate's name; ``path`` is the gate's."""
     name = gate_name(ordinal)
     existing = getattr(owner, name, None)
-    if existing is not None and not isinstance(existing, Gate):
+    if existing is not None and name not in own_gates(owner):
         kind = type(existing).__name__
         raise ValueError(f"{path}: the attention's owner already has a {kind} called {name!r}; rename it")
 
@@ -333,7 +339,7 @@ def _called_children(owner: nn.Module) -> Iterator[nn.Module]:
     for child in owner.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from _called_children(child)
-        elif not isinstance(child, Gate):
+        elif not isinstance(inside(child), Gate):
             yield child
 
 
@@ -351,7 +357,7 @@ def mark_prepared(model: nn.Module, config: SLAConfig) -> None:
 
     A part that is compiled by itself, or that continues after a graph break, would know only its path inside that part.
     """
-    for path, module in module_paths(model):
+    for path, module in all_module_paths(model):
         module.__dict__[PREPARED] = (config, path)
 
 
@@ -367,7 +373,7 @@ def detach(model: nn.Module) -> nn.Module:
 def gates(model: nn.Module) -> dict[str, Gate]:
     """Every gate of ``model`` by the path of its module, for example ``"blocks.0.attn1.sla"``.
 
-    ``model`` may be compiled or in DistributedDataParallel; the paths are without their prefixes.
+    ``model``, its parts or its gates may be in wrappers, as `module_paths` knows them; the paths are the plain model's.
     """
     return {path: module for path, module in module_paths(model) if isinstance(module, Gate)}
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim.swa_utils import AveragedModel
 
-from sla_compile.module_paths import module_paths
+from sla_compile.module_paths import all_module_paths, inside, module_paths
 from tests.support.models import Model
 
 
@@ -34,3 +39,38 @@ def test_a_child_that_is_called_module_keeps_its_name() -> None:
             self.module = nn.Linear(2, 2)
 
     assert [path for path, _ in module_paths(Holder())] == ["", "module"]
+
+
+def test_wrappers_of_checkpoints_and_averages_leave_no_name() -> None:
+    model = Model()
+    plain = {path for path, _ in module_paths(model)}
+    block = model.blocks[0]
+    model.blocks[0] = checkpoint_wrapper(block)
+    assert inside(model.blocks[0]) is block
+    assert {path for path, _ in module_paths(AveragedModel(model))} == plain
+
+
+@pytest.fixture
+def adapted() -> Any:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["norm"])
+    return peft.get_peft_model(Model(), config)
+
+
+def test_a_model_in_peft_has_the_paths_of_the_plain_model(adapted: Any) -> None:
+    found: dict[str, Any] = dict(module_paths(adapted))
+    assert found.keys() >= {path for path, _ in module_paths(Model())}
+    block: Any = adapted.base_model.model.blocks[0]
+    assert found[""] is adapted.base_model.model
+    assert found["blocks.0"] is block
+    assert found["blocks.0.attention.qkv"] is block.attention.qkv.base_layer
+    assert found["blocks.0.norm"] is block.norm.modules_to_save["default"] is inside(block.norm)
+
+
+def test_of_peft_s_copies_the_one_in_use_is_the_module(adapted: Any) -> None:
+    norm = adapted.base_model.model.blocks[0].norm
+    copies = {module for path, module in all_module_paths(adapted) if path == "blocks.0.norm"}
+    assert copies == {norm, norm.modules_to_save, norm.original_module, norm.modules_to_save["default"]}
+    with adapted.disable_adapter():
+        assert inside(norm) is norm.original_module
+        assert [module for path, module in module_paths(adapted) if path == "blocks.0.norm"][1:] == [inside(norm)]

@@ -158,8 +158,8 @@ def _check(
     }
     for path, spec in specs.items():
         owner = modules[owner_path(path)]
-        existing = getattr(owner, gate_name(spec.ordinal), None)
-        if isinstance(existing, Gate):
+        existing = own_gates(owner).get(gate_name(spec.ordinal))
+        if existing is not None:
             refuse_other_form(existing, spec)
         else:
             # one in fully_shard could not be copied for the dry run
