@@ -23,7 +23,7 @@ from sla_compile.common.limits import BLOCK_SIZES, MAX_HEAD_DIM, MIN_HEAD_DIM
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from sla_compile.checkpoints.gate_files import SavedGate
+    from sla_compile.checkpoints.gate_format import SavedGate
     from sla_compile.kernels.triton.launches import Launch
     from sla_compile.kernels.triton.tuning import Outcome
 
@@ -154,7 +154,7 @@ def _explain(options: argparse.Namespace) -> str:
 
 
 def _show(options: argparse.Namespace) -> str:
-    from sla_compile.checkpoints.gate_files import read_gate_file
+    from sla_compile.checkpoints.gate_format import read_gate_file
     from sla_compile.reporting.terminal import GatesView
 
     try:

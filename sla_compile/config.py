@@ -29,6 +29,7 @@ from sla_compile.config_values import (
     nearest_hint,
     number,
     one_of,
+    short,
     string_list,
     value_error,
 )
@@ -192,7 +193,7 @@ class SLAConfig:
         changes: dict[str, Any] = {}
         for pattern in matching:
             changes.update(self.overrides[pattern])
-        _check_changed_shares(f"SLAConfig.overrides {matching} at {path!r}", self, changes)
+        _check_changed_shares(f"SLAConfig.overrides {short(matching)} at {short(path)}", self, changes)
         return dataclasses.replace(self, overrides={}, **changes)
 
     def kernel_options(self) -> dict[str, Any]:
@@ -275,7 +276,7 @@ def _refuse_unknown(where: str, fields: Mapping[Any, Any], known: tuple[str, ...
     for name, value in fields.items():
         if name not in known:
             hint = nearest_hint(name, known, always=True)
-            raise value_error(f"unknown field {name!r} of {where}", value, ", ".join(known), hint)
+            raise value_error(f"unknown field {short(name)} of {where}", value, ", ".join(known), hint)
 
 
 def check_shares(name: str, topk: float, bottomk: float, max_topk: float | None) -> None:
@@ -305,7 +306,7 @@ def _frozen_overrides(overrides: Mapping[str, Any], config: SLAConfig) -> Frozen
     validators = {f.name: f.metadata["validator"] for f in dataclasses.fields(SLAConfig)}
     frozen = {}
     for pattern, changes in overrides.items():
-        where = f"SLAConfig.overrides[{pattern!r}]"
+        where = f"SLAConfig.overrides[{short(pattern)}]"
         if type(pattern) is not str or not isinstance(changes, Mapping):
             raise value_error(where, changes, _OVERRIDES.accepted)
         _refuse_unknown(where, changes, SITE_FIELDS)
@@ -333,7 +334,7 @@ def _frozen_inductor(options: Mapping[str, Any]) -> FrozenMapping:
     checked: dict[str, Any] = {}
     for key, value in options.items():
         name = _inductor_name(key)
-        shown = f"Inductor option {key!r}"
+        shown = f"Inductor option {short(key)}"
         if name is None:
             hint = nearest_hint(key, tuple(list_options()), always=True)
             raise value_error(f"unknown {shown}", value, "torch._inductor.list_options()", hint)
@@ -380,7 +381,7 @@ def _from_mapping(options: Mapping[str, Any] | None) -> SLAConfig:
 
             accepted = f"SLAConfig's fields ({', '.join(names)}) and torch._inductor.list_options()"
             hint = nearest_hint(key, names, tuple(list_options()), always=True)
-            raise value_error(f"unknown option {key!r}", value, accepted, hint)
+            raise value_error(f"unknown option {short(key)}", value, accepted, hint)
     if extra:
         given = _INDUCTOR.check("SLAConfig.inductor", fields.get("inductor", {}))
         if twice := sorted(set(extra) & set(given)):

@@ -26,6 +26,7 @@ __all__ = [
     "nearest_hint",
     "number",
     "one_of",
+    "short",
     "string_list",
     "value_error",
 ]
@@ -34,8 +35,13 @@ __all__ = [
 # SLAConfig, whose module imports this one. Remove when such pickles need not load any more.
 sys.modules.setdefault("sla_compile.accepts", sys.modules[__name__])
 
-# Similarity (difflib's ratio) from which a known name is taken for what the user meant.
+# Similarity (difflib's ratio) from which a known name is taken for what the user meant; and how much of a name is
+# compared, as the search takes longer with its square.
 _CLEARLY_CLOSE, _CLOSE = 0.8, 0.6
+_COMPARED = 100
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
 
 
 class FrozenMapping(Mapping[str, Any]):
@@ -158,6 +164,11 @@ TOKEN_RANGES = Validator(
 """Accepts ranges of tokens as in slices; stored as a tuple of (start, stop) pairs."""
 
 
+def short(value: Any) -> str:
+    """``repr(value)``, of bounded length."""
+    return _SHORT.repr(value)
+
+
 def value_error(name: str, value: Any, accepted: str, hint: str = "") -> ValueError:
     """The error to raise for ``value`` as the value of ``name``; ``hint`` follows what is accepted."""
     kind = type(value).__qualname__
@@ -176,6 +187,6 @@ def nearest_hint(value: Any, *groups: tuple[str, ...], always: bool = False) -> 
     if always:
         attempts.append((sum(groups, ()), 0.0))
     for names, cutoff in attempts:
-        if close := difflib.get_close_matches(value.lower(), names, 1, cutoff):
+        if close := difflib.get_close_matches(value[:_COMPARED].lower(), names, 1, cutoff):
             return f"; nearest known: {close[0]!r}"
     return ""

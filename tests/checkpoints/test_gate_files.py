@@ -25,6 +25,8 @@ from sla_compile.gate_settings import GateSpec
 
 HEADS, HEAD_DIM = 2, 16
 CONFIG = SLAConfig(topk=0.25, min_tokens=0, inner="eager", overrides={"blocks.1.*": {"gate": "per_head"}})
+IN_FILE = dataclasses.replace(CONFIG, inner=SLAConfig().inner)
+"""The same without what configures a compiler."""
 PATHS = ["blocks.0.attn.sla", "blocks.1.attn.sla"]
 
 
@@ -126,7 +128,8 @@ def test_file_holds_gates_config_and_sites(saved: Path) -> None:
     with safe_open(saved, framework="pt") as opened:
         metadata = opened.metadata()
     assert {k: metadata[k] for k in ("format", "version")} == {"format": "sla_compile", "version": "1"}
-    assert SLAConfig.from_json(metadata["config"]) == CONFIG
+    assert SLAConfig.from_json(metadata["config"]) == IN_FILE
+    assert not {"inner", "inductor"} & json.loads(metadata["config"]).keys()
     sites = json.loads(metadata["sites"])
     assert [(s["path"], s["heads"], s["head_dim"]) for s in sites] == [(path, HEADS, HEAD_DIM) for path in PATHS]
     assert [s["config"]["gate"] for s in sites] == ["shared", "per_head"]
@@ -138,10 +141,10 @@ def test_fresh_model_gains_the_gates(saved: Path) -> None:
     dense = state(model)
     assert load(model, saved) is model
     assert same(gate_values(model), gate_values(prepared()))
-    assert model_config(model) == CONFIG
+    assert model_config(model) == IN_FILE
     for path, gate in gates(model).items():
         assert isinstance(gate, Gate)
-        assert gate.config == CONFIG.for_site(path.removesuffix(".sla"))
+        assert gate.config == IN_FILE.for_site(path.removesuffix(".sla"))
         assert all(p.requires_grad and p.is_leaf and not p.is_inference() for p in gate.parameters())
     assert same({k: v for k, v in state(model).items() if ".sla." not in k}, dense)
     save(model, saved.with_name("again"))
@@ -233,7 +236,7 @@ def test_compiled_models_share_the_paths(saved: Path) -> None:
         assert load(fresh, saved) is fresh
         assert same(gate_values(inner), gate_values(prepared()))
         assert sorted(gates(fresh)) == PATHS
-        assert model_config(fresh) == CONFIG
+        assert model_config(fresh) == IN_FILE
         load(wrap(prepared(fill=False), regional), saved)
 
 
@@ -442,16 +445,18 @@ def test_the_way_of_compiling_may_differ(saved: Path, changes: dict[str, Any]) -
     assert model_config(model) == config
 
 
-def test_inductor_options_of_another_torch_are_left_out_with_a_warning(saved: Path) -> None:
-    data = {**CONFIG.to_dict(), "inner": "inductor", "inductor": {"option_of_the_future": True}}
+@pytest.mark.parametrize(
+    "options", [{"option_of_the_future": True}, {"cpp.cxx": ["/tmp/evil"]}], ids=["unknown", "a compiler"]
+)
+def test_inductor_options_in_a_file_are_left_out_with_a_warning(saved: Path, options: dict[str, Any]) -> None:
+    data = {**CONFIG.to_dict(), "inner": "inductor", "inductor": options}
     rewrite(saved, config=json.dumps(data))
     model = Model()
-    with pytest.warns(
-        UserWarning, match="Inductor options are left out: unknown Inductor option 'option_of_the_fut"
-    ) as w:
+    with pytest.warns(UserWarning, match=re.escape(f"Inductor options are left out: {next(iter(options))!r}")) as w:
         load(model, saved)
     assert w[0].filename == __file__
-    assert model_config(model) == dataclasses.replace(CONFIG, inner="inductor")
+    assert model_config(model) == IN_FILE
+    assert not any(gate.config.inductor for gate in gates(model).values())
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -461,8 +466,14 @@ def test_missing_file(tmp_path: Path) -> None:
         load(Model(), tmp_path / "none")
 
 
-def test_folder(tmp_path: Path) -> None:
-    with refused(f"load: {str(tmp_path)!r} is no file; accepted: a file that sla_compile.save wrote"):
+def test_a_state_dict_is_no_file_of_gates(tmp_path: Path) -> None:
+    advice = r"sla_compile\.prepare\(model, \.\.\.\) as that model was, then model\.load_state_dict"
+    with pytest.raises(TypeError, match=rf"load: got a OrderedDict with 8 entries; .*{advice}"):
+        load(Model(), prepared().state_dict())  # type: ignore[arg-type]
+    save_file(prepared().state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"the state dict of a model, with gates \(first: blocks\..*{advice}"):
+        load(Model(), tmp_path / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"no 'sla_gates.safetensors' in .*then load_state_dict"):
         load(Model(), tmp_path)
 
 
@@ -487,7 +498,7 @@ def test_pickle_is_refused(tmp_path: Path) -> None:
 
 def test_safetensors_of_something_else(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    save_file(prepared().state_dict(), path)
+    save_file(Model().state_dict(), path)
     with refused(
         f"load: {str(path)!r} is a safetensors file of something else: metadata {{}}, ",
         "tensors blocks.0.attn.qkv.bias, ",
@@ -525,12 +536,12 @@ SITE = {
             {"config": '{"version": 1, "topk": 2}'},
             ("SLAConfig.topk: got 2 (int); accepted: a number above 0",),
         ),
-        ({"sites": "3"}, ("'int' object is not iterable",)),
-        ({"sites": "[]"}, ("no site in the list of sites",)),
+        ({"sites": "3"}, ("sites: got 3 (int); accepted: a list of at least one site",)),
+        ({"sites": "[]"}, ("sites: got [] (list); accepted: a list of at least one site",)),
         ({"sites": json.dumps([{"path": "a"}])}, ("no entry 'heads'",)),
         (
             {"sites": json.dumps([{**SITE, "heads": 2.0}])},
-            ("accepted: a path with integer heads and head_dim",),
+            (f"sites[0], {PATHS[0]!r}: heads: got 2.0 (float); accepted: an integer from 1 to 65536",),
         ),
         ({"sites": json.dumps([{**SITE, "config": {}}])}, ("no entry 'topk'",)),
     ],

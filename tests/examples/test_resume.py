@@ -75,7 +75,7 @@ def save_until(model: nn.Module, path: Path, moment: str) -> None:
                 die()
 
         real_open = open
-        sla_compile.checkpoints.gate_files.open = lambda *args: Half(real_open(*args))
+        sla_compile.checkpoints.places.open = lambda *args: Half(real_open(*args))
     else:
         setattr(os, {"before fsync": "fsync", "before replace": "replace"}[moment], die)
     sla_compile.save(model, path)

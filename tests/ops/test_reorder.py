@@ -14,7 +14,7 @@ from torch._inductor.utils import run_and_get_code
 
 import sla_compile
 from sla_compile.__main__ import main
-from sla_compile.checkpoints.gate_files import read_gate_file
+from sla_compile.checkpoints.gate_format import read_gate_file
 from sla_compile.common.token_orders import positions
 from sla_compile.ops.reorder import arguments, reorder
 from tests.support.capture import HEAD_DIM
