@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from sla_compile.common.blocks import exact_fraction
 from sla_compile.common.limits import FEATURE_MAPS, GATE_FORMS, LINEAR_BRANCHES
 from sla_compile.common.token_orders import ORDERS, RASTER
+from sla_compile.config_shares import check_shares, default_bottomk, with_bottomk
 from sla_compile.config_values import (
     BLOCK_SIZE,
     BOOLEAN,
@@ -42,7 +42,6 @@ __all__ = [
     "VERSION",
     "FrozenMapping",
     "SLAConfig",
-    "check_shares",
 ]
 
 VERSION = 1
@@ -69,6 +68,9 @@ _INDUCTOR = mapping("a mapping of Inductor option names to values that JSON can 
 _OVERRIDES = mapping("a mapping of glob patterns to mappings of " + ", ".join(SITE_FIELDS))
 
 
+_WHAT_TOPK_LEAVES: Any = object()
+
+
 def _setting(default: Any, validator: Validator) -> Any:
     """A dataclass field; ``__post_init__`` runs its value through ``validator``."""
     return field(default=default, metadata={"validator": validator})
@@ -85,8 +87,9 @@ class SLAConfig:
     topk: float = _setting(0.05, number("a number above 0 and up to 1", lambda value: 0 < value <= 1))
     """Share of a row's key blocks that is critical (exact attention), at least one block. Range (0, 1]."""
 
-    bottomk: float = _setting(0.10, number("a number from 0 to 1", lambda value: 0 <= value <= 1))
-    """Share of a row's key blocks that is negligible (skipped). Range [0, 1], topk + bottomk at most 1."""
+    bottomk: float = _setting(_WHAT_TOPK_LEAVES, number("a number from 0 to 1", lambda value: 0 <= value <= 1))
+    """Share of a row's key blocks that is negligible (skipped). Range [0, 1], topk + bottomk at most 1. By default
+    0.1, or what a larger topk leaves."""
 
     block_q: int = _setting(64, BLOCK_SIZE)
     """Query tokens in a block. Range: 16, 32, 64, 128 or 256."""
@@ -153,8 +156,10 @@ class SLAConfig:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            value = f.metadata["validator"].check(f"SLAConfig.{f.name}", getattr(self, f.name))
-            object.__setattr__(self, f.name, value)
+            value = getattr(self, f.name)
+            if value is _WHAT_TOPK_LEAVES:
+                value = default_bottomk(self.topk)
+            object.__setattr__(self, f.name, f.metadata["validator"].check(f"SLAConfig.{f.name}", value))
         check_shares("SLAConfig", self.topk, self.bottomk, self.max_topk)
         _check_grid_start("SLAConfig", self.grid, self.grid_start)
         object.__setattr__(self, "inductor", _frozen_inductor(self.inductor))
@@ -193,8 +198,13 @@ class SLAConfig:
         changes: dict[str, Any] = {}
         for pattern in matching:
             changes.update(self.overrides[pattern])
+        changes = with_bottomk(self.topk, self.bottomk, changes)
         _check_changed_shares(f"SLAConfig.overrides {short(matching)} at {short(path)}", self, changes)
         return dataclasses.replace(self, overrides={}, **changes)
+
+    def changed(self, fields: Mapping[str, Any]) -> SLAConfig:
+        """These settings with ``fields`` changed; where topk is and bottomk is not, a default bottomk follows topk."""
+        return dataclasses.replace(self, **with_bottomk(self.topk, self.bottomk, fields))
 
     def kernel_options(self) -> dict[str, Any]:
         """The fields that are keyword arguments of ``sparse_linear_attention``."""
@@ -279,15 +289,6 @@ def _refuse_unknown(where: str, fields: Mapping[Any, Any], known: tuple[str, ...
             raise value_error(f"unknown field {short(name)} of {where}", value, ", ".join(known), hint)
 
 
-def check_shares(name: str, topk: float, bottomk: float, max_topk: float | None) -> None:
-    """Raise ValueError, its text prefixed by ``name``, if topk + bottomk is above 1 or topk above ``max_topk``."""
-    # Exact decimals: some pairs of binary floats that are written to add up to 1 add up to more.
-    if exact_fraction(topk) + exact_fraction(bottomk) > 1:
-        raise ValueError(f"{name}: got topk={topk!r}, bottomk={bottomk!r}; accepted: topk + bottomk up to 1")
-    if max_topk is not None and topk > max_topk:
-        raise ValueError(f"{name}: got topk={topk!r}; accepted: topk up to max_topk={max_topk!r}")
-
-
 def _check_grid_start(name: str, grid: tuple[int, ...] | None, start: int | None) -> None:
     if grid is None and start is not None:
         raise ValueError(f"{name}: got grid_start={start} and no grid; accepted: grid_start beside a grid")
@@ -311,7 +312,7 @@ def _frozen_overrides(overrides: Mapping[str, Any], config: SLAConfig) -> Frozen
             raise value_error(where, changes, _OVERRIDES.accepted)
         _refuse_unknown(where, changes, SITE_FIELDS)
         checked = {n: validators[n].check(f"{where}.{n}", changes[n]) for n in SITE_FIELDS if n in changes}
-        _check_changed_shares(where, config, checked)
+        _check_changed_shares(where, config, with_bottomk(config.topk, config.bottomk, checked))
         _check_grid_start(where, *(checked.get(n, getattr(config, n)) for n in ("grid", "grid_start")))
         frozen[pattern] = checked
     return FrozenMapping(frozen)

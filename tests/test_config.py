@@ -154,12 +154,26 @@ def test_overrides_are_checked() -> None:
         SLAConfig(overrides={"a.*": 0.1})  # type: ignore[dict-item]
     with fails_with("SLAConfig.overrides[3]: got {} (dict); accepted: a mapping of glob patterns"):
         SLAConfig(overrides={3: {}})  # type: ignore[dict-item]
-    with fails_with("SLAConfig.overrides['a.*']: got topk=0.95, bottomk=0.1; accepted: topk + bottomk up to 1"):
-        SLAConfig(overrides={"a.*": {"topk": 0.95}})
+    with fails_with("SLAConfig.overrides['a.*']: got topk=0.95, bottomk=0.2; accepted: topk + bottomk up to 1"):
+        SLAConfig(bottomk=0.2, overrides={"a.*": {"topk": 0.95}})
     meeting = SLAConfig(overrides={"a.*": {"topk": 0.75}, "*.b": {"bottomk": 0.5}})
     assert meeting.for_site("a.c").topk == 0.75
     with fails_with("SLAConfig.overrides ['a.*', '*.b'] at 'a.b': got topk=0.75, bottomk=0.5; accepted"):
         meeting.for_site("a.b")
+
+
+def test_bottomk_gives_way_to_topk_unless_it_is_said() -> None:
+    assert (SLAConfig(topk=1.0).bottomk, SLAConfig(topk=0.93).bottomk, SLAConfig(topk=0.9).bottomk) == (0.0, 0.07, 0.1)
+    assert SLAConfig.from_options({"topk": 1.0}).bottomk == 0.0
+    with fails_with("SLAConfig: got topk=1.0, bottomk=0.1; accepted: topk + bottomk up to 1"):
+        SLAConfig(topk=1.0, bottomk=0.1)
+    config = SLAConfig(topk=0.95, overrides={"a.*": {"topk": 1.0}, "b.*": {"topk": 0.5}, "*.c": {"bottomk": 0.01}})
+    paths = {"a.b": 0.0, "b.a": 0.1, "d": 0.05, "b.c": 0.01}
+    assert {path: config.for_site(path).bottomk for path in paths} == paths
+    assert SLAConfig.from_json(config.to_json()) == config
+    said = SLAConfig(bottomk=0.2, overrides={"a.*": {"topk": 0.5}})
+    assert said.for_site("a.b").bottomk == said.changed({"topk": 0.3}).bottomk == 0.2
+    assert SLAConfig().changed({"topk": 1.0}).bottomk == 0.0
 
 
 def test_kernel_options_are_the_keyword_arguments_of_the_op() -> None:

@@ -178,7 +178,7 @@ def _site(
         explicit &= {"min_tokens"}
     if explicit:
         here = settings.config.for_site(path)
-        config = replace(config, **{field: getattr(here, field) for field in explicit})
+        config = config.changed({field: getattr(here, field) for field in explicit})
     if config.reorder != RASTER and config.grid is None:
         found = grids().of(call.query), grids().of(call.key)
         seen = found if any(found) else seen

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from sla_compile.common.blocks import to_millionths
-from sla_compile.config import SLAConfig, check_shares
+from sla_compile.config import SLAConfig
+from sla_compile.config_shares import check_shares
 from sla_compile.gate import Gate, gates, owner_path
 
 __all__ = ["anneal", "select_gates", "set_sparsity"]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import sla_compile
+from tests.support.closeness import assert_close
 from tests.support.compiled import compiled
 from tests.support.models import OPTIONS, Model, assert_follows_definition, random_input, randomize_gates
 
@@ -129,4 +130,13 @@ def test_min_tokens_of_the_compile_hold_where_prepare_made_no_gate() -> None:
     sla_compile.prepare(model, (x,))
     assert not sla_compile.gates(model)
     compiled(model)(x)
+    assert len(sla_compile.gates(model)) == 2
+
+
+def test_a_topk_of_one_alone_is_accepted_where_prepare_made_no_gate() -> None:
+    model, x = Model(), random_input()
+    with pytest.warns(UserWarning, match="short sequence"):
+        sla_compile.prepare(model, (x,))
+    run = torch.compile(model, backend="sla", options={"topk": 1.0, "min_tokens": 0, "inner": "eager"})
+    assert_close("output", run(x), model(x), 1e-10)
     assert len(sla_compile.gates(model)) == 2
