@@ -24,6 +24,8 @@ from sla_compile.compat.runtime import (
     data_parallel,
     fully_sharded,
     has_tangent,
+    no_compile_under,
+    running_transform,
     trace_artifact,
 )
 from sla_compile.compat.shapes import always_holds, size_hint
@@ -39,9 +41,11 @@ __all__ = [
     "fully_sharded",
     "has_tangent",
     "lower_gather",
+    "no_compile_under",
     "on_recompile_limit",
     "plain_function_name",
     "plain_module_path",
+    "running_transform",
     "runs_forward_of",
     "size_hint",
     "skip_as_root_frame",

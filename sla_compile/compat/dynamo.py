@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import sys
 import types
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
 from sla_compile.compat.leftovers import forget_backend, let_go_of_guards, superseded_guards
@@ -264,7 +266,8 @@ def throw_away_compile() -> Iterator[list[Frame]]:
     import torch._dynamo.config as config
 
     frames: list[Frame] = []
-    with config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20):
+    limits = {"recompile_limit": 2**20, "accumulated_recompile_limit": 2**20}
+    with _compiling_turned_on(), config.patch(**limits):
         try:
             yield frames
         finally:
@@ -272,6 +275,24 @@ def throw_away_compile() -> Iterator[list[Frame]]:
                 forget_code(frame.code, frame.compiler)
                 forget_backend(_innermost(frame.compiler))
             frames.clear()
+
+
+@contextlib.contextmanager
+def _compiling_turned_on() -> Iterator[None]:
+    """Compile although the user has turned that off by environment or stance; errors are not suppressed.
+
+    Remove when ``torch.compile`` can be told to compile in any case.
+    """
+    import torch._dynamo.config as config
+
+    off = os.environ.pop("TORCHDYNAMO_DISABLE", None)
+    on = {"disable": False, "suppress_errors": False}  # TORCH_COMPILE_DISABLE is read into the first
+    try:
+        with torch.compiler.set_stance("default"), config.patch(**on):
+            yield
+    finally:
+        if off is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = off
 
 
 _MODULES_ENTRY = re.compile(r"\.__dict__\['_modules'\]\['([^']+)'\]|\._modules\['([^']+)'\]")

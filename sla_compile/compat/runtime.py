@@ -10,7 +10,37 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-__all__ = ["count_in_running_counters", "data_parallel", "fully_sharded", "has_tangent", "trace_artifact"]
+__all__ = [
+    "count_in_running_counters",
+    "data_parallel",
+    "fully_sharded",
+    "has_tangent",
+    "no_compile_under",
+    "running_transform",
+    "trace_artifact",
+]
+
+
+def running_transform() -> str:
+    """The transform of ``torch.func`` that this runs under ("grad" for vjp too); empty where there is none.
+
+    Remove when torch has a public function that tells.
+    """
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return "" if interpreter is None else interpreter.key().name.lower()
+
+
+def no_compile_under() -> str:
+    """What is in force that lets Dynamo compile nothing, so that a compiled model runs as it is written; or nothing.
+
+    Remove when torch has a public function that tells.
+    """
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    if transform := running_transform():
+        return f"torch.func.{transform}"
+    modes = [mode for mode in _get_current_dispatch_mode_stack() if not mode.is_infra_mode()]
+    return type(modes[-1]).__name__.lstrip("_") if modes else ""
 
 
 def has_tangent(*tensors: torch.Tensor | None) -> bool:

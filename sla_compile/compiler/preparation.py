@@ -22,10 +22,12 @@ import sla_compile
 from sla_compile.compat import (
     current_frame,
     forget_code,
+    no_compile_under,
     plain_function_name,
     runs_forward_of,
     throw_away_compile,
 )
+from sla_compile.compiler.example_call import example_call
 from sla_compile.compiler.fake_run import stand_ins
 from sla_compile.compiler.rewriting import refuse_unsynchronised, rewrite_graph
 from sla_compile.compiler.site_report import GraphBreak, SiteReport, describe, graph_break
@@ -69,6 +71,7 @@ def prepare(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
+    call: Callable[[], Any] | None = None,
     config: SLAConfig | Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Inject the gates of every attention that ``backend="sla"`` will rewrite, and return ``model``.
@@ -81,17 +84,19 @@ def prepare(
         model: any module; also one that is compiled already.
         args, kwargs: an example call, ``model(*args, **kwargs)``, with the shapes it will be used at (the
             convention of ``torch.export.export``). It is traced, not executed.
+        call: instead of them, a function that calls ``model``, such as ``lambda: pipe("a prompt")``: it runs up to its
+            first call of ``model``, which is the example.
         config: an ``SLAConfig`` or a mapping of its fields.
 
     Raises:
-        ValueError: a setting is refused; a gate of another shape is there; settings that leave out a site would
-            drop its trained gate; the model is in DistributedDataParallel already, which would not see a new gate;
-            or the model reads values after a graph break that a trace does not have.
+        ValueError: a setting is refused; ``call`` does not call the model; a gate of another shape is there; settings
+            that leave out a site would drop its trained gate; the model is in DistributedDataParallel already, which
+            would not see a new gate; or the model reads values after a graph break that a trace does not have.
             Nothing is changed then.
     """
     settings = Settings.of(config)
     model = unwrapped(model)
-    run = dry_run(model, args, kwargs, settings)
+    run = dry_run(model, *example_call(model, args, kwargs, call), settings)
     if run.stopped is not None:
         found = run.graph_breaks[-1]
         raise ValueError(
@@ -166,9 +171,13 @@ def _check(
             refuse_unsynchronised(path, "DistributedDataParallel" if owner in replicated else None)
 
 
-def dry_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, settings: Settings) -> DryRun:
+def dry_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], settings: Settings) -> DryRun:
     """Trace ``model(*args, **kwargs)`` as ``backend="sla"`` would compile it; ``model`` is left untouched."""
-    _check_call(args, kwargs)
+    if hindrance := no_compile_under():
+        raise ValueError(
+            f"{type(model).__name__}: cannot be traced under {hindrance}, where Dynamo compiles nothing; accepted: "
+            f"prepare and explain outside it"
+        )
     shell = _shell(model)
     paths = {id(module): path for path, module in module_paths(shell)}
     mark_prepared(shell, settings.config)
@@ -208,7 +217,7 @@ def dry_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
         torch.no_grad(),
     ):
         try:
-            torch.compile(shell, backend=backend, dynamic=False)(*args, **(kwargs or {}))
+            torch.compile(shell, backend=backend, dynamic=False)(*args, **kwargs)
         except Exception as error:
             if refused or not returned:  # the call itself is wrong, or its settings are
                 raise
@@ -237,14 +246,6 @@ def _end_of_trace(error: Exception) -> GraphBreak:
         user[-1].lineno or 0,
         plain_function_name(user[-1].name),
     )
-
-
-def _check_call(args: Any, kwargs: Any) -> None:
-    # A tensor is a sequence of its rows, and would be unpacked into them.
-    if not isinstance(args, tuple | list):
-        raise TypeError(f"args: got {type(args).__name__}; accepted: a tuple of the positional arguments")
-    if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise TypeError(f"kwargs: got {type(kwargs).__name__}; accepted: a mapping of the keyword arguments")
 
 
 def _shell(model: nn.Module) -> nn.Module:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from sla_compile.compiler.compiled_sites import compiled_breaks, compiled_sites
+from sla_compile.compiler.example_call import example_call
 from sla_compile.compiler.preparation import dry_run, unwrapped
 from sla_compile.compiler.site_report import GraphBreak, SiteReport
 from sla_compile.compiler.sites import Settings
@@ -115,6 +116,7 @@ def explain(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
+    call: Callable[[], Any] | None = None,
     config: SLAConfig | Mapping[str, Any] | None = None,
 ) -> Report:
     """What ``torch.compile(model, backend="sla")`` would do to each attention of ``model``, and why.
@@ -125,14 +127,16 @@ def explain(
     Args:
         model: any module, prepared, compiled, or neither.
         args, kwargs: an example call, ``model(*args, **kwargs)``, with the shapes it will be used at.
+        call: instead of them, a function that calls ``model``: it runs up to its first call, which is the example.
         config: an ``SLAConfig`` or a mapping of its fields; by default the one the model was prepared with.
 
     Raises:
         TypeError: ``model`` is no module, or ``args`` no tuple.
-        ValueError: a setting is refused.
+        ValueError: a setting is refused, or ``call`` does not call the model.
     """
     model = unwrapped(model)
-    run = dry_run(model, args, kwargs, Settings.of(config if config is not None else model_config(model)))
+    settings = Settings.of(config if config is not None else model_config(model))
+    run = dry_run(model, *example_call(model, args, kwargs, call), settings)
     return Report(
         model=type(model).__name__,
         compiled=False,

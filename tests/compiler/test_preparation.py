@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import sla_compile
 from tests.support.closeness import assert_close
@@ -140,3 +143,33 @@ def test_a_topk_of_one_alone_is_accepted_where_prepare_made_no_gate() -> None:
     run = torch.compile(model, backend="sla", options={"topk": 1.0, "min_tokens": 0, "inner": "eager"})
     assert_close("output", run(x), model(x), 1e-10)
     assert len(sla_compile.gates(model)) == 2
+
+
+@pytest.mark.parametrize("how", ["force_eager", "eager_on_recompile", "disable", "environment", "suppressed"])
+def test_a_trace_although_compiling_is_turned_off(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting(Model):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not torch.compiler.is_compiling():
+                raise AssertionError("executed")
+            return super().forward(x)
+
+    model, x = Counting(), random_input()
+    with contextlib.ExitStack() as off:
+        if how in ("force_eager", "eager_on_recompile"):
+            off.enter_context(torch.compiler.set_stance(how))
+        elif how == "environment":
+            monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+        else:  # TORCH_COMPILE_DISABLE=1 sets the first
+            off.enter_context(torch._dynamo.config.patch("disable" if how == "disable" else "suppress_errors", True))
+        assert sla_compile.explain(model, (x,), config=OPTIONS).totals.rewritten == 2
+        sla_compile.prepare(model, (x,), config=OPTIONS)
+        assert how != "environment" or os.environ["TORCHDYNAMO_DISABLE"] == "1"
+    assert len(sla_compile.gates(model)) == 2
+
+
+def test_no_trace_where_dynamo_compiles_nothing() -> None:
+    model, x = Model(), random_input()
+    with FlopCounterMode(display=False), pytest.raises(ValueError, match=r"^Model: cannot be traced under FlopCounter"):
+        sla_compile.prepare(model, (x,), config=OPTIONS)
+    with pytest.raises(ValueError, match=r"^Model: cannot be traced under torch\.func\.grad, where Dynamo compiles"):
+        torch.func.grad(lambda x: sla_compile.explain(model, (x,), config=OPTIONS))(x)
