@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import sla_compile.ops.gate_marker  # noqa: F401  registers sla::gate
 from sla_compile.common.blocks import MILLION, to_millionths
 from sla_compile.common.limits import FLOATING_DTYPES
-from sla_compile.compat import forget_code, skip_as_root_frame
+from sla_compile.compat import forget_code, running_transform, runs_uncompiled_in, skip_as_root_frame
 from sla_compile.config import SLAConfig
 from sla_compile.gate_settings import CALLED, GateSpec, SeenGrids, settings_to_json
 from sla_compile.memory import take_dense_code
@@ -198,6 +198,12 @@ class GateMarker:
                     continue
                 tensors = gate.weight, gate.bias, gate.sparsity, gate.log_scale
                 torch.ops.sla.gate(*tensors, gate.ordinal, gate.settings, self.owner is not None)
+        elif (transform := running_transform()) and runs_uncompiled_in("sla_compile.backend"):
+            path = getattr(module if self.owner is None else self.owner, self.names[0]).path
+            raise RuntimeError(
+                f"{path}: Dynamo compiles nothing under torch.func.{transform}, so this gate would not be used; "
+                f"accepted: torch.autograd.grad over the compiled model, or torch.func over the model as it is, which is dense"
+            )
 
 
 skip_as_root_frame(GateMarker.__call__)

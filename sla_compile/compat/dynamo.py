@@ -27,6 +27,7 @@ __all__ = [
     "plain_function_name",
     "plain_module_path",
     "runs_forward_of",
+    "runs_uncompiled_in",
     "skip_as_root_frame",
     "throw_away_compile",
     "user_errors",
@@ -188,6 +189,28 @@ def current_frame() -> Frame | None:
         translator = translator.parent
     # In the words of the annotations, ``code`` and ``locals`` are those of the frame itself, not of an inlined call.
     return Frame(translator.f_code, dict(translator.f_locals), translator.output.compiler_fn, translator)
+
+
+def runs_uncompiled_in(backend: str) -> bool:
+    """Whether this is Python code that runs as it is written in what is compiled by a function of module ``backend``.
+
+    Dynamo has then given up a frame of it, such as any under a transform of ``torch.func``, for that call and, without
+    this, for all to come. Remove when Dynamo has a public way to learn of it.
+    """
+    from torch._C._dynamo import eval_frame
+
+    callback: Any = eval_frame.get_eval_frame_callback()
+    if callback is None or callback is False:
+        return False
+    compiler = _innermost(callback)
+    if getattr(getattr(compiler, "compiler_fn", compiler), "__module__", "") != backend:
+        return False
+    default = eval_frame._FrameExecStrategy(eval_frame._FrameAction.DEFAULT, eval_frame._FrameAction.DEFAULT)
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        eval_frame.set_code_exec_strategy(frame.f_code, default)
+        frame = frame.f_back
+    return True
 
 
 def _ddp_optimizer(compiler: Any) -> Any:

@@ -17,6 +17,7 @@ from sla_compile.common.limits import DTYPES
 from sla_compile.common.token_orders import RASTER
 from sla_compile.compat import Frame, plain_module_path, runs_forward_of
 from sla_compile.compiler.owners import iterates_over_children
+from sla_compile.compiler.function_transforms import kept_under_transform
 from sla_compile.config import SITE_FIELDS, SLAConfig
 from sla_compile.gate import PREPARED, Gate, gate_name, own_gates, refuse_other_form
 from sla_compile.gate_settings import NO_GRIDS, GateSpec, SeenGrids, settings_from_json
@@ -198,6 +199,8 @@ def _site(
             "a part of the owner's forward that is traced by itself, as a checkpoint is",
             "such a part that holds the whole owner",
         )
+    if isinstance(decision, Rewrite):
+        decision = kept_under_transform(call, marker, path) or decision
     site = Site(call, path, owner, ordinal, marker, config, model_config, decision, seen)
     if isinstance(decision, Rewrite) and marker is not None and site.gate is not None:
         refuse_other_form(site.gate, site.gate_spec(decision))
