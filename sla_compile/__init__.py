@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from sla_compile.gate import Gate, detach, gate_parameters, gates
     from sla_compile.ops.attention import sparse_linear_attention
     from sla_compile.reporting.model_report import Report, explain, report
-    from sla_compile.user_warnings import RecompileLimitWarning, TokenOrderWarning, UntrainedGatesWarning
+    from sla_compile.user_warnings import (
+        LateGatesWarning,
+        RecompileLimitWarning,
+        TokenOrderWarning,
+        UnmatchedPatternWarning,
+        UntrainedGatesWarning,
+    )
 
 __version__ = "0.1.0"
 
@@ -30,10 +36,12 @@ __all__ = [
     "CalibrationReport",
     "DistillationReport",
     "Gate",
+    "LateGatesWarning",
     "RecompileLimitWarning",
     "Report",
     "SLAConfig",
     "TokenOrderWarning",
+    "UnmatchedPatternWarning",
     "UntrainedGatesWarning",
     "allocate",
     "anneal",
@@ -58,8 +66,10 @@ _HOMES = {
     "CalibrationReport": "fitting.calibration",
     "DistillationReport": "fitting.distillation",
     "Gate": "gate",
+    "LateGatesWarning": "user_warnings",
     "RecompileLimitWarning": "user_warnings",
     "TokenOrderWarning": "user_warnings",
+    "UnmatchedPatternWarning": "user_warnings",
     "UntrainedGatesWarning": "user_warnings",
     "Report": "reporting.model_report",
     "SLAConfig": "config",

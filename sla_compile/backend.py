@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -13,6 +12,7 @@ import sla_compile.ops.flops  # noqa: F401  lets FlopCounterMode count the ops
 from sla_compile.compat import current_frame, on_recompile_limit, user_errors
 from sla_compile.compiler.compiled_sites import remember
 from sla_compile.compiler.logs import log_rewritten
+from sla_compile.compiler.nothing_rewritten import warn_of_nothing
 from sla_compile.compiler.precompile import compile_ahead
 from sla_compile.compiler.rewriting import rewrite_graph
 from sla_compile.compiler.sites import Settings, Site
@@ -20,7 +20,7 @@ from sla_compile.config import SLAConfig
 from sla_compile.memory import remember_given, was_given
 from sla_compile.ops.reorder import inline_in_inductor
 from sla_compile.passes.decide import Rewrite
-from sla_compile.user_warnings import RecompileLimitWarning, TokenOrderWarning, UntrainedGatesWarning
+from sla_compile.user_warnings import RecompileLimitWarning, TokenOrderWarning, UntrainedGatesWarning, warn_user
 
 __all__ = ["sla"]
 
@@ -55,6 +55,7 @@ def sla(
     log_rewritten(gm, sites, frame)
     if frame is not None:
         remember(gm, sites, frame)
+        warn_of_nothing(gm, sites, frame)
         if any(isinstance(site.decision, Rewrite) for site in sites):
             on_recompile_limit(frame.code, partial(_warn_of_limit, sites[0].path or "the compiled module"))
     _warn_untrained(sites)
@@ -73,21 +74,19 @@ def _warn_untrained(sites: Sequence[Site]) -> None:
     untrained = [site.path for site in rewritten if site.gate is not None and not site.gate.trained()]
     if untrained:
         remember_given(_UNTRAINED)
-        warnings.warn(
+        warn_user(
             f"{len(untrained)} attention(s) are now sparse with gates that are still zero (first: "
             f"{untrained[0] or 'the compiled module'!r}): fine-tune the model or load trained gates",
             UntrainedGatesWarning,
-            stacklevel=2,
         )
 
 
 def _warn_of_limit(path: str, limit: str) -> None:
-    warnings.warn(
+    warn_user(
         f"{path}: Dynamo reached torch._dynamo.config.{limit} and compiles its forward no more: calls that need other "
         f"code run as the model is written, their attention dense. Raise that limit, let what changes be dynamic "
         f"(torch.compile(dynamic=True)), or take fullgraph=True, with which this is an error",
         RecompileLimitWarning,
-        stacklevel=2,
     )
 
 
@@ -96,11 +95,10 @@ def _warn_of_order(sites: Sequence[Site]) -> None:
     for site in sites:
         reason = site.decision.order.obstacle if isinstance(site.decision, Rewrite) else ""
         if reason and not site.call.is_causal:
-            warnings.warn(
+            warn_user(
                 f"{site.path or 'the compiled module'}: reorder={site.config.reorder!r}, but its tokens stay in the "
                 f"model's order: {reason}",
                 TokenOrderWarning,
-                stacklevel=3,
             )
             return
 

@@ -202,7 +202,7 @@ class GateMarker:
             path = getattr(module if self.owner is None else self.owner, self.names[0]).path
             raise RuntimeError(
                 f"{path}: Dynamo compiles nothing under torch.func.{transform}, so this gate would not be used; "
-                f"accepted: torch.autograd.grad over the compiled model, or torch.func over the model as it is, which is dense"
+                f"accepted: torch.autograd.grad over the compiled model, or torch.func over the model as it is, dense"
             )
 
 

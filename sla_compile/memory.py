@@ -35,10 +35,12 @@ __all__ = [
     "remember_limit_callback",
     "remember_owner_account",
     "remember_root_calls",
+    "remember_told",
     "root_calls",
     "take_dense_code",
     "was_given",
     "was_injected",
+    "was_told",
 ]
 
 Accounts = tuple["SiteReport", ...]
@@ -62,6 +64,8 @@ _by_class: weakref.WeakKeyDictionary[type, dict[tuple[int, str], Accounts]] = we
 _by_code: weakref.WeakKeyDictionary[CodeType, list[SiteReport]] = weakref.WeakKeyDictionary()
 # For `report`: the graph breaks in the forward of a module.
 _breaks: weakref.WeakKeyDictionary[nn.Module, dict[GraphBreak, None]] = weakref.WeakKeyDictionary()
+# Warnings that are given once for each model.
+_told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 # Warnings that are given once in a process.
 _warned: set[str] = set()
 
@@ -172,3 +176,13 @@ def was_given(warning: str) -> bool:
 def remember_given(warning: str) -> None:
     """``warning`` is given once in a process, and now was."""
     _warned.add(warning)
+
+
+def was_told(model: nn.Module, warning: str) -> bool:
+    """True if ``warning`` was given for ``model`` already."""
+    return warning in _told.get(model, ())
+
+
+def remember_told(model: nn.Module, warning: str) -> None:
+    """``warning`` is given once for each model, and now was for ``model``."""
+    _told.setdefault(model, set()).add(warning)

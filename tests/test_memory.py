@@ -76,7 +76,7 @@ def test_a_break_is_listed_once() -> None:
 def test_everything_goes_with_its_key() -> None:
     weak = (weakref.WeakKeyDictionary, weakref.WeakSet)
     registries: dict[str, Any] = {name: value for name, value in vars(memory).items() if isinstance(value, weak)}
-    assert len(registries) == 9
+    assert len(registries) == 10
     gc.collect()
     before = {name: len(registry) for name, registry in registries.items()}
     owner, code = type("Owner", (nn.Module,), {})(), a_code()
@@ -89,6 +89,9 @@ def test_everything_goes_with_its_key() -> None:
     memory.remember_class_account(type(owner), 0, "{}", (SITE,))
     memory.remember_code_accounts(code, [SITE])
     memory.remember_break(owner, GraphBreak("print"))
+    memory.remember_told(owner, "a warning")
+    assert memory.was_told(owner, "a warning")
+    assert not memory.was_told(owner, "another")
     assert all(len(registry) == before[name] + 1 for name, registry in registries.items())
     del owner, code
     gc.collect()

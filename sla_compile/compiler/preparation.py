@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import traceback
-import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +28,8 @@ from sla_compile.compat import (
 )
 from sla_compile.compiler.example_call import example_call
 from sla_compile.compiler.fake_run import stand_ins
+from sla_compile.compiler.nothing_rewritten import why_nothing
+from sla_compile.compiler.patterns import warn_unmatched
 from sla_compile.compiler.rewriting import refuse_unsynchronised, rewrite_graph
 from sla_compile.compiler.site_report import GraphBreak, SiteReport, describe, graph_break
 from sla_compile.compiler.sites import Settings
@@ -48,6 +49,7 @@ from sla_compile.gate import (
 )
 from sla_compile.gate_settings import GateSpec
 from sla_compile.module_paths import module_paths
+from sla_compile.user_warnings import warn_user
 
 __all__ = ["DryRun", "dry_run", "prepare", "unwrapped"]
 
@@ -116,19 +118,10 @@ def prepare(
         attach_gate(modules[owner_path(path)], spec, device=weight.device, dtype=weight.dtype)
     for path in run.owners:
         modules[path].__dict__[PREPARED] = (settings.config, path)
+    warn_unmatched(model, settings.config, {site.path for site in run.sites})
     if not any(site.rewritten for site in run.sites):
-        warnings.warn(f"prepare: no attention of {type(model).__name__} will be rewritten: {_why(run)}", stacklevel=2)
+        warn_user(f"prepare: no attention of {type(model).__name__} will be rewritten: {why_nothing(run.sites)}")
     return model
-
-
-def _why(run: DryRun) -> str:
-    """Why none of the sites is rewritten, in the words of the first."""
-    if not run.sites:
-        return "none was found in its forward"
-    first = run.sites[0]
-    accepted = f"; accepted: {first.accepted}" if first.accepted else ""
-    others = f", and {len(run.sites) - 1} more (sla_compile.explain lists them)" if len(run.sites) > 1 else ""
-    return f"{first.path or first.owner} stays dense, {first.reason} ({first.value}{accepted}){others}"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

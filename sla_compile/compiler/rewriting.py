@@ -13,6 +13,8 @@ from torch import fx, nn
 
 import sla_compile.ops  # noqa: F401  registers the ops that a rewritten graph calls
 from sla_compile.compat import Frame, compiled_siblings, data_parallel, fully_sharded, user_errors
+from sla_compile.compiler.late_gates import warn_of_late_gates
+from sla_compile.compiler.patterns import check_patterns
 from sla_compile.compiler.sites import BROKEN, Settings, Site, find_sites, remember_calls
 from sla_compile.gate import (
     PREPARED,
@@ -54,6 +56,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Settings, frame: Frame | None) -
         return []
     with user_errors():
         sites, markers = find_sites(gm, settings, frame)
+        check_patterns(sites, settings.config, frame)
         remember_calls(sites, frame)
         if (sites or markers) and frame.join_buckets():
             frame.restart("sla_compile sees the graph before it is cut into DDP's buckets")
@@ -98,10 +101,11 @@ def _inject(sites: Sequence[Site], frame: Frame) -> int:
         if site.gate is None:
             sharded = "fully_shard" if fully_sharded(owner) else None
             refuse_unsynchronised(site.gate_path, "DistributedDataParallel" if data_parallel() else sharded)
-    changed = []
+    changed, late = [], []
     for site, owner, decision in missing:
         had_gate = site.gate is not None
         if not had_gate:
+            late.append(site.gate_path)
             _attach(site, owner, decision)
             await_marker(owner, site.ordinal)
         newly_marked = owner is root and mark_from_children(owner)
@@ -109,6 +113,8 @@ def _inject(sites: Sequence[Site], frame: Frame) -> int:
             changed.append(site)
     if changed and root is not None:
         _inject_siblings(changed, root, frame)
+    if late:
+        warn_of_late_gates(root or missing[0][1], late)
     return len(changed)
 
 

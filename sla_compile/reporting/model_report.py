@@ -12,6 +12,7 @@ from torch import nn
 
 from sla_compile.compiler.compiled_sites import compiled_breaks, compiled_sites
 from sla_compile.compiler.example_call import example_call
+from sla_compile.compiler.patterns import warn_unmatched
 from sla_compile.compiler.preparation import dry_run, unwrapped
 from sla_compile.compiler.site_report import GraphBreak, SiteReport
 from sla_compile.compiler.sites import Settings
@@ -137,6 +138,8 @@ def explain(
     model = unwrapped(model)
     settings = Settings.of(config if config is not None else model_config(model))
     run = dry_run(model, *example_call(model, args, kwargs, call), settings)
+    if run.stopped is None and config is not None:
+        warn_unmatched(model, settings.config, {site.path for site in run.sites})
     return Report(
         model=type(model).__name__,
         compiled=False,
