@@ -12,6 +12,7 @@ and erases it. A prepared model that is not compiled computes exactly what the d
 from __future__ import annotations
 
 import contextlib
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,6 +48,7 @@ __all__ = [
     "refuse_taken_name",
 ]
 
+_PROCESS = uuid.uuid4().hex
 PREPARED = "_sla_prepared"
 """Attribute that ``prepare`` gives an owner: (SLAConfig, the owner's module path); survives deepcopy and pickle."""
 
@@ -65,10 +67,13 @@ class Gate(nn.Module):
         path: module path of the gate when it was made, for example ``"blocks.0.attn1.sla"``.
         config: the settings of this site.
         model_config: the settings the whole model was prepared with.
-        ordinal: which attention call of its owner it belongs to, counted from 0.
+        ordinal: the number of its attention among those of its owner, from 0; its name (`gate_name`) says the same.
+        call_site: where its owner calls the attention, as ``compiler.call_sites`` writes it: by this, and not by its
+            number, an attention finds its gate. Empty of a gate from before there were call sites.
+        traced: whether this process has traced that call site; otherwise a file or a pickle says so.
         seen: the token grids found for its queries and keys in the whole model, used where only a part is compiled.
         pattern: what its attention is written as, such as ``"scaled_dot_product_attention"``.
-        settings: ``config`` and ``seen`` as the JSON text that the marker carries into a graph.
+        settings: ``config``, ``seen`` and ``call_site`` as the JSON text that the marker carries into a graph.
     """
 
     weight: nn.Parameter
@@ -80,7 +85,9 @@ class Gate(nn.Module):
     model_config: SLAConfig
     seen: SeenGrids
     pattern: str = CALLED  # of a gate that was pickled before there was this attribute
+    call_site: str = ""  # as above
     settings: str
+    _process: str = ""  # which process traced the call site: a pickle has another
 
     def __init__(
         self, spec: GateSpec, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -101,12 +108,21 @@ class Gate(nn.Module):
         self.apply_settings(spec)
 
     def apply_settings(self, spec: GateSpec) -> None:
-        """Take path, settings, grids and pattern from ``spec``; values of the parameters and of ``sparsity`` stay."""
+        """Take path, settings, grids, pattern and call site of ``spec``; parameters and ``sparsity`` stay."""
         self.path, self.config, self.seen = spec.path, spec.config, spec.seen
         self.pattern = spec.pattern
         self.model_config = spec.config if spec.model_config is None else spec.model_config
+        self.take_call_site(spec.call_site, spec.traced)
+
+    def take_call_site(self, call_site: str, traced: bool = True) -> None:
+        """Be the gate of the attention at ``call_site``."""
+        self.call_site, self._process = call_site, _PROCESS if traced else ""
         # What the rewritten graph depends on, and so what Dynamo guards on: alike for all like sites.
-        self.settings = settings_to_json(spec.config, spec.seen)
+        self.settings = settings_to_json(self.config, self.seen, call_site)
+
+    @property
+    def traced(self) -> bool:
+        return bool(self.call_site) and self._process == _PROCESS
 
     def spec(self) -> GateSpec:
         """What its site asked of it."""
@@ -117,6 +133,8 @@ class Gate(nn.Module):
             model_config=self.model_config,
             path=self.path,
             ordinal=self.ordinal,
+            call_site=self.call_site,
+            traced=self.traced,
             seen=self.seen,
             pattern=self.pattern,
         )
@@ -222,7 +240,7 @@ def marked_exports() -> Iterator[None]:
 
 
 def gate_name(ordinal: int) -> str:
-    """The gate's attribute of its owner: ``sla`` for the first attention call, ``sla_1`` for the second, and so on."""
+    """The gate's attribute of its owner: ``sla`` for the attention met first, ``sla_1`` for the second, and so on."""
     return "sla" if ordinal == 0 else f"sla_{ordinal}"
 
 
@@ -313,7 +331,7 @@ def gate_dtype(owner: nn.Module, fallback: torch.dtype) -> torch.dtype:
 
 
 def detach_gate(owner: nn.Module, ordinal: int) -> None:
-    """Remove the gate of ``owner``'s attention call ``ordinal``, and the hooks once no gate is left."""
+    """Remove the gate of ``owner``'s attention ``ordinal``, and the hooks once no gate is left."""
     owner._modules.pop(gate_name(ordinal), None)
     _update_hooks(owner)
 

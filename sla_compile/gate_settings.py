@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sla_compile.common.token_orders import RASTER
 from sla_compile.config import SITE_FIELDS, SLAConfig
@@ -15,6 +15,7 @@ __all__ = [
     "CALLED",
     "NO_GRIDS",
     "GateSpec",
+    "NumberedSite",
     "SeenGrids",
     "grids_from_json",
     "grids_to_json",
@@ -30,6 +31,15 @@ CALLED = "scaled_dot_product_attention"
 """The pattern of an attention that is a call of that function."""
 
 
+class NumberedSite(NamedTuple):
+    """The call site of the attention that has a number among those of its owner, and with it a gate's name."""
+
+    call_site: str
+    """As ``compiler.call_sites`` writes it; empty of a gate of before there were call sites."""
+    traced: bool
+    """Whether this process has traced it; otherwise a file says so, and the source may have changed since."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GateSpec:
     """What one attention site asks of its gate: the shapes of its tensors, its settings, and where it belongs."""
@@ -43,7 +53,11 @@ class GateSpec:
     path: str = ""
     """Module path of the gate, for example ``"blocks.0.attn1.sla"``."""
     ordinal: int = 0
-    """Which attention call of its owner it belongs to, counted from 0."""
+    """Its number among the attentions of its owner, in the order in which they were met, from 0."""
+    call_site: str = ""
+    """Where the owner calls the attention, as ``compiler.call_sites`` writes it; empty where that is not known."""
+    traced: bool = True
+    """Whether this process has traced that call site."""
     seen: SeenGrids = NO_GRIDS
     pattern: str = CALLED
     """What its attention is written as, as ``AttentionCall.pattern`` says."""
@@ -60,22 +74,26 @@ class GateSpec:
         return shapes
 
 
-def settings_to_json(config: SLAConfig, seen: SeenGrids) -> str:
-    """All that determines how a site is rewritten: its settings and grids, as canonical JSON.
+def settings_to_json(config: SLAConfig, seen: SeenGrids, call_site: str = "") -> str:
+    """All that determines how a site is rewritten: its settings, grids and call site, as canonical JSON.
 
     Dynamo guards on this text. So it holds nothing that differs between like sites (a path), nor what changes without
-    a recompilation (with ``max_topk``, topk and bottomk).
+    a recompilation (with ``max_topk``, topk and bottomk). By the call site, code compiled for one module does not serve
+    another of its class whose gates have their names in another order.
     """
     at_run_time = () if config.max_topk is None else ("topk", "bottomk")
     fields: dict[str, Any] = {name: getattr(config, name) for name in SITE_FIELDS if name not in at_run_time}
     if config.reorder != RASTER and config.grid is None:
         fields["seen"] = grids_to_json(seen)
+    if call_site:
+        fields["call_site"] = call_site
     return json.dumps(fields, sort_keys=True)
 
 
 def settings_from_json(text: str) -> tuple[dict[str, Any], SeenGrids]:
     """The reverse of ``settings_to_json``: fields of ``SLAConfig``, and grids."""
     fields = json.loads(text)
+    fields.pop("call_site", None)
     return fields, grids_from_json(fields.pop("seen", NO_GRIDS))
 
 

@@ -1,8 +1,8 @@
 """What this process remembers from compile to compile: all of it, and until when.
 
 A backend sees one graph at a time, but some questions span several: was an attention kept dense in code that Dynamo may
-still serve, how many attention calls came before a graph break, what was compiled for a module. The answers live here
-and nowhere else. Keys are held weakly, so an entry goes, at the latest, with its module, class or code object.
+still serve, which attentions of an owner came before a graph break, what was compiled for a module. The answers live
+here and nowhere else. Keys are held weakly, so an entry goes, at the latest, with its module, class or code object.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import nn
 
 if TYPE_CHECKING:
     from sla_compile.compiler.site_report import GraphBreak, SiteReport
+    from sla_compile.gate_settings import NumberedSite
 
 __all__ = [
     "accounts_by_code",
@@ -34,9 +35,9 @@ __all__ = [
     "remember_injected",
     "remember_limit_callback",
     "remember_owner_account",
-    "remember_root_calls",
+    "remember_site",
     "remember_told",
-    "root_calls",
+    "remembered_sites",
     "take_dense_code",
     "was_given",
     "was_injected",
@@ -52,9 +53,8 @@ _awaited_gates: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKey
 _injected: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # Code compiled while an attention of the owner was dense; until the owner gets a gate, when it must not serve any more.
 _dense_code: weakref.WeakKeyDictionary[nn.Module, set[CodeType]] = weakref.WeakKeyDictionary()
-# Attention calls of a forward's own module in the graph compiled for a code: a frame that resumes that forward after a
-# graph break counts on from there.
-_root_calls: weakref.WeakKeyDictionary[CodeType, int] = weakref.WeakKeyDictionary()
+# The attentions of an owner by number, with or without a gate: each keeps its number, whatever graph it comes in next.
+_sites: weakref.WeakKeyDictionary[nn.Module, dict[int, NumberedSite]] = weakref.WeakKeyDictionary()
 # Whom to tell when Dynamo reaches a recompile limit and compiles a code no more.
 _limit_callbacks: weakref.WeakKeyDictionary[CodeType, Callable[[str], None]] = weakref.WeakKeyDictionary()
 # For `report`: what was compiled last for each site, by its owner; by class and settings, for siblings that run code
@@ -105,14 +105,14 @@ def take_dense_code(owner: nn.Module) -> set[CodeType]:
     return _dense_code.pop(owner, set())
 
 
-def remember_root_calls(code: CodeType, count: int) -> None:
-    """The graph compiled for ``code`` has ``count`` attention calls of the module whose forward that code is."""
-    _root_calls[code] = count
+def remember_site(owner: nn.Module, ordinal: int, site: NumberedSite) -> None:
+    """The attention of ``owner`` at this call site has the number ``ordinal``."""
+    _sites.setdefault(owner, {})[ordinal] = site
 
 
-def root_calls() -> Iterator[tuple[CodeType, int]]:
-    """Every code compiled so far with that count."""
-    yield from list(_root_calls.items())
+def remembered_sites(owner: nn.Module) -> dict[int, NumberedSite]:
+    """The attentions of ``owner`` met so far, by number."""
+    return dict(_sites.get(owner, {}))
 
 
 def remember_limit_callback(code: CodeType, callback: Callable[[str], None]) -> None:

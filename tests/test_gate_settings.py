@@ -29,6 +29,12 @@ def test_every_setting_of_a_site_comes_back() -> None:
     assert seen == NO_GRIDS, "a raster order needs no grid"
 
 
+def test_the_call_site_is_in_the_text_and_is_no_setting() -> None:
+    plain, sited = (settings_to_json(SLAConfig(), NO_GRIDS, site) for site in ("", "forward+4:8"))
+    assert plain != sited
+    assert settings_from_json(plain) == settings_from_json(sited)
+
+
 def test_shares_that_are_read_at_run_time_are_left_out() -> None:
     fields, _ = settings_from_json(settings_to_json(SLAConfig(max_topk=0.5), NO_GRIDS))
     assert set(SITE_FIELDS) - fields.keys() == {"topk", "bottomk"}

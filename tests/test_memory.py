@@ -12,6 +12,7 @@ from torch import nn
 
 from sla_compile import memory
 from sla_compile.compiler.site_report import GraphBreak, SiteReport
+from sla_compile.gate_settings import NumberedSite
 
 SITE = SiteReport(path="a", owner="Linear", ordinal=0, rewritten=True, reason="self-attention")
 
@@ -83,7 +84,7 @@ def test_everything_goes_with_its_key() -> None:
     memory.await_marker(owner, 0)
     memory.remember_dense(owner, code)
     memory.remember_injected(owner)
-    memory.remember_root_calls(code, 2)
+    memory.remember_site(owner, 0, NumberedSite("forward+1", True))
     memory.remember_limit_callback(code, print)
     memory.remember_owner_account(owner, 0, (SITE,))
     memory.remember_class_account(type(owner), 0, "{}", (SITE,))

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import sla_compile
+from sla_compile.gate_settings import settings_to_json
 from sla_compile.passes.token_order import Grid
-from tests.support.models import OPTIONS, Model, assert_follows_definition, random_input, randomize_gates
+from tests.support.models import OPTIONS, Model, TwoAttentions, assert_follows_definition, random_input, randomize_gates
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
@@ -68,6 +69,21 @@ def test_a_model_pickled_under_former_names_loads_and_computes_the_same() -> Non
     assert configs(back) == configs(model)
     assert all(gate.seen == (Grid((4, 5, 5), 0, 100), None) for gate in sla_compile.gates(back).values())
     assert_follows_definition(torch.compile(back, backend="sla", options={"inner": "eager"}), back, x)
+
+
+def test_a_pickle_from_before_there_were_call_sites_binds_its_gates_by_their_order() -> None:
+    torch.manual_seed(0)
+    model, x = TwoAttentions(), random_input()
+    sla_compile.prepare(model, (x,), config=OPTIONS)
+    randomize_gates(model)
+    expected = {path: gate.call_site for path, gate in sla_compile.gates(model).items()}
+    for gate in sla_compile.gates(model).values():
+        del gate.__dict__["call_site"], gate.__dict__["_process"]
+        gate.settings = settings_to_json(gate.config, gate.seen)
+    back = pickle.loads(pickle.dumps(model))
+    assert [gate.call_site for gate in sla_compile.gates(back).values()] == ["", ""]
+    assert_follows_definition(torch.compile(back, backend="sla", options={"inner": "eager"}), back, x)
+    assert {path: gate.call_site for path, gate in sla_compile.gates(back).items()} == expected
 
 
 def test_settings_load_in_a_process_that_has_imported_nothing(tmp_path: Path) -> None:

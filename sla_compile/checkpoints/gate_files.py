@@ -23,6 +23,7 @@ from sla_compile.checkpoints.gate_format import (
     ordinal_of,
     read_gate_file,
 )
+from sla_compile.checkpoints.gate_order import arranged
 from sla_compile.checkpoints.places import path_text, replace_file
 from sla_compile.common.limits import FLOATING_DTYPES
 from sla_compile.config import SLAConfig
@@ -93,6 +94,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     found = gates(model)
     with torch.no_grad():
         if found:
+            file = dataclasses.replace(file, gates=arranged(file.gates, found, os.fspath(path)))
             _check_settings(path, file, model_config(model), found)
             raise_problems(_load_of(path, model), [*file.problems, *_unlike_model(file, found)])
             for name, gate in found.items():

@@ -77,7 +77,8 @@ def metadata_of(config: SLAConfig, found: Mapping[str, Gate]) -> dict[str, str]:
         settings = {field: getattr(gate.config, field) for field in SITE_FIELDS}
         site = {"path": name, "heads": gate.heads, "head_dim": gate.head_dim, "config": settings}
         seen = {"seen": grids_to_json(gate.seen)} if any(gate.seen) else {}
-        sites.append(site | seen | ({"pattern": gate.pattern} if gate.pattern != CALLED else {}))
+        pattern = {"pattern": gate.pattern} if gate.pattern != CALLED else {}
+        sites.append(site | seen | pattern | ({"call_site": gate.call_site} if gate.call_site else {}))
     fields = {name: value for name, value in config.to_dict().items() if name not in COMPILE_FIELDS}
     texts = {"config": json.dumps(fields), "sites": json.dumps(sites)}
     for name, text in texts.items():
@@ -174,6 +175,9 @@ def _spec(where: str, entry: Any, config: SLAConfig) -> GateSpec:
         raise value_error(f"{where}: config", settings, "a mapping of the fields of its site")
     if type(pattern) is not str:
         raise value_error(f"{where}: pattern", pattern, "what its attention is written as, in a word")
+    call_site = entry.get("call_site", "")
+    if type(call_site) is not str:
+        raise value_error(f"{where}: call_site", call_site, "where its owner calls the attention, a text")
     given = {**{field: getattr(SLAConfig(), field) for field in SITE_FIELDS_FILES_MAY_LACK}, **settings}
     try:
         site_config = dataclasses.replace(config, overrides={}, **{field: given[field] for field in SITE_FIELDS})
@@ -186,6 +190,8 @@ def _spec(where: str, entry: Any, config: SLAConfig) -> GateSpec:
         model_config=config,
         path=path,
         ordinal=ordinal_of(path) or 0,
+        call_site=call_site,
+        traced=False,
         seen=_seen(where, entry.get("seen", list(NO_GRIDS))),
         pattern=pattern,
     )

@@ -17,10 +17,11 @@ from torch.export import ExportedProgram
 
 import sla_compile.ops  # noqa: F401  the library op that an exported program calls
 from sla_compile.compat import Frame, always_holds
-from sla_compile.compiler.preparation import unwrapped
+from sla_compile.compiler.preparation import dry_run, unwrapped
 from sla_compile.compiler.rewriting import apply_decisions
 from sla_compile.compiler.sites import Settings, Site, find_sites
-from sla_compile.gate import gates, marked_exports
+from sla_compile.gate import gates, marked_exports, model_config
+from sla_compile.module_paths import module_paths
 from sla_compile.passes.decide import Keep, Rewrite
 from sla_compile.passes.find_attention import graphs
 
@@ -56,7 +57,7 @@ def export(
     with marked_exports():
         program = torch.export.export(model, *call, dynamic_shapes=dynamic_shapes, strict=strict)
     graph = program.module()
-    _rewrite(graph, model, program.range_constraints)
+    _rewrite(graph, model, program.range_constraints, _numbers(model, call))
     return torch.export.export(graph, *call, dynamic_shapes=dynamic_shapes, strict=False)
 
 
@@ -75,15 +76,30 @@ class _Program:
         return self.root
 
 
-def _rewrite(graph: fx.GraphModule, model: nn.Module, ranges: Mapping[Any, Any]) -> None:
+def _numbers(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[int, list[int]]:
+    """The numbers of the attention calls of each owner, by its ``id``, in the order of the forward.
+
+    Of a call, torch.export says only in which line of a forward it is, or not even that. So Dynamo is asked.
+    """
+    modules = dict(module_paths(model))
+    numbers: dict[int, list[int]] = {}
+    for site in dry_run(model, *call, Settings.of(model_config(model))).sites:
+        if site.path in modules and site.owner:
+            numbers.setdefault(id(modules[site.path]), []).append(site.ordinal)
+    return numbers
+
+
+def _rewrite(
+    graph: fx.GraphModule, model: nn.Module, ranges: Mapping[Any, Any], ordinals: Mapping[int, Sequence[int]]
+) -> None:
     """Put the op where the compiled model has it, and take the markers out; ValueError where that cannot be."""
     paths = {path: id(module) for path, module in model.named_modules(remove_duplicate=False)}
     for module in graphs(graph):
         for node in list(module.graph.nodes):
             _as_traced_by_dynamo(node, paths)
-    sites, markers = find_sites(graph, Settings.of(None), cast(Frame, _Program(model)))
-    _check(sites, model, ranges)
-    apply_decisions(sites, markers, graphs(graph))
+    found = find_sites(graph, Settings.of(None), cast(Frame, _Program(model)), ordinals)
+    _check(found.sites, model, ranges)
+    apply_decisions(found.sites, found.markers, graphs(graph))
 
 
 def _check(sites: Sequence[Site], model: nn.Module, ranges: Mapping[Any, Any]) -> None:

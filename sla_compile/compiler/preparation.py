@@ -31,6 +31,7 @@ from sla_compile.compiler.fake_run import stand_ins
 from sla_compile.compiler.nothing_rewritten import why_nothing
 from sla_compile.compiler.patterns import warn_unmatched
 from sla_compile.compiler.rewriting import refuse_unsynchronised, rewrite_graph
+from sla_compile.compiler.site_numbers import known_sites, spare_numbers
 from sla_compile.compiler.site_report import GraphBreak, SiteReport, describe, graph_break
 from sla_compile.compiler.sites import Settings
 from sla_compile.config import SLAConfig
@@ -48,6 +49,7 @@ from sla_compile.gate import (
     refuse_other_form,
 )
 from sla_compile.gate_settings import GateSpec
+from sla_compile.memory import remember_site
 from sla_compile.module_paths import module_paths
 from sla_compile.user_warnings import warn_user
 
@@ -63,6 +65,8 @@ class DryRun:
     """The gates that the shell was given, by their module path."""
     owners: set[str] = field(default_factory=set)
     """Module path of every owner of an attention, rewritten or kept."""
+    spare: set[str] = field(default_factory=set)
+    """Module path of every gate of the model that has no attention any more: a line has one gate, and had several."""
     graph_breaks: list[GraphBreak] = field(default_factory=list)
     stopped: Exception | None = None
     """What ended the trace early: the model's own code, after a graph break, on values that a trace does not have."""
@@ -108,7 +112,7 @@ def prepare(
     modules = dict(module_paths(model))
     specs = {path: replace(gate.spec(), path=path, model_config=settings.config) for path, gate in run.gates.items()}
     planned = {(modules[owner_path(path)], spec.ordinal) for path, spec in specs.items()}
-    _check(model, modules, specs, planned)
+    _check(model, modules, specs, planned, run.spare)
     for owner in list(model.modules()):
         for gate in list(own_gates(owner).values()):
             if (owner, gate.ordinal) not in planned:
@@ -137,11 +141,12 @@ def _check(
     modules: Mapping[str, nn.Module],
     specs: Mapping[str, GateSpec],
     planned: Set[tuple[nn.Module, int]],
+    spare: Set[str],
 ) -> None:
     """Raise before anything is changed; ``planned`` are the owners and ordinals of the gates of ``specs``."""
     dropped = []
     for path, gate in gates(model).items():
-        if (modules[owner_path(path)], gate.ordinal) not in planned and gate.trained():
+        if (modules[owner_path(path)], gate.ordinal) not in planned and path not in spare and gate.trained():
             dropped.append(path)
     if dropped:
         raise ValueError(
@@ -217,6 +222,8 @@ def dry_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], se
             run.stopped = error
         given_up = not any(runs_forward_of(frame.code, shell) for frame in frames)
     run.gates = gates(shell)
+    for path, owner in module_paths(shell):
+        run.spare.update(f"{path}.{gate_name(ordinal)}".lstrip(".") for ordinal in spare_numbers(owner))
     if run.stopped is not None:
         run.graph_breaks.append(_end_of_trace(run.stopped))
     elif run.sites and given_up:
@@ -252,6 +259,8 @@ def _shell(model: nn.Module) -> nn.Module:
         shell = copy.deepcopy(model, shared)
     except Exception as error:
         raise ValueError(f"{type(model).__name__} cannot be copied for a trace: {error}") from error
-    for module in shell.modules():
+    for module, original in zip(shell.modules(), model.modules(), strict=True):
         module.__dict__["_compiled_call_impl"] = None  # blocks compiled by themselves are traced as part of it
+        for ordinal, site in known_sites(original).items():
+            remember_site(module, ordinal, site)
     return detach(shell)

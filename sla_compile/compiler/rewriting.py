@@ -13,9 +13,10 @@ from torch import fx, nn
 
 import sla_compile.ops  # noqa: F401  registers the ops that a rewritten graph calls
 from sla_compile.compat import Frame, compiled_siblings, data_parallel, fully_sharded, user_errors
+from sla_compile.compiler.gate_binding import bind_gates
 from sla_compile.compiler.late_gates import warn_of_late_gates
 from sla_compile.compiler.patterns import check_patterns
-from sla_compile.compiler.sites import BROKEN, Settings, Site, find_sites, remember_calls
+from sla_compile.compiler.sites import BROKEN, Settings, Site, find_sites
 from sla_compile.gate import (
     PREPARED,
     Gate,
@@ -55,15 +56,16 @@ def rewrite_graph(gm: fx.GraphModule, settings: Settings, frame: Frame | None) -
     if frame is None:
         return []
     with user_errors():
-        sites, markers = find_sites(gm, settings, frame)
+        found = find_sites(gm, settings, frame)
+        sites, markers = found.sites, found.markers
         check_patterns(sites, settings.config, frame)
-        remember_calls(sites, frame)
         if (sites or markers) and frame.join_buckets():
             frame.restart("sla_compile sees the graph before it is cut into DDP's buckets")
         injected = _inject(sites, frame)
-    if injected:
+    bound = bind_gates(found, frame)
+    if bound or injected:
         frame.drop_superseded()
-        frame.restart(f"sla_compile gave {injected} attention(s) a gate")
+        frame.restart(f"sla_compile gave {bound + injected} attention(s) a gate")
     sites = [_settle(site, frame) for site in sites]
     apply_decisions(sites, markers, {id(site.call.module): site.call.module for site in sites}.values())
     for site in sites:

@@ -47,7 +47,7 @@ class SiteReport:
     owner: str
     """Class of the owner; empty where no module owns the attention."""
     ordinal: int
-    """Which attention call of the owner, counted from 0."""
+    """Its number among the attentions of the owner, from 0; calls in a loop have the same."""
     rewritten: bool
     reason: str
     """Why it was rewritten or kept."""
@@ -90,6 +90,8 @@ class SiteReport:
     expression_before: str = ""
     """FLOPs as an exact sympy expression in B, H, N, d (and L for the keys of a cross-attention)."""
     expression_after: str = ""
+    call_site: str = ""
+    """Where in the owner's forward it is called: functions, each with a line counted from its ``def``, and a column."""
     diff: tuple[str, ...] = ()
     """The graph around the site: lines that start with "- " (before), "+ " (after) or two blanks (both)."""
 
@@ -133,6 +135,7 @@ def describe(site: Site) -> SiteReport:
         order=_order(decision.order) if isinstance(decision, Rewrite) else {},
         critical_tokens=decision.always_critical if isinstance(decision, Rewrite) else (),
         gate_path=site.gate_path if keep is None else "",
+        call_site=site.call_site,
         gate_parameters=_count(gate) if gate is not None and keep is None else 0,
         diff=site_diff(site),
         **(_costs(site, shape, traced) if shape is not None else {}),
@@ -260,6 +263,7 @@ def prepared_only(gate: Gate, owner: nn.Module) -> SiteReport:
         compiled=False,
         settings=_settings(gate.config),
         gate_path=gate.path,
+        call_site=gate.call_site,
         gate_parameters=_count(gate),
     )
 

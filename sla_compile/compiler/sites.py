@@ -5,8 +5,7 @@ This is where the passes (which know graphs) meet the modules (which own gates).
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -15,20 +14,21 @@ from torch import fx, nn
 
 from sla_compile.common.limits import DTYPES
 from sla_compile.common.token_orders import RASTER
-from sla_compile.compat import Frame, plain_module_path, runs_forward_of
-from sla_compile.compiler.owners import iterates_over_children
+from sla_compile.compat import Frame, plain_module_path
+from sla_compile.compiler.call_sites import call_site, traced_frames
 from sla_compile.compiler.function_transforms import kept_under_transform
+from sla_compile.compiler.owners import iterates_over_children
+from sla_compile.compiler.site_numbers import Numbering, number_calls
 from sla_compile.config import SITE_FIELDS, SLAConfig
 from sla_compile.gate import PREPARED, Gate, gate_name, own_gates, refuse_other_form
 from sla_compile.gate_settings import NO_GRIDS, GateSpec, SeenGrids, settings_from_json
-from sla_compile.memory import remember_root_calls, root_calls
 from sla_compile.module_paths import module_paths
 from sla_compile.passes.decide import Decision, Keep, Requirements, Rewrite, decide
 from sla_compile.passes.find_attention import AttentionCall, Marker, find_attention, find_markers
 from sla_compile.passes.token_grids import Grids
 from sla_compile.passes.token_order import Wanted
 
-__all__ = ["Settings", "Site", "find_sites", "remember_calls", "requirements"]
+__all__ = ["FoundSites", "Settings", "Site", "find_sites", "requirements"]
 
 BROKEN = "graph break between the owner's start and its attention"
 
@@ -68,6 +68,7 @@ class Site:
     path: str
     owner: nn.Module | None
     ordinal: int
+    call_site: str
     marker: Marker | None
     config: SLAConfig
     model_config: SLAConfig
@@ -93,9 +94,21 @@ class Site:
             model_config=self.model_config,
             path=self.gate_path,
             ordinal=self.ordinal,
+            call_site=self.call_site,
             seen=self.seen,
             pattern=self.call.pattern,
         )
+
+
+@dataclass(frozen=True)
+class FoundSites:
+    """What ``find_sites`` found in one graph."""
+
+    sites: list[Site]
+    markers: list[Marker]
+    """All, to be erased."""
+    numberings: list[tuple[nn.Module, Numbering]]
+    """Of each owner."""
 
 
 def requirements(config: SLAConfig) -> Requirements:
@@ -110,54 +123,109 @@ def requirements(config: SLAConfig) -> Requirements:
     )
 
 
-def find_sites(gm: fx.GraphModule, settings: Settings, frame: Frame) -> tuple[list[Site], list[Marker]]:
-    """Every attention call of ``gm`` as a site, decided; and every marker, to be erased.
+def find_sites(
+    gm: fx.GraphModule, settings: Settings, frame: Frame, ordinals: Mapping[int, Sequence[int]] | None = None
+) -> FoundSites:
+    """Every attention call of ``gm`` as a site, decided; and every marker.
+
+    ``ordinals`` is for a graph whose nodes do not say where they were traced: by the ``id`` of an owner, the numbers of
+    its calls. Owners that it lacks have theirs counted.
 
     Raises ValueError where the options of this compile contradict those a gate was prepared with.
     """
     markers = find_markers(gm)
     marked = {(_identities(marker.owner), marker.ordinal): marker for marker in markers}
     paths = _module_paths(frame)
-    counts: Counter[Any] = Counter()
     grids = cache(lambda: Grids(gm))
-    sites = []
     root = frame.root_module()
-    earlier = _calls_before(frame, root) if frame.resumed and root is not None else 0
-    for call in find_attention(gm):
-        calling = _identities(call.stack)
-        owner = frame.module(call.stack[-1].identity) if call.stack else root
-        ordinal = counts[calling] + (earlier if owner is root else 0)
-        counts[calling] += 1
+    calls = find_attention(gm)
+    owners = [frame.module(call.stack[-1].identity) if call.stack else root for call in calls]
+    places = [_call_site(call, frame, root) for call in calls]
+    numbers, numberings = _numbers(calls, owners, places, root if frame.resumed else None, ordinals)
+    sites = []
+    for call, owner, place, ordinal in zip(calls, owners, places, numbers, strict=True):
         local_path = paths.get(id(owner), plain_module_path(call.stack[-1].source) if call.stack else "")
-        site = _site(call, owner, local_path, ordinal, marked.get((calling, ordinal)), settings, grids)
+        marker = marked.get((_identities(call.stack), ordinal))
+        site = _site(call, owner, local_path, (ordinal, place), marker, settings, grids)
         if owner is None and frame.resumed and isinstance(site.decision, Keep):
             site = replace(site, decision=Keep(BROKEN, frame.code.co_name, "an attention without a break before it"))
         sites.append(site)
-    return sites, markers
+    return FoundSites(_of_one_form(sites), markers, numberings)
 
 
-def remember_calls(sites: list[Site], frame: Frame) -> None:
-    """Note how many calls come before those of a frame that resumes this one after a graph break."""
-    count = sum(site.owner is frame.root_module() for site in sites if site.owner is not None)
-    remember_root_calls(frame.code, count)
+def _call_site(call: AttentionCall, frame: Frame, root: nn.Module | None) -> str:
+    modules = [root, *(frame.module(level.identity) for level in call.stack)]
+    return call_site(traced_frames(call.node.stack_trace or ""), [module for module in modules if module is not None])
 
 
-def _calls_before(frame: Frame, root: nn.Module) -> int:
-    """Attention calls of ``root`` in the part of its forward that ran before the graph break."""
-    first = frame.code.co_firstlineno  # of a frame that resumes, the line of the break
-    parts = {(code.co_name, code.co_firstlineno): n for code, n in root_calls() if runs_forward_of(code, root)}
-    return sum(n for (_, line), n in parts.items() if line < first)
+def _numbers(
+    calls: Sequence[AttentionCall],
+    owners: Sequence[nn.Module | None],
+    places: Sequence[str],
+    resumed: nn.Module | None,
+    ordinals: Mapping[int, Sequence[int]] | None,
+) -> tuple[list[int], list[tuple[nn.Module, Numbering]]]:
+    """The number of each call among those of its owner (of those without one, in the graph); and of all of an owner."""
+    groups: dict[int, list[int]] = {}
+    for index, owner in enumerate(owners):
+        groups.setdefault(id(owner), []).append(index)
+    numbers = [0] * len(calls)
+    numberings = []
+    for identity, members in groups.items():
+        owner = owners[members[0]]
+        listed = [(_identities(calls[index].stack), places[index]) for index in members]
+        if owner is None:
+            distinct = list(dict.fromkeys(listed))
+            found = [distinct.index(call) for call in listed]
+        elif ordinals is None:
+            numbering = number_calls(owner, listed, owner is resumed)
+            numberings.append((owner, numbering))
+            found = numbering.ordinals
+        elif len(given := ordinals.get(identity, ())) == len(members):
+            found = list(given)
+        else:
+            found = [[call for call, _ in listed[:index]].count(call) for index, (call, _) in enumerate(listed)]
+        for index, number in zip(members, found, strict=True):
+            numbers[index] = number
+    return numbers, numberings
+
+
+def _of_one_form(sites: Sequence[Site]) -> list[Site]:
+    """The sites, but of those that share a gate only such to be rewritten as have its form, or that of the first.
+
+    Raises ValueError where a gate in the graph has the form of none.
+    """
+    rewritten: dict[tuple[int, int], list[tuple[Site, GateSpec]]] = {}
+    for site in sites:
+        if isinstance(site.decision, Rewrite):
+            rewritten.setdefault((id(site.owner), site.ordinal), []).append((site, site.gate_spec(site.decision)))
+    others: dict[int, str] = {}
+    for members in rewritten.values():
+        gate = members[0][0].gate
+        forms = [spec.shapes()["weight"] for _, spec in members]
+        form = forms[0] if gate is None or tuple(gate.weight.shape) not in forms else tuple(gate.weight.shape)
+        if gate is not None and any(site.marker is not None for site, _ in members):
+            refuse_other_form(gate, members[forms.index(form)][1])
+        for (site, spec), other in zip(members, forms, strict=True):
+            if other != form:
+                others[id(site)] = f"{spec.heads} heads of {spec.head_dim}"
+    reason, accepted = "its call site has a gate of another form", "calls of one form where they share a line"
+    return [
+        replace(site, decision=Keep(reason, others[id(site)], accepted)) if id(site) in others else site
+        for site in sites
+    ]
 
 
 def _site(
     call: AttentionCall,
     owner: nn.Module | None,
     local_path: str,
-    ordinal: int,
+    numbered: tuple[int, str],
     marker: Marker | None,
     settings: Settings,
     grids: Callable[[], Grids],
 ) -> Site:
+    ordinal, place = numbered
     prepared = owner.__dict__.get(PREPARED) if owner is not None else None
     model_config, path = prepared if prepared is not None else (settings.config, local_path)
     config = model_config.for_site(path)
@@ -201,10 +269,7 @@ def _site(
         )
     if isinstance(decision, Rewrite):
         decision = kept_under_transform(call, marker, path) or decision
-    site = Site(call, path, owner, ordinal, marker, config, model_config, decision, seen)
-    if isinstance(decision, Rewrite) and marker is not None and site.gate is not None:
-        refuse_other_form(site.gate, site.gate_spec(decision))
-    return site
+    return Site(call, path, owner, ordinal, place, marker, config, model_config, decision, seen)
 
 
 def _identities(stack: tuple[Any, ...]) -> tuple[tuple[int, int, str], ...]:

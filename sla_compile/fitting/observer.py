@@ -1,13 +1,14 @@
 """Observe, and replace, the attention calls that have a gate while a prepared model runs eagerly.
 
 A ``TorchFunctionMode`` receives every call of ``F.scaled_dot_product_attention``; temporary hooks tell which module
-made it. Owner, ordinal and decision follow the rules that ``compiler.sites`` applies to a graph, so what is observed is
-what ``backend="sla"`` would rewrite.
+made it. Owner, call site and decision follow the rules that ``compiler.sites`` applies to a graph, so what is observed
+is what ``backend="sla"`` would rewrite.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import sla_compile.ops  # noqa: F401  registers sla::forward
+from sla_compile.compiler.call_sites import call_site, running_frames
 from sla_compile.compiler.preparation import prepare
+from sla_compile.compiler.site_numbers import number_calls
 from sla_compile.compiler.sites import requirements
 from sla_compile.config import SLAConfig
 from sla_compile.gate import Gate, detach, gate_name, gates, model_config, own_gates
@@ -135,32 +138,36 @@ def gated_calls(model: nn.Module, handler: Handler) -> Iterator[None]:
 
 
 class _AttentionMode(TorchFunctionMode):
-    """Counts attention calls within each module call, as ``sites.find_sites`` does within a graph."""
+    """Numbers attention calls within each module call, as ``sites.find_sites`` does within a graph."""
 
     def __init__(self, model: nn.Module, handler: Handler) -> None:
         super().__init__()
         self.paths = {id(gate): path for path, gate in gates(model).items()}
         self.handler = handler
         self.running: list[nn.Module] = []
-        self.counts: list[int] = []
+        self.calls: list[list[tuple[int, str]]] = []
+        """Of each running module, what ``number_calls`` takes for the calls so far."""
 
     def begin(self, module: nn.Module, args: Any) -> None:
         self.running.append(module)
-        self.counts.append(0)
+        self.calls.append([])
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         self.running.pop()
-        called = self.counts.pop()
+        calls = self.calls.pop()
+        if output is None or not calls:  # it is None where the forward raised
+            return
         gated = own_gates(module).values()
-        last = max((gate.ordinal for gate in gated), default=-1)
+        numbers = number_calls(module, calls).ordinals
         others = [gate for gate in gated if gate.pattern != CALLED]
-        if output is not None and called and (called <= last or others):  # output is None where the forward raised
+        unseen = [gate for gate in gated if gate.ordinal not in numbers]
+        if others or (unseen and any(gate_name(number) not in own_gates(module) for number in numbers)):
             paths = ", ".join(self.paths[id(gate)] for gate in gated)
             of = f" ({others[0].pattern})" if others else ""
-            last = others[0].ordinal if others else last
+            last = (others or unseen)[0].ordinal
             raise ValueError(
-                f"{paths}: the owner called F.scaled_dot_product_attention {called} time(s), but has a gate for its "
-                f"attention number {last + 1}{of}, so which call a gate belongs to is not known; accepted: owners "
+                f"{paths}: the owner called F.scaled_dot_product_attention {len(calls)} time(s), but has a gate for "
+                f"its attention number {last + 1}{of}, so which call a gate belongs to is not known; accepted: owners "
                 f"whose every attention is such a call, none written by hand"
             )
 
@@ -170,9 +177,11 @@ class _AttentionMode(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         if func not in SDPA_TARGETS or not self.running:
             return output
-        ordinal = self.counts[-1]
-        self.counts[-1] += 1
-        gate = own_gates(self.running[-1]).get(gate_name(ordinal))
+        owner, calls = self.running[-1], self.calls[-1]
+        if not own_gates(owner):
+            return output
+        calls.append((0, call_site(running_frames(sys._getframe(1)), self.running)))
+        gate = own_gates(owner).get(gate_name(number_calls(owner, calls).ordinals[-1]))
         if gate is None:
             return output
         # The passes read tensors as they read the nodes of a graph, so a call can stand for a node.

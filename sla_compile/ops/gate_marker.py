@@ -22,4 +22,4 @@ torch.library.define(
 
 @torch.library.impl("sla::gate", "CompositeImplicitAutograd")
 def _gate_marker(*_: Any) -> None:
-    """Marks the owner's attention call number ``ordinal`` in a traced graph; does nothing when it runs."""
+    """Marks the owner's attention number ``ordinal`` in a traced graph; does nothing when it runs."""

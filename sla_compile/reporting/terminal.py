@@ -81,6 +81,8 @@ class SiteRow:
     """All their paths: ``blocks.{0..29}.attn1``."""
     first: SiteReport
     count: int
+    """Calls, of all their modules; of one module several where its call site is in a loop, or it is called again."""
+    modules: int
 
 
 def group_sites(sites: Sequence[SiteReport]) -> list[SiteRow]:
@@ -96,7 +98,7 @@ def group_sites(sites: Sequence[SiteReport]) -> list[SiteRow]:
         calls = Counter(site.path for site in members)
         for pattern, paths in patterns_with_paths(list(calls)):
             first = next(site for site in members if site.path == paths[0])
-            rows.append(SiteRow(pattern, first, sum(calls[path] for path in paths)))
+            rows.append(SiteRow(pattern, first, sum(calls[path] for path in paths), len(paths)))
     return rows
 
 
@@ -238,7 +240,8 @@ def _module(row: SiteRow) -> Text:
     site = row.first
     text = Text(row.pattern or ("the model itself" if site.owner else "a plain function"), style="bold")
     notes = [f"attention {site.ordinal + 1} in it"] if site.ordinal else []
-    notes += [f"{row.count} sites"] if row.count > 1 else []
+    notes += [f"{row.modules} sites"] if row.modules > 1 else []
+    notes += [f"{row.count} calls"] if row.count > row.modules else []
     return text.append(f" ({', '.join(notes)})" if notes else "", style="not bold dim")
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sla_compile
+from sla_compile.fitting.observer import gated_calls
 from tests.support.calibration import DIM, Failed, batches, defined_error, made, recorded
 from tests.support.closeness import relative_error
 from tests.support.models import HEADS, OPTIONS, WIDTH, Attention, Model, TwoAttentions, random_input, randomize_gates
@@ -41,6 +42,34 @@ def test_ordinals_are_those_of_the_compiled_graph() -> None:
     assert [(path, call.scale) for path, found in calls.items() for call in found] == [("sla_1", 0.3)]
     report = sla_compile.calibrate(model, batches(1))
     assert [site.path for site in report.sites] == ["sla_1"]
+
+
+class Samples(nn.Module):
+    """An attention that only some calls have; then one call for each sample, by a helper."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor, aux: bool = False) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, DIM)).permute(2, 0, 3, 1, 4)
+        if aux:
+            q = q + F.scaled_dot_product_attention(q, k, v)
+        return torch.cat([self.attend(*(t[i : i + 1] for t in (q, k, v))) for i in range(len(x))])
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=0.3).transpose(1, 2).flatten(2)
+
+
+def test_calls_of_one_call_site_have_one_gate_whatever_comes_before_them() -> None:
+    model = made(nn.Sequential(Samples()))
+    sla_compile.prepare(model[0], (random_input(), True), config=OPTIONS)
+    assert list(sla_compile.gates(model)) == ["0.sla", "0.sla_1"]
+    for aux in (True, False):
+        calls: list[Any] = []
+        with torch.no_grad(), gated_calls(model, lambda call: (calls.append(call), call.dense)[1]):  # noqa: B023
+            model[0](random_input(batch=3), aux)
+        assert [(call.path, call.scale) for call in calls] == [("0.sla_1", 0.25)] * aux + [("0.sla", 0.3)] * 3
 
 
 def test_attention_too_short_for_its_settings_is_left_dense() -> None:

@@ -521,9 +521,10 @@ class Unfused(Attention):
 
 class Fused(Attention):
     def forward(self, x: Tensor) -> Tensor:
-        for scale in (0.3, None):
-            q, k, v = self.heads(x)
-            x = x + F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+        q, k, v = self.heads(x)
+        x = x + F.scaled_dot_product_attention(q, k, v, scale=0.3).transpose(1, 2).flatten(2)
+        q, k, v = self.heads(x)
+        x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         q, k, v = self.heads(x)
         return self.out(F.scaled_dot_product_attention(q, k, v, scale=0.2).transpose(1, 2).flatten(2))
 
