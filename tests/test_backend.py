@@ -207,7 +207,11 @@ def test_options_that_contradict_a_gate_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"topkk": 0.1}, "nearest known: 'topk'"), ({"topk": float("nan")}, "topk"), ({"topk": 0.95, "bottomk": 0.1}, "up to 1")],
+    [
+        ({"topkk": 0.1}, "nearest known: 'topk'"),
+        ({"topk": float("nan")}, "topk"),
+        ({"topk": 0.95, "bottomk": 0.1}, "up to 1"),
+    ],
 )
 def test_refused_options_leave_no_trace(options: dict[str, Any], message: str) -> None:
     model, x = Model(), random_input()
