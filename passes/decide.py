@@ -108,6 +108,8 @@ class Keep:
     accepted: str = ""
     condition: str | None = None
     """The guard that this added, if any."""
+    by_settings: bool = False
+    """True where the settings say so, such as ``min_tokens`` or ``exclude``, and not the form of the attention."""
 
     def __str__(self) -> str:
         detail = f": {self.value}" if self.value else ""
@@ -159,7 +161,7 @@ def decide(
     forced = forced_tokens(ranges)
     pairs = SkippablePairs(shape.tokens, shape.keys, causal, forced, requirements.min_tokens)
     if pairs.known_short:
-        return Keep("short sequence", pairs.value, pairs.accepted)
+        return Keep("short sequence", pairs.value, pairs.accepted, by_settings=True)
     refused = _refuse_form(call, requirements) or _refuse_causal(call, shape)
     if refused is not None:
         return refused
@@ -170,7 +172,7 @@ def decide(
         return Keep("the number of tokens is known only at run time", pairs.value, "min_tokens=0")
     # A condition on a symbolic size becomes a guard of the graph: below it, the call has to be dense again.
     if not pairs.enough:
-        return Keep("short sequence", pairs.value, pairs.accepted, pairs.condition(enough=False))
+        return Keep("short sequence", pairs.value, pairs.accepted, pairs.condition(enough=False), by_settings=True)
     return Rewrite(
         shape=shape,
         scale=float(call.scale) if call.scale is not None else int(shape.head_dim) ** -0.5,
@@ -246,10 +248,12 @@ def _refuse_lengths(call: AttentionCall, cross_attention: bool) -> Keep | None:
         return Keep("head dimension out of range", str(query.shape[-1]), f"{MIN_HEAD_DIM} to {MAX_HEAD_DIM}")
     if not cross_attention and not statically_known_true(query.shape[2] == key.shape[2]):
         got = f"{query.shape[2]} queries, {key.shape[2]} keys"
-        return Keep("cross-attention", got, "as many queries as keys, provably, or cross_attention=True")
+        return Keep(
+            "cross-attention", got, "as many queries as keys, provably, or cross_attention=True", by_settings=True
+        )
     if not cross_attention and of_different_tensors(call.query, call.key):
         got = f"{query.shape[2]} queries, as many keys of another tensor"
-        return Keep("cross-attention", got, "queries and keys of one tensor, or cross_attention=True")
+        return Keep("cross-attention", got, "queries and keys of one tensor, or cross_attention=True", by_settings=True)
     heads = key.shape[1]
     grouped = call.enable_gqa is True and isinstance(heads, int) and heads > 0 and query.shape[1] % heads == 0
     wanted = (query.shape[0], heads if grouped else query.shape[1], key.shape[2], query.shape[3])

@@ -56,7 +56,8 @@ class Marker:
 
     node: fx.Node
     module: fx.GraphModule
-    owner: tuple[ModuleCall, ...]
+    stack: tuple[ModuleCall, ...]
+    """The calls in which it was traced, of the owner at the end, or of a child below it (``from_child``)."""
     weight: fx.Node
     bias: fx.Node
     sparsity: fx.Node | None
@@ -123,7 +124,7 @@ def _marker(node: fx.Node, module: fx.GraphModule) -> Marker:
     return Marker(
         node=node,
         module=module,
-        owner=stack[:-1] if from_child else stack,
+        stack=stack,
         weight=_as_node(weight),
         bias=_as_node(bias),
         sparsity=None if sparsity is None else _as_node(sparsity),

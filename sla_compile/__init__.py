@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sla_compile.ops.attention import sparse_linear_attention
     from sla_compile.reporting.model_report import Report, explain, report
     from sla_compile.user_warnings import (
+        DenseAttentionWarning,
         LateGatesWarning,
         RecompileLimitWarning,
         TokenOrderWarning,
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AllocationReport",
     "CalibrationReport",
+    "DenseAttentionWarning",
     "DistillationReport",
     "Gate",
     "LateGatesWarning",
@@ -64,6 +66,7 @@ __all__ = [
 _HOMES = {
     "AllocationReport": "fitting.allocation",
     "CalibrationReport": "fitting.calibration",
+    "DenseAttentionWarning": "user_warnings",
     "DistillationReport": "fitting.distillation",
     "Gate": "gate",
     "LateGatesWarning": "user_warnings",

@@ -9,18 +9,19 @@ from typing import Any, cast
 from torch import fx
 
 import sla_compile.ops.flops  # noqa: F401  lets FlopCounterMode count the ops
-from sla_compile.compat import current_frame, on_recompile_limit, user_errors
+from sla_compile.compat import backend_function, current_frame, on_recompile_limit, user_errors
 from sla_compile.compiler.compiled_sites import remember
+from sla_compile.compiler.dense_warnings import warn_of_dense, warn_of_untrained_sites
 from sla_compile.compiler.logs import log_rewritten
 from sla_compile.compiler.nothing_rewritten import warn_of_nothing
 from sla_compile.compiler.precompile import compile_ahead
 from sla_compile.compiler.rewriting import rewrite_graph
 from sla_compile.compiler.sites import Settings, Site
 from sla_compile.config import SLAConfig
-from sla_compile.memory import remember_given, was_given
+from sla_compile.memory import remember_backend
 from sla_compile.ops.reorder import inline_in_inductor
 from sla_compile.passes.decide import Rewrite
-from sla_compile.user_warnings import RecompileLimitWarning, TokenOrderWarning, UntrainedGatesWarning, warn_user
+from sla_compile.user_warnings import RecompileLimitWarning, TokenOrderWarning, warn_user
 
 __all__ = ["sla"]
 
@@ -50,35 +51,20 @@ def sla(
     with user_errors():
         settings = Settings.of(options, mode)
     frame = current_frame()
-    sites = rewrite_graph(gm, settings, frame)
+    sites, unused = rewrite_graph(gm, settings, frame)
     compile_ahead(sites)
     log_rewritten(gm, sites, frame)
     if frame is not None:
-        remember(gm, sites, frame)
+        remember_backend(backend_function(frame.compiler))
+        remember(gm, sites, unused, frame)
         warn_of_nothing(gm, sites, frame)
         if any(isinstance(site.decision, Rewrite) for site in sites):
             on_recompile_limit(frame.code, partial(_warn_of_limit, sites[0].path or "the compiled module"))
-    _warn_untrained(sites)
+    warn_of_dense(sites, unused)
+    warn_of_untrained_sites(sites, frame)
     _warn_of_order(sites)
     compile_inner = partial(_compile_inner, config=settings.config)
     return cast(CompiledFunction, (frame.in_buckets(compile_inner) if frame else compile_inner)(gm, example_inputs))
-
-
-_UNTRAINED = "untrained gates"
-
-
-def _warn_untrained(sites: Sequence[Site]) -> None:
-    if was_given(_UNTRAINED):  # asked first: reading the gates' values waits for the device
-        return
-    rewritten = [site for site in sites if isinstance(site.decision, Rewrite)]
-    untrained = [site.path for site in rewritten if site.gate is not None and not site.gate.trained()]
-    if untrained:
-        remember_given(_UNTRAINED)
-        warn_user(
-            f"{len(untrained)} attention(s) are now sparse with gates that are still zero (first: "
-            f"{untrained[0] or 'the compiled module'!r}): fine-tune the model or load trained gates",
-            UntrainedGatesWarning,
-        )
 
 
 def _warn_of_limit(path: str, limit: str) -> None:
@@ -122,3 +108,6 @@ def _compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], config: SL
 
     other: CompiledFunction = lookup_backend(config.inner)(gm, inputs)
     return other
+
+
+remember_backend(sla)

@@ -21,21 +21,18 @@ from torch import Tensor, nn
 
 import sla_compile.ops.gate_marker  # noqa: F401  registers sla::gate
 from sla_compile.common.blocks import MILLION, to_millionths
-from sla_compile.common.limits import FLOATING_DTYPES
-from sla_compile.compat import forget_code, running_transform, runs_uncompiled_in, skip_as_root_frame
+from sla_compile.compat import running_transform, runs_uncompiled_in, skip_as_root_frame
 from sla_compile.config import SLAConfig
 from sla_compile.gate_settings import CALLED, GateSpec, SeenGrids, settings_to_json
-from sla_compile.memory import take_dense_code
 from sla_compile.module_paths import all_module_paths, inside, module_paths
 
 __all__ = [
     "PREPARED",
     "Gate",
     "GateMarker",
-    "attach_gate",
+    "Hook",
     "detach",
     "detach_gate",
-    "gate_dtype",
     "gate_name",
     "gate_parameters",
     "gates",
@@ -44,8 +41,10 @@ __all__ = [
     "model_config",
     "own_gates",
     "owner_path",
-    "refuse_other_form",
-    "refuse_taken_name",
+    "remark_children",
+    "remove_hooks",
+    "sparsity_of",
+    "update_hooks",
 ]
 
 _PROCESS = uuid.uuid4().hex
@@ -101,7 +100,7 @@ class Gate(nn.Module):
             if not spec.config.sparse_scale:
                 self.register_parameter("log_scale", None)
             # Integers, which a move to another floating dtype leaves alone.
-            self.register_buffer("sparsity", _sparsity_of(spec.config, device))
+            self.register_buffer("sparsity", sparsity_of(spec.config, device))
         self.heads = spec.heads
         self.head_dim = spec.head_dim
         self.ordinal = spec.ordinal
@@ -144,7 +143,7 @@ class Gate(nn.Module):
         """Set parameters to zero and ``sparsity`` to the settings: for a model that got its memory by ``to_empty``."""
         for parameter in self.parameters():
             parameter.zero_()
-        if (sparsity := _sparsity_of(self.config, self.weight.device)) is not None and self.sparsity is not None:
+        if (sparsity := sparsity_of(self.config, self.weight.device)) is not None and self.sparsity is not None:
             self.sparsity.copy_(sparsity)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -187,7 +186,7 @@ class Gate(nn.Module):
         )
 
 
-def _sparsity_of(config: SLAConfig, device: torch.device | str | None) -> Tensor | None:
+def sparsity_of(config: SLAConfig, device: torch.device | str | None) -> Tensor | None:
     """int64 [topk, bottomk] in millionths, the ``sparsity`` of a gate with these settings; None without max_topk."""
     if config.max_topk is None:
         return None
@@ -195,7 +194,11 @@ def _sparsity_of(config: SLAConfig, device: torch.device | str | None) -> Tensor
     return torch.tensor(shares, dtype=torch.int64, device=device)
 
 
-class GateMarker:
+class Hook:
+    """A hook that this package puts on a module, and takes away with the gates."""
+
+
+class GateMarker(Hook):
     """Forward pre-hook that marks, in a trace, the gates called ``names`` of ``owner``.
 
     ``owner`` None stands for the hooked module itself. But Dynamo does not trace the hooks of the module whose
@@ -255,85 +258,10 @@ def own_gates(owner: nn.Module) -> dict[str, Gate]:
     return {name: gate for name, gate in found.items() if isinstance(gate, Gate) and name == gate_name(gate.ordinal)}
 
 
-def attach_gate(
-    owner: nn.Module, spec: GateSpec, *, device: torch.device | str | None, dtype: torch.dtype | None
-) -> Gate:
-    """The gate of ``owner`` that ``spec`` describes, made and hooked if it is not there yet.
-
-    A gate that is there keeps its parameters and takes the settings of ``spec``, topk and bottomk too.
-
-    Raises:
-        ValueError: ``owner`` has something else under the gate's name, or a gate of another shape.
-    """
-    name = gate_name(spec.ordinal)
-    refuse_taken_name(owner, spec.ordinal, spec.path)
-    existing = own_gates(owner).get(name)
-    if existing is None:
-        gate = Gate(spec, device=device, dtype=dtype)
-        gate.train(owner.training)
-        owner.add_module(name, gate)
-        _update_hooks(owner)
-        for code in take_dense_code(owner):  # Dynamo does not guard on hooks
-            forget_code(code)
-        return gate
-    refuse_other_form(existing, spec)
-    for copy in (module for module in getattr(owner, name).modules() if isinstance(module, Gate)):
-        _change_settings(copy, spec)
-    return existing
-
-
-def _change_settings(gate: Gate, spec: GateSpec) -> None:
-    before, after = gate.config, spec.config
-    if (before.topk, before.bottomk, before.max_topk) != (after.topk, after.bottomk, after.max_topk):
-        with torch.inference_mode(False), torch.no_grad():
-            sparsity = _sparsity_of(after, gate.weight.device)
-            if gate.sparsity is None or sparsity is None:
-                gate.sparsity = sparsity
-            else:
-                gate.sparsity.copy_(sparsity)  # in place: a CUDA graph reads this memory
-    gate.apply_settings(spec)
-
-
-def refuse_taken_name(owner: nn.Module, ordinal: int, path: str) -> None:
-    """Raise ValueError if ``owner`` has something that is no gate under the gate's name; ``path`` is the gate's."""
-    name = gate_name(ordinal)
-    existing = getattr(owner, name, None)
-    if existing is not None and name not in own_gates(owner):
-        kind = type(existing).__name__
-        raise ValueError(f"{path}: the attention's owner already has a {kind} called {name!r}; rename it")
-
-
-def refuse_other_form(existing: Gate, spec: GateSpec) -> None:
-    """Raise ValueError if ``existing`` has not the parameters that ``spec`` asks for."""
-    config, path = spec.config, spec.path
-    wanted = spec.shapes()["weight"]
-    if tuple(existing.weight.shape) != wanted:
-        raise ValueError(
-            f"{path}: has a gate of shape {tuple(existing.weight.shape)}, but these settings "
-            f"(gate={config.gate!r}, {spec.heads} heads of {spec.head_dim}) need {wanted}; "
-            f"keep gate={existing.config.gate!r}, or remove the gate by sla_compile.detach(model)"
-        )
-    scaled = existing.log_scale is not None
-    if scaled != config.sparse_scale:
-        raise ValueError(
-            f"{path}: has a gate {'with' if scaled else 'without'} log_scale, but these settings have "
-            f"sparse_scale={config.sparse_scale}; keep sparse_scale={scaled}, or remove the gate by "
-            f"sla_compile.detach(model)"
-        )
-
-
-def gate_dtype(owner: nn.Module, fallback: torch.dtype) -> torch.dtype:
-    """The dtype for a gate of ``owner``: that of its first parameter of a dtype gates may have, else ``fallback``."""
-    for parameter in owner.parameters():
-        if parameter.dtype in FLOATING_DTYPES:
-            return parameter.dtype
-    return fallback
-
-
 def detach_gate(owner: nn.Module, ordinal: int) -> None:
     """Remove the gate of ``owner``'s attention ``ordinal``, and the hooks once no gate is left."""
     owner._modules.pop(gate_name(ordinal), None)
-    _update_hooks(owner)
+    update_hooks(owner)
 
 
 def mark_from_children(owner: nn.Module) -> bool:
@@ -341,7 +269,7 @@ def mark_from_children(owner: nn.Module) -> bool:
     if owner.__dict__.get(_FROM_CHILDREN):
         return False
     owner.__dict__[_FROM_CHILDREN] = True
-    _update_hooks(owner)
+    update_hooks(owner)
     return True
 
 
@@ -349,13 +277,30 @@ def mark_from_children(owner: nn.Module) -> bool:
 _FROM_CHILDREN = "_sla_marked_from_children"
 
 
-def _update_hooks(owner: nn.Module) -> None:
+def update_hooks(owner: nn.Module) -> None:
     """Make the hooks of ``owner``, and of its children where they mark too, name exactly the gates it has."""
     names = tuple(own_gates(owner))
     _replace_marker(owner, names, None)
     if owner.__dict__.get(_FROM_CHILDREN):
-        for child in _called_children(owner):
-            _replace_marker(child, names, owner)
+        called = list(_called_children(owner))
+        for inner in owner.modules():  # a child that was wrapped is no child any more, but may still mark
+            if inner is not owner:
+                _replace_marker(inner, names if inner in called else (), owner)
+
+
+def remark_children(owner: nn.Module) -> None:
+    """Have the children of ``owner`` mark its gates again, where that is asked for and some were replaced since."""
+    if not owner.__dict__.get(_FROM_CHILDREN):
+        return
+    marked = (
+        any(_marks(hook, owner) for hook in child._forward_pre_hooks.values()) for child in _called_children(owner)
+    )
+    if not all(marked):
+        update_hooks(owner)
+
+
+def _marks(hook: Any, owner: nn.Module | None) -> bool:
+    return isinstance(hook, GateMarker) and hook.owner is owner
 
 
 def _called_children(owner: nn.Module) -> Iterator[nn.Module]:
@@ -370,7 +315,7 @@ def _called_children(owner: nn.Module) -> Iterator[nn.Module]:
 def _replace_marker(module: nn.Module, names: tuple[str, ...], owner: nn.Module | None) -> None:
     """Give ``module`` one marker of ``owner``'s gates, or none where there are no ``names``."""
     for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, GateMarker) and hook.owner is owner:
+        if _marks(hook, owner):
             del module._forward_pre_hooks[key]
     if names:
         module.register_forward_pre_hook(GateMarker(names, owner))
@@ -391,7 +336,17 @@ def detach(model: nn.Module) -> nn.Module:
         for gate in own_gates(owner).values():
             detach_gate(owner, gate.ordinal)
         owner.__dict__.pop(PREPARED, None)
+        owner.__dict__.pop(_FROM_CHILDREN, None)
+        remove_hooks(owner, (Hook,))
     return model
+
+
+def remove_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
+    """Take the forward hooks of these classes from ``module``."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, kinds):
+                del hooks[key]
 
 
 def gates(model: nn.Module) -> dict[str, Gate]:

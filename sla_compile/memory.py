@@ -7,10 +7,12 @@ here and nowhere else. Keys are held weakly, so an entry goes, at the latest, wi
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from types import CodeType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -18,28 +20,40 @@ if TYPE_CHECKING:
     from sla_compile.compiler.site_report import GraphBreak, SiteReport
     from sla_compile.gate_settings import NumberedSite
 
+OwnerKey = tuple["weakref.ref[nn.Module] | None", int]
+"""The module at whose forward Dynamo started (None: at a function), and which attention of its owner."""
+ClassKey = tuple[str, int, str]
+"""The owner's path in the module at whose forward Dynamo started, which attention, and the settings of its gate."""
+
 __all__ = [
     "accounts_by_code",
     "accounts_of_class",
     "accounts_of_owner",
     "await_marker",
     "breaks_in",
+    "clear_dense_run",
+    "count_run",
+    "dense_run",
     "forget_awaited",
     "is_awaited",
+    "is_our_backend",
+    "last_start",
     "limit_callbacks",
+    "ran_since_start",
+    "remember_backend",
     "remember_break",
     "remember_class_account",
     "remember_code_accounts",
     "remember_dense",
-    "remember_given",
+    "remember_dense_run",
     "remember_injected",
     "remember_limit_callback",
     "remember_owner_account",
     "remember_site",
+    "remember_start",
     "remember_told",
     "remembered_sites",
     "take_dense_code",
-    "was_given",
     "was_injected",
     "was_told",
 ]
@@ -57,17 +71,25 @@ _dense_code: weakref.WeakKeyDictionary[nn.Module, set[CodeType]] = weakref.WeakK
 _sites: weakref.WeakKeyDictionary[nn.Module, dict[int, NumberedSite]] = weakref.WeakKeyDictionary()
 # Whom to tell when Dynamo reaches a recompile limit and compiles a code no more.
 _limit_callbacks: weakref.WeakKeyDictionary[CodeType, Callable[[str], None]] = weakref.WeakKeyDictionary()
-# For `report`: what was compiled last for each site, by its owner; by class and settings, for siblings that run code
-# compiled for another of their class; and by code, where no module owns the attention.
-_by_owner: weakref.WeakKeyDictionary[nn.Module, dict[int, Accounts]] = weakref.WeakKeyDictionary()
-_by_class: weakref.WeakKeyDictionary[type, dict[tuple[int, str], Accounts]] = weakref.WeakKeyDictionary()
+# For `report`: what was compiled for each site, by its owner and the module at which Dynamo started; by the class of
+# that module, for siblings that run code compiled for another of their class; and by code, where no module owns the
+# attention. The last of each list was compiled last; the others are for other sizes and may still serve.
+_by_owner: weakref.WeakKeyDictionary[nn.Module, dict[OwnerKey, list[Accounts]]] = weakref.WeakKeyDictionary()
+_by_class: weakref.WeakKeyDictionary[type, dict[ClassKey, list[Accounts]]] = weakref.WeakKeyDictionary()
 _by_code: weakref.WeakKeyDictionary[CodeType, list[SiteReport]] = weakref.WeakKeyDictionary()
 # For `report`: the graph breaks in the forward of a module.
 _breaks: weakref.WeakKeyDictionary[nn.Module, dict[GraphBreak, None]] = weakref.WeakKeyDictionary()
-# Warnings that are given once for each model.
+# Warnings that are given once for a module, by their kind.
 _told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
-# Warnings that are given once in a process.
-_warned: set[str] = set()
+# The backend functions whose compiles reach this package: ours, and those of users that call it.
+_backends: weakref.WeakSet[Any] = weakref.WeakSet()
+# The modules that were called from Python within a compiled call, which is where Dynamo starts: when, as a running
+# number, and how often the op had run by then.
+_starts: weakref.WeakKeyDictionary[nn.Module, tuple[int, int]] = weakref.WeakKeyDictionary()
+# Owners whose last call from Python within a compiled call ran no attention of theirs in a graph of ours; when.
+_dense_runs: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_clock = itertools.count(1)
+_runs = [0]  # of the op sla::forward in this process
 
 
 def await_marker(owner: nn.Module, ordinal: int) -> None:
@@ -125,24 +147,36 @@ def limit_callbacks() -> Iterator[tuple[CodeType, Callable[[str], None]]]:
     yield from list(_limit_callbacks.items())
 
 
-def remember_owner_account(owner: nn.Module, ordinal: int, accounts: Accounts) -> None:
-    """What was compiled last for attention ``ordinal`` of ``owner``."""
-    _by_owner.setdefault(owner, {})[ordinal] = accounts
+def remember_owner_account(owner: nn.Module, root: nn.Module | None, ordinal: int, accounts: Accounts) -> None:
+    """What was compiled for attention ``ordinal`` of ``owner`` in a frame of ``root``'s forward, or of a function."""
+    key = (None if root is None else weakref.ref(root), ordinal)
+    _add(_by_owner.setdefault(owner, {}).setdefault(key, []), accounts)
 
 
-def accounts_of_owner(owner: nn.Module) -> dict[int, Accounts]:
-    """What was compiled last for each attention of ``owner``, by ordinal."""
+def accounts_of_owner(owner: nn.Module) -> dict[OwnerKey, list[Accounts]]:
+    """What was compiled for each attention of ``owner``."""
     return dict(_by_owner.get(owner, {}))
 
 
-def remember_class_account(kind: type, ordinal: int, settings: str, accounts: Accounts) -> None:
-    """What was compiled last for attention ``ordinal`` of an owner of class ``kind`` with these settings."""
-    _by_class.setdefault(kind, {})[ordinal, settings] = accounts
+def remember_class_account(kind: type, path: str, ordinal: int, settings: str, accounts: Accounts) -> None:
+    """What was compiled for an attention, of these settings, of the module at ``path`` in one of class ``kind``."""
+    _add(_by_class.setdefault(kind, {}).setdefault((path, ordinal, settings), []), accounts)
 
 
-def accounts_of_class(kind: type, ordinal: int, settings: str) -> Accounts | None:
+def accounts_of_class(kind: type) -> dict[ClassKey, list[Accounts]]:
     """The reverse: modules that run code compiled for another of their class have no entry of their own."""
-    return _by_class.get(kind, {}).get((ordinal, settings))
+    return dict(_by_class.get(kind, {}))
+
+
+def _add(known: list[Accounts], accounts: Accounts) -> None:
+    """Append ``accounts``; keep of the earlier ones those with another outcome at other sizes."""
+    new = accounts[-1]
+    known[:] = [old for old in known if _outcome(old[-1]) != _outcome(new) and old[-1].traced != new.traced]
+    known.append(accounts)
+
+
+def _outcome(report: SiteReport) -> tuple[bool, str]:
+    return report.rewritten, "" if report.rewritten else report.reason
 
 
 def remember_code_accounts(code: CodeType, accounts: list[SiteReport]) -> None:
@@ -168,21 +202,59 @@ def breaks_in(module: nn.Module) -> list[GraphBreak]:
     return list(_breaks.get(module, ()))
 
 
-def was_given(warning: str) -> bool:
-    """True if this process has given ``warning`` already."""
-    return warning in _warned
+def was_told(module: nn.Module, warning: str) -> bool:
+    """True if ``warning`` was given for ``module`` already."""
+    return warning in _told.get(module, ())
 
 
-def remember_given(warning: str) -> None:
-    """``warning`` is given once in a process, and now was."""
-    _warned.add(warning)
+def remember_told(module: nn.Module, warning: str) -> None:
+    """``warning`` is given once for ``module``, and now was."""
+    _told.setdefault(module, set()).add(warning)
 
 
-def was_told(model: nn.Module, warning: str) -> bool:
-    """True if ``warning`` was given for ``model`` already."""
-    return warning in _told.get(model, ())
+def remember_backend(function: Callable[..., Any]) -> None:
+    """Compiles by the backend ``function`` reach this package."""
+    with contextlib.suppress(TypeError):  # one that has no weak references or no hash is not remembered
+        _backends.add(function)
 
 
-def remember_told(model: nn.Module, warning: str) -> None:
-    """``warning`` is given once for each model, and now was for ``model``."""
-    _told.setdefault(model, set()).add(warning)
+def is_our_backend(function: Any) -> bool:
+    """True if compiles by the backend ``function`` are known to reach this package."""
+    with contextlib.suppress(TypeError):
+        return function in _backends
+    return False
+
+
+def remember_start(module: nn.Module) -> None:
+    """``module`` is called from Python within a compiled call."""
+    _starts[module] = next(_clock), _runs[0]
+
+
+def last_start(module: nn.Module) -> int:
+    """When ``module`` was called so last, as a running number; 0 for never."""
+    return _starts.get(module, (0, 0))[0]
+
+
+def ran_since_start(module: nn.Module) -> bool:
+    """True if the op ran since then."""
+    return _runs[0] > _starts.get(module, (0, 0))[1]
+
+
+def remember_dense_run(owner: nn.Module) -> None:
+    """The call of ``owner`` that just ended ran its attention outside every graph of ours."""
+    _dense_runs[owner] = next(_clock)
+
+
+def clear_dense_run(owner: nn.Module) -> None:
+    """The call of ``owner`` that just ended ran the op."""
+    _dense_runs.pop(owner, None)
+
+
+def dense_run(owner: nn.Module) -> int:
+    """When ``owner`` last ran so, if its last call from Python did; else 0."""
+    return _dense_runs.get(owner, 0)
+
+
+def count_run() -> None:
+    """The op ran once more (not called where a CUDA graph replays it)."""
+    _runs[0] += 1

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 __all__ = [
+    "DenseAttentionWarning",
     "LateGatesWarning",
     "RecompileLimitWarning",
     "TokenOrderWarning",
@@ -28,6 +29,10 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
+
+
+class DenseAttentionWarning(UserWarning):
+    """Attention that the settings select runs dense in a compiled call, and its gate, if it has one, is not used."""
 
 
 class LateGatesWarning(UserWarning):

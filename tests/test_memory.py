@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from types import CodeType, FunctionType
 from typing import Any
 
-import torch
 from torch import nn
 
 from sla_compile import memory
@@ -55,12 +55,13 @@ def test_accounts_by_owner_class_and_code() -> None:
         pass
 
     owner, code = Owner(), a_code()
-    memory.remember_owner_account(owner, 0, (SITE,))
-    assert memory.accounts_of_owner(owner) == {0: (SITE,)}
+    memory.remember_owner_account(owner, owner, 0, (SITE,))
+    memory.remember_owner_account(owner, None, 0, (SITE,))
+    assert memory.accounts_of_owner(owner) == {(weakref.ref(owner), 0): [(SITE,)], (None, 0): [(SITE,)]}
     assert memory.accounts_of_owner(Owner()) == {}
-    memory.remember_class_account(Owner, 0, "{}", (SITE,))
-    assert memory.accounts_of_class(Owner, 0, "{}") == (SITE,)
-    assert memory.accounts_of_class(Owner, 0, "other") is None
+    memory.remember_class_account(Owner, "a", 0, "{}", (SITE,))
+    assert memory.accounts_of_class(Owner) == {("a", 0, "{}"): [(SITE,)]}
+    assert memory.accounts_of_class(nn.Linear) == {}
     memory.remember_code_accounts(code, [SITE])
     assert (code, [SITE]) in list(memory.accounts_by_code())
     memory.remember_code_accounts(code, [])
@@ -77,7 +78,7 @@ def test_a_break_is_listed_once() -> None:
 def test_everything_goes_with_its_key() -> None:
     weak = (weakref.WeakKeyDictionary, weakref.WeakSet)
     registries: dict[str, Any] = {name: value for name, value in vars(memory).items() if isinstance(value, weak)}
-    assert len(registries) == 10
+    assert len(registries) == 14
     gc.collect()
     before = {name: len(registry) for name, registry in registries.items()}
     owner, code = type("Owner", (nn.Module,), {})(), a_code()
@@ -86,21 +87,65 @@ def test_everything_goes_with_its_key() -> None:
     memory.remember_injected(owner)
     memory.remember_site(owner, 0, NumberedSite("forward+1", True))
     memory.remember_limit_callback(code, print)
-    memory.remember_owner_account(owner, 0, (SITE,))
-    memory.remember_class_account(type(owner), 0, "{}", (SITE,))
+    memory.remember_owner_account(owner, owner, 0, (SITE,))
+    memory.remember_class_account(type(owner), "a", 0, "{}", (SITE,))
     memory.remember_code_accounts(code, [SITE])
     memory.remember_break(owner, GraphBreak("print"))
-    memory.remember_told(owner, "a warning")
-    assert memory.was_told(owner, "a warning")
-    assert not memory.was_told(owner, "another")
+    memory.remember_told(owner, "dense")
+    memory.remember_backend(nothing := lambda: None)
+    memory.remember_start(owner)
+    memory.remember_dense_run(owner)
     assert all(len(registry) == before[name] + 1 for name, registry in registries.items())
-    del owner, code
+    del owner, code, nothing
     gc.collect()
     assert {name: len(registry) for name, registry in registries.items()} == before
 
 
-def test_a_warning_is_given_once() -> None:
-    name = f"a warning of this test {torch.rand(1).item()}"
-    assert not memory.was_given(name)
-    memory.remember_given(name)
-    assert memory.was_given(name)
+def test_what_other_sizes_gave_is_kept_and_what_is_superseded_goes() -> None:
+    owner = nn.Linear(2, 2)
+
+    def rows() -> list[tuple[bool, int]]:
+        return [(r.rewritten, r.traced["tokens"]) for (r,) in memory.accounts_of_owner(owner)[None, 0]]
+
+    def compiled(rewritten: bool, tokens: int) -> None:
+        report = replace(SITE, rewritten=rewritten, reason="" if rewritten else "short", traced={"tokens": tokens})
+        memory.remember_owner_account(owner, None, 0, (report,))
+
+    compiled(True, 96)
+    compiled(False, 32)
+    assert rows() == [(True, 96), (False, 32)]
+    compiled(True, 128)  # of two that were rewritten, the last
+    assert rows() == [(False, 32), (True, 128)]
+    compiled(False, 128)  # at the same size, the last
+    assert rows() == [(False, 128)]
+
+
+def test_a_run_after_the_start_of_a_call() -> None:
+    module = nn.Linear(2, 2)
+    memory.remember_start(module)
+    first = memory.last_start(module)
+    assert first > 0 == memory.last_start(nn.Linear(2, 2))
+    assert not memory.ran_since_start(module)
+    memory.count_run()
+    assert memory.ran_since_start(module)
+    memory.remember_dense_run(module)
+    assert memory.dense_run(module) > first
+    memory.clear_dense_run(module)
+    assert memory.dense_run(module) == 0
+
+
+def test_a_module_is_told_once() -> None:
+    module = nn.Linear(2, 2)
+    memory.remember_told(module, "dense")
+    assert memory.was_told(module, "dense")
+    assert not memory.was_told(module, "zero gates")
+    assert not memory.was_told(nn.Linear(2, 2), "dense")
+
+
+def test_backends_are_known_by_identity() -> None:
+    def backend() -> None: ...
+
+    assert not memory.is_our_backend(backend)
+    memory.remember_backend(backend)
+    assert memory.is_our_backend(backend)
+    assert not memory.is_our_backend([])  # has no hash

@@ -23,6 +23,8 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
 FORMER_NAMES = {"sla_compile.config_values": "sla_compile.accepts"}
 # Names that pickles have always had, and so must keep.
 PERMANENT = {
+    ("sla_compile.compiler.call_watch", "CallEnd"),
+    ("sla_compile.compiler.call_watch", "CallStart"),
     ("sla_compile.config", "SLAConfig"),
     ("sla_compile.gate", "Gate"),
     ("sla_compile.gate", "GateMarker"),

@@ -26,9 +26,11 @@ from sla_compile.checkpoints.gate_format import (
 from sla_compile.checkpoints.gate_order import arranged
 from sla_compile.checkpoints.places import path_text, replace_file
 from sla_compile.common.limits import FLOATING_DTYPES
+from sla_compile.compiler.call_watch import watch
 from sla_compile.config import SLAConfig
 from sla_compile.config_values import short
-from sla_compile.gate import Gate, attach_gate, detach_gate, gates, mark_prepared, model_config, owner_path
+from sla_compile.gate import Gate, detach_gate, gates, mark_prepared, model_config, owner_path
+from sla_compile.gate_attachment import attach_gate
 from sla_compile.module_paths import module_paths
 
 __all__ = ["load", "raise_problems", "save", "tensor_problems"]
@@ -104,6 +106,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             raise_problems(_load_of(path, model), [*file.problems, *_owner_problems(file, modules)])
             _attach(file, modules)
             mark_prepared(model, file.config)
+    watch(model)
     return model
 
 

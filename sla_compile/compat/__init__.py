@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from sla_compile.compat.dynamo import (
     Frame,
+    backend_function,
     compiled_siblings,
     current_frame,
     forget_code,
+    frame_callback,
     on_recompile_limit,
-    plain_function_name,
     plain_module_path,
-    runs_forward_of,
     runs_uncompiled_in,
     skip_as_root_frame,
     throw_away_compile,
     user_errors,
 )
+from sla_compile.compat.forwards import modules_under_way, plain_function_name, runs_forward_of
 from sla_compile.compat.inductor import lower_gather, triton_cache_folder
 from sla_compile.compat.runtime import (
     count_in_running_counters,
@@ -35,15 +36,18 @@ from sla_compile.compat.shapes import always_holds, size_hint
 __all__ = [
     "Frame",
     "always_holds",
+    "backend_function",
     "compiled_siblings",
     "count_in_running_counters",
     "current_frame",
     "data_parallel",
     "forget_code",
+    "frame_callback",
     "fully_sharded",
     "has_tangent",
     "is_transformed",
     "lower_gather",
+    "modules_under_way",
     "no_compile_under",
     "on_recompile_limit",
     "plain_function_name",

@@ -14,19 +14,21 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback as frame_callback
 
+from sla_compile.compat.forwards import RESUMED, modules_under_way, runs_forward_of
 from sla_compile.compat.leftovers import forget_backend, let_go_of_guards, superseded_guards
 from sla_compile.memory import limit_callbacks, remember_limit_callback
 
 __all__ = [
     "Frame",
+    "backend_function",
     "compiled_siblings",
     "current_frame",
     "forget_code",
+    "frame_callback",
     "on_recompile_limit",
-    "plain_function_name",
     "plain_module_path",
-    "runs_forward_of",
     "runs_uncompiled_in",
     "skip_as_root_frame",
     "throw_away_compile",
@@ -74,21 +76,18 @@ def user_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-def skip_as_root_frame(function: Callable[..., Any]) -> None:
+def skip_as_root_frame(function: Callable[..., Any], *, with_callees: bool = False) -> None:
     """Never let Dynamo compile ``function`` as a frame of its own; inlining it into another frame still works.
 
-    Without it, the hook of a module that is itself the root of a compile becomes a tiny graph. Remove when a
-    public decorator can say "inline me, but do not start at me".
+    Without it, the hook of a module that is itself the root of a compile becomes a tiny graph. ``with_callees``: nor
+    what it calls; within it, `frame_callback` then gives None. Remove when a public decorator can say "inline me, but
+    do not start at me".
     """
     from torch._C._dynamo import eval_frame
 
     action = eval_frame._FrameAction
-    strategy = eval_frame._FrameExecStrategy(action.SKIP, action.DEFAULT)
+    strategy = eval_frame._FrameExecStrategy(action.SKIP, action.SKIP if with_callees else action.DEFAULT)
     eval_frame.set_code_exec_strategy(function.__code__, strategy)
-
-
-# How Dynamo names the code that continues a function after a graph break.
-_RESUMED = "torch_dynamo_resume_in_"
 
 
 @dataclass(frozen=True)
@@ -109,14 +108,26 @@ class Frame:
     @property
     def resumed(self) -> bool:
         """Whether the frame continues a function after a graph break."""
-        return self.code.co_name.startswith(_RESUMED)
+        return self.code.co_name.startswith(RESUMED)
 
     def root_module(self) -> nn.Module | None:
-        """The module whose ``forward`` this frame is (or resumes); None for any other function."""
-        for value in self.locals.values():
-            if isinstance(value, nn.Module) and runs_forward_of(self.code, value):
-                return value
-        return None
+        """The module whose ``forward`` this frame is (or resumes), or that called this function with itself.
+
+        The latter is how a processor of diffusers works, ``processor(attn, ...)``. None for any other function.
+        """
+        modules = [value for value in self.locals.values() if isinstance(value, nn.Module)]
+        for module in modules:
+            if runs_forward_of(self.code, module):
+                return module
+        around = next(modules_under_way(), None) if modules else None
+        return next((module for module in modules if module is around), None)
+
+    def sole_module(self) -> nn.Module | None:
+        """The one module that a function works on, outside of every forward: ``def step(model, batch)``."""
+        modules = {id(value): value for value in self.locals.values() if isinstance(value, nn.Module)}
+        if len(modules) != 1 or next(modules_under_way(), None) is not None:
+            return None
+        return next(iter(modules.values()))
 
     def drop_superseded(self) -> None:
         """Invalidate compiled entries that would serve this frame as its modules are by now.
@@ -161,20 +172,6 @@ class Frame:
         raise TensorifyScalarRestartAnalysis(restart_reason=reason)
 
 
-def runs_forward_of(code: types.CodeType, module: nn.Module) -> bool:
-    """Whether ``code`` is the ``forward`` of ``module``'s class, or resumes it after a graph break."""
-    forward = getattr(type(module).forward, "__code__", None)
-    if forward is None or forward is code:
-        return forward is not None
-    if forward.co_filename != code.co_filename:
-        return False
-    if not code.co_name.startswith(_RESUMED):  # Dynamo may hand out a copy of the code
-        return bool((forward.co_name, forward.co_firstlineno) == (code.co_name, code.co_firstlineno))
-    lines = [line for _, _, line in forward.co_lines() if line is not None]
-    named = code.co_name.startswith(f"{_RESUMED}{forward.co_name}_at_")
-    return named and min(lines) <= code.co_firstlineno <= max(lines)
-
-
 def current_frame() -> Frame | None:
     """The frame under compilation; None where the backend is called outside Dynamo."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -211,6 +208,14 @@ def runs_uncompiled_in(backend: str) -> bool:
         eval_frame.set_code_exec_strategy(frame.f_code, default)
         frame = frame.f_back
     return True
+
+
+def backend_function(compiler: Any) -> Any:
+    """The backend within what ``torch.compile``, DDP's optimizer and Dynamo make of it."""
+    inner = _innermost(compiler)
+    if (optimizer := _ddp_optimizer(inner)) is not None:
+        inner = _innermost(optimizer.backend_compile_fn)
+    return getattr(inner, "compiler_fn", inner)
 
 
 def _ddp_optimizer(compiler: Any) -> Any:
@@ -319,11 +324,6 @@ def _compiling_turned_on() -> Iterator[None]:
 
 
 _MODULES_ENTRY = re.compile(r"\.__dict__\['_modules'\]\['([^']+)'\]|\._modules\['([^']+)'\]")
-
-
-def plain_function_name(name: str) -> str:
-    """``torch_dynamo_resume_in_forward_at_12``, what runs after a graph break, as ``forward``."""
-    return re.sub(rf"^{_RESUMED}(.+)_at_\d+$", r"\1", name)
 
 
 def plain_module_path(source: str) -> str:

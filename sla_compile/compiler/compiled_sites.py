@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import fx, nn
 
@@ -14,32 +14,43 @@ from sla_compile.compiler.site_report import (
     SiteReport,
     describe,
     graph_break,
+    not_used,
     prepared_only,
     with_sparsity_of,
 )
 from sla_compile.compiler.sites import Site
-from sla_compile.gate import PREPARED, gate_name, own_gates
+from sla_compile.compiler.unused_gates import UnusedGate
+from sla_compile.gate import PREPARED, Gate, gate_name, own_gates
+from sla_compile.memory import Accounts
 from sla_compile.module_paths import module_paths
 
 __all__ = ["compiled_breaks", "compiled_sites", "remember"]
 
+RAN_DENSE = "the last compiled call ran it outside every graph"
 
-def remember(gm: fx.GraphModule, sites: Sequence[Site], frame: Frame) -> None:
-    """Keep the reports of the ``sites`` of ``gm``, the graph of ``frame``, and the graph break that ended it."""
+
+def remember(gm: fx.GraphModule, sites: Sequence[Site], unused: Sequence[UnusedGate], frame: Frame) -> None:
+    """Keep the reports of ``sites`` and ``unused`` gates of ``gm``, the graph of ``frame``, and its graph break."""
     calls: dict[tuple[int, int], list[Site]] = {}
     for site in sites:
         calls.setdefault((id(site.owner), site.ordinal), []).append(site)
-    ownerless = [describe(site) for site in sites if site.owner is None]
-    memory.remember_code_accounts(frame.code, ownerless)
+    memory.remember_code_accounts(frame.code, [describe(site) for site in sites if site.owner is None])
+    root = frame.root_module()
+    paths = {} if root is None else {id(module): path for path, module in module_paths(root)}
+
+    def keep(owner: nn.Module, ordinal: int, gate: Gate | None, reports: Accounts) -> None:
+        memory.remember_owner_account(owner, root, ordinal, reports)
+        if root is not None and id(owner) in paths:
+            settings = "" if gate is None else gate.settings
+            memory.remember_class_account(type(root), paths[id(owner)], ordinal, settings, reports)
+
     for group in calls.values():
-        owner, ordinal, gate = group[0].owner, group[0].ordinal, group[0].gate
-        if owner is None:
-            continue
-        reports = tuple(describe(site) for site in group)
-        memory.remember_owner_account(owner, ordinal, reports)
-        if gate is not None:
-            memory.remember_class_account(type(owner), ordinal, gate.settings, reports)
-    root, found = frame.root_module(), graph_break(gm)
+        if (owner := group[0].owner) is not None:
+            keep(owner, group[0].ordinal, group[0].gate, tuple(describe(site) for site in group))
+    for one in unused:
+        report = not_used(one.gate, one.owner, one.reason, one.accepted)
+        keep(one.owner, one.gate.ordinal, one.gate, (report,))
+    found = graph_break(gm)
     if found is not None and root is not None:
         memory.remember_break(root, found)
 
@@ -52,21 +63,67 @@ def compiled_breaks(model: nn.Module) -> list[GraphBreak]:
 def compiled_sites(model: nn.Module) -> list[SiteReport]:
     """The sites of ``model`` as last compiled, by module path, and its gates that no compile has reached."""
     found = []
+    modules = dict(module_paths(model))
     for path, owner in module_paths(model):
+        start = _start(path, modules)
+        accounts = _accounts(path, owner, start, modules)
         own = own_gates(owner)
-        accounts = memory.accounts_of_owner(owner)
         for gate in own.values():
             if gate.ordinal not in accounts:
-                shared = memory.accounts_of_class(type(owner), gate.ordinal, gate.settings)
-                accounts[gate.ordinal] = shared if shared is not None else (prepared_only(gate, owner),)
+                accounts[gate.ordinal] = [(prepared_only(gate, owner),)]
         full = path or owner.__dict__.get(PREPARED, (None, ""))[1]
         for code, ownerless in memory.accounts_by_code():
             if runs_forward_of(code, owner):
                 found += [_moved(report, full, report.ordinal) for report in ownerless]
-        for ordinal, calls in sorted(accounts.items()):
+        dense = memory.dense_run(owner) > (0 if start is None else memory.last_start(modules[start]))
+        for ordinal, history in sorted(accounts.items()):
             gate_now = own.get(gate_name(ordinal))
-            found += [_moved(with_sparsity_of(report, gate_now), full, ordinal) for report in calls]
+            for report, current in _reports(history):
+                report = _moved(with_sparsity_of(report, gate_now), full, ordinal)
+                if dense and gate_now is not None and (report.rewritten or not report.compiled):
+                    report = not_used(gate_now, owner, RAN_DENSE, "a graph that holds the attention and its owner")
+                found.append(dataclasses.replace(report, current=current))
     return found
+
+
+def _reports(history: Sequence[Accounts]) -> Iterator[tuple[SiteReport, bool]]:
+    """The reports of one attention, the last compiled first and marked as such."""
+    for age, accounts in enumerate(reversed(history)):
+        for report in accounts:
+            yield report, age == 0
+
+
+def _start(path: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The path of the module, at ``path`` or around it, at which Dynamo last started on its way there; or None."""
+    names = path.split(".") if path else []
+    start, when = None, 0
+    for outer in (".".join(names[:count]) for count in range(len(names) + 1)):
+        if outer in modules and (then := memory.last_start(modules[outer])) > when:
+            start, when = outer, then
+    return start
+
+
+def _accounts(
+    path: str, owner: nn.Module, start: str | None, modules: Mapping[str, nn.Module]
+) -> dict[int, list[Accounts]]:
+    """What was compiled for each attention of ``owner``, by ordinal.
+
+    What counts is the frame at which its last call started; one that is shared with another module of that class,
+    where this one has no entry of its own.
+    """
+    root = None if start is None else modules[start]
+    by_frame: dict[int, list[Accounts]] = {}
+    elsewhere: dict[int, list[Accounts]] = {}
+    for (frame, ordinal), history in memory.accounts_of_owner(owner).items():
+        (by_frame if root is not None and frame is not None and frame() is root else elsewhere)[ordinal] = history
+    shared: dict[int, list[Accounts]] = {}
+    if root is not None and start is not None:
+        inside = path.removeprefix(start).lstrip(".")
+        settings = {gate.ordinal: gate.settings for gate in own_gates(owner).values()}
+        for (place, ordinal, text), history in memory.accounts_of_class(type(root)).items():
+            if place == inside and text == settings.get(ordinal, ""):
+                shared[ordinal] = history
+    return {**elsewhere, **shared, **by_frame}
 
 
 def _moved(report: SiteReport, path: str, ordinal: int) -> SiteReport:

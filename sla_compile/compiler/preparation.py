@@ -7,7 +7,6 @@ the model, no attention is computed, and no number of the model changes.
 
 from __future__ import annotations
 
-import copy
 import traceback
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -26,30 +25,20 @@ from sla_compile.compat import (
     runs_forward_of,
     throw_away_compile,
 )
+from sla_compile.compiler.call_watch import watch
 from sla_compile.compiler.example_call import example_call
 from sla_compile.compiler.fake_run import stand_ins
+from sla_compile.compiler.model_copy import traceable_copy
 from sla_compile.compiler.nothing_rewritten import why_nothing
 from sla_compile.compiler.patterns import warn_unmatched
 from sla_compile.compiler.rewriting import refuse_unsynchronised, rewrite_graph
-from sla_compile.compiler.site_numbers import known_sites, spare_numbers
+from sla_compile.compiler.site_numbers import spare_numbers
 from sla_compile.compiler.site_report import GraphBreak, SiteReport, describe, graph_break
 from sla_compile.compiler.sites import Settings
 from sla_compile.config import SLAConfig
-from sla_compile.gate import (
-    PREPARED,
-    Gate,
-    attach_gate,
-    detach,
-    detach_gate,
-    gate_name,
-    gates,
-    mark_prepared,
-    own_gates,
-    owner_path,
-    refuse_other_form,
-)
+from sla_compile.gate import PREPARED, Gate, detach_gate, gate_name, gates, mark_prepared, own_gates, owner_path
+from sla_compile.gate_attachment import attach_gate, refuse_other_form
 from sla_compile.gate_settings import GateSpec
-from sla_compile.memory import remember_site
 from sla_compile.module_paths import module_paths
 from sla_compile.user_warnings import warn_user
 
@@ -122,6 +111,7 @@ def prepare(
         attach_gate(modules[owner_path(path)], spec, device=weight.device, dtype=weight.dtype)
     for path in run.owners:
         modules[path].__dict__[PREPARED] = (settings.config, path)
+    watch(model)
     warn_unmatched(model, settings.config, {site.path for site in run.sites})
     if not any(site.rewritten for site in run.sites):
         warn_user(f"prepare: no attention of {type(model).__name__} will be rewritten: {why_nothing(run.sites)}")
@@ -176,7 +166,7 @@ def dry_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], se
             f"{type(model).__name__}: cannot be traced under {hindrance}, where Dynamo compiles nothing; accepted: "
             f"prepare and explain outside it"
         )
-    shell = _shell(model)
+    shell = traceable_copy(model)
     paths = {id(module): path for path, module in module_paths(shell)}
     mark_prepared(shell, settings.config)
     run = DryRun()
@@ -187,7 +177,7 @@ def dry_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], se
         frame = current_frame()
         frames.extend([frame] if frame is not None else [])
         try:
-            sites = rewrite_graph(gm, settings, frame)
+            sites, _ = rewrite_graph(gm, settings, frame)
         except ValueError:
             refused.append(True)
             raise
@@ -246,21 +236,3 @@ def _end_of_trace(error: Exception) -> GraphBreak:
         user[-1].lineno or 0,
         plain_function_name(user[-1].name),
     )
-
-
-def _shell(model: nn.Module) -> nn.Module:
-    """A copy of ``model``'s Python state, without gates, that shares every tensor with it."""
-    shared: dict[int, Any] = {}
-    for module in model.modules():
-        for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
-            if isinstance(value, torch.Tensor):
-                shared[id(value)] = value
-    try:
-        shell = copy.deepcopy(model, shared)
-    except Exception as error:
-        raise ValueError(f"{type(model).__name__} cannot be copied for a trace: {error}") from error
-    for module, original in zip(shell.modules(), model.modules(), strict=True):
-        module.__dict__["_compiled_call_impl"] = None  # blocks compiled by themselves are traced as part of it
-        for ordinal, site in known_sites(original).items():
-            remember_site(module, ordinal, site)
-    return detach(shell)

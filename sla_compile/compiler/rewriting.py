@@ -12,21 +12,15 @@ import torch
 from torch import fx, nn
 
 import sla_compile.ops  # noqa: F401  registers the ops that a rewritten graph calls
-from sla_compile.compat import Frame, compiled_siblings, data_parallel, fully_sharded, user_errors
+from sla_compile.compat import Frame, compiled_siblings, data_parallel, fully_sharded, runs_forward_of, user_errors
+from sla_compile.compiler.call_watch import watch
 from sla_compile.compiler.gate_binding import bind_gates
 from sla_compile.compiler.late_gates import warn_of_late_gates
 from sla_compile.compiler.patterns import check_patterns
-from sla_compile.compiler.sites import BROKEN, Settings, Site, find_sites
-from sla_compile.gate import (
-    PREPARED,
-    Gate,
-    attach_gate,
-    detach_gate,
-    gate_dtype,
-    mark_from_children,
-    own_gates,
-    refuse_taken_name,
-)
+from sla_compile.compiler.sites import NOT_REACHED, Settings, Site, broken, find_sites
+from sla_compile.compiler.unused_gates import UnusedGate, unused_gates
+from sla_compile.gate import PREPARED, Gate, detach_gate, mark_from_children, own_gates
+from sla_compile.gate_attachment import attach_gate, gate_dtype, refuse_taken_name
 from sla_compile.memory import (
     await_marker,
     forget_awaited,
@@ -43,8 +37,8 @@ from sla_compile.passes.rewrite import erase_markers, replace_attention
 __all__ = ["apply_decisions", "refuse_unsynchronised", "rewrite_graph"]
 
 
-def rewrite_graph(gm: fx.GraphModule, settings: Settings, frame: Frame | None) -> list[Site]:
-    """Rewrite ``gm`` in place and return its sites with their final decisions.
+def rewrite_graph(gm: fx.GraphModule, settings: Settings, frame: Frame | None) -> tuple[list[Site], list[UnusedGate]]:
+    """Rewrite ``gm`` in place; returns its sites with their final decisions, and the gates without an attention.
 
     Where a site to be rewritten has no gate yet, gates are injected and Dynamo starts this frame over, so this
     function does not return then. Outside Dynamo (no frame) nothing owns the attention and all is kept.
@@ -54,7 +48,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Settings, frame: Frame | None) -
             been injected then.
     """
     if frame is None:
-        return []
+        return [], []
     with user_errors():
         found = find_sites(gm, settings, frame)
         sites, markers = found.sites, found.markers
@@ -67,11 +61,12 @@ def rewrite_graph(gm: fx.GraphModule, settings: Settings, frame: Frame | None) -
         frame.drop_superseded()
         frame.restart(f"sla_compile gave {bound + injected} attention(s) a gate")
     sites = [_settle(site, frame) for site in sites]
+    unused = unused_gates(gm, sites, markers, frame)
     apply_decisions(sites, markers, {id(site.call.module): site.call.module for site in sites}.values())
     for site in sites:
         if isinstance(site.decision, Keep) and site.owner is not None:
             remember_dense(site.owner, frame.code)
-    return sites
+    return sites, unused
 
 
 def apply_decisions(sites: Iterable[Site], markers: Iterable[Marker], graphs: Iterable[fx.GraphModule]) -> None:
@@ -92,6 +87,7 @@ def _inject(sites: Sequence[Site], frame: Frame) -> int:
     A gate whose marker the restarted frame does not show is taken back by `_settle`: nobody trains one that is unused.
     """
     root = frame.root_module()
+    root = frame.sole_module() if root is None else root
     missing = [
         (site, site.owner, site.decision)
         for site in sites
@@ -114,9 +110,11 @@ def _inject(sites: Sequence[Site], frame: Frame) -> int:
         if newly_marked or not had_gate:
             changed.append(site)
     if changed and root is not None:
-        _inject_siblings(changed, root, frame)
+        if runs_forward_of(frame.code, root):
+            _inject_siblings(changed, root, frame)
+        watch(root)
     if late:
-        warn_of_late_gates(root or missing[0][1], late)
+        warn_of_late_gates(missing[0][1] if root is None else root, late)
     return len(changed)
 
 
@@ -155,6 +153,7 @@ def _inject_siblings(sites: Sequence[Site], root: nn.Module, frame: Frame) -> No
                 _attach(site, owner, site.decision)
             if owner is sibling and own_gates(owner):  # as in ``root``, whose code would not serve it otherwise
                 mark_from_children(owner)
+        watch(sibling)
 
 
 def _has_own_settings(module: nn.Module) -> bool:
@@ -187,8 +186,10 @@ def _settle(site: Site, frame: Frame) -> Site:
         return site
     if awaited:
         detach_gate(owner, site.ordinal)
+        root = frame.root_module()
+        watch(owner if root is None else root)
     if frame.resumed and owner is frame.root_module():
-        keep = Keep(BROKEN, site.path, "an attention without a break before it")
+        keep = broken(frame)
     else:
-        keep = Keep("the traced graph does not reach its gate", site.path, "a forward that calls its submodules")
+        keep = Keep(NOT_REACHED, type(owner).__name__, "a forward that calls its submodules")
     return replace(site, decision=keep)

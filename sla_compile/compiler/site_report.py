@@ -16,7 +16,7 @@ from sla_compile.compat import size_hint
 from sla_compile.compiler.graph_diff import site_diff
 from sla_compile.compiler.sites import Site
 from sla_compile.config import SLAConfig
-from sla_compile.gate import Gate
+from sla_compile.gate import Gate, owner_path
 from sla_compile.passes.attention_call import AttentionCall
 from sla_compile.passes.cost import (
     BATCH,
@@ -35,7 +35,7 @@ from sla_compile.passes.decide import Keep, Rewrite, Shape, example_shape
 from sla_compile.passes.operands import example
 from sla_compile.passes.token_order import TokenOrder
 
-__all__ = ["GraphBreak", "SiteReport", "describe", "graph_break", "prepared_only", "with_sparsity_of"]
+__all__ = ["GraphBreak", "SiteReport", "describe", "graph_break", "not_used", "prepared_only", "with_sparsity_of"]
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,14 @@ class SiteReport:
     """The value that decided."""
     accepted: str = ""
     """What would have been accepted, where it was kept."""
+    by_settings: bool = False
+    """True where it was kept because the settings say so, and not for its form."""
     condition: str = ""
     """Guard under which this holds, for a symbolic number of tokens."""
     compiled: bool = True
     """False for a gate whose attention no compile has reached yet."""
+    current: bool = True
+    """False for what was compiled for other sizes before, and may still serve those."""
     mask: str = ""
     """The attention mask, where there is one: dtype and shape."""
     causal: bool = False
@@ -126,6 +130,7 @@ def describe(site: Site) -> SiteReport:
         reason=_kind(site.call, shape) if keep is None else keep.reason,
         value=_sizes_in_words(plain) if keep is None else keep.value,
         accepted=keep.accepted if keep is not None else "",
+        by_settings=keep is not None and keep.by_settings,
         condition=decision.condition or "",
         mask=_mask(site.call),
         causal=site.call.is_causal is True,
@@ -253,14 +258,19 @@ def with_sparsity_of(report: SiteReport, gate: Gate | None) -> SiteReport:
 
 def prepared_only(gate: Gate, owner: nn.Module) -> SiteReport:
     """The report of a gate whose attention no compile has reached."""
+    accepted = 'torch.compile(model, backend="sla") and a call'
+    return dataclasses.replace(not_used(gate, owner, "prepared, not compiled yet", accepted), compiled=False)
+
+
+def not_used(gate: Gate, owner: nn.Module, reason: str, accepted: str) -> SiteReport:
+    """The report of a ``gate`` without a known attention, for this ``reason``."""
     return SiteReport(
-        path=gate.path,
+        path=owner_path(gate.path),
         owner=type(owner).__name__,
         ordinal=gate.ordinal,
         rewritten=False,
-        reason="prepared, not compiled yet",
-        accepted='torch.compile(model, backend="sla") and a call',
-        compiled=False,
+        reason=reason,
+        accepted=accepted,
         settings=_settings(gate.config),
         gate_path=gate.path,
         call_site=gate.call_site,

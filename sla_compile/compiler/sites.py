@@ -14,23 +14,37 @@ from torch import fx, nn
 
 from sla_compile.common.limits import DTYPES
 from sla_compile.common.token_orders import RASTER
-from sla_compile.compat import Frame, plain_module_path
+from sla_compile.compat import Frame, plain_function_name, plain_module_path
 from sla_compile.compiler.call_sites import call_site, traced_frames
 from sla_compile.compiler.function_transforms import kept_under_transform
 from sla_compile.compiler.owners import iterates_over_children
 from sla_compile.compiler.site_numbers import Numbering, number_calls
 from sla_compile.config import SITE_FIELDS, SLAConfig
-from sla_compile.gate import PREPARED, Gate, gate_name, own_gates, refuse_other_form
+from sla_compile.gate import PREPARED, Gate, gate_name, own_gates
+from sla_compile.gate_attachment import refuse_other_form
 from sla_compile.gate_settings import NO_GRIDS, GateSpec, SeenGrids, settings_from_json
 from sla_compile.module_paths import module_paths
 from sla_compile.passes.decide import Decision, Keep, Requirements, Rewrite, decide
-from sla_compile.passes.find_attention import AttentionCall, Marker, find_attention, find_markers
+from sla_compile.passes.find_attention import AttentionCall, Marker, ModuleCall, find_attention, find_markers
 from sla_compile.passes.token_grids import Grids
 from sla_compile.passes.token_order import Wanted
 
-__all__ = ["FoundSites", "Settings", "Site", "find_sites", "requirements"]
+__all__ = [
+    "BROKEN",
+    "NOT_REACHED",
+    "NOT_WHOLE",
+    "FoundSites",
+    "Settings",
+    "Site",
+    "broken",
+    "find_sites",
+    "owner_call",
+    "requirements",
+]
 
 BROKEN = "graph break between the owner's start and its attention"
+NOT_REACHED = "the traced graph does not reach its gate"
+NOT_WHOLE = "its gate is bound outside the region that holds the attention"
 
 
 @dataclass(frozen=True)
@@ -134,10 +148,11 @@ def find_sites(
     Raises ValueError where the options of this compile contradict those a gate was prepared with.
     """
     markers = find_markers(gm)
-    marked = {(_identities(marker.owner), marker.ordinal): marker for marker in markers}
+    marked = {(_identities(owner_call(marker, frame)), marker.ordinal): marker for marker in markers}
     paths = _module_paths(frame)
     grids = cache(lambda: Grids(gm))
     root = frame.root_module()
+    root = frame.sole_module() if root is None else root
     calls = find_attention(gm)
     owners = [frame.module(call.stack[-1].identity) if call.stack else root for call in calls]
     places = [_call_site(call, frame, root) for call in calls]
@@ -148,9 +163,15 @@ def find_sites(
         marker = marked.get((_identities(call.stack), ordinal))
         site = _site(call, owner, local_path, (ordinal, place), marker, settings, grids)
         if owner is None and frame.resumed and isinstance(site.decision, Keep):
-            site = replace(site, decision=Keep(BROKEN, frame.code.co_name, "an attention without a break before it"))
+            site = replace(site, decision=broken(frame))
         sites.append(site)
     return FoundSites(_of_one_form(sites), markers, numberings)
+
+
+def broken(frame: Frame) -> Keep:
+    """Why the attention of a frame that continues a function after a graph break has no gate."""
+    place = f"{plain_function_name(frame.code.co_name)}, from line {frame.code.co_firstlineno} on"
+    return Keep(BROKEN, place, "an attention without a break before it")
 
 
 def _call_site(call: AttentionCall, frame: Frame, root: nn.Module | None) -> str:
@@ -254,7 +275,8 @@ def _site(
     rejected = settings.config.rejects(path) or (None if marker is not None else model_config.rejects(path))
     decision: Decision
     if rejected is not None:
-        decision = Keep(rejected, path, "a path that include selects and exclude does not")
+        accepted = "a path that include selects and exclude does not"
+        decision = Keep(rejected, path, accepted, by_settings=True)
     elif owner is None:
         decision = Keep("no module owns this attention", "a plain function calls it", "a call in a forward")
     elif iterates_over_children(owner):
@@ -263,13 +285,28 @@ def _site(
         decision = decide(call, requirements(config), seen)
     if isinstance(decision, Rewrite) and marker is not None and marker.module is not call.module:
         decision = Keep(
-            "its gate is bound outside the region that holds the attention",
+            NOT_WHOLE,
             "a part of the owner's forward that is traced by itself, as a checkpoint is",
             "such a part that holds the whole owner",
         )
     if isinstance(decision, Rewrite):
         decision = kept_under_transform(call, marker, path) or decision
     return Site(call, path, owner, ordinal, place, marker, config, model_config, decision, seen)
+
+
+def owner_call(marker: Marker, frame: Frame) -> tuple[ModuleCall, ...]:
+    """The stack of the call of the owner whose gate ``marker`` names."""
+    stack = marker.stack
+    if marker.from_child:
+        stack = stack[:-1]
+        # A child may have been wrapped since, as LoRA does, and then marks from within the wrapper.
+        while stack and not _has_gate(frame.module(stack[-1].identity), marker.ordinal):
+            stack = stack[:-1]
+    return stack
+
+
+def _has_gate(module: nn.Module | None, ordinal: int) -> bool:
+    return module is not None and gate_name(ordinal) in own_gates(module)
 
 
 def _identities(stack: tuple[Any, ...]) -> tuple[tuple[int, int, str], ...]:

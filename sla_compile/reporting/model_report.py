@@ -27,7 +27,9 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over the attention calls of one forward; FLOPs and bytes over those whose sizes are known."""
+    """Sums over the attention calls of one forward; FLOPs and bytes over those whose sizes are known.
+
+    Where a site was compiled for sizes that give different outcomes, what was compiled last counts."""
 
     attentions: int
     rewritten: int
@@ -61,17 +63,18 @@ class Report:
     @property
     def totals(self) -> Totals:
         """Sums over all sites."""
-        known = [site for site in self.sites if site.flops_before is not None]
+        sites = [site for site in self.sites if site.current]
+        known = [site for site in sites if site.flops_before is not None]
         sums = {
             name: sum(getattr(site, name) for site in known)
             for name in ("flops_before", "flops_after", "bytes_before", "bytes_after")
         }
         return Totals(
-            attentions=len(self.sites),
-            rewritten=sum(site.rewritten for site in self.sites),
-            kept=sum(site.compiled and not site.rewritten for site in self.sites),
-            not_compiled=sum(not site.compiled for site in self.sites),
-            sizes_unknown=len(self.sites) - len(known),
+            attentions=len(sites),
+            rewritten=sum(site.rewritten for site in sites),
+            kept=sum(site.compiled and not site.rewritten for site in sites),
+            not_compiled=sum(not site.compiled for site in sites),
+            sizes_unknown=len(sites) - len(known),
             gate_parameters=sum({site.gate_path: site.gate_parameters for site in self.sites}.values()),
             **sums,
         )

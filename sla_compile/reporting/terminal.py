@@ -264,13 +264,19 @@ def _shape(site: SiteReport) -> Text:
 def _decision(site: SiteReport) -> Text:
     if site.rewritten:
         text = Text("rewritten", style=_STYLES["rewritten"]).append(f": {site.reason}, {site.value}", style="default")
-        return text.append(f", while {site.condition}" if site.condition else "", style="default")
+        return text.append(_when(site), style="default")
     kept = "kept: " if site.compiled else ""
     text = Text(f"{kept}{site.reason}", style=_STYLES["kept" if site.compiled else "prepared"])
     text.append(f": {site.value}" if site.value and site.value != site.path else "", style="default")
-    text.append(f", while {site.condition}" if site.condition else "", style="default")
+    text.append(_when(site), style="default")
     label = "accepted" if site.compiled else "next"
     return text.append(f" ({label}: {site.accepted})" if site.accepted else "", style="dim")
+
+
+def _when(site: SiteReport) -> str:
+    """For which calls this is the decision."""
+    condition = f", while {site.condition}" if site.condition else ""
+    return condition if site.current else f"{condition} (compiled before, for calls of these sizes)"
 
 
 def _flops(site: SiteReport) -> Text:

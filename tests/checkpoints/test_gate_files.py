@@ -20,7 +20,8 @@ from torch import nn
 import sla_compile.checkpoints.gate_files as checkpoint
 from sla_compile.checkpoints.gate_files import load, save
 from sla_compile.config import SITE_FIELDS, SLAConfig
-from sla_compile.gate import Gate, attach_gate, gates, model_config
+from sla_compile.gate import Gate, gates, model_config
+from sla_compile.gate_attachment import attach_gate
 from sla_compile.gate_settings import GateSpec
 
 HEADS, HEAD_DIM = 2, 16

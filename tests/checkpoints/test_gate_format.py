@@ -21,7 +21,7 @@ from torch import nn
 import sla_compile
 from sla_compile.checkpoints.gate_format import LARGEST_SIZE, read_gate_file
 from sla_compile.config import SLAConfig
-from sla_compile.gate import attach_gate
+from sla_compile.gate_attachment import attach_gate
 from sla_compile.gate_settings import GateSpec
 from sla_compile.passes.token_order import Grid
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sla_compile
-from sla_compile.gate import attach_gate, gate_name
+from sla_compile.gate import gate_name
+from sla_compile.gate_attachment import attach_gate
 from sla_compile.gate_settings import GateSpec
 from sla_compile.reporting.terminal import ReportView, group_sites, plain_text
 from tests.support.closeness import assert_close

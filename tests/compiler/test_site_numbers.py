@@ -7,7 +7,7 @@ from torch import nn
 
 import sla_compile
 from sla_compile.compiler.site_numbers import known_sites, number_calls, spare_numbers
-from sla_compile.gate import attach_gate
+from sla_compile.gate_attachment import attach_gate
 from sla_compile.gate_settings import GateSpec, NumberedSite
 from sla_compile.memory import remember_site
 

@@ -37,7 +37,7 @@ class Capture:
         self.graph: fx.GraphModule | None = None
 
     def __call__(self, gm: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        self.sites = rewrite_graph(gm, self.settings, current_frame())
+        self.sites, _ = rewrite_graph(gm, self.settings, current_frame())
         self.graph = gm
         return gm.forward
 
