@@ -24,7 +24,10 @@ from torch import nn
 
 from sla_compile.compat import plain_function_name
 
-__all__ = ["call_site", "running_frames", "traced_frames"]
+__all__ = ["LEVEL", "call_site", "running_frames", "traced_frames"]
+
+LEVEL = " > "
+"""Between the levels of a call site."""
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _UNINTERESTING = (contextlib.__file__, functools.__file__)
@@ -129,7 +132,7 @@ def call_site(calls: Sequence[_Call], modules: Sequence[nn.Module]) -> str:
                 merged[-1] = _Call(call.file, call.line, outer.function, call.column)
                 continue
         merged.append(call)
-    return " > ".join(map(str, merged)) or "forward"  # PyTorch's own modules hide their lines
+    return LEVEL.join(map(str, merged)) or "forward"  # PyTorch's own modules hide their lines
 
 
 def _forward_in(calls: Sequence[_Call], module: nn.Module, start: int) -> int | None:

@@ -33,7 +33,7 @@ def bind_gates(found: FoundSites, frame: Frame) -> int:
             continue
         paths[id(site.owner)] = site.path or "the compiled module"
         remember_site(site.owner, site.ordinal, NumberedSite(site.call_site, True))
-        if (gate := site.gate) is not None and (gate.call_site != site.call_site or not gate.traced):
+        if (gate := site.gate) is not None and not (gate.call_site and gate.traced):
             moved.append((site.owner, gate.ordinal, gate.call_site, site.call_site))
             gate.take_call_site(site.call_site)
     for owner, numbering in found.numberings:

@@ -7,12 +7,13 @@ before there were call sites. Such gates are bound by the order of the calls, as
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, takewhile
 
 from torch import nn
 
+from sla_compile.compiler.call_sites import LEVEL
 from sla_compile.gate import own_gates
 from sla_compile.gate_settings import NumberedSite
 from sla_compile.memory import remembered_sites
@@ -59,6 +60,7 @@ def number_calls(owner: nn.Module, calls: Sequence[tuple[Hashable, str]], resume
         given.setdefault(site.call_site, ordinal)
     wanted = list(dict.fromkeys(site for _, site in calls))
     numbers = {site: given[site] for site in wanted if site in given}
+    numbers.update(_by_innermost([site for site in wanted if site not in numbers], given, set(numbers.values())))
     exact = set(numbers.values())
     spare = _by_count(numbers, calls, known, resumed)
     doubt = _by_order(numbers, wanted, known, exact)
@@ -67,6 +69,32 @@ def number_calls(owner: nn.Module, calls: Sequence[tuple[Hashable, str]], resume
         if site not in numbers:
             numbers[site] = next(free)
     return Numbering([numbers[site] for _, site in calls], spare, doubt)
+
+
+def _by_innermost(wanted: Iterable[str], given: Mapping[str, int], taken: Set[int]) -> dict[str, int]:
+    """Numbers of call sites whose stack starts at another function than when they were first met.
+
+    That happens where a forward is put on the module, as hooks do, or where Dynamo starts within what the forward calls:
+    what is left, or the same, is the inner part. Of call sites that start at one function, all of the stack counts.
+    """
+    numbers: dict[str, int] = {}
+    for site in wanted:
+        levels = site.split(LEVEL)
+        shared: dict[str, int] = {}
+        for known, ordinal in given.items():
+            theirs = known.split(LEVEL)
+            if known and ordinal not in taken and _function(theirs[0]) != _function(levels[0]):
+                pairs = zip(reversed(levels), reversed(theirs), strict=False)
+                shared[known] = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        most = max(shared.values(), default=0)
+        alike = [known for known, count in shared.items() if count == most]
+        if most and len(alike) == 1:
+            numbers[site] = given[alike[0]]
+    return numbers
+
+
+def _function(level: str) -> str:
+    return level.partition("+")[0]
 
 
 def _by_count(
