@@ -146,7 +146,7 @@ def _forward_in(calls: Sequence[_Call], module: nn.Module, start: int) -> int | 
 
 def _forward_codes(module: nn.Module) -> Iterator[CodeType]:
     """The code of the forward of ``module``, its own or its class's; of a wrapped one that of the innermost first."""
-    found = []
+    found: list[CodeType] = []
     function: Any
     for function in (module.__dict__.get("forward"), type(module).forward):
         while function is not None:

@@ -56,8 +56,8 @@ def number_calls(owner: nn.Module, calls: Sequence[tuple[Hashable, str]], resume
     """
     known = known_sites(owner)
     given: dict[str, int] = {}
-    for ordinal, site in known.items():
-        given.setdefault(site.call_site, ordinal)
+    for ordinal, (place, _) in known.items():
+        given.setdefault(place, ordinal)
     wanted = list(dict.fromkeys(site for _, site in calls))
     numbers = {site: given[site] for site in wanted if site in given}
     numbers.update(_by_innermost([site for site in wanted if site not in numbers], given, set(numbers.values())))

@@ -39,7 +39,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Split(Attention):
     """One call for each sample, cut to its length."""
 
-    def forward(self, x: Tensor, lens: tuple[int, ...]) -> Tensor:
+    def forward(self, x: Tensor, lens: tuple[int, ...]) -> Tensor:  # type: ignore[override]
         q, k, v = self.heads(x)
         cut = [(slice(i, i + 1), slice(n), x.shape[1] - n) for i, n in enumerate(lens)]
         y = torch.cat(
@@ -64,7 +64,7 @@ class Optional(Attention):
         super().__init__()
         self.broken = broken
 
-    def forward(self, x: Tensor, aux: bool) -> Tensor:
+    def forward(self, x: Tensor, aux: bool) -> Tensor:  # type: ignore[override]
         q, k, v = self.heads(x)
         v = 0 * v
         y = v
@@ -82,7 +82,7 @@ class Checkpointed(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor, aux: bool) -> Tensor:
-        return checkpoint(self.inner, x, aux, use_reentrant=False)  # type: ignore[no-any-return]
+        return checkpoint(self.inner, x, aux, use_reentrant=False)
 
 
 class Within(nn.Module):

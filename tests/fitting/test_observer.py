@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sla_compile
-from sla_compile.fitting.observer import gated_calls
+from sla_compile.fitting.observer import GatedCall, gated_calls
 from tests.support.calibration import DIM, Failed, batches, defined_error, made, recorded
 from tests.support.closeness import relative_error
 from tests.support.models import HEADS, OPTIONS, WIDTH, Attention, Model, TwoAttentions, random_input, randomize_gates
@@ -65,11 +65,17 @@ def test_calls_of_one_call_site_have_one_gate_whatever_comes_before_them() -> No
     model = made(nn.Sequential(Samples()))
     sla_compile.prepare(model[0], (random_input(), True), config=OPTIONS)
     assert list(sla_compile.gates(model)) == ["0.sla", "0.sla_1"]
+    calls: list[tuple[str, float]] = []
+
+    def record(call: GatedCall) -> Tensor:
+        calls.append((call.path, call.scale))
+        return call.dense
+
     for aux in (True, False):
-        calls: list[Any] = []
-        with torch.no_grad(), gated_calls(model, lambda call: (calls.append(call), call.dense)[1]):  # noqa: B023
+        calls.clear()
+        with torch.no_grad(), gated_calls(model, record):
             model[0](random_input(batch=3), aux)
-        assert [(call.path, call.scale) for call in calls] == [("0.sla_1", 0.25)] * aux + [("0.sla", 0.3)] * 3
+        assert calls == [("0.sla_1", 0.25)] * aux + [("0.sla", 0.3)] * 3
 
 
 def test_attention_too_short_for_its_settings_is_left_dense() -> None:
