@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import fx
 
 import sla_compile.ops.flops  # noqa: F401  lets FlopCounterMode count the ops
-from sla_compile.compat import backend_function, current_frame, on_recompile_limit, user_errors
+from sla_compile.compat import backend_function, count_apart, current_frame, on_recompile_limit, user_errors
 from sla_compile.compiler.compiled_sites import remember
 from sla_compile.compiler.dense_warnings import warn_of_dense, warn_of_untrained_sites
 from sla_compile.compiler.logs import log_rewritten
@@ -60,6 +60,7 @@ def sla(
         warn_of_nothing(gm, sites, frame)
         if any(isinstance(site.decision, Rewrite) for site in sites):
             on_recompile_limit(frame.code, partial(_warn_of_limit, sites[0].path or "the compiled module"))
+        count_apart(frame.code, frame.compiler, "".join(site.gate.settings for site in sites if site.gate is not None))
     warn_of_dense(sites, unused)
     warn_of_untrained_sites(sites, frame)
     _warn_of_order(sites)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import sla_compile.ops.gate_marker  # noqa: F401  registers sla::gate
 from sla_compile.common.blocks import MILLION, to_millionths
-from sla_compile.compat import running_transform, runs_uncompiled_in, skip_as_root_frame
+from sla_compile.compat import running_transform, runs_uncompiled, skip_as_root_frame
 from sla_compile.config import SLAConfig
 from sla_compile.gate_settings import CALLED, GateSpec, SeenGrids, settings_to_json
 from sla_compile.module_paths import all_module_paths, inside, module_paths
@@ -219,7 +219,7 @@ class GateMarker(Hook):
                     continue
                 tensors = gate.weight, gate.bias, gate.sparsity, gate.log_scale
                 torch.ops.sla.gate(*tensors, gate.ordinal, gate.settings, self.owner is not None)
-        elif (transform := running_transform()) and runs_uncompiled_in("sla_compile.backend"):
+        elif (transform := running_transform()) and runs_uncompiled():
             path = getattr(module if self.owner is None else self.owner, self.names[0]).path
             raise RuntimeError(
                 f"{path}: Dynamo compiles nothing under torch.func.{transform}, so this gate would not be used; "

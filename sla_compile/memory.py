@@ -53,6 +53,7 @@ __all__ = [
     "remember_start",
     "remember_told",
     "remembered_sites",
+    "settings_of_last_compile",
     "take_dense_code",
     "was_injected",
     "was_told",
@@ -71,6 +72,8 @@ _dense_code: weakref.WeakKeyDictionary[nn.Module, set[CodeType]] = weakref.WeakK
 _sites: weakref.WeakKeyDictionary[nn.Module, dict[int, NumberedSite]] = weakref.WeakKeyDictionary()
 # Whom to tell when Dynamo reaches a recompile limit and compiles a code no more.
 _limit_callbacks: weakref.WeakKeyDictionary[CodeType, Callable[[str], None]] = weakref.WeakKeyDictionary()
+# The settings of the gates that a code was compiled for last: its entry in Dynamo's cache is made only after that.
+_last_settings: weakref.WeakKeyDictionary[CodeType, str] = weakref.WeakKeyDictionary()
 # For `report`: what was compiled for each site, by its owner and the module at which Dynamo started; by the class of
 # that module, for siblings that run code compiled for another of their class; and by code, where no module owns the
 # attention. The last of each list was compiled last; the others are for other sizes and may still serve.
@@ -145,6 +148,13 @@ def remember_limit_callback(code: CodeType, callback: Callable[[str], None]) -> 
 def limit_callbacks() -> Iterator[tuple[CodeType, Callable[[str], None]]]:
     """Every code with such a callback."""
     yield from list(_limit_callbacks.items())
+
+
+def settings_of_last_compile(code: CodeType, now: str) -> str:
+    """The settings that ``code`` was compiled for before this, which is for those of ``now``; "" for the first time."""
+    last = _last_settings.get(code, "")
+    _last_settings[code] = now
+    return last
 
 
 def remember_owner_account(owner: nn.Module, root: nn.Module | None, ordinal: int, accounts: Accounts) -> None:

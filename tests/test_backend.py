@@ -249,6 +249,33 @@ def test_a_recompile_limit_is_no_silent_end() -> None:
             run(random_input(140))
 
 
+def test_each_block_may_have_a_topk_of_its_own() -> None:
+    """As many as Dynamo would not compile for one function, block by block."""
+    model, x = Model(blocks=4), random_input()
+    overrides = {f"blocks.{i}.*": {"topk": 0.2 + 0.2 * i} for i in range(4)}
+    sla_compile.prepare(model, (x,), config={**OPTIONS, "bottomk": 0.0, "overrides": overrides})
+    randomize_gates(model)
+    for block in model.blocks:
+        block.compile(backend="sla", options={"inner": "eager"}, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=2), warnings.catch_warnings():
+        warnings.simplefilter("error", sla_compile.RecompileLimitWarning)
+        assert_follows_definition(model, model, x)
+        assert [site.rewritten for site in sla_compile.report(model).sites] == [True] * 4
+        model.blocks[3](random_input(110))
+        with pytest.raises(sla_compile.RecompileLimitWarning):
+            model.blocks[3](random_input(120))
+
+
+def test_a_recompile_limit_of_another_backend_is_not_ours() -> None:
+    run = torch.compile(Model(), backend="sla", options={**EAGER, "inner": "eager"}, dynamic=False)
+    other = torch.compile(Model(), backend="eager", dynamic=False)
+    run(random_input())
+    with torch._dynamo.config.patch(recompile_limit=3), warnings.catch_warnings():
+        warnings.simplefilter("error", sla_compile.RecompileLimitWarning)
+        for tokens in (100, 110, 120, 130):
+            other(random_input(tokens))
+
+
 def test_fullgraph() -> None:
     model, x = Model(), random_input()
     run = torch.compile(model, backend="sla", options=EAGER, fullgraph=True)

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import fx, nn
 from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
 
 from sla_compile import compat
+from sla_compile.memory import remember_backend
 
 
 @pytest.fixture(autouse=True)
@@ -185,15 +187,83 @@ def test_a_recompile_limit_is_told() -> None:
     def double(x: torch.Tensor) -> torch.Tensor:
         return x * 2
 
+    def mine(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        return gm.forward
+
     told: list[str] = []
     compat.on_recompile_limit(double.__code__, told.append)
+    remember_backend(mine)
     with torch._dynamo.config.patch(recompile_limit=2):
-        compiled = torch.compile(double, backend="eager", dynamic=False)
-        for size in (3, 4):
-            compiled(torch.ones(size))
-        assert not told
-        compiled(torch.ones(5))
-    assert told == ["recompile_limit"]
+        for backend in ("eager", mine):
+            torch._dynamo.reset()
+            compiled = torch.compile(double, backend=backend, dynamic=False)
+            for size in (3, 4):
+                compiled(torch.ones(size))
+            assert not told
+            compiled(torch.ones(5))
+            assert told == (["recompile_limit"] if backend is mine else [])
+
+
+def test_what_is_compiled_with_other_settings_is_counted_apart() -> None:
+    frames: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        frame = compat.current_frame()
+        assert frame is not None
+        frames.append(frame)
+        compat.count_apart(frame.code, frame.compiler, "abcddd"[len(frames) - 1])
+        return gm.forward
+
+    compiled = torch.compile(Inner(), backend=backend, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for size in range(1, 7):
+            compiled(torch.ones(size, 4))
+        assert len(frames) == 5, "the third of d is one too many"
+
+
+def test_code_that_dynamo_gave_up_is_compiled_again() -> None:
+    seen: list[bool] = []
+
+    def note() -> None:
+        if not torch.compiler.is_compiling():
+            seen.append(compat.runs_uncompiled())
+
+    class Watched(Inner):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            note()
+            return super().forward(x)
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        assert not compat.running_transform()
+        return gm.forward
+
+    remember_backend(backend)
+    model, x = Watched(), torch.ones(2, 4)
+    compiled = torch.compile(model, backend=backend)
+    torch.func.grad(lambda x: compiled(x).sum())(x)
+    assert seen == [True]
+    compiled(x)
+    assert seen == [True]
+    model(x)
+    torch.compile(model, backend="eager")
+    assert seen == [True, False]
+
+
+def test_what_lets_dynamo_compile_nothing_is_named() -> None:
+    named: list[str] = []
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        named.append(compat.no_compile_under())
+        assert compat.is_transformed(x) == (named[-1] != "" and "torch.func" in named[-1])
+        return x.sum()
+
+    x = torch.ones(2)
+    note(x)
+    torch.func.grad(note)(x)
+    torch.func.vmap(note)(x[None])
+    with FlopCounterMode(display=False):
+        note(x)
+    assert named == ["", "torch.func.grad", "torch.func.vmap", "FlopCounterMode"]
 
 
 def test_size_hint_adds_no_guard() -> None:

@@ -78,7 +78,7 @@ def test_a_break_is_listed_once() -> None:
 def test_everything_goes_with_its_key() -> None:
     weak = (weakref.WeakKeyDictionary, weakref.WeakSet)
     registries: dict[str, Any] = {name: value for name, value in vars(memory).items() if isinstance(value, weak)}
-    assert len(registries) == 13
+    assert len(registries) == 15
     gc.collect()
     before = {name: len(registry) for name, registry in registries.items()}
     owner, code = type("Owner", (nn.Module,), {})(), a_code()
@@ -87,6 +87,8 @@ def test_everything_goes_with_its_key() -> None:
     memory.remember_injected(owner)
     memory.remember_site(owner, 0, NumberedSite("forward+1", True))
     memory.remember_limit_callback(code, print)
+    assert memory.settings_of_last_compile(code, "{}") == ""
+    assert memory.settings_of_last_compile(code, "") == "{}"
     memory.remember_owner_account(owner, owner, 0, (SITE,))
     memory.remember_class_account(type(owner), "a", 0, "{}", (SITE,))
     memory.remember_code_accounts(code, [SITE])

@@ -12,15 +12,15 @@ from sla_compile.compat.dynamo import (
     current_frame,
     forget_code,
     frame_callback,
-    on_recompile_limit,
     plain_module_path,
-    runs_uncompiled_in,
+    runs_uncompiled,
     skip_as_root_frame,
     throw_away_compile,
     user_errors,
 )
 from sla_compile.compat.forwards import modules_under_way, plain_function_name, runs_forward_of
 from sla_compile.compat.inductor import lower_gather, triton_cache_folder
+from sla_compile.compat.recompile_limits import count_apart, on_recompile_limit
 from sla_compile.compat.runtime import (
     count_in_running_counters,
     data_parallel,
@@ -38,6 +38,7 @@ __all__ = [
     "always_holds",
     "backend_function",
     "compiled_siblings",
+    "count_apart",
     "count_in_running_counters",
     "current_frame",
     "data_parallel",
@@ -54,7 +55,7 @@ __all__ = [
     "plain_module_path",
     "running_transform",
     "runs_forward_of",
-    "runs_uncompiled_in",
+    "runs_uncompiled",
     "size_hint",
     "skip_as_root_frame",
     "throw_away_compile",

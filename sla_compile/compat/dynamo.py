@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import sys
@@ -18,7 +17,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback as frame_callbac
 
 from sla_compile.compat.forwards import RESUMED, modules_under_way, runs_forward_of
 from sla_compile.compat.leftovers import forget_backend, let_go_of_guards, superseded_guards
-from sla_compile.memory import limit_callbacks, remember_limit_callback
+from sla_compile.memory import is_our_backend
 
 __all__ = [
     "Frame",
@@ -27,30 +26,13 @@ __all__ = [
     "current_frame",
     "forget_code",
     "frame_callback",
-    "on_recompile_limit",
+    "innermost_backend",
     "plain_module_path",
-    "runs_uncompiled_in",
+    "runs_uncompiled",
     "skip_as_root_frame",
     "throw_away_compile",
     "user_errors",
 ]
-
-
-def _watch_limits(record: logging.LogRecord) -> bool:
-    """A filter of Dynamo's log, which is where it says that it compiles a function no more."""
-    if str(record.msg).startswith("torch._dynamo hit config.") and isinstance(record.args, tuple):
-        limit, _, function = record.args[:3]
-        for code, callback in limit_callbacks():
-            if function == f"'{code.co_name}' ({code.co_filename}:{code.co_firstlineno})":
-                callback(str(limit))
-    return True
-
-
-def on_recompile_limit(code: types.CodeType, callback: Callable[[str], None]) -> None:
-    """Call ``callback`` with the name of a limit in ``torch._dynamo.config`` when ``code`` reaches it: Dynamo runs
-    it as it is written from then on. Remove when Dynamo has a public way to learn of it."""
-    remember_limit_callback(code, callback)
-    logging.getLogger("torch._dynamo.convert_frame").addFilter(_watch_limits)
 
 
 @contextlib.contextmanager
@@ -188,19 +170,16 @@ def current_frame() -> Frame | None:
     return Frame(translator.f_code, dict(translator.f_locals), translator.output.compiler_fn, translator)
 
 
-def runs_uncompiled_in(backend: str) -> bool:
-    """Whether this is Python code that runs as it is written in what is compiled by a function of module ``backend``.
+def runs_uncompiled() -> bool:
+    """Whether this is Python code that runs as it is written in what is compiled by a backend of ours.
 
     Dynamo has then given up a frame of it, such as any under a transform of ``torch.func``, for that call and, without
     this, for all to come. Remove when Dynamo has a public way to learn of it.
     """
     from torch._C._dynamo import eval_frame
 
-    callback: Any = eval_frame.get_eval_frame_callback()
-    if callback is None or callback is False:
-        return False
-    compiler = _innermost(callback)
-    if getattr(getattr(compiler, "compiler_fn", compiler), "__module__", "") != backend:
+    callback: Any = frame_callback()
+    if not callable(callback) or not is_our_backend(backend_function(callback)):
         return False
     default = eval_frame._FrameExecStrategy(eval_frame._FrameAction.DEFAULT, eval_frame._FrameAction.DEFAULT)
     frame = sys._getframe(2)
@@ -212,22 +191,23 @@ def runs_uncompiled_in(backend: str) -> bool:
 
 def backend_function(compiler: Any) -> Any:
     """The backend within what ``torch.compile``, DDP's optimizer and Dynamo make of it."""
-    inner = _innermost(compiler)
+    inner = innermost_backend(compiler)
     if (optimizer := _ddp_optimizer(inner)) is not None:
-        inner = _innermost(optimizer.backend_compile_fn)
+        inner = innermost_backend(optimizer.backend_compile_fn)
     return getattr(inner, "compiler_fn", inner)
 
 
 def _ddp_optimizer(compiler: Any) -> Any:
     """The DDPOptimizer of torch that stands between Dynamo and the backend; None where there is none."""
-    owner = getattr(_innermost(compiler), "__self__", None)
+    owner = getattr(innermost_backend(compiler), "__self__", None)
     return owner if type(owner).__name__ == "DDPOptimizer" else None
 
 
-def _innermost(compiler: Any) -> Any:
-    from torch._dynamo.eval_frame import innermost_backend
+def innermost_backend(compiler: Any) -> Any:
+    """The function that the user's compile ends at, below what Dynamo wraps around it."""
+    from torch._dynamo import eval_frame
 
-    return innermost_backend(compiler)
+    return eval_frame.innermost_backend(compiler)
 
 
 def compiled_siblings(module: nn.Module, compiler: Any) -> list[nn.Module]:
@@ -242,7 +222,7 @@ def compiled_siblings(module: nn.Module, compiler: Any) -> list[nn.Module]:
 
     def compiled_with(context: Any) -> bool:
         callback = getattr(context, "callback", None)
-        return callback is not None and bool(_innermost(callback) == _innermost(compiler))
+        return callback is not None and bool(innermost_backend(callback) == innermost_backend(compiler))
 
     found: dict[int, nn.Module] = {}
     for candidate in gc.get_objects():
@@ -276,7 +256,7 @@ def forget_code(code: types.CodeType, compiler: Any = None, stale: Callable[[Any
     dropped = []
     for entry in _debug_get_cache_entry_list(code):
         guards: Any = entry.guard_manager
-        if guards.extra_state is None or (compiler and _innermost(entry.backend) != _innermost(compiler)):
+        if guards.extra_state is None or (compiler and innermost_backend(entry.backend) != innermost_backend(compiler)):
             continue
         if stale(guards):
             guards.extra_state.invalidate(guards.cache_entry, superseded_guards())
@@ -301,7 +281,7 @@ def throw_away_compile() -> Iterator[list[Frame]]:
         finally:
             for frame in frames:
                 forget_code(frame.code, frame.compiler)
-                forget_backend(_innermost(frame.compiler))
+                forget_backend(innermost_backend(frame.compiler))
             frames.clear()
 
 
