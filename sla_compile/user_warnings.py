@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
@@ -19,7 +20,7 @@ __all__ = [
     "warn_user",
 ]
 
-_OURS = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}", "<")
+_OURS = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}", contextlib.__file__, "<")
 """Where code lies that is not the user's: torch, this package, what Python and Dynamo generate."""
 
 

@@ -222,6 +222,19 @@ def test_refused_options_leave_no_trace(options: dict[str, Any], message: str) -
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("options", [{"topkk": 0.1}, {"topk": 0.5}])
+def test_a_refused_option_is_told_where_errors_are_suppressed(options: dict[str, Any]) -> None:
+    model, x = Model(), random_input()
+    sla_compile.prepare(model, (x,), config=OPTIONS)
+    with torch._dynamo.config.patch(suppress_errors=True):
+        run = torch.compile(model.blocks[0].attention, backend="sla", options=options)
+        with pytest.warns(
+            UserWarning, match=f"suppress_errors lets this run .* dense: .*{next(iter(options))}"
+        ) as told:
+            assert torch.equal(run(x), model.blocks[0].attention(x))
+    assert any(warning.filename == __file__ for warning in told)
+
+
 @pytest.mark.parametrize("dynamic", [None, False])
 def test_a_long_sequence_after_short_ones(dynamic: bool | None) -> None:
     """The gates are made while Dynamo compiles code whose dense entries, made before, must not serve any more."""

@@ -19,6 +19,8 @@ from sla_compile.compat.forwards import RESUMED, modules_under_way, runs_forward
 from sla_compile.compat.leftovers import forget_backend, let_go_of_guards, superseded_guards
 from sla_compile.memory import is_our_backend
 
+from sla_compile.user_warnings import warn_user
+
 __all__ = [
     "Frame",
     "backend_function",
@@ -39,9 +41,11 @@ __all__ = [
 def user_errors() -> Iterator[None]:
     """Let a ValueError raised under this reach the caller of the compiled model as the ValueError that it is.
 
-    Dynamo turns a backend's exception into BackendCompilerFailed unless it is of one of its own kinds. Remove when
-    Dynamo has a public way for a backend to reject what the user asked.
+    Dynamo turns a backend's exception into BackendCompilerFailed unless it is of one of its own kinds. Where it is set
+    to suppress errors, this one is a warning. Remove when Dynamo has a public way for a backend to reject what the user
+    asked.
     """
+    import torch._dynamo.config as config
     from torch._dynamo.exc import ShortenTraceback
 
     class UserError(ValueError, ShortenTraceback):
@@ -55,6 +59,10 @@ def user_errors() -> Iterator[None]:
     except ShortenTraceback:
         raise
     except ValueError as error:
+        if config.suppress_errors:
+            warn_user(
+                f"torch._dynamo.config.suppress_errors lets this run as it is written, its attention dense: {error}"
+            )
         raise UserError(str(error)) from error
 
 

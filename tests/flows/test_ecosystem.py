@@ -261,6 +261,27 @@ def test_accelerate_mixed_precision(compiled_first: bool, tmp_path: Path) -> Non
     assert all(torch.equal(a, b) for a, b in zip(after, step(), strict=True))
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_accelerate_with_a_model_compiled_in_place(compiled_first: bool, precision: str) -> None:
+    """What the pages recommend: ``unwrap_model`` gives the model that computes sparse attention, whatever it strips."""
+    model, x = prepared()
+    model, x = model.float(), x.float()
+    dense = model(x)
+    accelerator = accelerator_with(mixed_precision=precision)
+    if compiled_first:
+        model.compile(backend="sla", options={"inner": "eager"})
+    wrapped, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    if not compiled_first:
+        wrapped.compile(backend="sla", options={"inner": "eager"})
+    accelerator.backward(wrapped(x).square().mean())
+    assert all(parameter.grad is not None for parameter in sla_compile.gate_parameters(model))
+    for stripped in ({}, {"keep_fp32_wrapper": False}, {"keep_torch_compile": False}):
+        unwrapped = accelerator.unwrap_model(wrapped, **stripped)
+        with pytest.raises(AssertionError, match="relative error"):
+            assert_close("dense", unwrapped(x), dense, 0.1)
+
+
 def test_distributed_checkpoint(tmp_path: Path) -> None:
     model, x = prepared()
     dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path)
