@@ -18,6 +18,7 @@ from sla_compile.passes.handwritten import scaled_matmul_softmax_matmul
 from sla_compile.passes.library_calls import attention_inside_call
 
 __all__ = [
+    "IN_TRANSFORM",
     "AttentionCall",
     "Marker",
     "ModuleCall",
@@ -26,6 +27,9 @@ __all__ = [
     "find_markers",
     "graphs",
 ]
+
+IN_TRANSFORM = "inside a transform of torch.func"
+"""The reason why an attention is kept that ``torch.func.grad``, say, would differentiate: the op has no rule for it."""
 
 # torch.nn.functional.scaled_dot_product_attention is this builtin; the others reach a graph by torch.ops.
 SDPA_TARGETS: frozenset[Any] = frozenset(
@@ -88,7 +92,7 @@ def _in_graph(module: fx.GraphModule) -> Iterator[AttentionCall]:
         elif name.endswith("_decrement_nesting"):
             del transforms[-1:]
         elif (call := _attention(node, module)) is not None:
-            where = Obstacle("inside a transform of torch.func", ", ".join(transforms), "a call outside of it")
+            where = Obstacle(IN_TRANSFORM, ", ".join(transforms), "a call outside of it")
             yield replace(call, obstacle=where) if transforms else call
 
 

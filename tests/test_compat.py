@@ -254,7 +254,6 @@ def test_what_lets_dynamo_compile_nothing_is_named() -> None:
 
     def note(x: torch.Tensor) -> torch.Tensor:
         named.append(compat.no_compile_under())
-        assert compat.is_transformed(x) == (named[-1] != "" and "torch.func" in named[-1])
         return x.sum()
 
     x = torch.ones(2)

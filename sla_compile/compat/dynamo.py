@@ -18,7 +18,6 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback as frame_callbac
 from sla_compile.compat.forwards import RESUMED, modules_under_way, runs_forward_of
 from sla_compile.compat.leftovers import forget_backend, let_go_of_guards, superseded_guards
 from sla_compile.memory import is_our_backend
-
 from sla_compile.user_warnings import warn_user
 
 __all__ = [

@@ -27,7 +27,10 @@ def _watch_limits(record: logging.LogRecord) -> bool:
 
 def on_recompile_limit(code: types.CodeType, callback: Callable[[str], None]) -> None:
     """Call ``callback`` with the name of a limit in ``torch._dynamo.config`` when a compile of ``code`` by a backend of
-    ours reaches it: Dynamo runs it as it is written from then on. Remove when Dynamo has a public way to learn of it."""
+    ours reaches it: Dynamo runs it as it is written from then on.
+
+    Remove when Dynamo has a public way to learn of it.
+    """
     remember_limit_callback(code, callback)
     logging.getLogger("torch._dynamo.convert_frame").addFilter(_watch_limits)
 

@@ -15,7 +15,6 @@ __all__ = [
     "data_parallel",
     "fully_sharded",
     "has_tangent",
-    "is_transformed",
     "no_compile_under",
     "running_transform",
     "trace_artifact",
@@ -29,11 +28,6 @@ def running_transform() -> str:
     """
     interpreter = torch._C._functorch.peek_interpreter_stack()
     return "" if interpreter is None else interpreter.key().name.lower()
-
-
-def is_transformed(value: Any) -> bool:
-    """Whether ``value`` is a tensor that a transform of ``torch.func`` sees. Remove when torch can be asked that."""
-    return isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
 def no_compile_under() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 
 from torch import nn
@@ -15,7 +14,7 @@ from sla_compile.compiler.unused_gates import UnusedGate
 from sla_compile.gate import PREPARED, Gate, gate_name, own_gates, owner_path
 from sla_compile.module_paths import module_paths
 from sla_compile.passes.decide import Keep, Rewrite
-from sla_compile.user_warnings import DenseAttentionWarning, UntrainedGatesWarning
+from sla_compile.user_warnings import DenseAttentionWarning, UntrainedGatesWarning, warn_user
 
 __all__ = ["warn_of_dense", "warn_of_dense_run", "warn_of_untrained", "warn_of_untrained_sites"]
 
@@ -65,10 +64,9 @@ def _warn_of(owner: nn.Module | None, path: str, gate: Gate | None, reason: str)
         memory.remember_told(owner, _DENSE)
         path = _path(owner, path)
     unused = f", its gate {gate_name(gate.ordinal)!r} is not used" if gate is not None else ""
-    warnings.warn(
+    warn_user(
         f"{path or 'the compiled module'}: its attention runs dense{unused}: {reason}",
         DenseAttentionWarning,
-        stacklevel=3,
     )
 
 
@@ -113,9 +111,8 @@ def _warn_of_zero(owned: Sequence[tuple[nn.Module, Gate]], module: nn.Module) ->
         memory.remember_told(model, _ZERO)
         owner = untrained[0][0]
         first = _path(owner, owner_path(untrained[0][1].path))
-        warnings.warn(
+        warn_user(
             f"{len(untrained)} attention(s) are now sparse with gates that are still zero (first: "
             f"{first or 'the compiled module'!r}): fine-tune the model or load trained gates",
             UntrainedGatesWarning,
-            stacklevel=3,
         )

@@ -159,13 +159,17 @@ def _check(
             refuse_unsynchronised(path, "DistributedDataParallel" if owner in replicated else None)
 
 
-def dry_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], settings: Settings) -> DryRun:
-    """Trace ``model(*args, **kwargs)`` as ``backend="sla"`` would compile it; ``model`` is left untouched."""
+def _refuse_where_nothing_compiles(model: nn.Module) -> None:
     if hindrance := no_compile_under():
         raise ValueError(
             f"{type(model).__name__}: cannot be traced under {hindrance}, where Dynamo compiles nothing; accepted: "
             f"prepare and explain outside it"
         )
+
+
+def dry_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], settings: Settings) -> DryRun:
+    """Trace ``model(*args, **kwargs)`` as ``backend="sla"`` would compile it; ``model`` is left untouched."""
+    _refuse_where_nothing_compiles(model)
     shell = traceable_copy(model)
     paths = {id(module): path for path, module in module_paths(shell)}
     mark_prepared(shell, settings.config)

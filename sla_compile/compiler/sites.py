@@ -16,7 +16,6 @@ from sla_compile.common.limits import DTYPES
 from sla_compile.common.token_orders import RASTER
 from sla_compile.compat import Frame, plain_function_name, plain_module_path
 from sla_compile.compiler.call_sites import call_site, traced_frames
-from sla_compile.compiler.function_transforms import kept_under_transform
 from sla_compile.compiler.owners import iterates_over_children
 from sla_compile.compiler.site_numbers import Numbering, number_calls
 from sla_compile.config import SITE_FIELDS, SLAConfig
@@ -25,7 +24,14 @@ from sla_compile.gate_attachment import refuse_other_form
 from sla_compile.gate_settings import NO_GRIDS, GateSpec, SeenGrids, settings_from_json
 from sla_compile.module_paths import module_paths
 from sla_compile.passes.decide import Decision, Keep, Requirements, Rewrite, decide
-from sla_compile.passes.find_attention import AttentionCall, Marker, ModuleCall, find_attention, find_markers
+from sla_compile.passes.find_attention import (
+    IN_TRANSFORM,
+    AttentionCall,
+    Marker,
+    ModuleCall,
+    find_attention,
+    find_markers,
+)
 from sla_compile.passes.token_grids import Grids
 from sla_compile.passes.token_order import Wanted
 
@@ -289,9 +295,19 @@ def _site(
             "a part of the owner's forward that is traced by itself, as a checkpoint is",
             "such a part that holds the whole owner",
         )
-    if isinstance(decision, Rewrite):
-        decision = kept_under_transform(call, marker, path) or decision
+    if marker is not None:
+        _refuse_transformed(path, decision)
     return Site(call, path, owner, ordinal, place, marker, config, model_config, decision, seen)
+
+
+def _refuse_transformed(path: str, decision: Decision) -> None:
+    """Raise ValueError where an attention that has a gate is kept for a transform: nobody would train the gate."""
+    if isinstance(decision, Keep) and decision.reason == IN_TRANSFORM:
+        raise ValueError(
+            f"{path or 'the compiled module'}: it has a gate, but is inside a transform of torch.func "
+            f"({decision.value}), where the gate would get no gradient; accepted: torch.autograd.grad in place of the "
+            f"transform, or this attention in exclude"
+        )
 
 
 def owner_call(marker: Marker, frame: Frame) -> tuple[ModuleCall, ...]:
