@@ -36,11 +36,9 @@ __all__ = ["program"]
 LETTERS = "bhijd"
 
 
-def program(seed: str, writes: float, per_head: bool, substitute: Any = None) -> tuple[Program, fx.GraphModule]:
-    """The program of ``seed``, the same with every ``substitute``; ``writes`` is how probable one is at each place."""
+def program(seed: str, writes: float, per_head: bool) -> Program:
+    """The program of ``seed``; ``writes`` is how probable one is at each place, ``per_head`` how its gates are."""
     p = Program(random.Random(seed), writes, per_head)
-    if substitute is not None:
-        p.substitute = substitute
     torch.manual_seed(p.draw.randrange(10**6))
     x = p.input(torch.randn(BATCH, TOKENS, CHANNELS, dtype=torch.float64))
     shapes = [(CHANNELS, CHANNELS)] * 3 + [(3 * CHANNELS, CHANNELS), (CHANNELS, CHANNELS)]
@@ -62,7 +60,7 @@ def program(seed: str, writes: float, per_head: bool, substitute: Any = None) ->
         x, seen = behind(p, out, sides, x, weights[4])
         outputs += seen
     p.graph.output(tuple(dict.fromkeys([x, *outputs])))
-    return p, fx.GraphModule(torch.nn.Module(), p.graph)
+    return p
 
 
 def attention(p: Program, sides: Three, mask: fx.Node, empty: fx.Node) -> fx.Node:
@@ -83,8 +81,7 @@ def _finish(
     core = Core(*sides, keys, scale, more.get("causal", False), place, result, more.get("defined", True))
     core.defined &= mask is None or keys is not None
     p.cores.append(core)
-    instead = p.substitute(p, len(p.cores) - 1, core)
-    return result if instead is None else instead
+    return result
 
 
 def _sdpa(p: Program, sides: Three, allowed: fx.Node) -> fx.Node:

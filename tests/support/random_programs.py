@@ -63,12 +63,11 @@ class Core:
 
 @dataclass
 class Program:
-    """A graph under construction. ``substitute`` gives what stands for the result of an attention, or None."""
+    """A graph under construction."""
 
     draw: random.Random
     writes: float
     per_head: bool = False
-    substitute: Callable[[Program, int, Core], fx.Node | None] = lambda program, index, core: None
     graph: fx.Graph = field(default_factory=fx.Graph)
     inputs: list[Tensor] = field(default_factory=list)
     cores: list[Core] = field(default_factory=list)
