@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx
 
@@ -25,6 +26,7 @@ from sla_compile.passes.find_attention import Marker, find_attention
 from sla_compile.passes.hoist_gathers import hoist_gathers
 from sla_compile.passes.rewrite import replace_attention
 from sla_compile.passes.token_order import Wanted
+from tests.support.capture import run as capture_of
 from tests.support.closeness import assert_close
 from tests.support.random_attentions import program
 from tests.support.random_programs import GRID, Core, Program
@@ -33,6 +35,14 @@ SECONDS, SEED = 12.0, "numbers"
 BLOCKS = (16, 16)
 SPARSE: dict[str, Any] = {"topk": 0.4, "bottomk": 0.2, "block_q": BLOCKS[0], "block_k": BLOCKS[1]}
 EXACT = {**SPARSE, "topk": 1.0, "bottomk": 0.0}
+
+
+REFUSED = (
+    "modified by an inplace operation",
+    "don't support automatic differentiation",
+    "This view is the output of a function that returns multiple views",
+)
+"""What PyTorch says of a write that a gradient forbids."""
 
 
 def run(graph: fx.Graph, inputs: list[Tensor]) -> Any:
@@ -92,14 +102,17 @@ def check(seed: str) -> str:
         p = program(seed, writes, per_head)
     except RuntimeError as error:  # a view or write that PyTorch refuses
         return f"no program: {error}"
-    dense = run(p.graph, p.inputs)
+    trained = draw.random() < 0.3
+    untrained = [x * 0 if i >= len(p.inputs) - 4 else x for i, x in enumerate(p.inputs)]
+    dense, gradients = run(p.graph, p.inputs), of_inputs(p.graph, untrained) if trained else None
     if not all(bool(torch.isfinite(out).all()) for out in dense):
         return "not finite"
     copy, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     copy.output(copy.graph_copy(p.graph, copies))
     decisions = rewritten(p, wanted)
-    untrained = [x * 0 if i >= len(p.inputs) - 4 else x for i, x in enumerate(p.inputs)]
     compare(run(p.graph, untrained), dense)
+    if gradients is not None:
+        compare_gradients(of_inputs(p.graph, untrained), gradients)
     if not any(isinstance(decision, Rewrite) for decision in decisions):
         return f"kept: {decisions[0].reason if isinstance(decisions[0], Keep) else ''}" if decisions else "not found"
     if len(decisions) != len(p.cores) or not all(core.defined for core in p.cores):
@@ -109,6 +122,29 @@ def check(seed: str) -> str:
         node.kwargs = {**node.kwargs, "topk": SPARSE["topk"], "bottomk": SPARSE["bottomk"]}
     compare(run(p.graph, p.inputs), expected)
     return "rewritten and defined"
+
+
+def of_inputs(graph: fx.Graph, inputs: list[Tensor]) -> list[Tensor | None] | None:
+    """The gradients of the inputs but for gates; None where a write took what the backward reads."""
+    inputs = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    try:
+        total = sum(out.square().sum() for out in run(graph, inputs) if out.requires_grad)
+        given = [x for x in inputs[:-4] if x.requires_grad]
+        return [*torch.autograd.grad(total, given, allow_unused=True)] if isinstance(total, Tensor) else None
+    except RuntimeError as error:
+        refused = ("modified by an inplace operation", "leaf Variable", "don't support automatic differentiation")
+        refused += (
+            "is a view and is being modified inplace. This view is the output of a function that returns multi",
+        )
+        if any(text in str(error) for text in refused):
+            return None
+        raise
+
+
+def compare_gradients(actual: list[Tensor | None] | None, dense: list[Tensor | None]) -> None:
+    for i, (a, d) in enumerate(zip(actual or [], dense, strict=False)):
+        if d is not None and torch.isfinite(d).all():
+            assert_close(f"gradient {i}", torch.zeros_like(d) if a is None else a, d, 1e-6)
 
 
 def compare(outputs: Any, expected: Any) -> None:
@@ -127,6 +163,17 @@ def test_random_programs() -> None:
         except Exception as error:
             raise AssertionError(f"the program of seed {seed!r}: {error}") from error
     assert tried["rewritten and defined"] > 5, tried
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("number", range(6))
+def test_random_programs_in_a_compile(number: int) -> None:
+    p = program(f"{SEED} compiled {number}", 0.06, per_head=False)
+    dense = run(p.graph, p.inputs)
+    call = fx.GraphModule(torch.nn.Module(), p.graph)
+    capture, outputs = capture_of(call, *(x.clone() for x in p.inputs), **EXACT)
+    assert capture.sites
+    compare(outputs, dense)
 
 
 if __name__ == "__main__":

@@ -267,7 +267,14 @@ def mask_of(p: Program, allowed: fx.Node, boolean: bool) -> Mask:
         lambda m: m[:, None].expand(-1, TOKENS, -1).clone().unsqueeze(1),
         lambda m: m[:, None, None].expand(-1, HEADS, -1, -1).reshape(BATCH * HEADS, 1, TOKENS).unflatten(0, SHAPE[:2]),
         lambda m: m.repeat_interleave(HEADS, 0).view(BATCH, HEADS, 1, TOKENS),
+        lambda m: torch.cat([m[:, :9], m[:, 9:]], -1)[:, None, None].expand(-1, HEADS, TOKENS, -1),
+        lambda m: torch.cat([m[:, None, None]] * HEADS, 1),
+        lambda m: m.view(BATCH, TOKENS, 1).expand(-1, -1, TOKENS).transpose(1, 2)[:, None],
     ]
+    if p.chance(0.2):  # two masks over keys
+        keys = p.spelled(
+            p.one(lambda m: m & m.roll(0), lambda m: m.logical_and(m)) if boolean else lambda m: m + m, keys
+        )
     node = p.spelled(p.draw.choice(ways), keys)
     per_query = p.chance(0.25)
     if per_query:
@@ -277,10 +284,13 @@ def mask_of(p: Program, allowed: fx.Node, boolean: bool) -> Mask:
         else:
             lower = p.call(torch.ones, TOKENS, 1, dtype=torch.float64)
             p.call(operator.setitem, lower, slice(0, 5), 3.0)
-        kind = p.draw.randrange(3)
+        kind = p.draw.randrange(4)
         operators = (operator.and_, operator.iand) if boolean else (operator.add, operator.isub)
         if kind == 0:
             node = p.call(operators[0], node, lower)
+        elif kind == 3 and boolean:  # as HunyuanVideo's: a query that is padding sees itself alone
+            alone = p.call(torch.eye, TOKENS, dtype=torch.bool)
+            node = p.spelled(lambda m, one: (m[:, None, None] & m[:, None, :, None]) | one, keys, alone)
         elif kind == 1:
             p.call(operators[1], p.call(operator.getitem, node, (0, p.one(0, slice(None)))), lower)
         else:
