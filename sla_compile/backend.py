@@ -12,6 +12,7 @@ import sla_compile.ops.flops  # noqa: F401  lets FlopCounterMode count the ops
 from sla_compile.compat import backend_function, count_apart, current_frame, on_recompile_limit, user_errors
 from sla_compile.compiler.compiled_sites import remember
 from sla_compile.compiler.dense_warnings import warn_of_dense, warn_of_untrained_sites
+from sla_compile.compiler.left_behind import warn_of_gates_left_behind
 from sla_compile.compiler.logs import log_rewritten
 from sla_compile.compiler.nothing_rewritten import warn_of_nothing
 from sla_compile.compiler.precompile import compile_ahead
@@ -64,6 +65,7 @@ def sla(
     warn_of_dense(sites, unused)
     warn_of_untrained_sites(sites, frame)
     _warn_of_order(sites)
+    warn_of_gates_left_behind(sites, frame)
     compile_inner = partial(_compile_inner, config=settings.config)
     return cast(CompiledFunction, (frame.in_buckets(compile_inner) if frame else compile_inner)(gm, example_inputs))
 

@@ -35,6 +35,7 @@ __all__ = [
     "count_run",
     "dense_run",
     "forget_awaited",
+    "gate_folder",
     "is_awaited",
     "is_our_backend",
     "last_start",
@@ -46,6 +47,7 @@ __all__ = [
     "remember_code_accounts",
     "remember_dense",
     "remember_dense_run",
+    "remember_gate_folder",
     "remember_injected",
     "remember_limit_callback",
     "remember_owner_account",
@@ -82,6 +84,8 @@ _by_class: weakref.WeakKeyDictionary[type, dict[ClassKey, list[Accounts]]] = wea
 _by_code: weakref.WeakKeyDictionary[CodeType, list[SiteReport]] = weakref.WeakKeyDictionary()
 # For `report`: the graph breaks in the forward of a module.
 _breaks: weakref.WeakKeyDictionary[nn.Module, dict[GraphBreak, None]] = weakref.WeakKeyDictionary()
+# Where gates lie that the module, or an owner in it, was not loaded with; "" where there are none, or it was told.
+_gate_folders: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 # Warnings that are given once for a module, by their kind.
 _told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 # The backend functions whose compiles reach this package: ours, and those of users that call it.
@@ -210,6 +214,16 @@ def remember_break(root: nn.Module, found: GraphBreak) -> None:
 def breaks_in(module: nn.Module) -> list[GraphBreak]:
     """The graph breaks in the forward of ``module`` itself, each once."""
     return list(_breaks.get(module, ()))
+
+
+def remember_gate_folder(module: nn.Module, folder: str) -> None:
+    """``module`` comes from ``folder``, where gates are; "" for none, or none that have to be told of."""
+    _gate_folders[module] = folder
+
+
+def gate_folder(module: nn.Module) -> str | None:
+    """The reverse; None where nobody has looked."""
+    return _gate_folders.get(module)
 
 
 def was_told(module: nn.Module, warning: str) -> bool:

@@ -97,6 +97,7 @@ def _as_it_is(gm: fx.GraphModule, *_: Any, **__: Any) -> Callable[..., Any]:
 
 PRINTED = {
     "docs/fine-tuning.md": ["['blocks.0.attn1.sla', 'blocks.1.attn1.sla']"],
+    "docs/saving.md": ["['blocks.0.attn1.sla', 'blocks.1.attn1.sla']"],
     "docs/reports.md": [
         "blocks.0.attn1 True self-attention 5120 tokens",
         "blocks.0.attn2 False cross-attention 5120 queries, 16 keys",

@@ -75,10 +75,18 @@ def test_a_break_is_listed_once() -> None:
     assert memory.breaks_in(root) == [found]
 
 
+def test_a_folder_is_known_unknown_or_none() -> None:
+    owner = nn.Linear(2, 2)
+    assert memory.gate_folder(owner) is None
+    for folder in ("folder", ""):
+        memory.remember_gate_folder(owner, folder)
+        assert memory.gate_folder(owner) == folder
+
+
 def test_everything_goes_with_its_key() -> None:
     weak = (weakref.WeakKeyDictionary, weakref.WeakSet)
     registries: dict[str, Any] = {name: value for name, value in vars(memory).items() if isinstance(value, weak)}
-    assert len(registries) == 14
+    assert len(registries) == 15
     gc.collect()
     before = {name: len(registry) for name, registry in registries.items()}
     owner, code = type("Owner", (nn.Module,), {})(), a_code()
@@ -94,6 +102,7 @@ def test_everything_goes_with_its_key() -> None:
     memory.remember_code_accounts(code, [SITE])
     memory.remember_break(owner, GraphBreak("print"))
     memory.remember_told(owner, "dense")
+    memory.remember_gate_folder(owner, "folder")
     memory.remember_backend(nothing := lambda: None)
     memory.remember_start(owner)
     memory.remember_dense_run(owner)

@@ -106,7 +106,7 @@ def folder_with_gates(model: Any) -> str:
     """The folder that ``model`` says it was loaded from (diffusers' ``from_pretrained``), if gates are there; or ""."""
     config = getattr(model, "config", None)
     name = config.get("_name_or_path") if isinstance(config, dict) else getattr(config, "_name_or_path", None)
-    if not isinstance(name, str) or not name or not os.path.isdir(name):
+    if not isinstance(name, str | os.PathLike) or not name or not os.path.isdir(name):
         return ""
     for folder in (Path(name), *sorted(Path(name).iterdir())):  # a pipeline's folder has one of each model's name
         if _holds(folder, type(model).__name__) and (

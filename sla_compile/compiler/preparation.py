@@ -28,6 +28,7 @@ from sla_compile.compat import (
 from sla_compile.compiler.call_watch import watch
 from sla_compile.compiler.example_call import example_call
 from sla_compile.compiler.fake_run import stand_ins
+from sla_compile.compiler.left_behind import note_folder
 from sla_compile.compiler.model_copy import traceable_copy
 from sla_compile.compiler.nothing_rewritten import why_nothing
 from sla_compile.compiler.patterns import warn_unmatched
@@ -111,6 +112,7 @@ def prepare(
         attach_gate(modules[owner_path(path)], spec, device=weight.device, dtype=weight.dtype)
     for path in run.owners:
         modules[path].__dict__[PREPARED] = (settings.config, path)
+    note_folder(model, (modules[path] for path in run.owners))
     watch(model)
     warn_unmatched(model, settings.config, {site.path for site in run.sites})
     if not any(site.rewritten for site in run.sites):
