@@ -23,7 +23,7 @@ from tests.zoo.registry import build, call
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 SETTINGS: dict[str, Any] = {"min_tokens": 32, "block_q": 16, "block_k": 16, "topk": 0.3}
-OPTIONS = {"inner": "eager", "min_tokens": 32}
+OPTIONS: dict[str, Any] = {"inner": "eager", "min_tokens": 32}
 LEFT_BEHIND = "where gates are saved, but its gates are untrained"
 
 
