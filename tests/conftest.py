@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,37 @@ _FRESH = (
     (torch, ("empty", "empty_like", "empty_strided")),
     (torch.Tensor, ("new_empty", "new_empty_strided")),
 )
+
+
+LONGEST = (
+    "examples/test_examples.py",
+    "kernels/triton/test_attention.py",
+    "flows/test_diffusers.py",
+    "compiler/test_cache_key.py",
+    "test_docs.py",
+    "flows/test_dynamic.py",
+    "compiler/test_precompile.py",
+    "compiler/test_exporting.py",
+    "flows/test_distributed.py",
+    "benchmarks/test_quality.py",
+    "flows/test_sparse_scale.py",
+)
+"""The files that take longest, the longest first; of all in `tests`."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: a worker that begins one at the end lets the other wait for it."""
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``-n``, one worker runs the whole of a file, so that what its tests share is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False  # the order of above, not the number of tests
+    return LoadFileScheduling(config, log)
 
 
 @pytest.hookimpl(trylast=True)
