@@ -74,8 +74,8 @@ def number_calls(owner: nn.Module, calls: Sequence[tuple[Hashable, str]], resume
 def _by_innermost(wanted: Iterable[str], given: Mapping[str, int], taken: Set[int]) -> dict[str, int]:
     """Numbers of call sites whose stack starts at another function than when they were first met.
 
-    That happens where a forward is put on the module, as hooks do, or where Dynamo starts within what the forward calls:
-    what is left, or the same, is the inner part. Of call sites that start at one function, all of the stack counts.
+    That happens where a forward is put on the module, as hooks do, or where Dynamo starts within what the forward
+    calls: the inner part is the same. Of call sites that start at one function, the whole stack counts.
     """
     numbers: dict[str, int] = {}
     for site in wanted:
