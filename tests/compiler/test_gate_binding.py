@@ -51,7 +51,7 @@ class Split(Attention):
 class SplitThenJoint(Split):
     """A loop, then another attention."""
 
-    def forward(self, x: Tensor, lens: tuple[int, ...]) -> Tensor:
+    def forward(self, x: Tensor, lens: tuple[int, ...]) -> Tensor:  # type: ignore[override]
         x = super().forward(x, lens)
         q, k, v = self.heads(x)
         return attend(q, k, v).transpose(1, 2).flatten(2)
