@@ -162,6 +162,14 @@ def test_overrides_are_checked() -> None:
         meeting.for_site("a.b")
 
 
+def test_a_mode_is_options_of_inductor() -> None:
+    """How ``docs/settings.md`` says to have both, which ``torch.compile`` refuses."""
+    from torch._inductor import list_mode_options
+
+    both = SLAConfig.from_options({"topk": 0.5, **list_mode_options("max-autotune")})
+    assert both == SLAConfig.from_options({"topk": 0.5}, mode="max-autotune")
+
+
 def test_bottomk_gives_way_to_topk_unless_it_is_said() -> None:
     assert (SLAConfig(topk=1.0).bottomk, SLAConfig(topk=0.93).bottomk, SLAConfig(topk=0.9).bottomk) == (0.0, 0.07, 0.1)
     assert SLAConfig.from_options({"topk": 1.0}).bottomk == 0.0

@@ -108,6 +108,10 @@ PRINTED = {
         "{'kind': 'tiles', 'grid': [5, 32, 32], 'start': 0}",
         "{'kind': 'hilbert', 'grid': [5, 32, 32], 'start': 0}",
     ],
+    "docs/trainers-and-pipelines.md": [
+        "['transformer_blocks.0.attn1.sla', 'transformer_blocks.1.attn1.sla']",
+        "2 of 2",
+    ],
     "docs/many-gpus.md": ["['blocks.0.attn1.sla']"],
 }
 

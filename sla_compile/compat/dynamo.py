@@ -59,9 +59,7 @@ def user_errors() -> Iterator[None]:
         raise
     except ValueError as error:
         if config.suppress_errors:
-            warn_user(
-                f"torch._dynamo.config.suppress_errors lets this run as it is written, its attention dense: {error}"
-            )
+            warn_user(f"torch._dynamo.config.suppress_errors lets this run as written, its attention dense: {error}")
         raise UserError(str(error)) from error
 
 
