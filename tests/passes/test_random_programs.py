@@ -1,6 +1,6 @@
 """Random programs: at topk=1 the rewritten program is the dense one, below it is the definition.
 
-By hand, for longer: ``python -m tests.passes.test_random_programs SEED COUNT``.
+By hand, for longer: ``python -m tests.passes.test_random_programs SEED FIRST LAST``.
 """
 
 from __future__ import annotations
@@ -45,13 +45,33 @@ REFUSED = (
 """What PyTorch says of a write that a gradient forbids."""
 
 
+class Uncompiled(fx.GraphModule):
+    """A graph that is only read and interpreted: no code is made of it."""
+
+    def recompile(self) -> Any:
+        return None
+
+
 def run(graph: fx.Graph, inputs: list[Tensor]) -> Any:
-    return fx.Interpreter(torch.nn.Module(), graph=graph).run(*(x.clone() for x in inputs))
+    """The outputs of ``graph`` for copies of ``inputs``, node by node."""
+    values: dict[fx.Node, Any] = {}
+    given = iter(inputs)
+    for node in graph.nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        if node.op == "placeholder":
+            values[node] = next(given).clone()
+        elif node.op == "call_method":
+            values[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
+        elif node.op == "call_function":
+            values[node] = node.target(*args, **kwargs)
+        else:
+            return args[0]
+    raise ValueError("a graph without an output")
 
 
 def rewritten(p: Program, wanted: Requirements) -> list[Decision]:
     """What is decided of each attention of ``p``; those to be rewritten are, to be exact."""
-    module = fx.GraphModule(torch.nn.Module(), p.graph)
+    module = Uncompiled(torch.nn.Module(), p.graph)
     p.graph = module.graph
     decisions = []
     for ordinal, call in enumerate(find_attention(module)):
@@ -102,7 +122,7 @@ def check(seed: str) -> str:
         p = program(seed, writes, per_head)
     except RuntimeError as error:  # a view or write that PyTorch refuses
         return f"no program: {error}"
-    trained = draw.random() < 0.3
+    trained = draw.random() < 0.15
     untrained = [x * 0 if i >= len(p.inputs) - 4 else x for i, x in enumerate(p.inputs)]
     dense, gradients = run(p.graph, p.inputs), of_inputs(p.graph, untrained) if trained else None
     if not all(bool(torch.isfinite(out).all()) for out in dense):
@@ -132,11 +152,7 @@ def of_inputs(graph: fx.Graph, inputs: list[Tensor]) -> list[Tensor | None] | No
         given = [x for x in inputs[:-4] if x.requires_grad]
         return [*torch.autograd.grad(total, given, allow_unused=True)] if isinstance(total, Tensor) else None
     except RuntimeError as error:
-        refused = ("modified by an inplace operation", "leaf Variable", "don't support automatic differentiation")
-        refused += (
-            "is a view and is being modified inplace. This view is the output of a function that returns multi",
-        )
-        if any(text in str(error) for text in refused):
+        if any(text in str(error) for text in REFUSED):
             return None
         raise
 

@@ -218,7 +218,7 @@ def _arranged(p: Program, sides: Three, kind: str) -> tuple[Three, tuple[str, ..
 
 def _first_product(p: Program, inner: Three, names: tuple[str, ...], mask: Mask | None) -> tuple[fx.Node, float]:
     query, key, _ = inner
-    if len(names[0]) == 4 and (names[0] != "bhid" or names[3] != "bhij" or p.chance(0.3)):
+    if len(names[0]) == 4 and ((names[0], names[1], names[3]) != ("bhid", "bhjd", "bhij") or p.chance(0.3)):
         equation = f"{names[0]},{names[1]}->{names[3]}"
         return p.spelled(lambda q, k: torch.einsum(equation, q, k), query, key), 1.0
     ways: list[Callable[[Any], Any]] = [lambda t: t.mT, lambda t: t.transpose(-2, -1), lambda t: t.transpose(-1, -2)]
