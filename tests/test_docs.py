@@ -79,18 +79,6 @@ def in_order(lines: list[str], text: str) -> bool:
     return all(any(line == other for other in left) for line in lines)
 
 
-@pytest.mark.slow
-def test_the_readme_runs_and_prints_the_report_that_it_shows(tmp_path: Path) -> None:
-    """As a script in a process of its own, through Inductor."""
-    pytest.importorskip("diffusers")
-    script = tmp_path / "readme.py"
-    script.write_text("\n".join(blocks("README.md", "python")))
-    output = run(sys.executable, str(script), cwd=tmp_path)
-    (report,) = blocks("README.md", "text")
-    assert in_order(report.splitlines(), output), output
-    assert (tmp_path / "gates.safetensors").is_file()
-
-
 def _as_it_is(gm: fx.GraphModule, *_: Any, **__: Any) -> Callable[..., Any]:
     return gm.forward
 
@@ -117,11 +105,11 @@ PRINTED = {
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("page", [page for page in DOCS if blocks(page, "python")])
+@pytest.mark.parametrize("page", [page for page in ("README.md", *DOCS) if blocks(page, "python")])
 def test_the_python_of_a_page_runs_from_top_to_bottom(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each page by itself. Rewritten graphs run as they are: that Inductor compiles them is not the pages' point."""
+    """Each page by itself. Rewritten graphs run as they are: Inductor compiles a Wan in the test of the quickstart."""
     pytest.importorskip("diffusers")
     import torch._inductor.compile_fx
 
@@ -132,6 +120,8 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(
     output = capsys.readouterr().out
     shown = [line for block in blocks(page, "text") for line in block.splitlines()]
     assert in_order([*PRINTED.get(page, []), *shown], output), output
+    saved = re.findall(r'sla_compile.save\(\w+, "([^"]+)"\)', source)
+    assert all((tmp_path / path).exists() for path in saved)
 
 
 # Paths, links and commands

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,60 +132,49 @@ def test_two_processes_give_the_gradients_of_one(wrapper: str, tmp_path: Path) -
         torch.set_default_dtype(torch.float32)
 
 
-def refused(rank: int, wrapper: str, folder: str) -> None:
-    warnings.simplefilter("ignore")
-    store = FileStore(f"{folder}/store", 1)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=1)
-    try:
-        torch.set_default_dtype(torch.float64)
-        model: nn.Module = nn.parallel.DistributedDataParallel(Model()) if wrapper == "ddp" else sharded(Model())
-        wrapped: Any = torch.compile(model, backend="sla", options={**OPTIONS, "inner": "aot_eager"})
-        with pytest.raises(ValueError, match=r"attention\.sla: the model is in .* already, .*call sla_compile\.prep"):
-            wrapped(batch())
-        with torch.no_grad():
-            wrapped(batch())
-        assert len(sla_compile.gates(wrapped)) == 2
-        if wrapper == "ddp":
-            model = nn.parallel.DistributedDataParallel(Model())
-            with pytest.raises(ValueError, match=r"^blocks\.0\.attention\.sla: the model is in Dist.* already, "):
-                sla_compile.prepare(model, (batch(),), config=OPTIONS)
-            assert sla_compile.gates(model) == {}
-            with torch.no_grad():
-                sla_compile.prepare(model, (batch(),), config=OPTIONS)
-            assert [*sla_compile.gates(model)] == ["blocks.0.attention.sla", "blocks.1.attention.sla"]
-    finally:
-        dist.destroy_process_group()
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A group of this process alone: what does not need a second one takes no time to start it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
-def named_as_unwrapped(rank: int, folder: str) -> None:
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", store=FileStore(f"{folder}/store", 1), rank=rank, world_size=1)
-    try:
-        torch.set_default_dtype(torch.float64)
-        model = seeded_model()
-        wrapped: Any = torch.compile(
-            nn.parallel.DistributedDataParallel(model), backend="sla", options={"inner": "aot_eager"}
-        )
-        wrapped(batch())
-        assert sla_compile.gates(wrapped) == sla_compile.gates(model)
-        assert [site.path for site in sla_compile.report(wrapped).sites] == ["blocks.0.attention", "blocks.1.attention"]
-        sla_compile.save(wrapped, f"{folder}/gates.safetensors")
-        alone = sla_compile.load(Model(), f"{folder}/gates.safetensors")
-        with torch.no_grad():
-            for gate in sla_compile.gates(wrapped).values():
-                gate.weight.zero_()
-        sla_compile.load(wrapped, f"{folder}/gates.safetensors")
-        for path, gate in sla_compile.gates(alone).items():
-            assert torch.equal(gate.weight, sla_compile.gates(model)[path].weight)
-    finally:
-        dist.destroy_process_group()
-
-
-def test_gates_in_a_wrapper_are_named_as_in_the_model(tmp_path: Path) -> None:
-    spawn(named_as_unwrapped, args=(str(tmp_path),), nprocs=1)
-
-
+@pytest.mark.usefixtures("one_process", "fresh_dynamo", "float64")
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
-def test_no_gate_is_made_behind_the_wrappers_back(wrapper: str, tmp_path: Path) -> None:
+def test_no_gate_is_made_behind_the_wrappers_back(wrapper: str) -> None:
     """Its gradients would not be averaged over the processes; without gradients it does no harm."""
-    spawn(refused, args=(wrapper, str(tmp_path)), nprocs=1)
+    model: nn.Module = nn.parallel.DistributedDataParallel(Model()) if wrapper == "ddp" else sharded(Model())
+    wrapped: Any = torch.compile(model, backend="sla", options={**OPTIONS, "inner": "aot_eager"})
+    with pytest.raises(ValueError, match=r"attention\.sla: the model is in .* already, .*call sla_compile\.prep"):
+        wrapped(batch())
+    with torch.no_grad():
+        wrapped(batch())
+    assert len(sla_compile.gates(wrapped)) == 2
+    if wrapper == "ddp":
+        model = nn.parallel.DistributedDataParallel(Model())
+        with pytest.raises(ValueError, match=r"^blocks\.0\.attention\.sla: the model is in Dist.* already, "):
+            sla_compile.prepare(model, (batch(),), config=OPTIONS)
+        assert sla_compile.gates(model) == {}
+        with torch.no_grad():
+            sla_compile.prepare(model, (batch(),), config=OPTIONS)
+        assert [*sla_compile.gates(model)] == ["blocks.0.attention.sla", "blocks.1.attention.sla"]
+
+
+@pytest.mark.usefixtures("one_process", "fresh_dynamo", "float64")
+def test_gates_in_a_wrapper_are_named_as_in_the_model(tmp_path: Path) -> None:
+    model = seeded_model()
+    wrapped: Any = torch.compile(
+        nn.parallel.DistributedDataParallel(model), backend="sla", options={"inner": "aot_eager"}
+    )
+    wrapped(batch())
+    assert sla_compile.gates(wrapped) == sla_compile.gates(model)
+    assert [site.path for site in sla_compile.report(wrapped).sites] == ["blocks.0.attention", "blocks.1.attention"]
+    sla_compile.save(wrapped, tmp_path / "gates.safetensors")
+    alone = sla_compile.load(Model(), tmp_path / "gates.safetensors")
+    with torch.no_grad():
+        for gate in sla_compile.gates(wrapped).values():
+            gate.weight.zero_()
+    sla_compile.load(wrapped, tmp_path / "gates.safetensors")
+    for path, gate in sla_compile.gates(alone).items():
+        assert torch.equal(gate.weight, sla_compile.gates(model)[path].weight)
