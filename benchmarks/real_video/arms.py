@@ -1,0 +1,156 @@
+"""The arms of the experiment: what takes the place of dense attention, and how many key blocks stay exact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from benchmarks.real_video.data import Batch
+from benchmarks.real_video.fitting import allocate, calibrate, even_masses, install, layer_errors
+from benchmarks.real_video.forms import Budget, FormSpec
+from benchmarks.real_video.model import RotaryVideoDiT
+
+__all__ = ["ARMS", "CLOSED", "Arm"]
+
+TILE = (4, 4, 4)
+LEAST = 0.03
+"""The share of blocks that every row keeps where rows differ (SpargeAttention2)."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A form, how many blocks are critical, and what else is done."""
+
+    title: str
+    spec: FormSpec | None
+    """None: dense."""
+    topk: float = 0.05
+    spread: str = "even"
+    """How critical blocks are spread: "even", over "layers", over "heads" (of all layers), or over "rows"."""
+    calibrated: bool = False
+    sequential: bool = False
+    """Each layer is calibrated on what the layers before make of the data in this form."""
+    tiles: bool = False
+    dense: tuple[int, ...] = ()
+    """Layers that stay dense."""
+    teacher: bool = False
+    """Fine-tuned on the dense checkpoint's velocity."""
+
+    def count(self, tokens: int) -> int:
+        """Critical blocks of a row, on average."""
+        assert self.spec is not None
+        return max(1, int(self.topk * (tokens // self.spec.block)))
+
+    def put_into(self, model: RotaryVideoDiT, tokens: int, batches: Sequence[Batch]) -> RotaryVideoDiT:
+        """Give the dense ``model`` the attention of this arm, its budgets and gates fitted on ``batches``."""
+        model.tile = TILE if self.tiles else None
+        if self.spec is None:
+            return model
+        install(model, self.spec, self._budgets(model, tokens, batches), self.dense)
+        if self.calibrated:
+            calibrate(model, batches, self.sequential)
+        return model
+
+    def _budgets(self, model: RotaryVideoDiT, tokens: int, batches: Sequence[Batch]) -> list[Budget]:
+        assert self.spec is not None
+        config, count = model.config, self.count(tokens)
+        if self.spread == "even":
+            return [Budget(count)] * config.layers
+        few = batches[: max(1, len(batches) // 2)]
+        if self.spread == "rows":
+            least = max(1, int(LEAST * (tokens // self.spec.block)))
+            masses = even_masses(model, few, self.spec.block, min(least, count), count)
+            return [Budget(min(least, count), mass) for mass in masses]
+        plain = replace(self.spec, gated=False, scaled=False, per_head=False, shifted=False)
+        errors, rungs = layer_errors(model, plain, few, count)
+        if self.spread == "layers":
+            chosen = allocate(errors.sum(-1), rungs, count * config.layers)
+            return [Budget(one) for one in chosen]
+        chosen = allocate(errors.transpose(1, 2).flatten(0, 1), rungs, count * config.layers * config.heads)
+        rows = [chosen[at : at + config.heads] for at in range(0, len(chosen), config.heads)]
+        return [Budget(tuple(row)) for row in rows]
+
+
+SPARSE = FormSpec()
+LINEAR = FormSpec("linear", gated=True)
+SCALED = replace(LINEAR, scaled=True)
+VIRTUAL = FormSpec("virtual")
+VARIANCE = replace(VIRTUAL, variance=True)
+HBAR = replace(VARIANCE, slope="global")
+ROW = replace(VARIANCE, slope="row")
+
+
+def gated(spec: FormSpec, **changes: bool) -> FormSpec:
+    """``spec`` with W O^l + b and a scale for each head on top."""
+    return replace(spec, gated=True, scaled=True, **changes)
+
+
+ARMS: dict[str, Arm] = {
+    "dense": Arm("dense", None),
+    "sparse": Arm("sparse only", SPARSE),
+    "sla": Arm("SLA, the paper's", LINEAR),
+    "sla-cal": Arm("SLA, calibrated", LINEAR, calibrated=True),
+    "sla-scale-cal": Arm("SLA, scaled, calibrated", SCALED, calibrated=True),
+    "sla-scale-head-cal": Arm("SLA, scaled, W per head, calibrated", replace(SCALED, per_head=True), calibrated=True),
+    "sla-scale-head-seq": Arm(
+        "SLA, scaled, W per head, calibrated in sequence",
+        replace(SCALED, per_head=True),
+        calibrated=True,
+        sequential=True,
+    ),
+    "scale": Arm("sparse only, scaled per head", replace(SPARSE, scaled=True), calibrated=True),
+    "mix": Arm("SLA2's mix", FormSpec("mix")),
+    "mix-cal": Arm("SLA2's mix, fitted", FormSpec("mix"), calibrated=True),
+    "virtual": Arm("virtual keys", VIRTUAL),
+    "virtual-hbar": Arm("virtual keys, Hbar", replace(VIRTUAL, slope="global")),
+    "virtual-row": Arm("virtual keys, S of the row", replace(VIRTUAL, slope="row")),
+    "virtual-w": Arm("virtual keys, w", VARIANCE),
+    "virtual-w-hbar": Arm("virtual keys, w, Hbar", HBAR),
+    "virtual-w-row": Arm("virtual keys, w, S of the row", ROW),
+    "virtual-shift": Arm("virtual keys, w, shifted", replace(VARIANCE, shifted=True), calibrated=True),
+    "virtual-row-shift": Arm("virtual keys, w, S of the row, shifted", replace(ROW, shifted=True), calibrated=True),
+    "virtual-gate": Arm("virtual keys, gate", gated(VIRTUAL), calibrated=True),
+    "virtual-w-gate": Arm("virtual keys, w, gate", gated(VARIANCE), calibrated=True),
+    "virtual-w-hbar-gate": Arm("virtual keys, w, Hbar, gate", gated(HBAR), calibrated=True),
+    "virtual-w-row-gate": Arm("virtual keys, w, S of the row, gate", gated(ROW), calibrated=True),
+    "virtual-w-row-gate-head": Arm(
+        "virtual keys, w, S of the row, gate per head", gated(ROW, per_head=True), calibrated=True
+    ),
+    "virtual-w-row-gate-seq": Arm(
+        "virtual keys, w, S of the row, gate per head, in sequence",
+        gated(ROW, per_head=True),
+        calibrated=True,
+        sequential=True,
+    ),
+    "virtual-w-scale": Arm("virtual keys, w, scaled per head", replace(VARIANCE, scaled=True), calibrated=True),
+    "virtual-w-row-scale": Arm("virtual keys, w, S of the row, scaled", replace(ROW, scaled=True), calibrated=True),
+    "two": Arm("two virtual keys a block, w", replace(VARIANCE, splits=2)),
+    "two-row": Arm("two virtual keys a block, w, S of the row", replace(ROW, splits=2)),
+    "four": Arm("four virtual keys a block, w", replace(VARIANCE, splits=4)),
+    "four-row": Arm("four virtual keys a block, w, S of the row", replace(ROW, splits=4)),
+    "route-mass": Arm("virtual keys, w, S of the row, ranked by mass", replace(ROW, route="mass")),
+    "route-error": Arm("virtual keys, w, S of the row, ranked by error", replace(ROW, route="error")),
+}
+MASS = replace(ROW, route="mass")
+ARMS["mass"] = Arm("virtual keys, w, S of the row, ranked by mass", MASS)
+ARMS["mass-gate"] = Arm("virtual keys, w, S of the row, ranked by mass, gate", gated(MASS), calibrated=True)
+for _name in ("sparse", "sla-scale-cal", "mass", "mass-gate", "virtual-w", "virtual-w-row", "virtual-w-row-gate"):
+    _arm = ARMS[_name]
+    for _spread in ("layers", "heads", "rows"):
+        ARMS[f"{_name}-{_spread}"] = replace(_arm, title=f"{_arm.title}, spread over {_spread}", spread=_spread)
+    ARMS[f"{_name}-tiles"] = replace(_arm, title=f"{_arm.title}, tokens in tiles", tiles=True)
+    ARMS[f"{_name}-ends"] = replace(_arm, title=f"{_arm.title}, first and last layer dense", dense=(0, -1))
+for _name in [name for name in ARMS if name != "dense"]:
+    _arm = ARMS[_name]
+    for _topk in (0.1, 0.03):
+        ARMS[f"{_name}@{1 - _topk:.0%}"] = replace(_arm, topk=_topk)
+for _name in list(ARMS):
+    ARMS[f"{_name}+teacher"] = replace(ARMS[_name], title=f"{ARMS[_name].title}, teacher's velocity", teacher=True)
+
+_OTHER = ("sparse", "sla-scale-cal", "virtual-w", "virtual-w-row", "virtual-w-row-gate")
+CLOSED: list[str] = [
+    *(name for name in ARMS if "@" not in name and "+" not in name),
+    *(f"{name}@{sparsity}" for sparsity in ("90%", "97%") for name in _OTHER),
+    *(f"virtual-w-row-gate-heads@{sparsity}" for sparsity in ("90%", "97%")),
+]
+"""The arms that are measured right after the switch."""

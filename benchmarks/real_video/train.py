@@ -1,0 +1,190 @@
+"""Dense pre-training, small to large, in pieces: call it again until it says that it is done.
+
+    python -m benchmarks.real_video.train --clips runs/real_video/clips --state runs/real_video/state \
+        --weights runs/real_video/weights --seconds 560
+
+``--state`` holds all that is needed to go on; ``--weights`` the averaged weights in bf16, in parts of less than 16 MB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.real_video.clips import load
+from benchmarks.real_video.data import Batch, Windows, flow_loss
+from benchmarks.real_video.measuring import autocast, held_out_loss
+from benchmarks.real_video.model import CONFIG, RotaryVideoDiT, fast_attention
+from examples.study.video_dit import VideoDiTConfig
+
+__all__ = ["FRAMES", "STAGES", "Stage", "learning_rate", "load_weights", "save_weights", "update"]
+
+FRAMES, SEED, PART = 16, 0, 7_500_000
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps at one size of video."""
+
+    side: int
+    batch: int
+    steps: int
+    oversample: int
+    lr: float
+
+
+STAGES = (Stage(64, 16, 3000, 4, 1e-3), Stage(128, 4, 2900, 2, 8e-4))
+"""4096 tokens, then 16,384."""
+
+AVERAGED = 0.999
+"""Of the moving average of the weights, kept at each step."""
+
+
+def learning_rate(step: int, stages: Sequence[Stage], warm_up: int = 200) -> float:
+    """Of ``step``, counted over all stages: a warm-up, then each stage's, falling to 2% over the last 60% of the last."""
+    total = sum(stage.steps for stage in stages)
+    last = stages[-1]
+    begun, which = 0, last
+    for stage in stages:
+        if step < begun + stage.steps:
+            which = stage
+            break
+        begun += stage.steps
+    fall = min(1.0, (total - step) / (0.6 * last.steps))
+    return which.lr * min(1.0, (step + 1) / warm_up) * max(0.02, fall)
+
+
+def update(
+    model: RotaryVideoDiT, optimizer: torch.optim.Optimizer, batch: Batch, target: Tensor | None = None
+) -> Tensor:
+    """One step on the flow loss of ``batch``, or towards the velocity ``target``; the loss."""
+    video, at, velocity = batch
+    with autocast(video.device):
+        predicted = model(video, at)
+    loss = flow_loss(predicted, velocity if target is None else target).mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def save_weights(state: dict[str, Tensor], folder: Path) -> None:
+    """Write a state dict in bf16, in parts of less than 16 MB."""
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = torch.cat([value.detach().flatten().bfloat16().cpu() for value in state.values()])
+    for number, part in enumerate(flat.split(PART)):
+        torch.save(part.clone(), folder / f"weights-{number}.pt")
+
+
+def load_weights(model: RotaryVideoDiT, folder: Path) -> RotaryVideoDiT:
+    """Read what ``save_weights`` wrote into ``model``."""
+    parts = sorted(folder.glob("weights-*.pt"))
+    flat = torch.cat([torch.load(part, weights_only=True) for part in parts]).float()
+    state = model.state_dict()
+    values = flat.split([value.numel() for value in state.values()])
+    model.load_state_dict({name: value.view(state[name].shape) for name, value in zip(state, values, strict=True)})
+    return model
+
+
+class Pretraining:
+    """The state of a pre-training."""
+
+    def __init__(self, config: VideoDiTConfig, device: torch.device, folder: Path) -> None:
+        torch.manual_seed(SEED)
+        self.file = folder / "state.pt"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model = RotaryVideoDiT(config).to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=1e-3, betas=(0.9, 0.97), weight_decay=0.01, fused=device.type == "cuda"
+        )
+        self.step = 0
+        self.average = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        if self.file.exists():
+            state = torch.load(self.file, map_location=device, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.average = state["step"], state["average"]
+
+    def save(self) -> None:
+        """Beside it first, so that a kill leaves the last one."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save({**state, "step": self.step, "average": self.average}, self.file.with_suffix(".tmp"))
+        self.file.with_suffix(".tmp").replace(self.file)
+
+    def run(self, windows: Windows, stages: Sequence[Stage], deadline: float, say: Callable[[str], None]) -> bool:
+        """Train until ``deadline`` (of ``time.monotonic``) or the end; whether it is the end."""
+        total, begun = sum(stage.steps for stage in stages), 0
+        values = list(self.model.state_dict().values())
+        for stage in stages:
+            drawn = windows.resized((windows.size[0], stage.side), stage.batch, stage.oversample)
+            looked, since = time.monotonic(), self.step
+            while self.step < begun + stage.steps:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = learning_rate(self.step, stages)
+                loss = update(self.model, self.optimizer, drawn(self.step))
+                self.step += 1
+                kept = min(AVERAGED, self.step / (self.step + 10))
+                torch._foreach_lerp_(list(self.average.values()), values, 1 - kept)
+                if self.step % 200 == 0:
+                    value, now = loss.item(), time.monotonic()
+                    rate = 1000 * (now - looked) / (self.step - since)
+                    say(f"step {self.step}/{total} side {stage.side} loss {value:.4f} {rate:.0f} ms/step")
+                    looked, since = now, self.step
+                    if now > deadline:
+                        return False
+            begun += stage.steps
+        return True
+
+
+def main() -> None:
+    """Train for a while."""
+    began = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=Path, required=True)
+    parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--begin", type=int, help="without a state: go on from the weights, at this step")
+    parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--cudnn", action="store_true", help="dense attention by cuDNN")
+    parser.add_argument("--tiny", action="store_true", help="two small layers and a few steps, to try the script")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config, stages = (TINY_CONFIG, TINY_STAGES) if options.tiny else (CONFIG, STAGES)
+    train, held_out = load(options.clips, device)
+    print(f"{len(train)} clips, {len(held_out)} held out, {time.monotonic() - began:.0f} s", flush=True)
+    last = stages[-1]
+    windows = Windows(train, (FRAMES, last.side), last.batch, last.oversample)
+    training = Pretraining(config, device, options.state)
+    if options.begin is not None and not training.file.exists():
+        load_weights(training.model, options.weights)
+        training.average = {name: value.detach().clone() for name, value in training.model.state_dict().items()}
+        training.step = options.begin
+    print(
+        f"{sum(p.numel() for p in training.model.parameters()) / 1e6:.1f} M parameters, step {training.step}",
+        flush=True,
+    )
+    if device.type == "cuda":
+        training.model.compile_blocks()
+    with fast_attention() if options.cudnn else nullcontext():
+        done = training.run(windows, stages, began + options.seconds, lambda text: print(text, flush=True))
+    training.save()
+    training.model.load_state_dict(training.average)
+    save_weights(training.model.state_dict(), options.weights)
+    measured = Windows(held_out, (FRAMES, last.side), last.batch, last.oversample).held_out(2 if options.tiny else 16)
+    losses = ", ".join(f"{loss:.5f}" for loss in held_out_loss(training.model, measured))
+    print(f"{'done' if done else 'call again'}; held-out loss {losses}; {time.monotonic() - began:.0f} s", flush=True)
+
+
+TINY_CONFIG = VideoDiTConfig(patch=(1, 4, 4), heads=2, head_dim=16, layers=2, mlp_ratio=2)
+TINY_STAGES = (Stage(16, 2, 2, 2, 1e-3), Stage(32, 2, 2, 2, 8e-4))
+
+if __name__ == "__main__":
+    main()
