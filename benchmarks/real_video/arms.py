@@ -78,11 +78,12 @@ VIRTUAL = FormSpec("virtual")
 VARIANCE = replace(VIRTUAL, variance=True)
 HBAR = replace(VARIANCE, slope="global")
 ROW = replace(VARIANCE, slope="row")
+MASS = replace(ROW, route="mass")
 
 
-def gated(spec: FormSpec, **changes: bool) -> FormSpec:
-    """``spec`` with W O^l + b and a scale for each head on top."""
-    return replace(spec, gated=True, scaled=True, **changes)
+def fitted(title: str, spec: FormSpec, **changes: bool) -> Arm:
+    """An arm whose gate is calibrated: W O^l + b, shared by the heads, and a scale for each."""
+    return Arm(title, replace(spec, gated=True, scaled=True, **changes), calibrated=True)
 
 
 ARMS: dict[str, Arm] = {
@@ -90,67 +91,55 @@ ARMS: dict[str, Arm] = {
     "sparse": Arm("sparse only", SPARSE),
     "sla": Arm("SLA, the paper's", LINEAR),
     "sla-cal": Arm("SLA, calibrated", LINEAR, calibrated=True),
-    "sla-scale-cal": Arm("SLA, scaled, calibrated", SCALED, calibrated=True),
-    "sla-scale-head-cal": Arm("SLA, scaled, W per head, calibrated", replace(SCALED, per_head=True), calibrated=True),
-    "sla-scale-head-seq": Arm(
-        "SLA, scaled, W per head, calibrated in sequence",
-        replace(SCALED, per_head=True),
-        calibrated=True,
-        sequential=True,
-    ),
-    "scale": Arm("sparse only, scaled per head", replace(SPARSE, scaled=True), calibrated=True),
+    "sla-scale-cal": fitted("SLA, scaled, calibrated", SCALED),
+    "sla-scale-head-cal": fitted("SLA, scaled, W per head, calibrated", SCALED, per_head=True),
     "mix": Arm("SLA2's mix", FormSpec("mix")),
     "mix-cal": Arm("SLA2's mix, fitted", FormSpec("mix"), calibrated=True),
     "virtual": Arm("virtual keys", VIRTUAL),
     "virtual-hbar": Arm("virtual keys, Hbar", replace(VIRTUAL, slope="global")),
-    "virtual-row": Arm("virtual keys, S of the row", replace(VIRTUAL, slope="row")),
     "virtual-w": Arm("virtual keys, w", VARIANCE),
     "virtual-w-hbar": Arm("virtual keys, w, Hbar", HBAR),
     "virtual-w-row": Arm("virtual keys, w, S of the row", ROW),
-    "virtual-shift": Arm("virtual keys, w, shifted", replace(VARIANCE, shifted=True), calibrated=True),
+    "virtual-w-scale": Arm("virtual keys, w, scaled", replace(VARIANCE, scaled=True), calibrated=True),
     "virtual-row-shift": Arm("virtual keys, w, S of the row, shifted", replace(ROW, shifted=True), calibrated=True),
-    "virtual-gate": Arm("virtual keys, gate", gated(VIRTUAL), calibrated=True),
-    "virtual-w-gate": Arm("virtual keys, w, gate", gated(VARIANCE), calibrated=True),
-    "virtual-w-hbar-gate": Arm("virtual keys, w, Hbar, gate", gated(HBAR), calibrated=True),
-    "virtual-w-row-gate": Arm("virtual keys, w, S of the row, gate", gated(ROW), calibrated=True),
-    "virtual-w-row-gate-head": Arm(
-        "virtual keys, w, S of the row, gate per head", gated(ROW, per_head=True), calibrated=True
+    "virtual-w-gate": fitted("virtual keys, w, gate", VARIANCE),
+    "virtual-w-row-gate": fitted("virtual keys, w, S of the row, gate", ROW),
+    "virtual-w-row-gate-head": fitted("virtual keys, w, S of the row, gate per head", ROW, per_head=True),
+    "virtual-w-row-gate-seq": replace(
+        fitted("virtual keys, w, S of the row, gate per head, in sequence", ROW, per_head=True), sequential=True
     ),
-    "virtual-w-row-gate-seq": Arm(
-        "virtual keys, w, S of the row, gate per head, in sequence",
-        gated(ROW, per_head=True),
-        calibrated=True,
-        sequential=True,
-    ),
-    "virtual-w-scale": Arm("virtual keys, w, scaled per head", replace(VARIANCE, scaled=True), calibrated=True),
-    "virtual-w-row-scale": Arm("virtual keys, w, S of the row, scaled", replace(ROW, scaled=True), calibrated=True),
     "two": Arm("two virtual keys a block, w", replace(VARIANCE, splits=2)),
     "two-row": Arm("two virtual keys a block, w, S of the row", replace(ROW, splits=2)),
-    "four": Arm("four virtual keys a block, w", replace(VARIANCE, splits=4)),
     "four-row": Arm("four virtual keys a block, w, S of the row", replace(ROW, splits=4)),
-    "route-mass": Arm("virtual keys, w, S of the row, ranked by mass", replace(ROW, route="mass")),
     "route-error": Arm("virtual keys, w, S of the row, ranked by error", replace(ROW, route="error")),
+    "route-mass": Arm("virtual keys, w, S of the row, ranked by mass", MASS),
+    "mass-gate": fitted("virtual keys, w, S of the row, ranked by mass, gate", MASS),
+    "mass-hbar": Arm("virtual keys, w, Hbar, ranked by mass", replace(HBAR, route="mass")),
 }
-MASS = replace(ROW, route="mass")
-ARMS["mass"] = Arm("virtual keys, w, S of the row, ranked by mass", MASS)
-ARMS["mass-gate"] = Arm("virtual keys, w, S of the row, ranked by mass, gate", gated(MASS), calibrated=True)
-for _name in ("sparse", "sla-scale-cal", "mass", "mass-gate", "virtual-w", "virtual-w-row", "virtual-w-row-gate"):
+ARMS["mass"] = ARMS["route-mass"]
+for _name in (
+    "sparse",
+    "sla-scale-cal",
+    "mass",
+    "mass-gate",
+    "mass-hbar",
+    "virtual-w",
+    "virtual-w-row",
+    "virtual-w-row-gate",
+):
     _arm = ARMS[_name]
     for _spread in ("layers", "heads", "rows"):
         ARMS[f"{_name}-{_spread}"] = replace(_arm, title=f"{_arm.title}, spread over {_spread}", spread=_spread)
     ARMS[f"{_name}-tiles"] = replace(_arm, title=f"{_arm.title}, tokens in tiles", tiles=True)
     ARMS[f"{_name}-ends"] = replace(_arm, title=f"{_arm.title}, first and last layer dense", dense=(0, -1))
-for _name in [name for name in ARMS if name != "dense"]:
-    _arm = ARMS[_name]
+CLOSED: list[str] = [name for name in ARMS if name not in ("sla", "mass")]
+"""The arms that are measured right after the switch; the paper's is sparse only then."""
+
+for _name in list(ARMS)[1:]:
     for _topk in (0.1, 0.03):
-        ARMS[f"{_name}@{1 - _topk:.0%}"] = replace(_arm, topk=_topk)
+        ARMS[f"{_name}@{1 - _topk:.0%}"] = replace(ARMS[_name], topk=_topk)
 for _name in list(ARMS):
     ARMS[f"{_name}+teacher"] = replace(ARMS[_name], title=f"{ARMS[_name].title}, teacher's velocity", teacher=True)
 
-_OTHER = ("sparse", "sla-scale-cal", "virtual-w", "virtual-w-row", "virtual-w-row-gate")
-CLOSED: list[str] = [
-    *(name for name in ARMS if "@" not in name and "+" not in name),
-    *(f"{name}@{sparsity}" for sparsity in ("90%", "97%") for name in _OTHER),
-    *(f"virtual-w-row-gate-heads@{sparsity}" for sparsity in ("90%", "97%")),
-]
-"""The arms that are measured right after the switch."""
+_OTHER = ("sparse", "sla-scale-cal", "virtual-w", "virtual-w-row", "virtual-w-row-gate", "mass-gate-heads")
+CLOSED += [f"{name}@{sparsity}" for sparsity in ("90%", "97%") for name in _OTHER]

@@ -1,7 +1,7 @@
 """Attention of each query block to listed key blocks and to virtual keys, in one softmax; differentiable.
 
-A Triton kernel for the experiment alone, simple rather than fast, and the same in plain PyTorch. Axes: B batch, H heads,
-N tokens, D head dimension, R query (and as many key) blocks of N / R tokens, M virtual keys, a multiple of N / R.
+Triton kernels for the experiment alone, simple rather than fast, and the same in plain PyTorch. Axes: B batch,
+H heads, N tokens, D head dimension, R query (and as many key) blocks of N / R tokens, M virtual keys, a multiple of N / R.
 """
 
 from __future__ import annotations

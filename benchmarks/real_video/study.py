@@ -12,8 +12,10 @@ import argparse
 import copy
 import json
 import math
+import re
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +75,7 @@ class Study:
         """An arm; with small blocks in a tiny study."""
         arm = ARMS[name]
         if self.tiny and arm.spec is not None:
-            import dataclasses
-
-            arm = dataclasses.replace(arm, spec=dataclasses.replace(arm.spec, block=16), topk=3 * arm.topk)
+            arm = replace(arm, spec=replace(arm.spec, block=16), topk=3 * arm.topk)
         return arm
 
     def measure(self, model: RotaryVideoDiT, sample: bool = True) -> dict[str, Any]:
@@ -151,14 +151,12 @@ class Study:
 
     def picture(self, name: str, videos: Tensor) -> None:
         """Frames 1, 5, 10 and the last of the first samples, as a PNG."""
-        import cv2
+        from PIL import Image
 
         shown = videos[:4, :, [1, 5, 10, -1]] if videos.shape[2] > 10 else videos[:4]
         rows = shown.permute(0, 3, 2, 4, 1).flatten(0, 1).flatten(1, 2)
         pixels = ((rows + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
-        cv2.imwrite(
-            str(self.folder / f"{name.replace('%', '').replace('+', '-').replace('@', '-')}.png"), pixels[:, :, ::-1]
-        )
+        Image.fromarray(pixels).save(self.folder / f"{re.sub('[^a-z0-9]+', '-', name.strip('%'))}.png")
 
 
 def budgets(model: RotaryVideoDiT) -> list[Any]:

@@ -48,7 +48,7 @@ AVERAGED = 0.999
 
 
 def learning_rate(step: int, stages: Sequence[Stage], warm_up: int = 200) -> float:
-    """Of ``step``, counted over all stages: a warm-up, then each stage's, falling to 2% over the last 60% of the last."""
+    """Of ``step``, counted over all stages: a warm-up, then each stage's; over 60% of the last it falls to 2%."""
     total = sum(stage.steps for stage in stages)
     last = stages[-1]
     begun, which = 0, last
