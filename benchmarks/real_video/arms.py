@@ -81,9 +81,9 @@ ROW = replace(VARIANCE, slope="row")
 MASS = replace(ROW, route="mass")
 
 
-def fitted(title: str, spec: FormSpec, **changes: bool) -> Arm:
-    """An arm whose gate is calibrated: W O^l + b, shared by the heads, and a scale for each."""
-    return Arm(title, replace(spec, gated=True, scaled=True, **changes), calibrated=True)
+def fitted(title: str, spec: FormSpec, per_head: bool = False) -> Arm:
+    """An arm whose gate is calibrated: W O^l + b, shared by the heads or ``per_head``, and a scale for each head."""
+    return Arm(title, replace(spec, gated=True, scaled=True, per_head=per_head), calibrated=True)
 
 
 ARMS: dict[str, Arm] = {
@@ -112,27 +112,18 @@ ARMS: dict[str, Arm] = {
     "two-row": Arm("two virtual keys a block, w, S of the row", replace(ROW, splits=2)),
     "four-row": Arm("four virtual keys a block, w, S of the row", replace(ROW, splits=4)),
     "route-error": Arm("virtual keys, w, S of the row, ranked by error", replace(ROW, route="error")),
-    "route-mass": Arm("virtual keys, w, S of the row, ranked by mass", MASS),
+    "mass": Arm("virtual keys, w, S of the row, ranked by mass", MASS),
     "mass-gate": fitted("virtual keys, w, S of the row, ranked by mass, gate", MASS),
     "mass-hbar": Arm("virtual keys, w, Hbar, ranked by mass", replace(HBAR, route="mass")),
 }
-ARMS["mass"] = ARMS["route-mass"]
-for _name in (
-    "sparse",
-    "sla-scale-cal",
-    "mass",
-    "mass-gate",
-    "mass-hbar",
-    "virtual-w",
-    "virtual-w-row",
-    "virtual-w-row-gate",
-):
+_VARIED = ("sparse", "sla-scale-cal", "mass", "mass-gate", "mass-hbar", "virtual-w", "virtual-w-row")
+for _name in (*_VARIED, "virtual-w-row-gate"):
     _arm = ARMS[_name]
     for _spread in ("layers", "heads", "rows"):
         ARMS[f"{_name}-{_spread}"] = replace(_arm, title=f"{_arm.title}, spread over {_spread}", spread=_spread)
     ARMS[f"{_name}-tiles"] = replace(_arm, title=f"{_arm.title}, tokens in tiles", tiles=True)
     ARMS[f"{_name}-ends"] = replace(_arm, title=f"{_arm.title}, first and last layer dense", dense=(0, -1))
-CLOSED: list[str] = [name for name in ARMS if name not in ("sla", "mass")]
+CLOSED: list[str] = [name for name in ARMS if name != "sla"]
 """The arms that are measured right after the switch; the paper's is sparse only then."""
 
 for _name in list(ARMS)[1:]:

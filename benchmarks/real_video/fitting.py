@@ -210,7 +210,7 @@ def _effect(model: RotaryVideoDiT, spec: FormSpec, batches: Sequence[Batch], ind
 
 
 def allocate(errors: Tensor, rungs: Sequence[int], budget: int) -> list[int]:
-    """A rung for each row of ``errors`` (rows, rungs), at most ``budget`` in sum, raised by the best gain for its cost."""
+    """A rung for each row of ``errors`` (rows, rungs), at most ``budget`` in sum: the best gain for its cost first."""
     chosen = [0] * len(errors)
     left = budget - rungs[0] * len(errors)
     table = errors.tolist()

@@ -1,7 +1,8 @@
 """Attention of each query block to listed key blocks and to virtual keys, in one softmax; differentiable.
 
 Triton kernels for the experiment alone, simple rather than fast, and the same in plain PyTorch. Axes: B batch,
-H heads, N tokens, D head dimension, R query (and as many key) blocks of N / R tokens, M virtual keys, a multiple of N / R.
+H heads, N tokens, D head dimension, R query (and as many key) blocks of N / R tokens, M virtual keys, a multiple of
+N / R.
 """
 
 from __future__ import annotations
