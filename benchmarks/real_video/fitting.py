@@ -16,7 +16,7 @@ from benchmarks.real_video.forms import Budget, Form, FormSpec
 from benchmarks.real_video.measuring import autocast
 from benchmarks.real_video.model import Block, RotaryVideoDiT
 
-__all__ = ["allocate", "calibrate", "even_masses", "head_errors", "install", "layer_errors"]
+__all__ = ["allocate", "calibrate", "even_masses", "head_errors", "install", "layer_errors", "walk"]
 
 Heads = tuple[Tensor, Tensor, Tensor]
 """q, k, v (B, H, N, D)."""

@@ -28,7 +28,7 @@ from benchmarks.real_video.data import Windows
 from benchmarks.real_video.forms import Form
 from benchmarks.real_video.measuring import Sampler, autocast, feature_distance, held_out_loss, psnr
 from benchmarks.real_video.model import CONFIG, RotaryVideoDiT, fast_attention
-from benchmarks.real_video.train import FRAMES, STAGES, TINY_CONFIG, TINY_STAGES, load_weights, update
+from benchmarks.real_video.train import FRAMES, STAGES, TINY_CONFIG, TINY_FRAMES, TINY_STAGES, load_weights, update
 
 __all__ = ["Study"]
 
@@ -42,7 +42,7 @@ class Study:
         tiny = options.tiny
         stage, config = (TINY_STAGES[-1], TINY_CONFIG) if tiny else (STAGES[-1], CONFIG)
         train, held_out = load(options.clips, device)
-        frames = options.frames
+        frames = TINY_FRAMES if tiny else options.frames
         self.train = Windows(train, (frames, stage.side), stage.batch, stage.oversample)
         measured = Windows(held_out, (frames, stage.side), stage.batch, stage.oversample)
         self.held_out = measured.held_out(2 if tiny else options.held_out)

@@ -161,7 +161,8 @@ def main() -> None:
     train, held_out = load(options.clips, device)
     print(f"{len(train)} clips, {len(held_out)} held out, {time.monotonic() - began:.0f} s", flush=True)
     last = stages[-1]
-    windows = Windows(train, (FRAMES, last.side), last.batch, last.oversample)
+    frames = TINY_FRAMES if options.tiny else FRAMES
+    windows = Windows(train, (frames, last.side), last.batch, last.oversample)
     training = Pretraining(config, device, options.state)
     if options.begin is not None and not training.file.exists():
         load_weights(training.model, options.weights)
@@ -178,12 +179,13 @@ def main() -> None:
     training.save()
     training.model.load_state_dict(training.average)
     save_weights(training.model.state_dict(), options.weights)
-    measured = Windows(held_out, (FRAMES, last.side), last.batch, last.oversample).held_out(2 if options.tiny else 16)
+    measured = Windows(held_out, (frames, last.side), last.batch, last.oversample).held_out(2 if options.tiny else 16)
     losses = ", ".join(f"{loss:.5f}" for loss in held_out_loss(training.model, measured))
     print(f"{'done' if done else 'call again'}; held-out loss {losses}; {time.monotonic() - began:.0f} s", flush=True)
 
 
 TINY_CONFIG = VideoDiTConfig(patch=(1, 4, 4), heads=2, head_dim=16, layers=2, mlp_ratio=2)
+TINY_FRAMES = 4
 TINY_STAGES = (Stage(16, 2, 2, 2, 1e-3), Stage(32, 2, 2, 2, 8e-4))
 
 if __name__ == "__main__":
