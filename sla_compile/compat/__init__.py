@@ -18,7 +18,7 @@ from sla_compile.compat.dynamo import (
     throw_away_compile,
     user_errors,
 )
-from sla_compile.compat.forwards import modules_under_way, plain_function_name, runs_forward_of
+from sla_compile.compat.forwards import forward_codes, modules_under_way, plain_function_name, runs_forward_of
 from sla_compile.compat.inductor import lower_gather, triton_cache_folder
 from sla_compile.compat.recompile_limits import count_apart, on_recompile_limit
 from sla_compile.compat.runtime import (
@@ -42,6 +42,7 @@ __all__ = [
     "current_frame",
     "data_parallel",
     "forget_code",
+    "forward_codes",
     "frame_callback",
     "fully_sharded",
     "has_tangent",

@@ -187,7 +187,7 @@ def runs_uncompiled() -> bool:
     if not callable(callback) or not is_our_backend(backend_function(callback)):
         return False
     default = eval_frame._FrameExecStrategy(eval_frame._FrameAction.DEFAULT, eval_frame._FrameAction.DEFAULT)
-    frame = sys._getframe(2)
+    frame: types.FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_name != "compile_wrapper":
         eval_frame.set_code_exec_strategy(frame.f_code, default)
         frame = frame.f_back
@@ -279,8 +279,8 @@ def throw_away_compile() -> Iterator[list[Frame]]:
     import torch._dynamo.config as config
 
     frames: list[Frame] = []
-    limits = {"recompile_limit": 2**20, "accumulated_recompile_limit": 2**20}
-    with _compiling_turned_on(), config.patch(**limits):
+    limits: dict[str, Any] = {"recompile_limit": 2**20, "accumulated_recompile_limit": 2**20}
+    with _compiling_turned_on(), config.patch(limits):
         try:
             yield frames
         finally:
@@ -299,9 +299,9 @@ def _compiling_turned_on() -> Iterator[None]:
     import torch._dynamo.config as config
 
     off = os.environ.pop("TORCHDYNAMO_DISABLE", None)
-    on = {"disable": False, "suppress_errors": False}  # TORCH_COMPILE_DISABLE is read into the first
+    on: dict[str, Any] = {"disable": False, "suppress_errors": False}  # TORCH_COMPILE_DISABLE is read into the first
     try:
-        with torch.compiler.set_stance("default"), config.patch(**on):
+        with torch.compiler.set_stance("default"), config.patch(on):
             yield
     finally:
         if off is not None:

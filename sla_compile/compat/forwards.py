@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["RESUMED", "modules_under_way", "plain_function_name", "runs_forward_of"]
+__all__ = ["RESUMED", "forward_codes", "modules_under_way", "plain_function_name", "runs_forward_of"]
 
 RESUMED = "torch_dynamo_resume_in_"
 """How Dynamo names the code that continues a function after a graph break."""
@@ -22,10 +22,10 @@ def runs_forward_of(code: types.CodeType, module: nn.Module) -> bool:
 
     Both that of its class count and one put on the module itself, as hooks of accelerate and diffusers do.
     """
-    return any(_runs(code, forward) for forward in _forwards(module))
+    return any(_runs(code, forward) for forward in forward_codes(module))
 
 
-def _forwards(module: nn.Module) -> Iterator[types.CodeType]:
+def forward_codes(module: nn.Module) -> Iterator[types.CodeType]:
     """The code of each function that a call of ``module.forward`` may run, wrappers first."""
     functions: list[Any] = [module.__dict__.get("forward"), type(module).forward]
     seen: set[int] = set()

@@ -14,15 +14,14 @@ import linecache
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import CodeType, FrameType
-from typing import Any
 
 import torch
 from torch import nn
 
-from sla_compile.compat import plain_function_name
+from sla_compile.compat import forward_codes, plain_function_name
 
 __all__ = ["LEVEL", "call_site", "running_frames", "traced_frames"]
 
@@ -137,20 +136,8 @@ def call_site(calls: Sequence[_Call], modules: Sequence[nn.Module]) -> str:
 
 def _forward_in(calls: Sequence[_Call], module: nn.Module, start: int) -> int | None:
     """The first of ``calls``, from ``start`` on, that is of ``module``'s forward (or of what that wraps)."""
-    for code in _forward_codes(module):
+    for code in reversed(list(forward_codes(module))):  # of a wrapped one that of the innermost first
         for number in range(start, len(calls)):
             if calls[number].runs(code):
                 return number
     return None
-
-
-def _forward_codes(module: nn.Module) -> Iterator[CodeType]:
-    """The code of the forward of ``module``, its own or its class's; of a wrapped one that of the innermost first."""
-    found: list[CodeType] = []
-    function: Any
-    for function in (module.__dict__.get("forward"), type(module).forward):
-        while function is not None:
-            if (code := getattr(getattr(function, "__func__", function), "__code__", None)) is not None:
-                found.append(code)
-            function = getattr(function, "__wrapped__", None)
-    return reversed(found)

@@ -70,8 +70,11 @@ def check_patterns(sites: Sequence[Site], config: SLAConfig, frame: Frame) -> No
     if unmatched:
         inside = [site.path for site in new]
         for part in [root] if root is not None else [site.owner for site in new]:
-            _refuse_paths_of_the_whole(part, inside if part is root else [""], unmatched)
-    for field, pattern in unmatched if root is not None else ():
+            if part is not None:
+                _refuse_paths_of_the_whole(part, inside if part is root else [""], unmatched)
+    if root is None:
+        return
+    for field, pattern in unmatched:
         named = [path for path, module in module_paths(root) if path and not isinstance(module, Gate)]
         # After a graph break other attention is in other graphs. Wrong is what names no module, or one around some.
         around = any(fnmatchcase(path, pattern) and _matches(paths, f"{path}.*") for path in named)

@@ -48,7 +48,7 @@ def test_the_first_call_in_a_program_is_the_example(mode: Any) -> None:
 
 def test_a_program_may_call_the_compiled_model_and_catch_errors() -> None:
     model, x = Counting(), random_input()
-    compiled = torch.compile(model, backend="sla", options={"inner": "eager"})
+    compiled: Any = torch.compile(model, backend="sla", options={"inner": "eager"})
 
     def program() -> None:
         try:
@@ -67,7 +67,12 @@ def test_weights_that_are_offloaded_stay_where_they_are() -> None:
     model, _ = accelerate.cpu_offload_with_hook(model, execution_device="cpu")
     moved: list[Any] = []
     hook = model._hf_hook
-    hook.pre_forward = lambda module, *args, **kwargs: moved.append(module) or (args, kwargs)
+
+    def pre_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+        moved.append(module)
+        return args, kwargs
+
+    hook.pre_forward = pre_forward
     sla_compile.prepare(model, call=lambda: model(x), config=OPTIONS)
     assert not any(module is model for module in moved)
     assert len(sla_compile.gates(model)) == 2
@@ -80,7 +85,7 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match=r"^call: got it beside args or kwargs; accepted: one of them"):
         sla_compile.prepare(model, (x,), call=lambda: model(x))
     with pytest.raises(TypeError, match=r"^call: got Tensor; accepted: a function without arguments"):
-        sla_compile.explain(model, call=x)
+        sla_compile.explain(model, call=x)  # type: ignore[arg-type]
     with pytest.raises(ZeroDivisionError):
         sla_compile.prepare(model, call=lambda: 1 / 0)
     assert not any(module._forward_pre_hooks for module in model.modules())

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import sla_compile
 from tests.support.models import OPTIONS, BrokenAttention, Model, random_input
@@ -28,12 +27,12 @@ def test_short_sequences_and_patterns_are_told_once() -> None:
     assert [warning.filename for warning in told if "no attention" in str(warning.message)] == [__file__]
     _quiet(run, random_input(tokens=50))
     with pytest.warns(UserWarning, match=rf"{MESSAGE}\.0\.attention stays dense, matched by no include pattern: 'x'"):
-        torch.compile(Model(), backend="sla", options={**EAGER, "include": ["x"]})(x)
+        torch.compile(Model(), backend="sla", options=dict[str, Any](EAGER, include=["x"]))(x)
 
 
 def test_silent_where_it_is_as_asked_or_not_all() -> None:
     x = random_input()
-    _quiet(torch.compile(Model(), backend="sla", options={**EAGER, "exclude": ["blocks.*"]}), x)
+    _quiet(torch.compile(Model(), backend="sla", options=dict[str, Any](EAGER, exclude=["blocks.*"])), x)
     with pytest.warns(UserWarning, match="prepare: no attention"):
         prepared = sla_compile.prepare(Model(), (x,))
     _quiet(torch.compile(prepared, backend="sla", options={"inner": "eager"}), x)
@@ -47,7 +46,7 @@ def test_silent_where_it_is_as_asked_or_not_all() -> None:
     _quiet(several, random_input(tokens=50))
 
 
-def _quiet(run: nn.Module, x: torch.Tensor) -> None:
+def _quiet(run: Any, x: torch.Tensor) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="no attention of")
         run(x)

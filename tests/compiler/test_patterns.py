@@ -99,7 +99,7 @@ def test_a_graph_that_is_a_part_of_the_model_says_nothing(config: Mapping[str, A
     assert outer is None or outer["model"] is model
 
 
-def _quiet(run: nn.Module, x: torch.Tensor) -> None:
+def _quiet(run: Any, x: torch.Tensor) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UnmatchedPatternWarning)
         run(x)

@@ -140,7 +140,7 @@ def test_a_topk_of_one_alone_is_accepted_where_prepare_made_no_gate() -> None:
     model, x = Model(), random_input()
     with pytest.warns(UserWarning, match="short sequence"):
         sla_compile.prepare(model, (x,))
-    run = torch.compile(model, backend="sla", options={"topk": 1.0, "min_tokens": 0, "inner": "eager"})
+    run = torch.compile(model, backend="sla", options=dict[str, Any](topk=1.0, min_tokens=0, inner="eager"))
     assert_close("output", run(x), model(x), 1e-10)
     assert len(sla_compile.gates(model)) == 2
 

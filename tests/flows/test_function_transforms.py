@@ -43,7 +43,8 @@ def test_over_a_compiled_model_it_is_refused(name: str, whole: bool) -> None:
     if whole:
         run = torch.compile(model, backend="sla", options={"inner": "eager"})
     else:
-        for block in model.blocks:
+        blocks: Any = model.blocks
+        for block in blocks:
             block.compile(backend="sla", options={"inner": "eager"})
     message = r"^blocks\.0\.attention\.sla: Dynamo compiles nothing under torch\.func\.(grad|jvp|vmap), so this gate"
     with pytest.raises(RuntimeError, match=message):

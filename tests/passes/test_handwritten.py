@@ -456,7 +456,8 @@ def test_gates_per_head_are_of_the_heads(how: str) -> None:
     output = torch.compile(model, backend=capture)(x)
     assert_close("topk=1 is dense attention", output, model(x), 1e-12)
     if how == "in the scores":
-        assert model[0].sla.weight.shape == (HEADS, HEAD_DIM, HEAD_DIM)
+        (gate,) = sla_compile.gates(model).values()
+        assert gate.weight.shape == (HEADS, HEAD_DIM, HEAD_DIM)
     else:
         assert isinstance(keep := capture.sites[0].decision, Keep)
         assert keep.reason == "heads are where the batch should be"
