@@ -51,7 +51,7 @@ def _caught(model: nn.Module, call: Callable[[], Any]) -> Arguments:
 
     # First of all hooks, and before a forward that offloading replaced: no weight is moved.
     handle = model.register_forward_pre_hook(catch, with_kwargs=True, prepend=True)
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     try:
         # A compiled model would be traced with the hook in it.
         with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
