@@ -87,7 +87,8 @@ def example(argument: Any) -> Any:
 def memory(value: torch.Tensor) -> int | None:
     """Which memory a tensor lies in, as a number; None where it does not tell, as inside a transform of torch.func."""
     try:
-        return value.untyped_storage()._cdata
+        place: int = value.untyped_storage()._cdata
+        return place
     except NotImplementedError:
         return None
 

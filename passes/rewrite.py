@@ -64,12 +64,12 @@ def _operands(
         query, key, value, *key_mask = build(graph, (*decision.operands(call), *decision.masks()))
         return query, key, value, key_mask[0] if key_mask else None
     # queries of zero weigh all keys alike; and the gradients are those of filled scores too
-    (key_mask,) = decision.masks()
-    nothing = after(key_mask, Step("any", (-1, True)), Step("logical_not"))
+    (over_keys,) = decision.masks()
+    nothing = after(over_keys, Step("any", (-1, True)), Step("logical_not"))
     of_keys, of_queries = build(graph, (nothing, after(nothing, *[Step("unsqueeze", (-1,))] * 2)))
     masked = replace(call, query=after(call.query, Step("masked_fill", (of_queries, 0.0))))
     query, key, value, mask = build(
-        graph, (*decision.operands(masked), after(key_mask, Step("logical_or", (of_keys,))))
+        graph, (*decision.operands(masked), after(over_keys, Step("logical_or", (of_keys,))))
     )
     return query, key, value, mask
 
