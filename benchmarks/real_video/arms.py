@@ -114,10 +114,16 @@ ARMS: dict[str, Arm] = {
     "route-error": Arm("virtual keys, w, S of the row, ranked by error", replace(ROW, route="error")),
     "mass": Arm("virtual keys, w, S of the row, ranked by mass", MASS),
     "mass-gate": fitted("virtual keys, w, S of the row, ranked by mass, gate", MASS),
+    "mass-shift": Arm(
+        "virtual keys, w, S of the row, ranked by mass, shifted", replace(MASS, shifted=True), calibrated=True
+    ),
+    "mass-hbar-shift": Arm(
+        "virtual keys, w, Hbar, ranked by mass, shifted", replace(HBAR, route="mass", shifted=True), calibrated=True
+    ),
     "mass-hbar": Arm("virtual keys, w, Hbar, ranked by mass", replace(HBAR, route="mass")),
 }
-_VARIED = ("sparse", "sla-scale-cal", "mass", "mass-gate", "mass-hbar", "virtual-w", "virtual-w-row")
-for _name in (*_VARIED, "virtual-w-row-gate"):
+_VARIED = [name for name in ARMS if name.startswith("mass")]
+for _name in ("sparse", "sla-scale-cal", "virtual-w", "virtual-w-row", "virtual-w-row-gate", *_VARIED):
     _arm = ARMS[_name]
     for _spread in ("layers", "heads", "rows"):
         ARMS[f"{_name}-{_spread}"] = replace(_arm, title=f"{_arm.title}, spread over {_spread}", spread=_spread)
