@@ -7,7 +7,8 @@ before there were call sites. Such gates are bound by the order of the calls, as
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
+import re
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count, takewhile
 
@@ -60,7 +61,11 @@ def number_calls(owner: nn.Module, calls: Sequence[tuple[Hashable, str]], resume
         given.setdefault(place, ordinal)
     wanted = list(dict.fromkeys(site for _, site in calls))
     numbers = {site: given[site] for site in wanted if site in given}
-    numbers.update(_by_innermost([site for site in wanted if site not in numbers], given, set(numbers.values())))
+    for alike in (_by_line, _by_innermost):
+        for site in wanted:
+            left = [place for place, ordinal in given.items() if place and ordinal not in numbers.values()]
+            if site not in numbers and (found := alike(site, left)) is not None:
+                numbers[site] = given[found]
     exact = set(numbers.values())
     spare = _by_count(numbers, calls, known, resumed)
     doubt = _by_order(numbers, wanted, known, exact)
@@ -71,26 +76,34 @@ def number_calls(owner: nn.Module, calls: Sequence[tuple[Hashable, str]], resume
     return Numbering([numbers[site] for _, site in calls], spare, doubt)
 
 
-def _by_innermost(wanted: Iterable[str], given: Mapping[str, int], taken: Set[int]) -> dict[str, int]:
-    """Numbers of call sites whose stack starts at another function than when they were first met.
+def _by_line(site: str, known: Sequence[str]) -> str | None:
+    """The one of the ``known`` call sites that is ``site``, where only one of the two has columns.
 
-    That happens where a forward is put on the module, as hooks do, or where Dynamo starts within what the forward
-    calls: the inner part is the same. Of call sites that start at one function, the whole stack counts.
+    A run has them from Python 3.11 on, a trace of torch 2.11 has none.
     """
-    numbers: dict[str, int] = {}
-    for site in wanted:
-        levels = site.split(LEVEL)
-        shared: dict[str, int] = {}
-        for known, ordinal in given.items():
-            theirs = known.split(LEVEL)
-            if known and ordinal not in taken and _function(theirs[0]) != _function(levels[0]):
-                pairs = zip(reversed(levels), reversed(theirs), strict=False)
-                shared[known] = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        most = max(shared.values(), default=0)
-        alike = [known for known, count in shared.items() if count == most]
-        if most and len(alike) == 1:
-            numbers[site] = given[alike[0]]
-    return numbers
+    alike = [place for place in known if _COLUMN.sub("", place) == _COLUMN.sub("", site)]
+    return alike[0] if len(alike) == 1 and bool(_COLUMN.search(site)) != bool(_COLUMN.search(alike[0])) else None
+
+
+_COLUMN = re.compile(r":\d+")
+
+
+def _by_innermost(site: str, known: Sequence[str]) -> str | None:
+    """The one of the ``known`` call sites that has most of the inner part of ``site``, whose stack starts elsewhere.
+
+    It does where a forward is put on the module, as hooks do, or where Dynamo starts within what the forward calls. Of
+    call sites that start at one function, the whole stack counts.
+    """
+    levels = site.split(LEVEL)
+    shared: dict[str, int] = {}
+    for place in known:
+        theirs = place.split(LEVEL)
+        if _function(theirs[0]) != _function(levels[0]):
+            pairs = zip(reversed(levels), reversed(theirs), strict=False)
+            shared[place] = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    most = max(shared.values(), default=0)
+    alike = [place for place, count in shared.items() if count == most]
+    return alike[0] if most and len(alike) == 1 else None
 
 
 def _function(level: str) -> str:

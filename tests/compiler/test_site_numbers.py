@@ -79,3 +79,24 @@ def test_gates_of_before_after_a_graph_break() -> None:
         module._modules.pop(f"sla_{ordinal}" if ordinal else "sla")
     assert spare_numbers(module) == [1]
     assert numbers(module, B, resumed=True) == [2]
+
+
+def test_a_trace_without_columns_knows_its_attention() -> None:
+    assert numbers(owner("forward+1:4", B), "forward+1", B) == [0, 1]
+    assert numbers(owner(A, B), "forward+2:8", "forward+1:4") == [1, 0]
+    assert numbers(owner("forward+1:4", "forward+1:8"), "forward+1") == [2]  # of two on a line, either
+
+
+def test_a_stack_that_starts_elsewhere_is_known_by_its_inner_part() -> None:
+    complete = "forward+1 > __call__+2 > attend+7"
+    for place in (
+        "attend+7",
+        "__call__+2 > attend+7",
+        "<lambda>+0 > attend+7",
+        "new_forward+9 > __call__+2 > attend+7",
+    ):
+        assert numbers(owner(complete, B), place) == [0]
+        assert numbers(owner(place, B), complete) == [0]
+    assert numbers(owner(complete), "forward+5 > attend+7") == [1]  # another line of the same forward
+    assert numbers(owner(complete), complete, "attend+7") == [0, 1]
+    assert numbers(owner(complete, "forward+3 > __call__+2 > attend+7"), "attend+7") == [2]
