@@ -85,7 +85,10 @@ class SkippablePairs:
     def known_late(self) -> bool:
         """Whether only a run tells if there is enough: the count is data, as that of ``nonzero`` is."""
         enough = self.enough
-        if isinstance(enough, bool) or statically_known_true(enough) or statically_known_true(enough == False):  # noqa: E712
+        if isinstance(enough, bool):
+            return False
+        short = torch.sym_not(enough)  # type: ignore[no-untyped-call]
+        if statically_known_true(enough) or statically_known_true(short):
             return False
         return bool(free_unbacked_symbols(enough))
 
