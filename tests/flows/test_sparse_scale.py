@@ -84,7 +84,8 @@ def test_output_and_gradients_follow_the_definition(gate: str, linear: str) -> N
         for site in sla_compile.gates(model).values():
             site.weight.requires_grad_(False)
     assert_follows_definition(compiled(model), model, x)
-    assert_follows_definition(compiled(model, "inductor"), model, x)
+    if linear == "marginal":  # an argument of the op: what Inductor compiles around it is the same for any
+        assert_follows_definition(compiled(model, "inductor"), model, x)
 
 
 @pytest.mark.parametrize("kind", [TwoAttentions, CalledTwice, CheckpointedModel, Attention])

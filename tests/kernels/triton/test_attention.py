@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -36,20 +37,28 @@ def why_not() -> str | None:
     return None
 
 
-# pieces of about equal time, so that two workers share them
+# what the names of the checks begin with
 GROUPS = ("shapes", "gates", "classes", "masks", "options")
 
 if not INTERPRETED:
 
-    @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-    @pytest.mark.parametrize("group", GROUPS)
-    def test_in_the_interpreter(group: str) -> None:
+    @pytest.fixture(scope="module")
+    def checks() -> str:
+        """What pytest says of all checks, a line for each, in one process: starting it takes as long as many do."""
         environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1", PYTHONSAFEPATH="1")
         environment = {n: v for n, v in environment.items() if not n.startswith("PYTEST_XDIST")}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", group, __file__]
+        command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", __file__]
         process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert process.returncode == 0, process.stdout[-8000:] + process.stderr[-2000:]
-        assert "skipped" not in process.stdout, process.stdout
+        return process.stdout + process.stderr[-2000:]
+
+    @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+    @pytest.mark.parametrize("group", GROUPS)
+    def test_in_the_interpreter(group: str, checks: str) -> None:
+        found = re.findall(rf"^(\w+) \S+::test_{group}\b|^(\w+) \S+::test_{group}_", checks, flags=re.MULTILINE)
+        outcomes = [first or second for first, second in found]
+        assert outcomes, checks[-8000:]
+        assert {*outcomes} == {"PASSED"}, checks[-8000:]
+        assert "skipped" not in checks, checks
 
 else:
     pytestmark = pytest.mark.usefixtures("nan_fresh_buffers")
@@ -194,7 +203,7 @@ else:
                 assert torch.equal(member[:count].long(), (line == 1).nonzero().flatten())
 
     @pytest.mark.parametrize("lines", [5, 131, 300, 9000])
-    def test_popular_columns_come_first(lines: int) -> None:
+    def test_classes_popular_columns_come_first(lines: int) -> None:
         from sla_compile.kernels.triton.classify import longest_first
 
         counts = torch.randint(0, 1000, (2, 1, lines), generator=torch.Generator().manual_seed(0)).int()
