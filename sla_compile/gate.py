@@ -215,7 +215,7 @@ class GateMarker(Hook):
             owner = module if self.owner is None else self.owner
             for name in self.names:
                 gate = getattr(owner, name, None)
-                if not isinstance(gate, Gate):  # taken away by hand
+                if not hasattr(gate, "settings"):  # taken away by hand; a wrapper has what its gate has
                     continue
                 tensors = gate.weight, gate.bias, gate.sparsity, gate.log_scale
                 torch.ops.sla.gate(*tensors, gate.ordinal, gate.settings, self.owner is not None)

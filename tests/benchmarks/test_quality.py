@@ -30,17 +30,17 @@ def run(*arguments: str, folder: Path) -> str:
 
 def test_in_pieces_and_reported(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    smoke = ("--preset", "smoke", "--seeds", "1", "--device", "cpu")
+    smoke = ("--preset", "smoke", "--seeds", "2", "--device", "cpu")
     first = run(*smoke, "--seconds", "12", "--reserve", "10", folder=tmp_path)
-    counts = [int(n) for n in re.findall(r"(\d+) of 30 arms done", first)]
+    counts = [int(n) for n in re.findall(r"(\d+) of 60 arms done", first)]
     assert counts
-    assert counts[0] < 30
+    assert counts[0] < 60
     assert "call again; the next is" in first
     before = json.loads((tmp_path / "out/results.json").read_text()) if counts[0] else {}
     assert "all is done" in run(*smoke, "--workers", "2", folder=tmp_path)
     after = json.loads((tmp_path / "out/results.json").read_text())
     assert {key: after[key] for key in before} == before  # nothing is done twice
-    assert len(after) == 31
+    assert len(after) == 61
 
     (tmp_path / "report").mkdir()
     run("--report", "--report-to", "report", folder=tmp_path)
