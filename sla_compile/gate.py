@@ -214,7 +214,7 @@ class GateMarker(Hook):
         if torch.compiler.is_dynamo_compiling() or _MARK_EXPORTS[0]:
             owner = module if self.owner is None else self.owner
             for name in self.names:
-                gate = getattr(owner, name, None)
+                gate: Any = getattr(owner, name, None)
                 if not hasattr(gate, "settings"):  # taken away by hand; a wrapper has what its gate has
                     continue
                 tensors = gate.weight, gate.bias, gate.sparsity, gate.log_scale
