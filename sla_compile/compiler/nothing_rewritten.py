@@ -44,8 +44,7 @@ def warn_of_nothing(gm: fx.GraphModule, sites: Sequence[Site], frame: Frame) -> 
         return
     if any(PREPARED in module.__dict__ or isinstance(module, Gate) for module in root.modules()):
         return
-    kinds = [sum(type(inner) is type(root) for inner in outer.modules()) for outer in holders(root)]
-    if max(kinds, default=1) == 1:
+    if all(len(outer._modules) == 1 for outer in holders(root)):  # as wrappers have one
         remember_told(root, _NOTHING)
         warn_user(
             f"no attention of {type(root).__name__} is rewritten: {why_nothing([describe(site) for site in unasked])}"

@@ -282,6 +282,13 @@ def test_accelerate_with_a_model_compiled_in_place(compiled_first: bool, precisi
             assert_close("dense", unwrapped(x), dense, 0.1)
 
 
+def test_accelerate_takes_no_backend_that_it_does_not_know() -> None:
+    """Once this fails, ``docs/trainers-and-pipelines.md`` has a simpler way."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    with pytest.raises(ValueError, match="'SLA' is not a valid DynamoBackend"):
+        accelerate.utils.TorchDynamoPlugin(backend="sla")
+
+
 def test_distributed_checkpoint(tmp_path: Path) -> None:
     model, x = prepared()
     dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path)
