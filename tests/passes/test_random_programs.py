@@ -40,9 +40,10 @@ EXACT = {**SPARSE, "topk": 1.0, "bottomk": 0.0}
 REFUSED = (
     "modified by an inplace operation",
     "don't support automatic differentiation",
+    "derivative for aten::floor_divide_ is not implemented",
     "This view is the output of a function that returns multiple views",
 )
-"""What PyTorch says of a write that a gradient forbids."""
+"""What PyTorch says of a write that has, or leaves, no gradient."""
 
 
 class Uncompiled(fx.GraphModule):
