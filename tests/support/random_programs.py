@@ -129,7 +129,8 @@ class Program:
             split = [*shape[:axis], 2, shape[axis] // 2, *shape[axis + 1 :]]
             return self.viewed(regrouped(split, shape), self.viewed(regrouped(shape, split), node))
         if kind == 3 and shape[axis] > 1:
-            parts = [self.viewed(part_of(axis, *ends, shape=shape), node) for ends in ((0, 1), (1, shape[axis]))]
+            ends = ((0, 1), (1, shape[axis]))
+            parts = [self.viewed(part_of(axis, first, last, shape), node) for first, last in ends]
             return self.spelled(lambda *xs: self.one(*joined(axis, count))(list(xs)), *parts)
         return node
 
