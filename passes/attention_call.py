@@ -55,7 +55,7 @@ class AttentionCall:
     merged_heads: bool = False
     """The batch axis of ``query`` may hold several heads, and its head axis is one."""
     mixed_heads: bool = False
-    """Queries, keys and values have their batch and heads in different orders, so which is which is not told."""
+    """Inputs, scores and output have their batch and heads in different orders, so which is which is not told."""
     mean_if_masked: bool = False
     """A row all of whose keys are masked gives the mean of all values, as scores filled with a finite number do."""
     obstacle: Obstacle | None = None

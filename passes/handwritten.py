@@ -136,7 +136,8 @@ def _normal_form(
     if not {*batch, summed} <= {*value.axes} or summed in query.axes or summed not in key.axes:
         return None
     width = next(axis for axis in value.axes if axis not in (*batch, summed))
-    orders = {tuple(axis for axis in side.axes if axis in batch) for side in (query, key, value)}
+    every = (query.axes, key.axes, value.axes, trail.axes, out_axes)
+    orders = {tuple(axis for axis in axes if axis in batch) for axes in every}
     inputs = Inputs.of(query, key, value, batch=batch, tokens=(own[0], summed), width=width)
     interior = tuple(dict.fromkeys([*trail.passed, *inputs.passed]))
     if {query.node, key.node, value.node} & {*trail.passed} or _disturbed(node, {*interior}):

@@ -463,6 +463,22 @@ def test_gates_per_head_are_of_the_heads(how: str) -> None:
         assert keep.reason == "heads are where the batch should be"
 
 
+def test_gates_per_head_need_to_know_which_axis_has_the_heads() -> None:
+    """Of tensors of nowhere, in one order as inputs and in another as scores."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = torch.einsum("hbid,hbjd->bhij", q, k).softmax(-1)
+        return torch.einsum("bhij,hbjd->bhid", weights, v)
+
+    inputs = qkv(dtype=torch.float64)
+    capture, output = run(call, *inputs, gate="per_head")
+    assert isinstance(keep := capture.sites[0].decision, Keep)
+    assert keep.reason == "batch and heads are in different orders"
+    assert torch.equal(output, call(*inputs))
+    torch._dynamo.reset()
+    assert run(call, *inputs)[0].rewritten == 1, "one gate for all heads"
+
+
 def mask_on_merged_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     q, k, v = (x.reshape(BATCH * HEADS, TOKENS, HEAD_DIM) for x in (q, k, v))
     attn = torch.baddbmm(mask, q, k.mT, beta=0.5, alpha=0.2) * 2
