@@ -130,8 +130,10 @@ def test_min_tokens_is_one_guard_and_the_report_says_it(kind: str) -> None:
     tokens, keys = site.shape["tokens"], site.shape.get("key_tokens")
     assert site.condition.startswith(f"{tokens} " if least else f"{tokens}*{keys} ")
     assert compiles(model, "sla", long + short, backward=False, dynamic=True, options=options) == 2
-    (site,) = sla_compile.report(model).sites
-    assert (site.rewritten, site.reason) == (False, "short sequence")
+    site, before = sla_compile.report(model).sites
+    assert (before.rewritten, before.current) == (True, False)
+    assert before.condition.endswith(ending)
+    assert (site.rewritten, site.reason, site.current) == (False, "short sequence", True)
     assert site.condition.endswith(ending.replace(">=", "<"))
     assert f"while {site.condition}" in plain_text(ReportView(sla_compile.report(model)), 300)
 
