@@ -90,3 +90,81 @@ def test_projections_by_keywords_and_halves_of_a_projection() -> None:
         (site,) = sla_compile.explain(Wrapper(ByKeywords()), inputs, config=OPTIONS).sites
         assert site.rewritten == (kind == "self-attention")
         assert kind in (site.value if not site.rewritten else site.reason)
+
+
+@torch.library.custom_op("sla_tests::unknown", mutates_args=())
+def unknown(x: Tensor, condition: Tensor) -> Tensor:
+    """What no pass knows: an op of each projection's own, as a fused modulation."""
+    return x * condition[:, None]
+
+
+@unknown.register_fake
+def _(x: Tensor, condition: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class PerProjection(nn.Module):
+    """Each projection has an operation of its own before it, and both the same condition, matrix and rotary table."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        width = HEADS * HEAD_DIM
+        self.q, self.k, self.embed = (nn.Linear(width, width) for _ in range(3))
+        self.down = nn.ModuleList(nn.Linear(width, 8) for _ in range(2))
+        self.up = nn.ModuleList(nn.Linear(8, width) for _ in range(2))
+        self.norm, self.position = nn.LayerNorm(width), nn.Parameter(torch.randn(1, TOKENS, width))
+        self.register_buffer("rotation", torch.linalg.qr(torch.randn(width, width))[0])
+        self.plain = self.rotation.clone()
+
+    def before(self, x: Tensor, condition: Tensor, which: int) -> Tensor:
+        if self.kind == "clamp":
+            return x.clamp(-3, 3 + which)
+        if self.kind == "fake quantiser":
+            return torch.fake_quantize_per_tensor_affine(x, 0.1 + which, 0, -128, 127)
+        if self.kind == "rotation":
+            return x @ self.rotation
+        if self.kind == "rotation, a plain tensor":
+            return x @ self.plain
+        if self.kind == "custom op":
+            return unknown(x, condition)
+        if self.kind == "low rank":
+            return self.up[which](self.down[which](x))
+        if self.kind == "two sums":
+            return (x + torch.randn_like(x)) + torch.randn_like(x)
+        if self.kind == "written into":
+            made = torch.empty_like(x)
+            made[:] = x
+            return made
+        return x + self.position  # "position"
+
+    def forward(self, x: Tensor, y: Tensor, condition: Tensor, table: Tensor) -> Tensor:
+        x, y = (self.norm(z) * (1 + condition[:, None]) for z in (x + 1, self.embed(y) if x is not y else x + 1))
+        inputs = self.before(x, condition, 0), self.before(y, condition, 1)
+        q, k = (
+            layer(z).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for layer, z in zip((self.q, self.k), inputs, strict=True)
+        )
+        q, k = q * table, k * table
+        return sdpa(q, k, k).transpose(1, 2).flatten(2)
+
+
+KINDS = ["clamp", "fake quantiser", "rotation", "rotation, a plain tensor", "custom op", "low rank", "two sums"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "written into", "position"])
+def test_an_operation_of_each_projection_hides_no_origin_and_makes_none(kind: str) -> None:
+    x, y = (torch.randn(BATCH, TOKENS, HEADS * HEAD_DIM) for _ in range(2))
+    shared = torch.randn(BATCH, HEADS * HEAD_DIM), torch.randn(1, 1, TOKENS, HEAD_DIM)
+    (site,) = sla_compile.explain(PerProjection(kind), (x, x, *shared), config=OPTIONS).sites
+    assert (site.rewritten, site.reason) == (True, "self-attention")
+    (site,) = sla_compile.explain(PerProjection(kind), (x, y, *shared), config=OPTIONS).sites
+    assert (site.rewritten, site.reason) == (False, "cross-attention"), "the condition has no tokens"
+
+
+@pytest.mark.parametrize("kind", ["position", "rotation"])
+def test_a_table_of_the_streams_shape_is_no_common_origin(kind: str) -> None:
+    x, y = (torch.randn(1, TOKENS, HEADS * HEAD_DIM) for _ in range(2))
+    shared = torch.randn(1, HEADS * HEAD_DIM), torch.randn(1, 1, TOKENS, HEAD_DIM)
+    (site,) = sla_compile.explain(PerProjection(kind), (x, y, *shared), config=OPTIONS).sites
+    assert (site.rewritten, site.reason) == (False, "cross-attention")
