@@ -20,6 +20,7 @@ from sla_compile.passes.key_masks import key_mask
 from sla_compile.passes.operands import Source, Step, after
 from sla_compile.passes.operands import example as _example
 from sla_compile.passes.profitability import SkippablePairs, UnknownRange, forced_tokens, token_ranges
+from sla_compile.passes.tensor_parallel import sharding
 from sla_compile.passes.token_order import (
     AS_IN_THE_MODEL,
     AS_IT_IS,
@@ -143,6 +144,7 @@ def decide(
         _refuse_obstacle(call)
         or _refuse_tensors(call, requirements)
         or _refuse_lengths(call, requirements.cross_attention)
+        or _refuse_sharded(call)
     )
     if refused is not None:
         return refused
@@ -189,6 +191,14 @@ def decide(
 def _refuse_obstacle(call: AttentionCall) -> Keep | None:
     obstacle = call.obstacle
     return None if obstacle is None else Keep(obstacle.reason, obstacle.value, obstacle.accepted)
+
+
+def _refuse_sharded(call: AttentionCall) -> Keep | None:
+    """Where each rank would train its gate on its own part of the heads, so that the gates drift apart."""
+    for name in ("query", "key", "value"):
+        if (how := sharding(getattr(call, name))) is not None:
+            return Keep("tensor parallelism", f"the {name} is of {how}", "all heads, plain tensors, on every rank")
+    return None
 
 
 def _refuse_form(call: AttentionCall, requirements: Requirements) -> Keep | None:

@@ -106,6 +106,8 @@ def _(x: Tensor, condition: Tensor) -> Tensor:
 class PerProjection(nn.Module):
     """Each projection has an operation of its own before it, and both the same condition, matrix and rotary table."""
 
+    rotation: Tensor
+
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
