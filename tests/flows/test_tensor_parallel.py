@@ -58,9 +58,8 @@ def parallel_on(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", store=FileStore(f"{folder}/store", world), rank=rank, world_size=world)
     try:
         model, x = seeded(world)
-        run: Any = torch.compile(
-            model, backend="sla", options={**OPTIONS, "topk": 1.0, "bottomk": 0.0, "inner": "eager"}
-        )
+        options: dict[str, Any] = {**OPTIONS, "topk": 1.0, "bottomk": 0.0, "inner": "eager"}
+        run: Any = torch.compile(model, backend="sla", options=options)
         output = run(x)
         output.square().mean().backward()
         (site,) = sla_compile.report(model).sites

@@ -158,8 +158,9 @@ KINDS = ["clamp", "fake quantiser", "rotation", "rotation, a plain tensor", "cus
 def test_an_operation_of_each_projection_hides_no_origin_and_makes_none(kind: str) -> None:
     x, y = (torch.randn(BATCH, TOKENS, HEADS * HEAD_DIM) for _ in range(2))
     shared = torch.randn(BATCH, HEADS * HEAD_DIM), torch.randn(1, 1, TOKENS, HEAD_DIM)
-    (site,) = sla_compile.explain(PerProjection(kind), (x, x, *shared), config=OPTIONS).sites
-    assert (site.rewritten, site.reason) == (True, "self-attention")
+    for table in (torch.ones(1), shared[1]):
+        (site,) = sla_compile.explain(PerProjection(kind), (x, x, shared[0], table), config=OPTIONS).sites
+        assert (site.rewritten, site.reason) == (True, "self-attention")
     (site,) = sla_compile.explain(PerProjection(kind), (x, y, *shared), config=OPTIONS).sites
     assert (site.rewritten, site.reason) == (False, "cross-attention"), "the condition has no tokens"
 
