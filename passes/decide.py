@@ -16,7 +16,7 @@ from sla_compile.common.limits import MAX_HEAD_DIM, MIN_HEAD_DIM
 from sla_compile.common.token_orders import block_ranges
 from sla_compile.passes.attention_call import AttentionCall, Obstacle
 from sla_compile.passes.cross_attention import of_different_tensors
-from sla_compile.passes.key_masks import key_mask
+from sla_compile.passes.key_masks import Masks, split_mask
 from sla_compile.passes.operands import Source, Step, after
 from sla_compile.passes.operands import example as _example
 from sla_compile.passes.profitability import SkippablePairs, UnknownRange, forced_tokens, token_ranges
@@ -71,6 +71,8 @@ class Rewrite:
     condition: str | None = None
     key_mask: Source | None = None
     """(B or 1, keys), bool or added to the logits."""
+    query_mask: Source | None = None
+    """(B or 1, queries or 1) bool. Queries that it masks have no keys: dense attention gives 0 there."""
     causal: bool = False
     repeats: int = 1
     """Query heads to one head of keys and values."""
@@ -78,13 +80,27 @@ class Rewrite:
     """start, stop, start, stop, ... of key tokens in ``order``, by the rules of slices."""
     order: TokenOrder = AS_IT_IS
     mean_if_masked: bool = False
-    """An item all of whose keys ``key_mask``, a boolean one, masks gives the mean of its values."""
+    """A query all of whose keys are masked, by boolean masks, gives the mean of all values."""
 
     def operands(self, call: AttentionCall) -> tuple[Source, Source, Source]:
         """Queries, keys and values with as many heads each, their tokens in ``order``."""
         steps = [Step("repeat_interleave", (self.repeats, 1))] if self.repeats > 1 else []
         key, value = (after(ordered(source, self.order.keys), *steps) for source in (call.key, call.value))
-        return ordered(call.query, self.order.queries), key, value
+        return ordered(self.without_masked(call.query), self.order.queries), key, value
+
+    def without_masked(self, source: Any) -> Any:
+        """``source`` (B, H, N, D), in the model's order, with 0 for masked queries.
+
+        Of queries: the mean of a block, times a positive factor, is then that of the others, so that these alone
+        rank its keys.
+        """
+        masked = self.masked_queries()
+        return source if masked is None else after(source, Step("masked_fill", (masked, 0.0)))
+
+    def masked_queries(self) -> Source | None:
+        """(B or 1, 1, queries or 1, 1), true for those that have no keys."""
+        steps = Step("logical_not"), Step("unsqueeze", (1,)), Step("unsqueeze", (-1,))
+        return None if self.query_mask is None else after(self.query_mask, *steps)
 
     def masks(self) -> tuple[Source, ...]:
         """The key mask, its tokens in ``order``, where there is one."""
@@ -167,9 +183,9 @@ def decide(
     refused = _refuse_form(call, requirements) or _refuse_causal(call, shape)
     if refused is not None:
         return refused
-    mask = key_mask(call) if call.attn_mask is not None else None
-    if isinstance(mask, Obstacle):
-        return Keep(mask.reason, mask.value, mask.accepted)
+    masks = split_mask(call) if call.attn_mask is not None else Masks()
+    if isinstance(masks, Obstacle):
+        return Keep(masks.reason, masks.value, masks.accepted)
     if pairs.known_late:
         return Keep("the number of tokens is known only at run time", pairs.value, "min_tokens=0")
     # A condition on a symbolic size becomes a guard of the graph: below it, the call has to be dense again.
@@ -179,7 +195,8 @@ def decide(
         shape=shape,
         scale=float(call.scale) if call.scale is not None else int(shape.head_dim) ** -0.5,
         condition=pairs.condition(enough=True),
-        key_mask=mask,
+        key_mask=masks.keys,
+        query_mask=masks.queries,
         causal=causal,
         repeats=int(shape.heads) // int(_example(call.key).shape[1]),
         always_critical=ranges,

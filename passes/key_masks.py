@@ -1,4 +1,4 @@
-"""Masks over keys: an attention mask that is the same for every query and every head, as (B or 1, keys).
+"""An attention mask as a mask over keys, the same for every query and every head, and a mask over queries.
 
 Whether it is the same is proven, never assumed: by a size of 1, by a stride of 0 (an expand, which Dynamo guards on),
 or by the operations that made the mask, followed back through the graph.
@@ -6,6 +6,8 @@ or by the operations that made the mask, followed back through the graph.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -13,11 +15,13 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sla_compile.passes.attention_call import AttentionCall, Obstacle
-from sla_compile.passes.node_ops import ELEMENTWISE, NodeOp, disturbs, read
-from sla_compile.passes.operands import Source, Step, after, example, memory
+from sla_compile.passes.mask_products import factors
+from sla_compile.passes.node_ops import ELEMENTWISE, NodeOp, read
+from sla_compile.passes.operands import Operand, Source, Step, after, example
+from sla_compile.passes.overwritten import overwritten, overwritten_before
 from sla_compile.passes.view_axes import origins, same_size
 
-__all__ = ["constant_along", "key_mask"]
+__all__ = ["Masks", "constant_along", "split_mask"]
 
 Group = Any
 """How many neighbours along the axis are asked to be equal, a size; 0 for all of them."""
@@ -25,31 +29,78 @@ Group = Any
 Needs = list[tuple[Any, int, Group]] | None
 """What has to be constant, along which axis (-1 the last) and in which groups, for a result to be; None: not known."""
 
-ACCEPTED = "a mask over keys, the same for all queries and heads"
+ACCEPTED = "a mask over keys, the same for all queries and heads, or a bool product of one with one over queries"
 
 
-def key_mask(call: AttentionCall) -> Source | Obstacle:
-    """The mask of ``call``, whose queries and keys are traced, as (B or 1, keys) bool or floating; or why not."""
+@dataclass(frozen=True)
+class Masks:
+    """A mask as that of keys and that of queries, which let a query see a key where both do. None: all."""
+
+    keys: Source | None = None
+    """(B or 1, keys), bool or floating."""
+    queries: Source | None = None
+    """(B or 1, queries or 1) bool. A query that it masks sees no key."""
+
+
+def split_mask(call: AttentionCall) -> Masks | Obstacle:
+    """The mask of ``call``, whose queries and keys are traced, as masks of keys and of queries; or why not."""
     value = example(call.attn_mask)
     if not isinstance(value, torch.Tensor):
         return Obstacle("attention mask that is no tensor", str(value), ACCEPTED)
     text = f"a {str(value.dtype).removeprefix('torch.')} tensor ({', '.join(map(str, value.shape))})"
     batch, keys = example(call.query).shape[0], example(call.key).shape[2]
     dims = value.dim()
-    fits = 1 <= dims <= 4 and statically_known_true(value.shape[-1] == keys)
-    if not fits or not (value.dtype == torch.bool or value.is_floating_point()):
+    over_keys = 1 <= dims <= 4 and statically_known_true(value.shape[-1] == keys)
+    over_queries = value.dtype == torch.bool and 2 <= dims <= 4 and same_size(value.shape[-1], 1)
+    if not (over_keys or over_queries) or not (value.dtype == torch.bool or value.is_floating_point()):
         return Obstacle("attention mask of another shape", text, f"bool or floating, of {keys} keys")
     output = example(call.node)
     if value.requires_grad and (not isinstance(output, torch.Tensor) or output.requires_grad):
         return Obstacle("attention mask that needs a gradient", text, "a mask without one")
     if dims == 4 and not any(statically_known_true(value.shape[0] == size) for size in (1, batch)):
         return Obstacle("attention mask of another shape", text, f"a mask of {batch} or 1 in the batch")
-    for axis, reason in ((-2, "per-query attention mask"), (-3, "per-head attention mask")):
-        if not constant_along(call.attn_mask, axis):
-            return Obstacle(reason, text, ACCEPTED)
-    first_query_and_head = [Step("select", (-2, 0)) for _ in range(min(dims - 1, 2))]
-    batch_axis = [Step("unsqueeze", (0,))] if dims < 4 else []
-    return after(call.attn_mask, *first_query_and_head, *batch_axis)
+    if over_keys and constant_along(call.attn_mask, -2):
+        if constant_along(call.attn_mask, -3):
+            return Masks(_first(call.attn_mask, -2))
+        return Obstacle("per-head attention mask", text, ACCEPTED)
+    if value.dtype != torch.bool:
+        if _is_product(call.attn_mask):  # which shifts the scores of some queries, by 1 say, and masks nothing
+            return Obstacle("product of masks that is added to the scores", text, "a bool one")
+        return Obstacle("per-query attention mask", text, ACCEPTED)
+    masks = _split(factors(call.attn_mask), keys, call.node)
+    return Obstacle("per-query attention mask", text, ACCEPTED) if masks is None else masks
+
+
+def _is_product(source: Any) -> bool:
+    """Whether it is a number for each query times a number for each key."""
+    while (op := read(source)).word in ("to", "contiguous", "clone", "detach"):
+        source = op.input
+    sides = [op.arguments.get(name) for name in ("input", "other")]
+    return op.word == "mul" and any(constant_along(a, -1) and constant_along(b, -2) for a, b in (sides, sides[::-1]))
+
+
+def _split(parts: list[Any], keys: Any, end: fx.Node) -> Masks | None:
+    """The masks of keys and of queries that ``parts`` are; None where one is neither, or changed before ``end``."""
+    found: dict[int, list[Source]] = {-2: [], -1: []}
+    for part in parts:
+        node = part.source if isinstance(part, Operand) else part
+        if isinstance(node, fx.Node) and overwritten_before(node, end):
+            return None
+        over_keys = same_size(example(part).shape[-1], keys) and constant_along(part, -2)
+        axis = -2 if over_keys else -1
+        if not constant_along(part, axis) or not constant_along(part, -3):
+            return None
+        found[axis].append(_first(part, axis))
+    both = [reduce(lambda a, b: after(a, Step("logical_and", (b,))), side) if side else None for side in found.values()]
+    return Masks(*both)
+
+
+def _first(source: Source, axis: int) -> Source:
+    """Of a mask that is the same all along ``axis``, -2 or -1, and for all heads: (B or 1, size of the other)."""
+    dims = example(source).dim()
+    steps = [Step("select", (axis, 0))] if dims > 1 else []
+    steps += [Step("select", (-2, 0))] if dims > 2 else []
+    return after(source, *steps, *([Step("unsqueeze", (0,))] if dims < 4 else []))
 
 
 def constant_along(source: Any, axis: int, group: Group = 0) -> bool:
@@ -76,7 +127,7 @@ _FILLED = {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_
 def _needs(source: Source, axis: int, group: Group) -> Needs:
     """What ``source`` needs of the arguments of the operation that made it, to be constant along ``axis``."""
     op = read(source)
-    if not op.word or op.in_place or (isinstance(source, fx.Node) and _written(source)):
+    if not op.word or op.in_place or (isinstance(source, fx.Node) and overwritten(source)):
         return None
     if op.word in _FILLED:
         return []
@@ -100,23 +151,6 @@ def _needs(source: Source, axis: int, group: Group) -> Needs:
     if origin.part is not None and group:
         return None
     return [(op.input, before, 0 if origin.repeated else group)]
-
-
-def _written(node: fx.Node) -> bool:
-    """Whether anything writes to the memory of ``node`` later, so that its making does not tell its values."""
-    return _written_by_users(node, memory(example(node)))
-
-
-def _written_by_users(node: fx.Node, written: int | None) -> bool:
-    for user in node.users:
-        if disturbs(user) or written is None:
-            return True
-        value = example(user)
-        views = value if isinstance(value, tuple | list) else (value,)  # chunk and the like give several
-        shared = any(isinstance(view, torch.Tensor) and memory(view) in (written, None) for view in views)
-        if shared and _written_by_users(user, written):
-            return True
-    return False
 
 
 def _repeated(op: NodeOp, value: torch.Tensor, axis: int, group: Group) -> Needs:

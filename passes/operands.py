@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 
 __all__ = ["REPLACED_BY", "Operand", "Source", "Step", "after", "build", "current", "example", "memory"]
 
@@ -21,14 +22,17 @@ REPLACED_BY = "sla_replaced_by"
 
 @dataclass(frozen=True)
 class Step:
-    """One call on a tensor: a method by its name, or a function; ``arguments`` and ``keywords`` follow the tensor."""
+    """One call on a tensor: a method by its name, or a function; ``arguments`` and ``keywords`` follow the tensor.
+
+    ``arguments`` may hold nodes and operands, ``keywords`` neither.
+    """
 
     target: str | Callable[..., Any]
     arguments: tuple[Any, ...] = ()
     keywords: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        values = torch.fx.map_arg(self.arguments, example)
+        values = map_aggregate(self.arguments, example)
         function: Any = getattr(torch.Tensor, self.target) if isinstance(self.target, str) else self.target
         result: torch.Tensor = function(tensor, *values, **dict(self.keywords))
         return result
@@ -103,12 +107,15 @@ def current(node: fx.Node) -> fx.Node:
 def build(graph: fx.Graph, operands: Sequence[Source]) -> list[fx.Node]:
     """The nodes of ``operands`` in ``graph`` at its insertion point; equal first steps become one node."""
     built: dict[Any, fx.Node] = {}
-    nodes = []
-    for operand in operands:
-        source, steps = (operand, ()) if isinstance(operand, fx.Node) else (operand.source, operand.steps)
-        node = current(source)
-        for step in steps:
-            arguments = torch.fx.map_arg(step.arguments, current)
+
+    def made(argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return current(argument)
+        if not isinstance(argument, Operand):
+            return argument
+        node = current(argument.source)
+        for step in argument.steps:
+            arguments: Any = map_aggregate(step.arguments, made)
             key = (node, step.target, str(arguments), step.keywords)
             if key not in built:
                 call = graph.call_method if isinstance(step.target, str) else graph.call_function
@@ -116,7 +123,9 @@ def build(graph: fx.Graph, operands: Sequence[Source]) -> list[fx.Node]:
                 value = example(node)
                 if isinstance(value, torch.Tensor):
                     with torch.no_grad():
-                        built[key].meta["example_value"] = step(value)
+                        of_node = Step(step.target, arguments, step.keywords)
+                        built[key].meta["example_value"] = of_node(value)
             node = built[key]
-        nodes.append(node)
-    return nodes
+        return node
+
+    return [made(operand) for operand in operands]

@@ -42,7 +42,8 @@ def replace_attention(
         output = graph.call_function(operator.getitem, (results, 0))
         output.meta["example_value"] = _result(example(query), example(node))
         scaling = () if scaled_by is None else (Step("mul", (scaled_by,)), Step("type_as", (output,)))
-        (restored,) = build(graph, (back(after(output, *scaling), decision.order.queries, *call.restore),))
+        whole = back(after(output, *scaling), decision.order.queries, *_fill(call, decision, output))
+        (restored,) = build(graph, (after(whole, *call.restore),))
         if not in_any_layout(node, example(restored)):
             (restored,) = build(graph, (after(restored, *laid_out_as(example(node))),))
     added = _between(before, node)
@@ -60,7 +61,7 @@ def _operands(
     graph: fx.Graph, call: AttentionCall, decision: Rewrite
 ) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None]:
     """Queries, keys, values and the key mask for the op."""
-    if not decision.mean_if_masked:
+    if not decision.mean_if_masked or decision.key_mask is None:
         query, key, value, *key_mask = build(graph, (*decision.operands(call), *decision.masks()))
         return query, key, value, key_mask[0] if key_mask else None
     # queries of zero weigh all keys alike; and the gradients are those of filled scores too
@@ -72,6 +73,17 @@ def _operands(
         graph, (*decision.operands(masked), after(over_keys, Step("logical_or", (of_keys,))))
     )
     return query, key, value, mask
+
+
+def _fill(call: AttentionCall, decision: Rewrite, output: fx.Node) -> tuple[Step, ...]:
+    """The steps that give masked queries what dense attention gives them, whatever the gate."""
+    masked = decision.masked_queries()
+    if masked is None:
+        return ()
+    if not decision.mean_if_masked:
+        return (Step("masked_fill", (masked, 0.0)),)
+    mean = after(call.value, Step("mean", (2, True)), Step("type_as", (output,)))
+    return (Step("where", (after(masked, Step("logical_not")), mean)),)
 
 
 def _gate(graph: fx.Graph, marker: Marker, linear: str) -> tuple[fx.Node, fx.Node, fx.Node | None]:

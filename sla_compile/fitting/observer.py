@@ -67,6 +67,8 @@ class GatedCall:
     decision: Rewrite
     dense: Tensor
     """(B, H, N, D), tokens in the model's order, as in every output below."""
+    masked_queries: Tensor | None = None
+    """(B or 1, 1, N or 1, 1), true for queries without a key: what they give does not depend on the gate."""
 
     @property
     def scale(self) -> float:
@@ -96,11 +98,14 @@ class GatedCall:
     def _output(self, weight: Tensor, bias: Tensor, log_scale: Tensor | None = None, **changes: Any) -> Tensor:
         """The output as the rewritten graph computes it; ``changes`` replace entries of ``options()``."""
         if log_scale is None:
-            return self._run_op(weight, bias, **changes)[0].to(self.dense.dtype)
+            return self._filled(self._run_op(weight, bias, **changes)[0].to(self.dense.dtype))
         # exp(s) O^s + O^l W^T + b = exp(s) (O^s + O^l (exp(-s) W)^T + exp(-s) b), and the op has no scale.
         inverse = log_scale.neg().exp()[:, None]
         out, _ = self._run_op(weight * inverse[..., None], bias * inverse, **changes)
-        return (out * log_scale.exp()[:, None, None]).to(self.dense.dtype)
+        return self._filled((out * log_scale.exp()[:, None, None]).to(self.dense.dtype))
+
+    def _filled(self, out: Tensor) -> Tensor:
+        return out if self.masked_queries is None else out.masked_fill(self.masked_queries, 0.0)
 
     def _run_op(self, weight: Tensor | None, bias: Tensor | None, **changes: Any) -> tuple[Tensor, Tensor]:
         """Output and O^l of ``sla::forward``, tokens back in the model's order."""
@@ -192,7 +197,8 @@ class _AttentionMode(TorchFunctionMode):
             return output
         query, key, value = (cast(Tensor, example(operand)) for operand in decision.operands(call))
         mask = next((cast(Tensor, example(operand)) for operand in decision.masks()), None)
-        return self.handler(GatedCall(self.paths[id(gate)], gate, query, key, value, mask, decision, output))
+        masked = cast(Tensor | None, example(decision.masked_queries()))
+        return self.handler(GatedCall(self.paths[id(gate)], gate, query, key, value, mask, decision, output, masked))
 
 
 def batch_arguments(batch: Any, position: int) -> Arguments:

@@ -59,13 +59,16 @@ class SiteStatistics:
 
     @torch.no_grad()
     def add(self, call: GatedCall) -> None:
-        """Add every token of ``call``, a chunk at a time."""
+        """Add every token of ``call`` that has a key, a chunk at a time."""
         sparse, linear = call.branches()
         for start in range(0, sparse.shape[2], TOKENS_PER_CHUNK):
             rows = slice(start, start + TOKENS_PER_CHUNK)
             dense, o_s = self._rows(call.dense[:, :, rows]), self._rows(sparse[:, :, rows])
             o_l = torch.zeros_like(o_s) if linear is None else self._rows(linear[:, :, rows])
             x, r = F.pad(o_l, (0, 1), value=1.0), dense - o_s
+            if call.masked_queries is not None:  # the gate does not change what they give
+                masked = self._rows(call.masked_queries.expand_as(sparse[..., :1])[:, :, rows]).bool()
+                x, r, o_s = (part.masked_fill(masked, 0) for part in (x, r, o_s))
             self.gram += x.mT @ x
             self.cross += x.mT @ r
             self.residual_square += r.square().sum()

@@ -1,0 +1,45 @@
+"""Whether a tensor's memory is written to after it was made, in place or through a view."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from sla_compile.passes.node_ops import disturbs, writes
+from sla_compile.passes.operands import example, memory
+
+__all__ = ["overwritten", "overwritten_before"]
+
+
+def overwritten(node: fx.Node) -> bool:
+    """Whether anything writes to the memory of ``node`` later, so that its making does not tell its values."""
+    return _by_users(node, memory(example(node)))
+
+
+def _by_users(node: fx.Node, written: int | None) -> bool:
+    for user in node.users:
+        if disturbs(user) or written is None:
+            return True
+        value = example(user)
+        views = value if isinstance(value, tuple | list) else (value,)  # chunk and the like give several
+        shared = any(isinstance(view, torch.Tensor) and memory(view) in (written, None) for view in views)
+        if shared and _by_users(user, written):
+            return True
+    return False
+
+
+def overwritten_before(node: fx.Node, end: fx.Node) -> bool:
+    """Whether its memory may be written to, by whatever name, between ``node`` and ``end`` of the same graph."""
+    value = example(node)
+    place = memory(value) if isinstance(value, torch.Tensor) else None
+    if place is None or node.graph is not end.graph:
+        return True
+    while (node := node.next) is not end:
+        if node.op in ("root", "output"):
+            return True
+        inner = node.op == "call_module" or isinstance(node.target, torch._ops.HigherOrderOperator)
+        for argument in node.all_input_nodes if inner else writes(node):
+            value = example(argument)
+            if isinstance(value, torch.Tensor) and memory(value) in (place, None):
+                return True
+    return False
