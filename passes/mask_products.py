@@ -68,7 +68,11 @@ def _factors_by_value(mask: torch.Tensor) -> list[torch.Tensor]:
 
 def _by_truth(op: NodeOp) -> bool:
     """Whether the truth of the result is that of the arguments: 2 & 1 is 0, 16 * 16 may be, and 1 + -1."""
-    return op.word.startswith("logical") or "alpha" not in op.arguments and all(_zero_or_one(op.arguments[name]) for name in ("input", "other"))
+    return (
+        op.word.startswith("logical")
+        or "alpha" not in op.arguments
+        and all(_zero_or_one(op.arguments[name]) for name in ("input", "other"))
+    )
 
 
 def _keeps_truth(op: NodeOp) -> bool:

@@ -41,6 +41,7 @@ DENSE_ONLY = {
     "ZImageTransformer2DModel": 4,
     "SkyReelsV2Transformer3DModel": 1,
     "HunyuanVideoTransformer3DModel": 2,
+    "HunyuanVideo15Transformer3DModel": 1,
     "HunyuanImageTransformer2DModel": 2,
     "ErnieImageTransformer2DModel": 1,
     "Krea2Transformer2DModel": 1,
@@ -126,19 +127,31 @@ def test_cross_attention_on_request(name: str) -> None:
 MASKS = {
     "HunyuanVideoTransformer3DModel": ["bool (1, 1, 1, 204)"] * 2,
     "LuminaNextDiT2DModel": ["bool (1, 4, 144, 144)"],
-    "HunyuanVideo15Transformer3DModel": [],
+    "HunyuanVideo15Transformer3DModel": ["bool (1, 1, 141, 141)"],
 }
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_masks_of_text_that_is_padded(name: str) -> None:
-    """HunyuanVideo's is over keys, Lumina's an expand of one; HunyuanVideo1.5's is an outer product, and stays."""
+    """HunyuanVideo's is over keys, Lumina's an expand of one, HunyuanVideo 1.5's a product."""
     model, inputs = build(name)
     sites = sla_compile.explain(model, (), inputs, config=OPTIONS).sites
     assert [site.mask for site in sites if site.rewritten and site.mask] == MASKS[name]
-    if not MASKS[name]:
-        (kept,) = (site for site in sites if site.shape["tokens"] == 141)
-        assert kept.reason == "per-query attention mask"
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_chroma_with_its_mask(dtype: torch.dtype) -> None:
+    """A bool one masks; the numbers that its pipeline passes are added to the scores, and mask nothing."""
+    model, inputs = build("ChromaTransformer2DModel")
+    tokens = inputs["hidden_states"].shape[1] + inputs["encoder_hidden_states"].shape[1]
+    inputs["attention_mask"] = ((torch.arange(tokens) < 5) | (torch.arange(tokens) >= 12)).to(dtype)[None]
+    compiled = torch.compile(model, backend="sla", options=OPTIONS | {"topk": 1.0, "bottomk": 0.0})
+    with torch.no_grad():
+        assert_close("masked", call(compiled, inputs), call(model, inputs), 1e-5)
+    sites = sla_compile.report(model).sites
+    kept = {site.reason for site in sites if not site.rewritten}
+    assert len(sites) == 2
+    assert kept == (set() if dtype == torch.bool else {"product of masks that is added to the scores"})
 
 
 @pytest.mark.parametrize(("name", "sites", "rewritten"), READ_VALUES)

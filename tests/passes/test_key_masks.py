@@ -165,7 +165,7 @@ def test_an_item_without_keys_gives_the_mean_where_scores_are_filled(fill: float
 
 
 def outer(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """HunyuanVideo1.5's: a query that is padding sees nothing."""
+    """A query that is padding sees itself alone."""
     return attention(q, k, v, (mask[:, None, None, :] & mask[:, None, :, None]) | torch.eye(TOKENS, dtype=torch.bool))
 
 
@@ -221,7 +221,7 @@ KEPT: dict[str, tuple[Callable[..., Tensor], str]] = {
         lambda q, k, v, m: attention(q, k, v, outer_of(m)[None, :, None, :].reshape(1, 1, TOKENS, TOKENS)),
         "per-query attention mask",
     ),
-    "outer product": (outer, "per-query attention mask"),
+    "outer product and the diagonal": (outer, "per-query attention mask"),
     "causal by hand": (
         lambda q, k, v, m: attention(q, k, v, torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()),
         "per-query attention mask",
@@ -247,10 +247,13 @@ KEPT: dict[str, tuple[Callable[..., Tensor], str]] = {
         "per-head attention mask",
     ),
     "transposed": (
-        lambda q, k, v, m: attention(q, k, v, m[:, None, None].expand(-1, -1, TOKENS, -1).transpose(2, 3)),
+        lambda q, k, v, m: attention(q, k, v, m.to(q.dtype)[:, None, None].expand(-1, -1, TOKENS, -1).transpose(2, 3)),
         "per-query attention mask",
     ),
-    "not over keys": (lambda q, k, v, m: attention(q, k, v, m[:, None, :1, None]), "attention mask of another shape"),
+    "not over keys": (
+        lambda q, k, v, m: attention(q, k, v, m.to(q.dtype)[:, None, :1, None]),
+        "attention mask of another shape",
+    ),
     "clamped for each query": (
         lambda q, k, v, m: attention(
             q, k, v, m[:, None, None].to(q.dtype).repeat(1, 1, TOKENS, 1).clamp(min=q[:, :1, :, :1])

@@ -79,14 +79,23 @@ def at_both(mask: Tensor) -> Tensor:
 @pytest.mark.parametrize("form", PRODUCTS)
 def test_a_product_is_rewritten(form: str) -> None:
     """At topk=1 every query is right, those without a key too: scaled_dot_product_attention gives them 0."""
+    q, k, v = qkv(dtype=torch.float64)
+    mask = at_both(padding())
 
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return attention(q, k, v, PRODUCTS[form](mask))
 
-    decision = assert_masked(call, at_both(padding())).sites[0].decision
-    assert isinstance(decision, Rewrite)
+    capture, output = run(call, q, k, v, mask, **EXACT)
+    assert_close("topk=1 is dense attention", output, call(q, k, v, mask), 1e-12)
+    decision = capture.sites[0].decision
+    assert isinstance(decision, Rewrite), decision
     assert decision.query_mask is not None
     assert (decision.key_mask is None) == (form in ("queries alone", "queries alone, to be broadcast", "whole items"))
+
+
+@pytest.mark.parametrize("form", ["Chroma's", "queries alone"])
+def test_its_gradients_are_those_of_dense_attention(form: str) -> None:
+    assert_masked(lambda q, k, v, m: attention(q, k, v, PRODUCTS[form](m)), at_both(padding()))
 
 
 FILLED: dict[str, Callable[..., Tensor]] = {
@@ -117,7 +126,7 @@ def test_grouped_heads_another_order_and_symbolic_lengths(dynamic: bool) -> None
 
     options = {} if dynamic else {"reorder": "tiles", "grid": (4, 4, 6)}
     capture = Capture(**EXACT, **options)
-    compiled = torch.compile(Wrapper(Caller(call)), backend=capture, dynamic=dynamic)
+    compiled = torch.compile(Wrapper(Caller(call)), backend=capture, dynamic=None if dynamic else False)
     for tokens in (64, 80, TOKENS) if dynamic else (TOKENS,):
         q, k, v = (torch.randn(BATCH, heads, tokens, HEAD_DIM, dtype=torch.float64) for heads in (4, 2, 2))
         mask = torch.rand(BATCH, tokens) < 0.7
