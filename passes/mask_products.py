@@ -68,11 +68,9 @@ def _factors_by_value(mask: torch.Tensor) -> list[torch.Tensor]:
 
 def _by_truth(op: NodeOp) -> bool:
     """Whether the truth of the result is that of the arguments: 2 & 1 is 0, 16 * 16 may be, and 1 + -1."""
-    return (
-        op.word.startswith("logical")
-        or "alpha" not in op.arguments
-        and all(_zero_or_one(op.arguments[name]) for name in ("input", "other"))
-    )
+    if op.word.startswith("logical"):
+        return True
+    return "alpha" not in op.arguments and all(_zero_or_one(op.arguments[name]) for name in ("input", "other"))
 
 
 def _keeps_truth(op: NodeOp) -> bool:
@@ -104,7 +102,8 @@ def _zero_or_one(source: Any) -> bool:
 
 _AS_COPIES: dict[Any, Any] = {
     **{same: same for same in ("reshape", "flatten", "unflatten", torch.reshape, torch.flatten, torch.unflatten)},
-    **{"view": "reshape", "reshape_as": "reshape_as", "view_as": "reshape_as"},
+    "view": "reshape",
+    **dict.fromkeys(("reshape_as", "view_as"), "reshape_as"),
     **dict.fromkeys((torch.ops.aten.view.default, torch.ops.aten.reshape.default), torch.ops.aten.reshape.default),
 }
 """Regroupings, as they are called where the input may lie in memory in any way, expanded say."""
