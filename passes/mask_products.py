@@ -78,7 +78,7 @@ def _keeps_truth(op: NodeOp) -> bool:
     return op.result.dtype in (torch.bool, op.tensor.dtype if op.tensor is not None else None) or _zero_or_one(op.input)
 
 
-def _compared(word: str, number: float) -> bool | None:
+def _compared(word: str, number: Any) -> bool | None:
     """Whether 0 or 1, compared with ``number``, is true where it is 1 and false where it is 0; False: the reverse."""
     compare = getattr(torch.Tensor, word) if word in ("eq", "ne", "gt", "ge", "lt", "le") else None
     if compare is None:
@@ -114,7 +114,7 @@ def _step(source: Source, op: NodeOp) -> Step | None:
     if isinstance(source, Operand):
         step = source.steps[-1]
     elif source.args and source.args[0] is op.input:
-        step = Step(source.target, tuple(source.args[1:]), tuple(source.kwargs.items()))  # type: ignore[arg-type]
+        step = Step(source.target, tuple(source.args[1:]), tuple(source.kwargs.items()))
     else:
         return None
     if any(isinstance(value, fx.Node | list | tuple) for _, value in step.keywords):
