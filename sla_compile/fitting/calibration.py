@@ -1,6 +1,7 @@
 """``calibrate``: gates in closed form, from the attention of a few batches; no training.
 
-The regression behind it is in ``regression``. Here the model is run, the gates are set and the errors reported.
+The regression behind it is in ``regression``, what keeps it from harm in ``held_back``. Here the model is run, the
+gates are set and the errors reported.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from sla_compile.compiler.preparation import unwrapped
 from sla_compile.config import SLAConfig
+from sla_compile.fitting.held_back import CHECKED_BATCHES, FittedSite, SplitStatistics, check_output, split_batches
 from sla_compile.fitting.observer import (
     Arguments,
     GatedCall,
@@ -28,7 +30,7 @@ from sla_compile.fitting.observer import (
 from sla_compile.fitting.regression import SiteStatistics
 from sla_compile.gate import gates
 
-__all__ = ["CalibrationReport", "SiteError", "calibrate", "gather", "mean_error", "sites_dict"]
+__all__ = ["CalibratedSite", "CalibrationReport", "SiteError", "calibrate", "gather", "mean_error", "sites_dict"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,16 @@ class SiteError:
         return 1 - self.after / self.sparse_only if self.sparse_only > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class CalibratedSite(SiteError):
+    """The errors at one site, and how much of its fit was kept."""
+
+    factor: float | None
+    """Share of the fitted weight and bias that was kept; 0: of a scale alone; None: the gate is as it was."""
+    reason: str
+    """Why not the whole fit; empty where it is."""
+
+
 def mean_error(sites: Iterable[SiteError], name: str) -> float:
     """Mean over ``sites`` of ``sparse_only``, ``before``, ``after`` or ``closed``."""
     values: list[float] = [getattr(site, name) for site in sites]
@@ -67,16 +79,30 @@ class CalibrationReport:
     batches: int
     sequential: bool
     ridge: float
-    sites: tuple[SiteError, ...]
+    sites: tuple[CalibratedSite, ...]
     """In the order in which a forward calls them."""
     unreached: tuple[str, ...] = ()
     """Gates whose attention no batch reached; they are as they were."""
+    held_back: float = 0.0
+    """How many batches were held back; below 1: that share of the query tokens of the only one; 0: nothing."""
+    output_before: float | None = None
+    """||output - dense output|| / ||dense output|| before, on up to four batches held back; None: not measured."""
+    output_after: float | None = None
+    """The same with the shares kept of gates that were fitted without what is held back: never more."""
 
     @property
     def title(self) -> str:
         """One line: what was measured on what."""
         order = "layer after layer" if self.sequential else "all layers at once"
-        return f"{self.model}: {len(self.sites)} attention(s) calibrated on {self.batches} batch(es), {order}"
+        line = f"{self.model}: {len(self.sites)} attention(s) calibrated on {self.batches} batch(es), {order}"
+        if not self.held_back:
+            return f"{line}, nothing held back"
+        part = (
+            f"{self.held_back:.0f} batch(es)" if self.held_back >= 1 else f"{100 * self.held_back:.3g}% of the tokens"
+        )
+        if self.output_before is None or self.output_after is None:
+            return f"{line}, {part} held back"
+        return f"{line}, output error {self.output_before:.4f} -> {self.output_after:.4f} with {part} held back"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: the fields, for each site its ``closed`` too, and means over the sites."""
@@ -87,9 +113,9 @@ class CalibrationReport:
         return json.dumps(self.to_dict(), indent=indent)
 
     def __rich__(self) -> Any:
-        from sla_compile.reporting.fit_tables import ErrorsView
+        from sla_compile.reporting.fit_tables import CalibrationView
 
-        return ErrorsView(self.title, self.sites, self.unreached)
+        return CalibrationView(self.title, self.sites, self.unreached)
 
     def __str__(self) -> str:
         from sla_compile.reporting.terminal import plain_text
@@ -118,23 +144,32 @@ def calibrate(
     ridge: float = 1e-2,
     max_batches: int | None = None,
     sequential: bool = False,
+    held_back: float = 0.25,
 ) -> CalibrationReport:
     """Set every gate of ``model`` to the least-squares fit of what its sparse branch misses; no training.
 
     The model runs eagerly and dense, in the mode (train or eval) it is in, and at each attention that has a gate sums
     of products of O^l and dense - O^s are gathered: about 2 D^2 numbers per site (per head for per-head gates), never
     N x N. With ``sparse_scale`` the scales are fitted too, from H (D + 1) D numbers more. All gates change together,
-    at the end; an exception before leaves the model, its hooks and its gates as they were. A gate that the fit would
-    not improve on these batches stays as it is.
+    at the end; an exception before leaves the model, its hooks and its gates as they were.
+
+    A part of the batches is held back: every fourth, or the last of fewer; of a single batch the last quarter of
+    each attention's query tokens. There a fit without that part is judged. At each site the share of it is kept (1,
+    1/2, 1/4, or 0) that has the least attention error; 0 leaves the gate as it was, or fits its scale alone. Then the
+    model's output, with the attentions as they are compiled, is compared with the dense one on up to four of the
+    batches held back (of a single batch, on all of it). If it is further off than before, the gates are taken site by
+    site, each in the share that brings the output nearest, or not at all. The gates that passed are fitted again to
+    all batches, in the same shares, unless they then fail. This costs twice the sums, four forwards on those four
+    batches, and up to four more for each attention if the output was further off. Unseen inputs may still differ from
+    the batches: give those that the model will see.
 
     By default all layers are fitted in one pass, each on the inputs it has in the dense model. With
     ``sequential`` a layer is fitted on what it gets from the layers calibrated before it, at one pass over the
     batches per layer, which are then held in memory. Prefer the default: on the small video model of
     ``examples/`` the two differed by 1% in the output's error, either way, and by a factor of layers in time.
 
-    The fit knows the batches only. Tokens of one video are much alike, so use many batches, more for per-head
-    gates. An attention written out by hand, or inside ``nn.MultiheadAttention``, is not seen: it is listed as
-    ``unreached``.
+    Tokens of one video are much alike, so use many batches, more for per-head gates. An attention written out by
+    hand, or inside ``nn.MultiheadAttention``, is not seen: it is listed as ``unreached``.
 
     Args:
         model: any module, prepared, compiled, or neither; without gates it is prepared with the first batch.
@@ -144,6 +179,7 @@ def calibrate(
         ridge: penalty of the weight in units of the mean variance of O^l; at least 0. The bias has none.
         max_batches: how many batches to use at most; None: all of them.
         sequential: fit layer after layer.
+        held_back: share of the batches to judge the gates on; 0: none, gates are stored as fitted to all batches.
 
     Raises:
         TypeError: ``model`` is no module, or a batch is neither a tuple nor a mapping.
@@ -154,55 +190,26 @@ def calibrate(
         raise ValueError(f"ridge: got {ridge}; accepted: a finite number of at least 0")
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches: got {max_batches}; accepted: an integer of at least 1, or None")
+    if not 0 <= held_back < 1:
+        raise ValueError(f"held_back: got {held_back}; accepted: a share of at least 0 and below 1")
     model = unwrapped(model)
     first, stream = peek_first(batches, max_batches)
     with prepared_or_rolled_back(model, first, config):
-        fit = _fit_sequentially if sequential else _fit_at_once
-        count, fits = fit(model, stream, ridge)
+        split = _HeldBack(stream, held_back)
+        fits = (_fit_sequentially if sequential else _fit_at_once)(model, split, ridge)
         if not fits:
             raise ValueError(no_gated_call_message(model, first))
-        sites = tuple(fitted.site_error() for fitted in fits.values())
+        output = check_output(model, fits, split.checked) if split.checked else None
+        sites = tuple(_site(fitted) for fitted in fits)
         with torch.no_grad():
-            for fitted in fits.values():
-                for parameter, value in zip(fitted.statistics.gate.parameters(), fitted.values, strict=True):
+            for fitted in fits:
+                for parameter, value in zip(fitted.gate.parameters(), fitted.values, strict=True):
                     parameter.copy_(value)
-    unreached = tuple(path for path in gates(model) if path not in fits)
-    return CalibrationReport(type(model).__name__, count, sequential, ridge, sites, unreached)
-
-
-@dataclass(frozen=True)
-class _FittedGate:
-    """Values for the parameters of one gate, fitted but not yet stored in it."""
-
-    path: str
-    statistics: SiteStatistics
-    values: tuple[Tensor, ...]
-    """One for each of ``gate.parameters()``, in its dtype: fitted, or the old ones if those have a lower error."""
-
-    @classmethod
-    def of(cls, path: str, statistics: SiteStatistics, ridge: float) -> _FittedGate:
-        """Raises ValueError if the statistics are not finite, or the fit is beyond the range of the gate's dtype."""
-        gate = statistics.gate
-        old = tuple(parameter.detach() for parameter in gate.parameters())
-        if not statistics.is_finite():
-            raise ValueError(f"{path}: attention, or a branch of it, is not finite on these batches")
-        new = tuple(value.to(own) for value, own in zip(statistics.solve(ridge), old, strict=True))
-        if gate.config.linear == "none":  # the op does not read the weight
-            new = old[0], *new[1:]
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in new):
-            raise ValueError(f"{path}: the fitted gate is beyond the range of its dtype, {old[0].dtype}")
-        return cls(path, statistics, new if statistics.error(*new) < statistics.error(*old) else old)
-
-    def site_error(self) -> SiteError:
-        """The errors with a gate of zero, the gate as it is, and the fitted one."""
-        gate, statistics = self.statistics.gate, self.statistics
-        return SiteError(
-            path=self.path,
-            sparse_only=statistics.sparse_only_error(),
-            before=statistics.error(*gate.parameters()),
-            after=statistics.error(*self.values),
-            calls=statistics.calls,
-        )
+    before, after = output or (None, None)
+    reached = {site.path for site in sites}
+    unreached = tuple(path for path in gates(model) if path not in reached)
+    name = type(model).__name__
+    return CalibrationReport(name, split.count, sequential, ridge, sites, unreached, split.held, before, after)
 
 
 @torch.no_grad()
@@ -224,38 +231,81 @@ def gather(model: nn.Module, batches: Iterable[Arguments]) -> tuple[int, dict[st
     return count, sites
 
 
-def _fit_at_once(model: nn.Module, batches: Iterator[Arguments], ridge: float) -> tuple[int, dict[str, _FittedGate]]:
-    count, sites = gather(model, batches)
-    return count, {path: _FittedGate.of(path, statistics, ridge) for path, statistics in sites.items()}
-
-
 @torch.no_grad()
-def _fit_sequentially(
-    model: nn.Module, batches: Iterator[Arguments], ridge: float
-) -> tuple[int, dict[str, _FittedGate]]:
-    kept = list(batches)
-    fits: dict[str, _FittedGate] = {}
-    while found := _first_unfitted(model, kept, fits):
-        fits.update({path: _FittedGate.of(path, statistics, ridge) for path, statistics in found.items()})
-    return len(kept), fits
-
-
-def _first_unfitted(
-    model: nn.Module, batches: Iterable[Arguments], fits: Mapping[str, _FittedGate]
-) -> dict[str, SiteStatistics]:
-    """By path, the statistics of the first site not among ``fits``, while those run sparse with their fitted gates."""
-    found: dict[str, SiteStatistics] = {}
+def _fit_at_once(model: nn.Module, batches: _HeldBack, ridge: float) -> list[FittedSite]:
+    found: dict[str, SplitStatistics] = {}
 
     def observe(call: GatedCall) -> Tensor:
-        if call.path in fits:
-            return call.output_with_gate(*fits[call.path].values)
-        if not found:
-            found[call.path] = SiteStatistics(call.gate, call.dense.device)
-        if call.path in found:
-            found[call.path].add(call)
+        if call.path not in found:
+            found[call.path] = SplitStatistics(call.gate, call.dense.device)
+        found[call.path].add(call, batches.share)
         return call.dense
 
     with gated_calls(model, observe):
         for args, kwargs in batches:
             model(*args, **kwargs)
+    return [FittedSite.of(path, split, ridge) for path, split in found.items()]
+
+
+@torch.no_grad()
+def _fit_sequentially(model: nn.Module, batches: _HeldBack, ridge: float) -> list[FittedSite]:
+    kept = [(batch, batches.share) for batch in batches]
+    fits: dict[str, FittedSite] = {}
+    while found := _first_unfitted(model, kept, fits):
+        fits.update({path: FittedSite.of(path, split, ridge) for path, split in found.items()})
+    return list(fits.values())
+
+
+def _first_unfitted(
+    model: nn.Module, batches: Iterable[tuple[Arguments, float]], fits: Mapping[str, FittedSite]
+) -> dict[str, SplitStatistics]:
+    """By path, the statistics of the first site not among ``fits``, while those run sparse with their fitted gates."""
+    found: dict[str, SplitStatistics] = {}
+    share = 0.0
+
+    def observe(call: GatedCall) -> Tensor:
+        if call.path in fits:
+            return call.output_with_gate(*fits[call.path].values)
+        if not found:
+            found[call.path] = SplitStatistics(call.gate, call.dense.device)
+        if call.path in found:
+            found[call.path].add(call, share)
+        return call.dense
+
+    with gated_calls(model, observe):
+        for (args, kwargs), share in batches:  # noqa: B007  read by observe
+            model(*args, **kwargs)
     return found
+
+
+class _HeldBack:
+    """The batches, once; with the share of each that is held back, and the first that are, for the output's check."""
+
+    def __init__(self, stream: Iterator[Arguments], share: float) -> None:
+        self.stream = split_batches(stream, share)
+        self.count, self.held = 0, 0.0
+        self.share = 0.0
+        """Of the current batch's tokens."""
+        self.checked: list[Arguments] = []
+
+    def __iter__(self) -> Iterator[Arguments]:
+        for batch, share in self.stream:
+            self.share = share
+            if share and len(self.checked) < CHECKED_BATCHES:
+                self.checked.append(batch)
+            yield batch
+            self.count, self.held = self.count + 1, self.held + share
+
+
+def _site(fitted: FittedSite) -> CalibratedSite:
+    """The errors over all tokens with a gate of zero, the gate as it is, and the fitted one."""
+    total = fitted.total
+    return CalibratedSite(
+        path=fitted.path,
+        sparse_only=total.sparse_only_error(),
+        before=total.error(*fitted.old),
+        after=total.error(*fitted.values),
+        calls=total.calls,
+        factor=fitted.factor,
+        reason=fitted.reason,
+    )

@@ -22,11 +22,12 @@ from sla_compile.compiler.preparation import unwrapped
 from sla_compile.config import SLAConfig
 from sla_compile.fitting.calibration import SiteError, gather, mean_error, sites_dict
 from sla_compile.fitting.observer import Arguments, batch_arguments, no_gated_call_message, prepared_or_rolled_back
+from sla_compile.fitting.output_error import at_least_float32, floating_tensors
 from sla_compile.fitting.regression import SiteStatistics
 from sla_compile.gate import gates, model_config
 from sla_compile.user_warnings import UntrainedGatesWarning
 
-__all__ = ["LOSSES", "DistillationReport", "at_least_float32", "distill", "floating_tensors"]
+__all__ = ["LOSSES", "DistillationReport", "distill"]
 
 LOSSES = ("attention", "output")
 _MEASURED_BATCHES = 4
@@ -319,25 +320,6 @@ class _OutputLoss:
         pairs = [(at_least_float32(g), at_least_float32(w)) for g, w in zip(got, wanted, strict=True)]
         distance = torch.stack([(g - w).square().sum() for g, w in pairs]).sum()
         return distance, torch.stack([w.square().sum() for _, w in pairs]).sum()
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """``x`` in float32, or in float64 if it is that."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def floating_tensors(output: Any) -> Iterator[Tensor]:
-    """Every floating-point tensor in ``output``: a tensor, or tuples, lists, mappings and dataclasses of them."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, Mapping):
-        yield from floating_tensors(list(output.values()))
-    elif isinstance(output, tuple | list):
-        for part in output:
-            yield from floating_tensors(part)
-    elif dataclasses.is_dataclass(output):
-        yield from floating_tensors([getattr(output, field.name) for field in dataclasses.fields(output)])
 
 
 def _gradients(loss: Tensor, tensors: list[Any]) -> list[Tensor]:

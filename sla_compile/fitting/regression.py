@@ -26,6 +26,7 @@ TOKENS_PER_CHUNK = 2048
 """Tokens that are converted to float64 at once."""
 MIN_SCALE = 0.01
 """Lower bound of exp(log_scale): the compiled op divides W and b by it."""
+_SUMS = ("gram", "cross", "residual_square", "dense_square", "sparse_cross", "sparse_square", "sparse_residual")
 _ROUNDING = 1e-10
 """Relative to the sums that a system of scales is made of: eigenvalues below are rounding, and count as zero."""
 
@@ -57,12 +58,17 @@ class SiteStatistics:
         self.sparse_square, self.sparse_residual = self.cross.new_zeros(2, heads)
         self.calls = 0
 
-    @torch.no_grad()
     def add(self, call: GatedCall) -> None:
         """Add every token of ``call`` that has a key, a chunk at a time."""
-        sparse, linear = call.branches()
-        for start in range(0, sparse.shape[2], TOKENS_PER_CHUNK):
-            rows = slice(start, start + TOKENS_PER_CHUNK)
+        self.add_tokens(call, call.branches(), 0, call.dense.shape[2])
+        self.calls += 1
+
+    @torch.no_grad()
+    def add_tokens(self, call: GatedCall, branches: tuple[Tensor, Tensor | None], first: int, end: int) -> None:
+        """Add the query tokens ``first`` to ``end`` of ``call``, whose ``branches()`` are given; no call is counted."""
+        sparse, linear = branches
+        for start in range(first, end, TOKENS_PER_CHUNK):
+            rows = slice(start, min(start + TOKENS_PER_CHUNK, end))
             dense, o_s = self._rows(call.dense[:, :, rows]), self._rows(sparse[:, :, rows])
             o_l = torch.zeros_like(o_s) if linear is None else self._rows(linear[:, :, rows])
             x, r = F.pad(o_l, (0, 1), value=1.0), dense - o_s
@@ -78,7 +84,19 @@ class SiteStatistics:
                 self.sparse_cross += x.mT @ o_s
                 self.sparse_square += o_s.square().sum((1, 2))
                 self.sparse_residual += (o_s * r).sum((1, 2))
-        self.calls += 1
+
+    def plus(self, other: SiteStatistics) -> SiteStatistics:
+        """The sums over the tokens of both."""
+        total = SiteStatistics(self.gate, self.gram.device)
+        for name in _SUMS:
+            setattr(total, name, getattr(self, name) + getattr(other, name))
+        total.calls = self.calls + other.calls
+        return total
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token was added; waits for the device."""
+        return not bool(self.gram[0, -1, -1])
 
     def _rows(self, x: Tensor) -> Tensor:
         """x (B, H, n, D) as (G, rows, D) in float64."""
@@ -86,9 +104,7 @@ class SiteStatistics:
 
     def is_finite(self) -> bool:
         """Whether every sum is finite; waits for the device."""
-        sums = [self.gram, self.cross, self.residual_square, self.dense_square]
-        sums += [self.sparse_cross, self.sparse_square, self.sparse_residual]
-        return all(bool(torch.isfinite(total).all()) for total in sums)
+        return all(bool(torch.isfinite(getattr(self, name)).all()) for name in _SUMS)
 
     def solve(self, ridge: float) -> tuple[Tensor, ...]:
         """The best weight and bias, and log_scale if the gate has one: float64, in the shapes of the gate's.
@@ -115,6 +131,18 @@ class SiteStatistics:
         weight, bias = best[:, :dim].mT, best[:, dim]
         return weight.reshape(gate.weight.shape), bias.reshape(gate.bias.shape), *log_scale
 
+    def best_log_scale(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """The best log_scale (H), float64, for a gate with this weight and bias; 0 for heads whose O^s is 0."""
+        right = self.sparse_residual - (self._stacked(weight, bias) * self.sparse_cross).sum((1, 2))
+        above_one = torch.where(self.sparse_square > 0, right / self.sparse_square, torch.zeros_like(right))
+        return above_one.clamp(min=MIN_SCALE - 1).log1p()
+
+    def _stacked(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """[W^T; b] (G, D + 1, D) in float64."""
+        dim = self.gate.head_dim
+        transposed = weight.to(torch.float64).reshape(self.groups, dim, dim).mT
+        return torch.cat([transposed, bias.to(torch.float64).reshape(self.groups, 1, dim)], dim=1)
+
     def _regress(self, cross: Tensor, ridge: float) -> Tensor:
         """[W^T; b] (G or H, D + 1, D) of the ridge regression of some Y on X, from ``cross`` = X^T Y; linear in it."""
         dim = self.gate.head_dim
@@ -132,9 +160,7 @@ class SiteStatistics:
 
     def squared_error(self, weight: Tensor, bias: Tensor, log_scale: Tensor | None = None) -> Tensor:
         """||O - dense||^2 with this gate: 0-d float64, differentiable."""
-        dim = self.gate.head_dim
-        transposed = weight.to(torch.float64).reshape(self.groups, dim, dim).mT
-        gate = torch.cat([transposed, bias.to(torch.float64).reshape(self.groups, 1, dim)], dim=1)
+        gate = self._stacked(weight, bias)
         squared: Tensor = self.residual_square - 2 * (gate * self.cross).sum() + (gate * (self.gram @ gate)).sum()
         if log_scale is None:
             return squared

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from sla_compile.common.blocks import MILLION, num_blocks, num_critical
-from sla_compile.fitting.distillation import at_least_float32, floating_tensors
 from sla_compile.fitting.observer import Arguments, GatedCall, gated_calls
+from sla_compile.fitting.output_error import OutputError
 from sla_compile.fitting.regression import TOKENS_PER_CHUNK
 from sla_compile.gate import Gate
 
@@ -108,9 +108,7 @@ class OutputErrors:
     """Errors of the model's output, on a few batches, while some of its attentions are sparse."""
 
     def __init__(self, model: nn.Module, batches: Sequence[Arguments], sites: Mapping[str, SiteSensitivity]) -> None:
-        self.model, self.batches, self.sites = model, batches, sites
-        self.dense = self._outputs(lambda call: call.dense)
-        self.dense_square = sum(float(at_least_float32(d).square().sum()) for d in self.dense)
+        self.sites, self.error = sites, OutputError(model, batches)
 
     def relative_loss(self, topks: Mapping[str, float]) -> float:
         """||output - dense output||^2 / ||dense output||^2 with ``topks`` by gate path, all other attention dense.
@@ -124,12 +122,10 @@ class OutputErrors:
             topk = topks[call.path]
             return call.output_with_sparsity(topk, min(self.sites[call.path].bottomk, 1 - topk))
 
-        sparse = self._outputs(attend)
-        differences = (at_least_float32(s) - at_least_float32(d) for s, d in zip(sparse, self.dense, strict=True))
-        total = sum(float(difference.square().sum()) for difference in differences)
-        if not math.isfinite(total):
-            raise ValueError(f"{type(self.model).__name__}: its output is not finite on the first batches")
-        return total / self.dense_square if self.dense_square > 0 else total
+        loss = self.error.of(attend)
+        if not math.isfinite(loss):
+            raise ValueError(f"{type(self.error.model).__name__}: its output is not finite on the first batches")
+        return loss
 
     def measure_effects(self, budget: float) -> None:
         """Set the ``effect`` of each site, from the output's error with topk=``budget`` at that site alone.
@@ -143,11 +139,3 @@ class OutputErrors:
         if any(effects.values()):
             for path, effect in effects.items():
                 self.sites[path].effect = effect
-
-    @torch.no_grad()
-    def _outputs(self, attend: Callable[[GatedCall], Tensor]) -> list[Tensor]:
-        """Every floating-point tensor that the model returns, where gated attention gives what ``attend`` returns."""
-        devices = {p.device.index or 0 for p in self.model.parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng(sorted(devices)), gated_calls(self.model, attend):
-            torch.manual_seed(0)  # the same dropout, say, in every run
-            return [part for args, kwargs in self.batches for part in floating_tensors(self.model(*args, **kwargs))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
@@ -14,9 +14,9 @@ from sla_compile.reporting.terminal import TABLE_WIDTH
 
 if TYPE_CHECKING:
     from sla_compile.fitting.allocation import SiteAllocation
-    from sla_compile.fitting.calibration import SiteError
+    from sla_compile.fitting.calibration import CalibratedSite, SiteError
 
-__all__ = ["AllocationView", "ErrorsView"]
+__all__ = ["AllocationView", "CalibrationView", "ErrorsView"]
 
 
 class _SitesView:
@@ -39,6 +39,10 @@ class _SitesView:
         """The same in words, for the list."""
         raise NotImplementedError
 
+    def remarks(self) -> Iterator[RenderableType]:
+        """What stands below the sites."""
+        return iter(())
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         yield Text(self.title, style="bold", overflow="fold")
         if options.max_width >= TABLE_WIDTH:
@@ -53,6 +57,7 @@ class _SitesView:
             for site in self.sites:
                 text = Text(site.path, style="bold", overflow="fold")
                 yield text.append(f"\n  {self.sentence(site)}", style="not bold")
+        yield from self.remarks()
         if self.unreached:
             text = Text("not reached, left as they were: ", style="yellow", overflow="fold")
             yield text.append(", ".join(grouped_paths(self.unreached)))
@@ -62,7 +67,7 @@ class ErrorsView(_SitesView):
     """The attention error of each site before and after its gate was fitted or trained."""
 
     caption = "relative attention error; closed: share of the sparse branch's that is gone"
-    columns = ("sparse only", "before", "after", "closed")
+    columns: tuple[str, ...] = ("sparse only", "before", "after", "closed")
 
     def cells(self, site: SiteError) -> tuple[str, ...]:
         return f"{site.sparse_only:.4f}", f"{site.before:.4f}", f"{site.after:.4f}", f"{100 * site.closed:.1f}%"
@@ -70,6 +75,30 @@ class ErrorsView(_SitesView):
     def sentence(self, site: SiteError) -> str:
         sparse, before, after, closed = self.cells(site)
         return f"{sparse} sparse only, {before} -> {after}, {closed} closed"
+
+
+class CalibrationView(ErrorsView):
+    """The errors of each site, how much of its fit was kept, and why not all."""
+
+    columns = (*ErrorsView.columns, "kept")
+
+    def cells(self, site: SiteError) -> tuple[str, ...]:
+        return *super().cells(site), _kept(cast("CalibratedSite", site))
+
+    def sentence(self, site: SiteError) -> str:
+        sparse, before, after, closed, kept = self.cells(site)
+        return f"{sparse} sparse only, {before} -> {after}, {closed} closed, {kept} of the fit kept"
+
+    def remarks(self) -> Iterator[RenderableType]:
+        for site in self.sites:
+            if site.reason:
+                yield Text(f"{site.path}: {_kept(site)} of the fit kept: {site.reason}", overflow="fold")
+
+
+def _kept(site: CalibratedSite) -> str:
+    if site.factor is None:
+        return "none"
+    return "scale only" if site.factor == 0 else f"{100 * site.factor:.0f}%"
 
 
 class AllocationView(_SitesView):

@@ -73,7 +73,7 @@ def test_report_states_the_errors_of_the_definition(options: dict[str, Any], seq
 
 def test_sequential_fits_a_layer_to_what_the_calibrated_ones_give_it() -> None:
     model, data = made(), batches(2)
-    report = sla_compile.calibrate(model, data, sequential=True, ridge=0.0)
+    report = sla_compile.calibrate(model, data, sequential=True, ridge=0.0, held_back=0)
     calls: list[GatedCall] = []
 
     def gated(call: GatedCall) -> Tensor:
@@ -89,7 +89,7 @@ def test_sequential_fits_a_layer_to_what_the_calibrated_ones_give_it() -> None:
     assert abs(report.sites[1].after - defined_error(calls)) < 1e-7
     one_pass = made()
     one_pass.load_state_dict(model.state_dict())
-    sla_compile.calibrate(one_pass, data, ridge=0.0)
+    sla_compile.calibrate(one_pass, data, ridge=0.0, held_back=0)
     other = sla_compile.gates(one_pass)["blocks.1.attention.sla"].weight
     assert relative_error(other, calls[0].gate.weight) > 1e-4
 
@@ -97,7 +97,7 @@ def test_sequential_fits_a_layer_to_what_the_calibrated_ones_give_it() -> None:
 def test_what_is_calibrated_is_what_the_compiled_model_computes() -> None:
     model, data = made(Model(blocks=1)), batches(2)
     (path,) = sla_compile.gates(model)
-    report = sla_compile.calibrate(model, data)
+    report = sla_compile.calibrate(model, data, held_back=0)
     caught = []
     attention = model.get_submodule("blocks.0.attention")
     handle = attention.out.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
@@ -119,7 +119,7 @@ def test_two_attentions_of_one_owner_have_a_gate_each() -> None:
     assert list(calls) == ["sla", "sla_1"]
     assert [call.scale for call in (calls["sla"][0], calls["sla_1"][0])] == [DIM**-0.5, 0.4]
     expected = {path: direct_solution(found, 0.0) for path, found in calls.items()}
-    report = sla_compile.calibrate(model, data, ridge=0.0)
+    report = sla_compile.calibrate(model, data, ridge=0.0, held_back=0)
     for path, (weight, _) in expected.items():
         assert_close(path, sla_compile.gates(model)[path].weight, weight, 1e-8)
     assert [site.calls for site in report.sites] == [3, 3]
@@ -130,7 +130,7 @@ def test_an_owner_called_twice_fits_its_gate_to_both_calls() -> None:
     calls = recorded(model, data)["attention.sla"]
     assert len(calls) == 6
     weight, _ = direct_solution(calls, 0.0)
-    report = sla_compile.calibrate(model, data, ridge=0.0)
+    report = sla_compile.calibrate(model, data, ridge=0.0, held_back=0)
     assert report.sites[0].calls == 6
     assert_close("weight", sla_compile.gates(model)["attention.sla"].weight, weight, 1e-8)
 
@@ -138,7 +138,7 @@ def test_an_owner_called_twice_fits_its_gate_to_both_calls() -> None:
 def test_mixed_settings_per_site() -> None:
     overrides = {"blocks.0.*": {"linear": "none"}, "blocks.1.*": {"gate": "per_head", "feature_map": "elu"}}
     model, data = made(overrides=overrides), batches()
-    report = sla_compile.calibrate(model, data)
+    report = sla_compile.calibrate(model, data, held_back=0)
     first, second = sla_compile.gates(model).values()
     assert not first.weight.any()
     calls = recorded(model, data)[report.sites[0].path]
@@ -181,11 +181,12 @@ def test_autocast() -> None:
     assert all(gate.weight.dtype == torch.float32 for gate in sla_compile.gates(model).values())
 
 
-def test_a_gate_that_the_fit_would_not_improve_stays() -> None:
+@pytest.mark.parametrize("held_back", [0, 0.25])
+def test_a_gate_that_the_fit_would_not_improve_stays(held_back: float) -> None:
     model, data = made(), batches(1)
-    best = sla_compile.calibrate(model, data, ridge=0.0)
+    best = sla_compile.calibrate(model, data, ridge=0.0, held_back=0)
     gates = {path: gate.weight.detach().clone() for path, gate in sla_compile.gates(model).items()}
-    again = sla_compile.calibrate(model, data, ridge=1.0)
+    again = sla_compile.calibrate(model, data, ridge=1.0, held_back=held_back)
     for path, weight in gates.items():
         assert torch.equal(sla_compile.gates(model)[path].weight, weight)
     assert [site.after for site in again.sites] == [site.after for site in best.sites]
@@ -250,6 +251,8 @@ def test_what_is_refused() -> None:
         sla_compile.calibrate(model, [(random_input(),), 3])
     with pytest.raises(ValueError, match=r"ridge: got -1"):
         sla_compile.calibrate(model, batches(1), ridge=-1)
+    with pytest.raises(ValueError, match=r"held_back: got 1; accepted: a share of at least 0 and below 1"):
+        sla_compile.calibrate(model, batches(1), held_back=1)
     with pytest.raises(ValueError, match="max_batches: got 0"):
         sla_compile.calibrate(model, batches(1), max_batches=0)
     with pytest.raises(TypeError, match=r"accepted: a torch\.nn\.Module"):

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import sla_compile
 from sla_compile.fitting.calibration import gather
-from sla_compile.fitting.distillation import _AttentionLoss, _Float64Copies, _OutputLoss, floating_tensors
+from sla_compile.fitting.distillation import _AttentionLoss, _Float64Copies, _OutputLoss
 from sla_compile.fitting.observer import GatedCall, gated_calls
+from sla_compile.fitting.output_error import floating_tensors
 from sla_compile.kernels import reference
 from tests.support.calibration import wan
 from tests.support.closeness import assert_close, relative_error
