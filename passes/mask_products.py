@@ -47,7 +47,7 @@ def _factors(source: Any, wanted: bool) -> list[Any] | None:
     if op.word in _COPIES or (op.word == "to" and _keeps_truth(op)):
         return factors(op.input, wanted)
     if is_number(other):
-        same = _compared(op.word, other) if _zero_or_one(op.input) else None
+        same = _compared(op.word, float(other)) if _zero_or_one(op.input) and other is not None else None
         return None if same is None else factors(op.input, wanted == same)
     if op.word in (_AND if wanted else _OR) and tensor(other) is not None and _by_truth(op):
         return [part for given in (op.input, other) for part in factors(given, wanted)]

@@ -84,7 +84,7 @@ class CalibrationReport:
     unreached: tuple[str, ...] = ()
     """Gates whose attention no batch reached; they are as they were."""
     held_back: float = 0.0
-    """How many batches were held back; below 1: that share of the query tokens of the only one; 0: nothing."""
+    """How many batches were held back; below 1: that share of the items, or tokens, of the only one; 0: none."""
     output_before: float | None = None
     """||output - dense output|| / ||dense output|| before, on up to four batches held back; None: not measured."""
     output_after: float | None = None
@@ -97,9 +97,7 @@ class CalibrationReport:
         line = f"{self.model}: {len(self.sites)} attention(s) calibrated on {self.batches} batch(es), {order}"
         if not self.held_back:
             return f"{line}, nothing held back"
-        part = (
-            f"{self.held_back:.0f} batch(es)" if self.held_back >= 1 else f"{100 * self.held_back:.3g}% of the tokens"
-        )
+        part = f"{self.held_back:.0f} batch(es)" if self.held_back >= 1 else f"{100 * self.held_back:.3g}% of the batch"
         if self.output_before is None or self.output_after is None:
             return f"{line}, {part} held back"
         return f"{line}, output error {self.output_before:.4f} -> {self.output_after:.4f} with {part} held back"
@@ -153,15 +151,16 @@ def calibrate(
     N x N. With ``sparse_scale`` the scales are fitted too, from H (D + 1) D numbers more. All gates change together,
     at the end; an exception before leaves the model, its hooks and its gates as they were.
 
-    A part of the batches is held back: every fourth, or the last of fewer; of a single batch the last quarter of
-    each attention's query tokens. There a fit without that part is judged. At each site the share of it is kept (1,
-    1/2, 1/4, or 0) that has the least attention error; 0 leaves the gate as it was, or fits its scale alone. Then the
-    model's output, with the attentions as they are compiled, is compared with the dense one on up to four of the
-    batches held back (of a single batch, on all of it). If it is further off than before, the gates are taken site by
-    site, each in the share that brings the output nearest, or not at all. The gates that passed are fitted again to
-    all batches, in the same shares, unless they then fail. This costs twice the sums, four forwards on those four
-    batches, and up to four more for each attention if the output was further off. Unseen inputs may still differ from
-    the batches: give those that the model will see.
+    A part of the batches is held back: every fourth, or the last of fewer; of a single batch the last quarter of each
+    attention's items (at least one), of a single item the last quarter of its query tokens. These are much like the
+    others: only several inputs show what a gate does to another one. There a fit without that part is judged. At each
+    site the share of it is kept (1, 1/2, 1/4, or 0) that has the least attention error; 0 leaves the gate as it was,
+    or fits its scale alone. Then the model's output, with the attentions as they are compiled, is compared with the
+    dense one on up to four of the batches held back (of a single batch, on all of it). If it is further off than
+    before, the gates are taken site by site, each in the share that brings the output nearest, or not at all. The
+    gates that passed are fitted again to all batches, in the same shares, unless they then fail. This costs twice the
+    sums, four forwards on those four batches, and up to four more for each attention if the output was further off.
+    Unseen inputs may still differ from the batches: give those that the model will see.
 
     By default all layers are fitted in one pass, each on the inputs it has in the dense model. With
     ``sequential`` a layer is fitted on what it gets from the layers calibrated before it, at one pass over the
@@ -285,7 +284,7 @@ class _HeldBack:
         self.stream = split_batches(stream, share)
         self.count, self.held = 0, 0.0
         self.share = 0.0
-        """Of the current batch's tokens."""
+        """Of the current batch."""
         self.checked: list[Arguments] = []
 
     def __iter__(self) -> Iterator[Arguments]:

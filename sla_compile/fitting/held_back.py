@@ -32,7 +32,7 @@ Values = tuple[Tensor, ...]
 
 
 def split_batches(stream: Iterator[Arguments], share: float) -> Iterator[tuple[Arguments, float]]:
-    """Each batch with the share of its tokens that is held back: 0 or 1, or ``share`` for a batch that is the only one.
+    """Each batch with the share of it that is held back: 0 or 1, or ``share`` for a batch that is the only one.
 
     Every 1/share-th is held back; of fewer batches the last. One batch is read ahead.
     """
@@ -54,14 +54,19 @@ class SplitStatistics:
         self.fitted, self.held = SiteStatistics(gate, device), SiteStatistics(gate, device)
 
     def add(self, call: GatedCall, share: float) -> None:
-        """Add ``call``, the last ``share`` of its query tokens to those held back, rounded down."""
+        """Add ``call``: the last ``share`` of its items, of one item of its query tokens, to those held back."""
         if share in (0.0, 1.0):
             (self.held if share else self.fitted).add(call)
             return
-        branches, tokens = call.branches(), call.dense.shape[2]
-        cut = tokens - math.floor(tokens * share)
-        self.fitted.add_tokens(call, branches, 0, cut)
-        self.held.add_tokens(call, branches, cut, tokens)
+        branches, (items, _, tokens, _) = call.branches(), call.dense.shape
+        if items > 1:
+            cut = min(items - 1, items - math.floor(items * share))
+            self.fitted.add_part(call, branches, slice(cut), 0, tokens)
+            self.held.add_part(call, branches, slice(cut, None), 0, tokens)
+        else:
+            cut = tokens - math.floor(tokens * share)
+            self.fitted.add_part(call, branches, slice(None), 0, cut)
+            self.held.add_part(call, branches, slice(None), cut, tokens)
         self.fitted.calls += 1
 
 

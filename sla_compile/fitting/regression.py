@@ -60,20 +60,22 @@ class SiteStatistics:
 
     def add(self, call: GatedCall) -> None:
         """Add every token of ``call`` that has a key, a chunk at a time."""
-        self.add_tokens(call, call.branches(), 0, call.dense.shape[2])
+        self.add_part(call, call.branches(), slice(None), 0, call.dense.shape[2])
         self.calls += 1
 
     @torch.no_grad()
-    def add_tokens(self, call: GatedCall, branches: tuple[Tensor, Tensor | None], first: int, end: int) -> None:
-        """Add the query tokens ``first`` to ``end`` of ``call``, whose ``branches()`` are given; no call is counted."""
+    def add_part(
+        self, call: GatedCall, branches: tuple[Tensor, Tensor | None], items: slice, first: int, end: int
+    ) -> None:
+        """Add query tokens ``first`` to ``end`` of ``items`` (of B) of ``call``, given its branches; count no call."""
         sparse, linear = branches
         for start in range(first, end, TOKENS_PER_CHUNK):
             rows = slice(start, min(start + TOKENS_PER_CHUNK, end))
-            dense, o_s = self._rows(call.dense[:, :, rows]), self._rows(sparse[:, :, rows])
-            o_l = torch.zeros_like(o_s) if linear is None else self._rows(linear[:, :, rows])
+            dense, o_s = self._rows(call.dense[items, :, rows]), self._rows(sparse[items, :, rows])
+            o_l = torch.zeros_like(o_s) if linear is None else self._rows(linear[items, :, rows])
             x, r = F.pad(o_l, (0, 1), value=1.0), dense - o_s
             if call.masked_queries is not None:  # the gate does not change what they give
-                masked = self._rows(call.masked_queries.expand_as(sparse[..., :1])[:, :, rows]).bool()
+                masked = self._rows(call.masked_queries.expand_as(sparse[..., :1])[items, :, rows]).bool()
                 x, r, o_s = (part.masked_fill(masked, 0) for part in (x, r, o_s))
             self.gram += x.mT @ x
             self.cross += x.mT @ r
