@@ -151,24 +151,17 @@ def calibrate(
     N x N. With ``sparse_scale`` the scales are fitted too, from H (D + 1) D numbers more. All gates change together,
     at the end; an exception before leaves the model, its hooks and its gates as they were.
 
-    A part of the batches is held back: every fourth, or the last of fewer; of a single batch the last quarter of each
-    attention's items (at least one), of a single item the last quarter of its query tokens. These are much like the
-    others: only several inputs show what a gate does to another one. There a fit without that part is judged. At each
-    site the share of it is kept (1, 1/2, 1/4, or 0) that has the least attention error; 0 leaves the gate as it was,
-    or fits its scale alone. Then the model's output, with the attentions as they are compiled, is compared with the
-    dense one on up to four of the batches held back (of a single batch, on all of it). If it is further off than
-    before, the gates are taken site by site, each in the share that brings the output nearest, or not at all. The
-    gates that passed are fitted again to all batches, in the same shares, unless they then fail. This costs twice the
-    sums, four forwards on those four batches, and up to four more for each attention if the output was further off.
-    Unseen inputs may still differ from the batches: give those that the model will see.
+    A part of the batches is held back: every fourth, the last of fewer, or the last quarter of a single one. On it each
+    gate is shrunk, or left as it was, until neither its attention nor the model's output is worse than before (see
+    ``fitting.held_back``). This costs twice the sums, four forwards on up to four batches, and up to four more for each
+    attention if the output was worse. Inputs unlike all batches may still be worse: use many, more for per-head gates.
 
     By default all layers are fitted in one pass, each on the inputs it has in the dense model. With
     ``sequential`` a layer is fitted on what it gets from the layers calibrated before it, at one pass over the
     batches per layer, which are then held in memory. Prefer the default: on the small video model of
     ``examples/`` the two differed by 1% in the output's error, either way, and by a factor of layers in time.
 
-    Tokens of one video are much alike, so use many batches, more for per-head gates. An attention written out by
-    hand, or inside ``nn.MultiheadAttention``, is not seen: it is listed as ``unreached``.
+    Attention written by hand, or inside ``nn.MultiheadAttention``, is not seen: it is listed as ``unreached``.
 
     Args:
         model: any module, prepared, compiled, or neither; without gates it is prepared with the first batch.
@@ -185,12 +178,7 @@ def calibrate(
         ValueError: no batch, no attention with a gate was reached, numbers that are not finite, or a setting
             is refused.
     """
-    if not 0 <= ridge < math.inf:
-        raise ValueError(f"ridge: got {ridge}; accepted: a finite number of at least 0")
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches: got {max_batches}; accepted: an integer of at least 1, or None")
-    if not 0 <= held_back < 1:
-        raise ValueError(f"held_back: got {held_back}; accepted: a share of at least 0 and below 1")
+    _check_arguments(ridge, max_batches, held_back)
     model = unwrapped(model)
     first, stream = peek_first(batches, max_batches)
     with prepared_or_rolled_back(model, first, config):
@@ -204,11 +192,32 @@ def calibrate(
             for fitted in fits:
                 for parameter, value in zip(fitted.gate.parameters(), fitted.values, strict=True):
                     parameter.copy_(value)
-    before, after = output or (None, None)
+    return _report(model, split, sequential, ridge, sites, output or (None, None))
+
+
+def _check_arguments(ridge: float, max_batches: int | None, held_back: float) -> None:
+    if not 0 <= ridge < math.inf:
+        raise ValueError(f"ridge: got {ridge}; accepted: a finite number of at least 0")
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches: got {max_batches}; accepted: an integer of at least 1, or None")
+    if not 0 <= held_back < 1:
+        raise ValueError(f"held_back: got {held_back}; accepted: a share of at least 0 and below 1")
+
+
+def _report(
+    model: nn.Module,
+    split: _HeldBack,
+    sequential: bool,
+    ridge: float,
+    sites: tuple[CalibratedSite, ...],
+    output: tuple[float | None, float | None],
+) -> CalibrationReport:
+    """``output``: errors of the model's output before and after."""
     reached = {site.path for site in sites}
     unreached = tuple(path for path in gates(model) if path not in reached)
-    name = type(model).__name__
-    return CalibrationReport(name, split.count, sequential, ridge, sites, unreached, split.held, before, after)
+    return CalibrationReport(
+        type(model).__name__, split.count, sequential, ridge, sites, unreached, split.held, *output
+    )
 
 
 @torch.no_grad()

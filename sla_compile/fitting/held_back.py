@@ -1,9 +1,15 @@
 """What keeps ``calibrate`` from harm: a part of the batches is held back, and gates that hurt there are shrunk.
 
-A fit knows the tokens it was made of, and too few of them leave a gate that is worse elsewhere than none. So the sums
-of a site are kept apart for the tokens that are fitted and those held back; the latter give the error of any gate
-there, and a line search costs no forward. That errors of single attentions fall does not say that the output's does:
-this is measured, with the attentions as they are compiled.
+A fit knows the tokens it was made of, and too few of them leave a gate that is worse elsewhere than none. Held back is
+every fourth batch, or the last of fewer; of a single batch the last items of each attention, of a single item its last
+query tokens, which are much like the others and show little. The sums over both parts are kept apart:
+
+1. At each site a fit without what is held back is tried whole, halved, quartered and (with a scale) with the scale
+   alone, and that with the least attention error on what is held back is kept; or the gate as it was, if better.
+2. Less error of single attentions need not be less of the output. So the model's output, its attentions computed as
+   they are compiled, is compared with the dense one on up to four of the batches held back (a single one: on all of
+   it). If it is worse than before, gates are taken up site by site, in the share that brings it nearest or not at all.
+3. The gates that passed are fitted again to all batches, in the same shares, unless the output is then worse.
 """
 
 from __future__ import annotations

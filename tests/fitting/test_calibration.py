@@ -176,7 +176,7 @@ def test_gates_of_lower_precision(dtype: torch.dtype) -> None:
 def test_autocast() -> None:
     model = Model()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        report = sla_compile.calibrate(model, [(x.float(),) for (x,) in batches(1)], config=OPTIONS)
+        report = sla_compile.calibrate(model, [(x.float(),) for (x,) in batches(1)], config=OPTIONS, held_back=0)
     assert all(site.after < site.sparse_only for site in report.sites)
     assert all(gate.weight.dtype == torch.float32 for gate in sla_compile.gates(model).values())
 
@@ -189,7 +189,8 @@ def test_a_gate_that_the_fit_would_not_improve_stays(held_back: float) -> None:
     again = sla_compile.calibrate(model, data, ridge=1.0, held_back=held_back)
     for path, weight in gates.items():
         assert torch.equal(sla_compile.gates(model)[path].weight, weight)
-    assert [site.after for site in again.sites] == [site.after for site in best.sites]
+    # the sums of two parts are rounded otherwise than those of the whole
+    assert [site.after for site in again.sites] == pytest.approx([site.after for site in best.sites], rel=1e-9)
 
 
 def failing(count: int) -> Iterator[tuple[Tensor]]:

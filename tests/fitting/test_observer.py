@@ -88,7 +88,7 @@ def test_prepares_takes_compiled_models_and_keyword_batches() -> None:
     model = Model().double()
     compiled: Any = torch.compile(model, backend="sla", options={**OPTIONS, "inner": "eager"})
     seen = iter([{"x": random_input()} for _ in range(5)])
-    report = sla_compile.calibrate(compiled, seen, config=OPTIONS, max_batches=2)
+    report = sla_compile.calibrate(compiled, seen, config=OPTIONS, max_batches=2, held_back=0)
     assert report.batches == 2
     assert len(list(seen)) == 3
     assert len(sla_compile.gates(model)) == 2

@@ -26,7 +26,7 @@ class Branching(Model):
 
 def test_report_of_calibrate_renders_and_lists_gates_that_were_not_reached() -> None:
     model = made(Branching())
-    report = sla_compile.calibrate(model, [(random_input(), False)])
+    report = sla_compile.calibrate(model, [(random_input(), False)], held_back=0)
     assert report.unreached == ("blocks.1.attention.sla",)
     assert not sla_compile.gates(model)["blocks.1.attention.sla"].trained()
     data = json.loads(report.to_json())
