@@ -89,9 +89,9 @@ def test_videos_not_seen_are_no_worse(one_batch: bool) -> None:
     assert f"output error {report.output_before:.4f} -> {report.output_after:.4f}" in report.title
 
 
-def odd_model() -> nn.Module:
+def odd_model() -> Any:
     """One block whose attention output changes its sign with the input, and whose gate is a bias."""
-    model = Model(blocks=1)
+    model: Any = Model(blocks=1)
     with torch.no_grad():
         model.blocks[0].attention.qkv.bias.zero_()
     return made(model, linear="none")
@@ -131,6 +131,7 @@ def test_a_gate_that_helps_its_attention_but_not_the_output_is_left() -> None:
         attention.out.weight.unflatten(1, (HEADS, -1))[:, torch.arange(HEADS) != harm.argmax()] = 0
     report = sla_compile.calibrate(model, [(x,)] * 4)
     (site,) = report.sites
+    assert report.output_before is not None
     assert report.output_after is not None
     assert report.output_after <= report.output_before
     assert site.factor != 1
