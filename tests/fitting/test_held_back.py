@@ -39,7 +39,7 @@ def video_dit() -> VideoDiT:
 def videos(count: int, seed: int) -> list[Batch]:
     """Noisy smooth still videos, each at a noise level of its own."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    found: list[Batch] = []
     for _ in range(count):
         time = torch.rand(1, generator=generator)
         still = F.interpolate(torch.randn(1, 3, 3, 3, generator=generator), VIDEO[2:], mode="bilinear")[:, :, None]
