@@ -14,7 +14,7 @@ from torch import nn
 
 from sla_compile import memory
 from sla_compile.compat import backend_function, frame_callback, skip_as_root_frame
-from sla_compile.compiler.dense_warnings import warn_of_dense_run, warn_of_untrained
+from sla_compile.compiler.dense_warnings import note_dense_run, warn_of_untrained
 from sla_compile.gate import Hook, gates, own_gates, remark_children, remove_hooks
 from sla_compile.module_paths import module_paths
 
@@ -51,8 +51,7 @@ def _after_call(callback: Any, module: nn.Module) -> None:
         memory.clear_dense_run(module)
         warn_of_untrained(module)
     elif own_gates(module):
-        memory.remember_dense_run(module)
-        warn_of_dense_run(module)
+        note_dense_run(module)
 
 
 for _hook in (CallStart, CallEnd):

@@ -16,7 +16,7 @@ from sla_compile.module_paths import module_paths
 from sla_compile.passes.decide import Keep, Rewrite
 from sla_compile.user_warnings import DenseAttentionWarning, UntrainedGatesWarning, warn_user
 
-__all__ = ["warn_of_dense", "warn_of_dense_run", "warn_of_untrained", "warn_of_untrained_sites"]
+__all__ = ["note_dense_run", "warn_of_dense", "warn_of_untrained", "warn_of_untrained_sites"]
 
 UNBOUND = frozenset({BROKEN, NOT_REACHED, NOT_WHOLE})
 """Reasons that have nothing to do with the form of an attention or with settings."""
@@ -34,17 +34,20 @@ def warn_of_dense(sites: Sequence[Site], unused: Sequence[UnusedGate]) -> None:
         _warn_of(one.owner, "", one.gate, f"{one.reason} (accepted: {one.accepted})")
 
 
-def warn_of_dense_run(owner: nn.Module) -> None:
-    """Of one run: ``owner``, at which Dynamo started or which it could not trace, ended its call without the op."""
-    if memory.was_told(owner, _DENSE):
-        return
+def note_dense_run(owner: nn.Module) -> None:
+    """Of one run: ``owner``, at which Dynamo started or which it could not trace, ended its call without the op.
+
+    That is remembered for the report and told once, unless a setting says so.
+    """
     known = list(_accounts(owner))
     on_gpu = any(gate.weight.is_cuda for gate in own_gates(owner).values())
     if any(report.by_settings or (report.rewritten and on_gpu) for report in known):
         return  # short at this size; or a CUDA graph, which replays the op without calling it
-    kept = [report for report in known if not report.rewritten]
-    reason = f"{kept[-1].reason}: {kept[-1].value}" if kept else "no graph of this call holds its attention"
-    _warn_of(owner, "", next(iter(own_gates(owner).values())), reason)
+    memory.remember_dense_run(owner)
+    if not memory.was_told(owner, _DENSE):
+        kept = [report for report in known if not report.rewritten]
+        reason = f"{kept[-1].reason}: {kept[-1].value}" if kept else "no graph of this call holds its attention"
+        _warn_of(owner, "", next(iter(own_gates(owner).values())), reason)
 
 
 def _accounts(owner: nn.Module) -> Iterator[SiteReport]:
