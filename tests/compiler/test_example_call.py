@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import sla_compile
+from sla_compile.gate import Hook
 from tests.support.models import OPTIONS, Model, assert_follows_definition, random_input, randomize_gates
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
@@ -40,7 +41,7 @@ def test_the_first_call_in_a_program_is_the_example(mode: Any) -> None:
     assert sla_compile.prepare(model, call=program, config=OPTIONS) is model
     assert model.calls == []
     assert torch.equal(torch.get_rng_state(), state)
-    assert not model._forward_pre_hooks
+    assert all(isinstance(hook, Hook) for hook in model._forward_pre_hooks.values())
     assert all(p.requires_grad and not p.is_inference() for p in sla_compile.gate_parameters(model))
     randomize_gates(model)
     assert_follows_definition(torch.compile(model, backend="sla", options={"inner": "eager"}), model, random_input())
