@@ -315,8 +315,7 @@ def test_teacher_is_dense_although_blocks_are_compiled() -> None:
     )
 
 
-def test_works_under_no_grad_and_says_nothing_about_untrained_gates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sla_compile.memory._warned", set())
+def test_works_under_no_grad_and_says_nothing_about_untrained_gates() -> None:
     model, data = made(), batches(1)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
