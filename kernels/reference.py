@@ -3,13 +3,14 @@
 For tests alone: it costs a full attention map, differentiates by autograd and is right in float64. It shares
 no helper with any kernel. Axes: B batch, H heads, Lq queries, Lk keys (N where they are as many), D head
 dimension, Tm = ceil(Lq / block_q) query blocks, Tn = ceil(Lk / block_k) key blocks. ``block_map`` holds M: +1
-critical, 0 marginal, -1 negligible. A mask gives key j the weight w_j = exp(b_j) in every branch.
+critical, 0 marginal, -1 negligible. A mask gives key j the weight exp(b_j) in every branch.
 """
 
 from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,52 @@ def key_bias(key_mask: Tensor | None, k: Tensor) -> Tensor:
     largest = bias.amax(dim=-1, keepdim=True)
     bias = bias - largest.masked_fill(largest == -math.inf, 0)
     return bias.masked_fill(bias < -64, -math.inf)
+
+
+def block_means(x: Tensor, block: int) -> Tensor:
+    """(B, H, T, D) of x (B, H, L, D): the mean of each block over its true length."""
+    return torch.stack([part.mean(dim=2) for part in torch.split(x, block, dim=2)], dim=2)
+
+
+class KeyBlocks(NamedTuple):
+    """The moments of key blocks under the weights of their keys; 0 where these are all 0."""
+
+    total: Tensor
+    """n (B or 1, Tn): the sum of weights, the number of keys where there is no mask."""
+    mean: Tensor
+    """kbar (B, H, Tn, D)."""
+    variance: Tensor
+    """(B, H, Tn, D): the mean of (k - kbar)^2."""
+    value: Tensor | None
+    """vbar (B, H, Tn, D)."""
+    slope: Tensor | None
+    """C (B, H, Tn, D, D): the mean of (k - kbar) v^T."""
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor | None, weights: Tensor, block: int) -> KeyBlocks:
+        """From k and v (B, H, Lk, D) and weights (B or 1, Lk)."""
+        total = torch.stack([part.sum(dim=-1) for part in torch.split(weights, block, dim=-1)], dim=-1)
+        shares = weights / total.masked_fill(total == 0, 1).repeat_interleave(block, dim=1)[:, : k.shape[2]]
+        parts = [part[:, None, :, None].to(k.dtype) for part in torch.split(shares, block, dim=-1)]
+        blocks = list(zip(parts, torch.split(k, block, dim=2), strict=True))
+        mean = torch.stack([(share * k_j).sum(dim=2) for share, k_j in blocks], dim=2)
+        off = [k_j - mean[:, :, j, None] for j, (_, k_j) in enumerate(blocks)]
+        variance = torch.stack([(share * o**2).sum(dim=2) for share, o in zip(parts, off, strict=True)], dim=2)
+        if v is None:
+            return cls(total, mean, variance, None, None)
+        values = [share * v_j for share, v_j in zip(parts, torch.split(v, block, dim=2), strict=True)]
+        value = torch.stack([v_j.sum(dim=2) for v_j in values], dim=2)
+        slope = torch.stack([o.mT @ v_j for o, v_j in zip(off, values, strict=True)], dim=2)
+        return cls(total, mean, variance, value, slope)
+
+    def log_weight(self, squares: Tensor, scale: float) -> Tensor:
+        """ln n_j + w_ij (B, H, Tm, Tn) of the mean squares (B, H, Tm, D) of query blocks; -inf where n_j = 0.
+
+        w_ij = 1/2 scale^2 sum_c mean_i(q_c^2) var_j(k_c), at most ln n_j: what the spread of the keys adds to the
+        logarithm of their mean weight, at second order.
+        """
+        size = self.total.log()[:, None, None, :].to(squares.dtype)
+        return size + torch.minimum(squares @ self.variance.mT * scale**2 / 2, size.clamp(min=0))
 
 
 def budgets(
@@ -60,25 +107,28 @@ def classify(
     sparsity: Tensor | None = None,
     causal: bool = False,
     always_critical: list[int] | None = None,
+    by_mass: bool = False,
 ) -> Tensor:
     """M (B, H, Tm, Tn) int8 from q (B, H, Lq, D) and k (B, H, Lk, D); no gradient (paper, section 4).
 
-    Each row is ranked by descending score, ties by the lower key block first. The first
+    Each row is ranked by descending score, the product of block means, or with ``by_mass`` `virtual_logits` of the
+    mean query; ties by the lower key block first. The first
     ``max(1, floor(topk * Tn))`` are critical, the last ``floor(bottomk * Tn)`` negligible, the rest marginal;
     blocks with no key to attend to rank last and are negligible in any case. Blocks that touch a range
     [start, stop) of ``always_critical`` are critical beside the budget. With ``causal``, blocks above the
     diagonal are negligible, blocks on it critical, and the budgets are shares of the blocks below it, without
-    the least of one. ``sparsity`` holds topk, at most the given one, and bottomk in millionths.
+    the least of one. ``sparsity`` (2) or, for each head, (H, 2) holds topk, at most the given one, and bottomk in
+    millionths.
     """
     with torch.no_grad():
         work = torch.float64 if q.dtype == torch.float64 else torch.float32
         weights = key_bias(key_mask, k).exp()
-        total = torch.stack([block.sum(dim=-1) for block in torch.split(weights, block_k, dim=-1)], dim=-1)
-        live = (total > 0)[:, None, None, :]
-        weighted = k.to(work) * weights[:, None, :, None]
-        pooled_q = torch.stack([block.mean(dim=2) for block in torch.split(q.to(work), block_q, dim=2)], dim=2)
-        summed_k = torch.stack([block.sum(dim=2) for block in torch.split(weighted, block_k, dim=2)], dim=2)
-        scores = pooled_q @ (summed_k / total.masked_fill(total == 0, 1)[:, None, :, None]).mT * scale
+        keys = KeyBlocks.of(k.to(work), None, weights, block_k)
+        live = (keys.total > 0)[:, None, None, :]
+        queries = block_means(q.to(work), block_q)
+        scores = queries @ keys.mean.mT * scale
+        if by_mass:
+            scores = scores + keys.log_weight(block_means(q.to(work) ** 2, block_q), scale)
 
         rows, columns = scores.shape[2:]
         first_query = torch.arange(rows, device=q.device)[:, None] * block_q
@@ -92,10 +142,10 @@ def classify(
             start, stop, _ = slice(start, stop).indices(k.shape[2])
             always |= (last_key >= start) & (first_key < stop) & (start < stop)
 
-        critical, negligible = (
-            torch.tensor(counts, device=q.device)[:, None]
-            for counts in budgets(below.sum(dim=1).tolist(), topk, bottomk, sparsity, 0 if causal else 1)
-        )
+        heads = [None] if sparsity is None else list(sparsity.view(-1, 2))
+        sizes, least = below.sum(dim=1).tolist(), 0 if causal else 1
+        counts = torch.tensor([budgets(sizes, topk, bottomk, head, least) for head in heads], device=q.device)
+        critical, negligible = counts[:, 0, :, None], counts[:, 1, :, None]
         chosen = (always | ~below) & ~above & live
         candidates = below & ~always & live
         order = scores.sort(dim=-1, descending=True, stable=True).indices
@@ -158,6 +208,55 @@ def linear_branch(
     return torch.cat(blocks, dim=2)
 
 
+def taylor_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    shift: Tensor | None,
+    block_map: Tensor,
+    scale: float,
+    bq: int,
+    bk: int,
+    causal: bool,
+) -> Tensor:
+    """O (B, H, Lq, D): one softmax over the keys of critical blocks and a virtual key for each marginal block.
+
+    The sum over a marginal block of exp(scale q.k) v, around its mean key to first order in the values and to second
+    order in the weight, is exp(l) (vbar_j + scale C_j^T q) with l = scale q.kbar_j + ln n_j + w_ij: a key kbar_j with
+    the value in brackets. C_j is replaced by its mean S_i over the blocks of a row under the softmax of the mean
+    query's logits. shift (H) is added to all l of a head. (Piecewise Sparse Attention, arXiv 2602.01077, whose one
+    matrix of all blocks this S_i replaces.)
+    """
+    keys = KeyBlocks.of(k, v, bias.exp(), bk)
+    assert keys.value is not None
+    assert keys.slope is not None
+    critical = (block_map == 1).repeat_interleave(bq, dim=2).repeat_interleave(bk, dim=3)
+    allowed = critical[:, :, : q.shape[2], : k.shape[2]] & (bias > -math.inf)[:, None, None, :]
+    if causal:
+        allowed = allowed.tril()
+    exact = q @ k.mT * scale + bias.masked_fill(bias == -math.inf, 0)[:, None, None, :].to(q.dtype)
+    exact = exact.masked_fill(~allowed, -math.inf)
+
+    log_weight = keys.log_weight(block_means(q**2, bq), scale)
+    if shift is not None:
+        log_weight = log_weight + shift.to(q.dtype)[:, None, None]
+    log_weight = log_weight.masked_fill(block_map != 0, -math.inf)
+    virtual = q @ keys.mean.mT * scale + log_weight.repeat_interleave(bq, dim=2)[:, :, : q.shape[2]]
+    logits = torch.cat([exact, virtual], dim=-1)
+    empty = (logits == -math.inf).all(dim=-1, keepdim=True)
+    p = logits.masked_fill(empty, 0).softmax(dim=-1).masked_fill(empty, 0)
+    p_exact, p_virtual = p.split([k.shape[2], keys.mean.shape[2]], dim=-1)
+
+    row_logits = block_means(q, bq) @ keys.mean.mT * scale + log_weight
+    none = (row_logits == -math.inf).all(dim=-1, keepdim=True)
+    mixture = row_logits.masked_fill(none, 0).softmax(dim=-1).masked_fill(none, 0)
+    slope = torch.einsum("bhij,bhjde->bhide", mixture, keys.slope)
+    first_order = [part @ slope[:, :, i] for i, part in enumerate(torch.split(q, bq, dim=2))]
+    share = p_virtual.sum(dim=-1, keepdim=True)
+    return p_exact @ v + p_virtual @ keys.value + share * scale * torch.cat(first_order, dim=2)
+
+
 def sparse_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -167,6 +266,7 @@ def sparse_linear_attention(
     *,
     key_mask: Tensor | None = None,
     sparsity: Tensor | None = None,
+    shift: Tensor | None = None,
     scale: float | None = None,
     topk: float = 0.05,
     bottomk: float = 0.10,
@@ -182,8 +282,8 @@ def sparse_linear_attention(
 
     weight is (D, D) or (H, D, D), bias (D) or (H, D); without weight there is no linear branch. ``linear`` is
     "marginal" (the paper), "all" (the authors' released code: every key block, with ``causal`` every one below
-    the diagonal) or "none". ``key_mask`` (B or 1, Lk) is `key_bias`'s; the other options are those of
-    `classify`, whose place a given ``block_map`` takes.
+    the diagonal) or "none"; or "taylor", `taylor_attention` with ``shift`` (H), without gate. ``key_mask`` (B or 1, Lk)
+    is `key_bias`'s; the other options are those of `classify`, whose place a given ``block_map`` takes.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if block_map is None:
@@ -199,11 +299,16 @@ def sparse_linear_attention(
             sparsity=sparsity,
             causal=causal,
             always_critical=always_critical,
+            by_mass=linear == "taylor",
         )
     log_weights = key_bias(key_mask, k)
+    if linear == "taylor":
+        assert weight is None
+        assert bias is None
+        return taylor_attention(q, k, v, log_weights, shift, block_map, scale, block_q, block_k, causal)
     out = sparse_branch(q, k, v, log_weights, block_map, scale, block_q, block_k, causal)
     if linear not in ("marginal", "all", "none"):
-        raise ValueError(f"linear={linear!r}: accepted are 'marginal', 'all', 'none'")
+        raise ValueError(f"linear={linear!r}: accepted are 'marginal', 'all', 'none', 'taylor'")
     if weight is not None and linear != "none":
         summed = block_map == 0
         if linear == "all":

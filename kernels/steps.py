@@ -60,15 +60,17 @@ class Upstream(NamedTuple):
 
 
 class QueryGradients(NamedTuple):
-    """What `linear_backward` leaves to the steps after it."""
+    """What `linear_backward`, or the virtual keys' backward, leaves to the steps after it."""
 
     dq: Tensor
-    """(B, H, Lq, D), in memory (B, Lq, H, D): the linear branch's part; without that branch, uninitialised."""
+    """(B, H, Lq, D), in memory (B, Lq, H, D): the part of what stands beside the sparse branch; else uninitialised."""
     statistics: Tensor
     """float32 (B, H, 2, Lq up to a multiple of block_q): lse in base 2 and D^s times the scale, past the last query
     +inf and 0."""
     complete: bool
     """Whether ``statistics`` is filled; if not, `attention_backward_query` fills it."""
+    started: bool
+    """Whether ``dq`` holds a part."""
 
 
 class Steps(Protocol):
@@ -103,8 +105,8 @@ class Steps(Protocol):
         gradients: QueryGradients,
         options: BackwardOptions,
     ) -> None:
-        """Add the sparse branch's dQ, of the critical ``lists`` of the rows, to ``gradients.dq``; without a linear
-        branch, write it there."""
+        """Add the sparse branch's dQ, of the critical ``lists`` of the rows, to ``gradients.dq``; where that is
+        not started, write it there."""
 
     def attention_backward_key(
         self,

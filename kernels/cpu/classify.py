@@ -26,7 +26,8 @@ class Choice:
     """What every row of one batch row's heads chooses from; ``rows`` is 1 where all rows choose alike.
 
     forced and candidates (rows, Tn) bool: blocks critical without ranking, and blocks that are ranked, or None
-    where nothing is forced and all are ranked; critical and negligible (rows, 1): how many of the candidates.
+    where nothing is forced and all are ranked alike; critical and negligible (rows, 1), or (G, rows, 1) where heads
+    have shares of their own: how many of the candidates.
     """
 
     forced: Tensor | None
@@ -36,15 +37,17 @@ class Choice:
 
     @classmethod
     def of(
-        cls, queries: int, keys: int, live: Tensor | None, sparsity: list[int] | None, options: AttentionOptions
+        cls, queries: int, keys: int, live: Tensor | None, sparsity: Tensor | None, options: AttentionOptions
     ) -> Choice:
-        """From token counts, the live key blocks (Tn) bool or None for all, and topk and bottomk in millionths where
-        ``sparsity`` takes their place in the options."""
+        """From token counts, the live key blocks (Tn) bool or None for all, and topk and bottomk in millionths, (2) or
+        (G, 2), where ``sparsity`` takes their place in the options."""
         block_q, block_k, causal = options.block_q, options.block_k, options.causal
         columns = num_blocks(keys, block_k)
         least = 0 if causal else 1
-        if live is None and not causal and not options.always_critical:
-            shares = shares_of(columns, options.topk, options.bottomk, sparsity, least)
+        by_head = sparsity is not None and sparsity.dim() == 2
+        if live is None and not causal and not options.always_critical and not by_head:
+            whole = None if sparsity is None else sparsity.tolist()
+            shares = shares_of(columns, options.topk, options.bottomk, whole, least)
             alike = torch.tensor(shares).view(2, 1, 1)
             return cls(None, None, alike[0], alike[1])
         live = torch.ones(columns, dtype=torch.bool) if live is None else live
@@ -56,8 +59,10 @@ class Choice:
         always = torch.zeros(columns, dtype=torch.bool)
         for first, last in forced_blocks(options.always_critical, keys, block_k):
             always[first:last] = True
-        counts = [shares_of(n, options.topk, options.bottomk, sparsity, least) for n in scope.sum(dim=1).tolist()]
-        critical, negligible = torch.tensor(counts).unsqueeze(2).unbind(1)
+        sizes = scope.sum(dim=1).tolist()
+        heads = [None] if sparsity is None else sparsity.view(-1, 2).tolist()
+        counts = [[shares_of(n, options.topk, options.bottomk, head, least) for n in sizes] for head in heads]
+        critical, negligible = torch.tensor(counts if by_head else counts[0]).unsqueeze(-2).unbind(-1)
         # dead blocks rank last, so they use up the negligible first
         dead = (scope & ~live).sum(dim=1, keepdim=True)
         return cls(

@@ -221,7 +221,7 @@ def attention_backward_query(
 ) -> None:
     """As `Steps.attention_backward_query`; there is no key_bias. Statistics that are not complete, which is without
     linear branch and bias, are made here from the output and its lse."""
-    q, k, v, gate, _, _ = inputs
+    q, k, v = inputs[:3]
     grad_out, statistics = upstream.grad_out, gradients.statistics
     block_q, makes_statistics = options.block_q, not gradients.complete
     batch, heads, queries, head_dim = q.shape
@@ -259,7 +259,7 @@ def attention_backward_query(
         HEAD_DIM=head_dim,
         PADDED_DIM=padded,
         STAGES=(4 if tile_q == 128 else 2) * (128 // padded),
-        HAS_LINEAR=gate is not None,
+        HAS_LINEAR=gradients.started,
         MAKES_STATISTICS=makes_statistics,
         num_warps=4,
         maxnreg=168 if tile_q == 128 else 128,

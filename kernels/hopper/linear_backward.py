@@ -375,4 +375,4 @@ def linear_backward(
         num_warps=4,
         maxnreg=168,
     )
-    return QueryGradients(dq, statistics, complete=True), grads
+    return QueryGradients(dq, statistics, complete=True, started=True), grads

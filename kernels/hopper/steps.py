@@ -34,4 +34,5 @@ def linear_backward(
     batch, heads, tokens, head_dim = inputs.q.shape
     dq = inputs.q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
     rows = ceil_div(tokens, options.block_q) * options.block_q
-    return QueryGradients(dq, upstream.lse.new_empty(batch, heads, 2, rows), complete=False), None
+    statistics = upstream.lse.new_empty(batch, heads, 2, rows)
+    return QueryGradients(dq, statistics, complete=False, started=False), None

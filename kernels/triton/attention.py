@@ -9,22 +9,17 @@ from __future__ import annotations
 
 import torch
 
-from sla_compile.common.blocks import forced_blocks, num_critical, num_negligible
 from sla_compile.common.kernel_interface import AttentionInputs, ForwardResult, Gradients, has_linear_branch
+from sla_compile.common.limits import TAYLOR
 from sla_compile.common.options import AttentionOptions, BackwardOptions
 
 from ..hopper import support as hopper
 from ..steps import BlockLists, KernelInputs, Steps, Upstream
 from . import steps as triton_steps
-from .classify import (
-    block_scores,
-    classify_rows,
-    classify_rows_with_options,
-    critical_lists,
-    longest_first,
-)
+from . import taylor
+from .classify import block_scores, classes, critical_lists, longest_first
 from .linear_backward import gate_backward
-from .masks import block_tiers, key_bias
+from .masks import key_bias
 from .states import block_means, marginal_matrix, sum_over_blocks
 from .tiles import check_supported, gate_matrix, vector_readable
 
@@ -37,7 +32,7 @@ def forward(inputs: AttentionInputs, options: AttentionOptions) -> ForwardResult
     Raises TypeError for a dtype and ValueError for a head dimension, block size, feature map or linear form
     that the kernels do not have.
     """
-    q, k, v, weight, bias, key_mask, _ = inputs
+    q, k, v, weight, bias, key_mask = inputs[:6]
     check_supported(q, options)
     with torch.cuda.device_of(q):
         q, k, v = vector_readable(q), vector_readable(k), vector_readable(v)
@@ -45,6 +40,8 @@ def forward(inputs: AttentionInputs, options: AttentionOptions) -> ForwardResult
         gate = gate_matrix(weight, q.dtype) if weight is not None and has_linear else None
         operands = KernelInputs(q, k, v, gate, bias, None if key_mask is None else key_bias(key_mask))
         steps = _steps(q, k, v, options=options, has_key_mask=key_mask is not None)
+        if options.linear == TAYLOR:
+            return taylor.forward(inputs, operands, options, steps)
         pooled_q = block_means(q, options.block_q)
         linear = None
         if has_linear:
@@ -52,7 +49,7 @@ def forward(inputs: AttentionInputs, options: AttentionOptions) -> ForwardResult
         else:
             pooled_k = block_means(k, options.block_k, operands.key_bias)
         scores = block_scores(pooled_q, pooled_k, options.scale)
-        block_map, lists = _classes(scores, operands, inputs.sparsity, options)
+        block_map, lists = classes(scores, operands, inputs.sparsity, options)
         del scores  # its memory serves what follows
         if linear is not None:
             linear = sum_over_blocks(_summed_blocks(block_map, linear.states.dtype, options), linear)
@@ -63,7 +60,7 @@ def backward(
     grad_out: torch.Tensor, inputs: AttentionInputs, result: ForwardResult, options: BackwardOptions
 ) -> Gradients:
     """Gradients at grad_out of the call that gave ``result``; the same bits every time. Raises as `forward` does."""
-    q, k, v, weight, bias, key_mask, _ = inputs
+    q, k, v, weight, bias, key_mask = inputs[:6]
     out, linear_out, lse, block_map = result
     check_supported(q, options)
     with torch.cuda.device_of(q):
@@ -77,6 +74,8 @@ def backward(
         operands = KernelInputs(q, k, v, gate, bias, logit_bias)
         upstream = Upstream(grad_out, out, linear_out, lse)
         steps = _steps(grad_out, q, k, v, options=options, has_key_mask=key_mask is not None)
+        if options.linear == TAYLOR:
+            return taylor.backward(upstream, block_map, inputs.shift, operands, options, steps)
         linear = matrix = None
         if has_linear:
             linear, _ = steps.key_states(operands, options, pool=False)
@@ -97,7 +96,7 @@ def backward(
             upstream, operands, BlockLists(columns, lengths), order, gradients.statistics, linear, options
         )
         dweight, dbias = gate_backward(grad_out, linear_out, weight, bias, has_linear)
-        return Gradients(gradients.dq, dk, dv, dweight, dbias)
+        return Gradients(gradients.dq, dk, dv, dweight, dbias, q.new_empty(0))
 
 
 def _steps(*tensors: torch.Tensor, options: BackwardOptions, has_key_mask: bool) -> Steps:
@@ -110,19 +109,6 @@ def _gluon() -> Steps:
     from ..hopper import steps as hopper_steps
 
     return hopper_steps
-
-
-def _classes(
-    scores: torch.Tensor, inputs: KernelInputs, sparsity: torch.Tensor | None, options: AttentionOptions
-) -> tuple[torch.Tensor, BlockLists]:
-    """The block map and the critical blocks of its rows, with counts where rows may have unequal numbers of them."""
-    queries, keys = inputs.q.shape[2], inputs.k.shape[2]
-    tiers = block_tiers(inputs.key_bias, options.always_critical, keys, options.block_k, scores.device)
-    if tiers is None and sparsity is None and not options.causal:
-        critical = num_critical(options.topk, scores.shape[3])
-        return classify_rows(scores, critical, num_negligible(options.bottomk, critical, scores.shape[3]))
-    forced = sum(last - first for first, last in forced_blocks(options.always_critical, keys, options.block_k))
-    return classify_rows_with_options(scores, options, sparsity=sparsity, tiers=tiers, queries=queries, forced=forced)
 
 
 def _summed_blocks(

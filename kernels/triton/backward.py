@@ -319,7 +319,7 @@ def attention_backward_query(
     options: BackwardOptions,
 ) -> None:
     """As `Steps.attention_backward_query`; ``gradients`` are complete."""
-    q, k, v, gate, _, key_bias = inputs
+    q, k, v, _, _, key_bias = inputs
     grad_out, statistics = upstream.grad_out, gradients.statistics
     batch, heads, tokens, head_dim = q.shape
     launch = launch_for("backward_query", head_dim, q.dtype, options.block_q, options.block_k)
@@ -352,7 +352,7 @@ def attention_backward_query(
         BLOCK_K=options.block_k,
         TILE_Q=launch.tile_q,
         TILE_K=launch.tile_k,
-        HAS_LINEAR=gate is not None,
+        HAS_LINEAR=gradients.started,
         HAS_KEY_BIAS=key_bias is not None,
         CAUSAL=options.causal,
         num_warps=launch.warps,

@@ -15,14 +15,21 @@ import torch
 import triton
 import triton.language as tl
 
-from sla_compile.common.blocks import exact_fraction, num_blocks, shares_of
+from sla_compile.common.blocks import (
+    exact_fraction,
+    forced_blocks,
+    num_blocks,
+    num_critical,
+    num_negligible,
+    shares_of,
+)
 from sla_compile.common.options import AttentionOptions
 
-from ..steps import BlockLists
-from .masks import batch_stride
+from ..steps import BlockLists, KernelInputs
+from .masks import batch_stride, block_tiers
 from .tiles import FULL_PRECISION, ceil_div, power_of_two
 
-__all__ = ["block_scores", "classify_rows", "classify_rows_with_options", "critical_lists", "longest_first"]
+__all__ = ["block_scores", "classes", "classify_rows", "classify_rows_with_options", "critical_lists", "longest_first"]
 
 _ORDER_TILE = 16
 _ORDER_STEP = 512
@@ -138,6 +145,7 @@ def share_of(size, numerator, denominator):
         "num_heads",
         "list_width",
         "stride_tiers",
+        "stride_sparsity",
         "topk",
         "topk_whole",
         "bottomk",
@@ -157,6 +165,7 @@ def classify_with_options_kernel(
     num_heads,
     list_width,
     stride_tiers,
+    stride_sparsity,
     topk,
     topk_whole,
     bottomk,
@@ -193,9 +202,10 @@ def classify_with_options_kernel(
     negligible = share_of(size, bottomk, bottomk_whole)
     if HAS_SPARSITY:
         WHOLE: tl.constexpr = 1000000  # sparsity is in millionths
-        wanted = tl.maximum(tl.load(sparsity), 0)
+        of_head = sparsity + row // num_rows % num_heads * stride_sparsity
+        wanted = tl.maximum(tl.load(of_head), 0)
         critical = tl.minimum(critical, share_of(size, tl.minimum(wanted, WHOLE), WHOLE))
-        dropped = tl.minimum(tl.maximum(tl.load(sparsity + 1), 0), WHOLE)
+        dropped = tl.minimum(tl.maximum(tl.load(of_head + 1), 0), WHOLE)
         negligible = share_of(size, dropped, WHOLE)
     candidate = scope & live & ~forced
     candidates = tl.sum(candidate.to(tl.int32), 0)
@@ -286,6 +296,19 @@ def block_scores(pooled_q: torch.Tensor, pooled_k: torch.Tensor, scale: float) -
     return scores
 
 
+def classes(
+    scores: torch.Tensor, inputs: KernelInputs, sparsity: torch.Tensor | None, options: AttentionOptions
+) -> tuple[torch.Tensor, BlockLists]:
+    """The block map and the critical blocks of its rows, with counts where rows may have unequal numbers of them."""
+    queries, keys = inputs.q.shape[2], inputs.k.shape[2]
+    tiers = block_tiers(inputs.key_bias, options.always_critical, keys, options.block_k, scores.device)
+    if tiers is None and sparsity is None and not options.causal:
+        critical = num_critical(options.topk, scores.shape[3])
+        return classify_rows(scores, critical, num_negligible(options.bottomk, critical, scores.shape[3]))
+    forced = sum(last - first for first, last in forced_blocks(options.always_critical, keys, options.block_k))
+    return classify_rows_with_options(scores, options, sparsity=sparsity, tiers=tiers, queries=queries, forced=forced)
+
+
 def classify_rows(scores: torch.Tensor, critical: int, negligible: int) -> tuple[torch.Tensor, BlockLists]:
     """The block map, int8, of ``scores`` (B, H, Tm, Tn), and the critical key blocks of each row."""
     batch, heads, num_queries, num_keys = scores.shape
@@ -328,13 +351,14 @@ def classify_rows_with_options(
         lists,
         counts,
         tiers if tiers is not None else block_map,
-        sparsity if sparsity is not None else block_map,
+        sparsity.contiguous() if sparsity is not None else block_map,
         queries,
         rows,
         columns,
         heads,
         width,
         batch_stride(tiers),
+        0 if sparsity is None or sparsity.dim() == 1 else 2,
         critical.numerator,
         critical.denominator,
         negligible.numerator,

@@ -310,7 +310,7 @@ def linear_backward(
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
-    return QueryGradients(dq, statistics, complete=True), grads
+    return QueryGradients(dq, statistics, complete=True, started=linear is not None), grads
 
 
 def gate_backward(

@@ -40,6 +40,7 @@ __all__ = [
     "shipped_launch",
     "vector_readable",
     "vector_strides",
+    "virtual_launch",
 ]
 
 FULL_PRECISION = "ieee" if torch.version.hip is not None else "tf32x3"
@@ -126,6 +127,32 @@ _SINGLE: dict[int, Launch] = {
     128: Launch(32, 32, 32, 8, 1),
     256: Launch(16, 16, 16, 8, 1),
 }
+
+
+# the same for the kernels of virtual keys
+_VIRTUAL: dict[tuple[str, int], Launch] = {
+    ("moments", 64): Launch(64, 64, 64, 4, 2),
+    ("moments", 128): Launch(64, 64, 128, 8, 2),
+    ("moments", 256): Launch(64, 32, 64, 8, 1),
+    ("key_gradients", 64): Launch(64, 64, 64, 4, 1),
+    ("key_gradients", 128): Launch(64, 64, 64, 8, 1),
+    ("key_gradients", 256): Launch(32, 32, 32, 8, 1),
+    ("forward", 64): Launch(64, 64, 64, 4, 2),
+    ("forward", 128): Launch(64, 64, 64, 4, 2),
+    ("forward", 256): Launch(64, 32, 32, 8, 1),
+    ("backward_query", 64): Launch(64, 64, 64, 4, 2),
+    ("backward_query", 128): Launch(64, 64, 32, 8, 2),
+    ("backward_query", 256): Launch(32, 32, 32, 8, 1),
+    ("backward_key", 64): Launch(64, 64, 64, 4, 2),
+    ("backward_key", 128): Launch(64, 64, 64, 8, 2),
+    ("backward_key", 256): Launch(32, 32, 32, 8, 1),
+}
+
+
+def virtual_launch(kernel: str, head_dim: int, dtype: torch.dtype) -> Launch:
+    """The launch of a kernel of virtual keys; its tiles may be larger than blocks."""
+    row = row_of(head_dim)
+    return _SINGLE[row] if dtype == torch.float32 else _VIRTUAL[kernel, row]
 
 
 def row_of(head_dim: int) -> int:

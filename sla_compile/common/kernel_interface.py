@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from sla_compile.common.limits import TAYLOR
 from sla_compile.common.options import AttentionOptions, BackwardOptions
 
 __all__ = ["AttentionInputs", "ForwardResult", "Gradients", "Kernels", "has_linear_branch"]
@@ -29,7 +30,10 @@ class AttentionInputs(NamedTuple):
     key_mask: Tensor | None = None
     """(B, Lk) or (1, Lk): bool, true where a key is attended to, or added to the logits."""
     sparsity: Tensor | None = None
-    """int64 (2,): topk and bottomk in millionths, which take the options' place. The backward does not read it."""
+    """int64 (2,), or (H, 2) for each head: topk and bottomk in millionths, which take the options' place. The backward
+    does not read it."""
+    shift: Tensor | None = None
+    """With ``linear="taylor"``, (H), any floating dtype: added to the logits of the virtual keys; None: zero."""
 
 
 class ForwardResult(NamedTuple):
@@ -40,20 +44,22 @@ class ForwardResult(NamedTuple):
     linear_out: Tensor
     """The linear branch before the gate, as ``out``; of shape (0,) without that branch."""
     lse: Tensor
-    """(B, H, Lq): natural logarithm of the sparse branch's denominator; -inf for a query without a key. float64 for
-    float64 inputs, else float32."""
+    """(B, H, Lq): natural logarithm of the softmax's denominator, that is over the critical keys and any virtual ones;
+    -inf for a query without a key. float64 for float64 inputs, else float32."""
     block_map: Tensor
     """int8 (B, H, Tm, Tn): 1 critical, 0 marginal, -1 negligible."""
 
 
 class Gradients(NamedTuple):
-    """dq, dk, dv (B, H, L, D) over (B, L, H, D) memory; dweight and dbias like weight and bias, or of shape (0,)."""
+    """dq, dk, dv (B, H, L, D) over (B, L, H, D) memory; dweight, dbias and dshift like weight, bias and
+    shift, or of shape (0,)."""
 
     dq: Tensor
     dk: Tensor
     dv: Tensor
     dweight: Tensor
     dbias: Tensor
+    dshift: Tensor
 
 
 class Kernels(Protocol):
@@ -69,4 +75,4 @@ class Kernels(Protocol):
 
 def has_linear_branch(weight: Tensor | None, options: BackwardOptions) -> bool:
     """Whether a call has a linear branch: a gate to let it in, and blocks that it sums."""
-    return weight is not None and options.linear != "none"
+    return weight is not None and options.linear not in ("none", TAYLOR)

@@ -17,6 +17,7 @@ __all__ = [
     "MASKED_BELOW",
     "MAX_HEAD_DIM",
     "MIN_HEAD_DIM",
+    "TAYLOR",
 ]
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -27,8 +28,10 @@ MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 FEATURE_MAPS = ("softmax", "elu", "relu")
 """phi of the linear branch: softmax over the head dimension, elu(x) + 1, or relu."""
 
-LINEAR_BRANCHES = ("marginal", "all", "none")
-"""Key blocks that the linear branch sums: the marginal ones (the paper), all (the authors' code), or none."""
+TAYLOR = "taylor"
+LINEAR_BRANCHES = ("marginal", "all", "none", TAYLOR)
+"""What stands for the key blocks that are not critical: a linear branch that sums the marginal ones (the paper) or all
+(the authors' code), nothing, or virtual keys in the softmax of the critical ones (``kernels/reference.py``)."""
 
 GATE_FORMS = ("shared", "per_head")
 """One gate for the heads of an attention, or one for each."""

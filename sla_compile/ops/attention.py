@@ -46,6 +46,7 @@ def sparse_linear_attention(
     *,
     key_mask: Tensor | None = None,
     sparsity: Tensor | None = None,
+    shift: Tensor | None = None,
     scale: float | None = None,
     topk: float = 0.05,
     bottomk: float = 0.10,
@@ -58,8 +59,9 @@ def sparse_linear_attention(
 ) -> Tensor:
     """Attention (B, H, Lq, D): exact on critical blocks, linear on marginal, none on negligible.
 
-    O^s + O^l weight^T + bias (arXiv 2509.24006, section 4), in q's dtype, a view of (B, Lq, H, D) memory.
-    Differentiable once, in reverse mode, in q, k, v, weight and bias. On CPU and CUDA; autocast casts q, k, v. Raises
+    O^s + O^l weight^T + bias (arXiv 2509.24006, section 4), or with ``linear="taylor"`` one softmax over the keys of
+    critical blocks and a virtual key for each marginal one; in q's dtype, a view of (B, Lq, H, D) memory.
+    Differentiable once, in reverse mode, in q, k, v, weight, bias and shift. On CPU and CUDA; autocast casts q, k, v. Raises
     TypeError or ValueError for an argument that is not accepted.
 
     Args:
@@ -70,19 +72,22 @@ def sparse_linear_attention(
         key_mask: (B, Lk) or (1, Lk), bool (true: attend) or additive, which gets no gradient; key j gets no weight in
             any branch, or the weight exp(b_j); 64 or more below its row's largest is masked. A query without a key
             gets O^s = 0.
-        sparsity: int64 (2,), topk (at most the one below) and bottomk in millionths, read when the op runs.
+        sparsity: int64 (2,), or (H, 2) for each head: topk (at most the one below) and bottomk in millionths, read
+            when the op runs.
+        shift: with "taylor", (H), any floating dtype: added to the logits of virtual keys; None: zero.
         scale: factor of the logits; None: 1 / sqrt(D).
         topk, bottomk: share of a row's key blocks that is critical, in (0, 1], at least one block, and that is
             negligible, in [0, 1); topk + bottomk <= 1.
         block_q, block_k: tokens in a block, a power of two from 16 to 256.
         feature_map: phi of the linear branch: "softmax" over the head axis, "elu" (elu(x) + 1) or "relu".
-        linear: key blocks that the linear branch sums: "marginal" (the paper), "all" (the authors' code), "none".
+        linear: key blocks that the linear branch sums: "marginal" (the paper), "all" (the authors' code), "none";
+            or "taylor", without weight and bias.
         causal: key j for queries from j on; blocks on the diagonal are critical, shares are of those below it.
         always_critical: token ranges [start, stop, start, stop, ...] of k, as in slices, whose blocks are critical
             beside the topk share.
     """
     tensors: dict[str, Any] = {"q": q, "k": k, "v": v, "weight": weight, "bias": bias}
-    tensors |= {"key_mask": key_mask, "sparsity": sparsity}
+    tensors |= {"key_mask": key_mask, "sparsity": sparsity, "shift": shift}
     options: dict[str, Any] = {"scale": scale, "topk": topk, "bottomk": bottomk, "block_q": block_q, "block_k": block_k}
     options |= {"feature_map": feature_map, "linear": linear, "causal": causal, "always_critical": always_critical}
     check_types(tensors, options)
@@ -92,14 +97,15 @@ def sparse_linear_attention(
     checked = {**options, "always_critical": tuple(always_critical or ())}
     check(AttentionInputs(**tensors), AttentionOptions(**checked))
     if not torch.compiler.is_compiling():
-        _refuse_tangents(q, k, v, weight, bias)
+        _refuse_tangents(q, k, v, weight, bias, shift)
         _let_flops_be_counted()
     _refuse_mask_gradient(key_mask)
     out, _, _, _ = torch.ops.sla.forward.default(**tensors, **options)
     return out  # type: ignore[no-any-return]
 
 
-_NUM_INPUTS = 16  # of sla::forward
+_NUM_INPUTS = 17  # of sla::forward
+_NUM_AFTER_BIAS = 12  # of sla::backward
 
 
 def _refuse_tangents(*tensors: Tensor | None) -> None:
@@ -143,7 +149,7 @@ def _kernels(q: Tensor) -> Kernels:
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor? bias, Tensor? key_mask, Tensor? sparsity, "
     "float scale, float topk, float bottomk, int block_q, int block_k, str feature_map, str linear, "
-    "bool causal=False, int[]? always_critical=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool causal=False, int[]? always_critical=None, Tensor? shift=None) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(
     q: Tensor,
@@ -162,9 +168,10 @@ def _forward(
     linear: str,
     causal: bool = False,
     always_critical: list[int] | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out and linear_out (B, H, Lq, D), lse (B, H, Lq), block_map (B, H, Tm, Tn)."""
-    inputs = AttentionInputs(q, k, v, weight, bias, key_mask, sparsity)
+    inputs = AttentionInputs(q, k, v, weight, bias, key_mask, sparsity, shift)
     options = AttentionOptions(
         scale=scale,
         topk=topk,
@@ -177,7 +184,7 @@ def _forward(
         always_critical=tuple(always_critical or ()),
     )
     check(inputs, options)
-    _refuse_tangents(q, k, v, weight, bias)  # functorch's do not come this far
+    _refuse_tangents(q, k, v, weight, bias, shift)  # functorch's do not come this far
     count_run()
     return _kernels(q).forward(inputs, options)
 
@@ -200,6 +207,7 @@ def _forward_fake(
     linear: str,
     causal: bool = False,
     always_critical: list[int] | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = AttentionOptions(
         scale=scale,
@@ -212,7 +220,7 @@ def _forward_fake(
         causal=causal,
         always_critical=tuple(always_critical or ()),
     )
-    check(AttentionInputs(q, k, v, weight, bias, key_mask, sparsity), options)
+    check(AttentionInputs(q, k, v, weight, bias, key_mask, sparsity, shift), options)
     batch, heads, tokens, _ = q.shape
     branch = has_linear_branch(weight, options)
     return (
@@ -234,7 +242,8 @@ def _token_major(q: Tensor) -> Tensor:
     mutates_args=(),
     schema="(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor? bias, Tensor? key_mask, "
     "Tensor out, Tensor linear_out, Tensor lse, Tensor block_map, float scale, int block_q, int block_k, "
-    "str feature_map, str linear, bool causal=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "str feature_map, str linear, bool causal=False, Tensor? shift=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
     grad_out: Tensor,
@@ -254,9 +263,10 @@ def _backward(
     feature_map: str,
     linear: str,
     causal: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dweight, dbias); shape (0,) for a gate tensor that is None."""
-    inputs = AttentionInputs(q, k, v, weight, bias, key_mask)
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dweight, dbias, dshift); shape (0,) for a gate tensor that is None."""
+    inputs = AttentionInputs(q, k, v, weight, bias, key_mask, None, shift)
     result = ForwardResult(out, linear_out, lse, block_map)
     options = BackwardOptions(
         scale=scale, block_q=block_q, block_k=block_k, feature_map=feature_map, linear=linear, causal=causal
@@ -266,18 +276,18 @@ def _backward(
 
 @_backward.register_fake
 def _backward_fake(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dweight = q.new_empty(0) if weight is None else weight.new_empty(weight.shape)
-    dbias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return _token_major(q), _token_major(k), _token_major(v), dweight, dbias
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gate = (weight, bias, rest[-1] if len(rest) == _NUM_AFTER_BIAS else None)
+    dweight, dbias, dshift = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in gate)
+    return _token_major(q), _token_major(k), _token_major(v), dweight, dbias, dshift
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     out, linear_out, lse, block_map = output
     # autograd shows the inputs with the schema's defaults filled in
-    *tensors, _, scale, _, _, block_q, block_k, feature_map, linear, causal, _ = inputs
-    ctx.save_for_backward(*tensors, out, linear_out, lse, block_map)
+    *tensors, _, scale, _, _, block_q, block_k, feature_map, linear, causal, _, shift = inputs
+    ctx.save_for_backward(*tensors, out, linear_out, lse, block_map, shift)
     ctx.options = (scale, block_q, block_k, feature_map, linear, causal)
     ctx.mark_non_differentiable(linear_out, lse, block_map)
     ctx.set_materialize_grads(False)
@@ -286,9 +296,10 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _differentiate(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return (None,) * _NUM_INPUTS
-    gradients = torch.ops.sla.backward.default(grad_out, *ctx.saved_tensors, *ctx.options)
-    wanted = (g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False))
-    return (*wanted, *(None,) * (_NUM_INPUTS - 5))
+    *tensors, shift = ctx.saved_tensors
+    *gradients, dshift = torch.ops.sla.backward.default(grad_out, *tensors, *ctx.options, shift)
+    every = (*gradients, *(None,) * (_NUM_INPUTS - 6), dshift)
+    return tuple(g if needed else None for g, needed in zip(every, ctx.needs_input_grad, strict=True))
 
 
 def _refuse_double_backward(ctx: Any, *gradients: Any) -> None:

@@ -21,6 +21,7 @@ from sla_compile.common.limits import (
     LINEAR_BRANCHES,
     MAX_HEAD_DIM,
     MIN_HEAD_DIM,
+    TAYLOR,
 )
 from sla_compile.common.options import AttentionOptions
 
@@ -62,7 +63,7 @@ def check_types(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> None:
 def check(inputs: AttentionInputs, options: AttentionOptions) -> None:
     """Raise ValueError or TypeError for arguments that no kernel accepts."""
     _check_options(options)
-    q, k, v, weight, bias, key_mask, sparsity = inputs
+    q, k, v, weight, bias, key_mask, sparsity, shift = inputs
     check_activations(q, k, v)
     if options.causal and q.shape[2] != k.shape[2]:
         raise ValueError(
@@ -73,10 +74,16 @@ def check(inputs: AttentionInputs, options: AttentionOptions) -> None:
     for name, gate, shared in (("weight", weight, (dim, dim)), ("bias", bias, (dim,))):
         if gate is not None:
             _check_gate(name, gate, shared, (heads, *shared), q.device)
+            if options.linear == TAYLOR:
+                raise ValueError(f"{name} is given with linear='taylor', accepted there is shift alone")
+    if shift is not None:
+        if options.linear != TAYLOR:
+            raise ValueError(f"shift is given with linear={options.linear!r}, accepted is linear='taylor'")
+        _check_gate("shift", shift, (heads,), (heads,), q.device)
     if key_mask is not None:
         _check_key_mask(key_mask, k)
     if sparsity is not None:
-        _check_sparsity(sparsity, q.device)
+        _check_sparsity(sparsity, heads, q.device)
 
 
 def _check_options(options: AttentionOptions) -> None:
@@ -145,7 +152,8 @@ def _check_gate(
     if gate.device != device:
         raise ValueError(f"{name} is on {gate.device}, accepted is the device of q, {device}")
     if tuple(gate.shape) != (shared if gate.dim() == len(shared) else per_head):
-        raise ValueError(f"{name} has shape {tuple(gate.shape)}, accepted are {shared} or {per_head}")
+        accepted = f"are {shared} or {per_head}" if shared != per_head else f"is {shared}"
+        raise ValueError(f"{name} has shape {tuple(gate.shape)}, accepted {accepted}")
 
 
 def _check_key_mask(key_mask: Tensor, k: Tensor) -> None:
@@ -163,13 +171,16 @@ def _check_key_mask(key_mask: Tensor, k: Tensor) -> None:
         )
 
 
-def _check_sparsity(sparsity: Tensor, device: torch.device) -> None:
+def _check_sparsity(sparsity: Tensor, heads: int, device: torch.device) -> None:
     if sparsity.dtype != torch.int64:
         raise TypeError(f"sparsity has dtype {sparsity.dtype}, accepted is torch.int64, [topk, bottomk] in millionths")
     if sparsity.device != device:
         raise ValueError(f"sparsity is on {sparsity.device}, accepted is the device of q, {device}")
-    if tuple(sparsity.shape) != (2,):
-        raise ValueError(f"sparsity has shape {tuple(sparsity.shape)}, accepted is (2,), [topk, bottomk] in millionths")
+    if tuple(sparsity.shape) not in ((2,), (heads, 2)):
+        raise ValueError(
+            f"sparsity has shape {tuple(sparsity.shape)}, accepted are (2,), [topk, bottomk] in millionths, and "
+            f"{(heads, 2)}, these of each head"
+        )
 
 
 def _check_ranges(ranges: tuple[int, ...]) -> None:

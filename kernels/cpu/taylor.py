@@ -1,0 +1,280 @@
+"""Attention to critical keys and to virtual ones on the CPU, forward and explicit backward (``linear="taylor"``).
+
+For one head, over the critical keys c and the marginal blocks j of query block i, in one softmax:
+
+    l_c = scale q.k_c,   l_j = scale q.kbar_j + b_ij,   b_ij = ln n_j + w_ij + shift
+    S_i = sum_j a_ij C_j,   a_i = softmax over j of (scale qbar_i.kbar_j + b_ij)
+    O = sum_c p_c v_c + sum_j p_j (vbar_j + scale S_i^T q)
+
+with the `Moments` n, kbar, vbar, C of each key block, and w by its variance and the mean squares of the queries
+(``kernels/reference.py`` says why). Work goes as in `attention`, whose axes these are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sla_compile.common.kernel_interface import AttentionInputs, ForwardResult, Gradients
+from sla_compile.common.options import AttentionOptions, BackwardOptions
+
+from .classify import Choice, blocks_of, classify, pool
+from .gathered import (
+    Keys,
+    Lists,
+    accumulate,
+    bias_of,
+    chunks,
+    gather,
+    groups,
+    key_side,
+    listed_scores,
+    of_heads,
+    scatter_add,
+    softmax,
+    token_major,
+    work_dtype,
+)
+
+__all__ = ["backward", "forward"]
+
+
+def forward(inputs: AttentionInputs, options: AttentionOptions) -> ForwardResult:
+    """Output, and what its backward needs, of one call; no ``linear_out``."""
+    q, k, v, _, _, key_mask, sparsity, shift = inputs
+    block_q, block_k = options.block_q, options.block_k
+    batch, heads, tokens, _ = q.shape
+    work = work_dtype(q)
+    query_blocks, key_blocks = -(-tokens // block_q), -(-k.shape[2] // block_k)
+    out = token_major(q)
+    lse = q.new_empty(batch, heads, tokens, dtype=work)
+    block_map = q.new_empty(batch, heads, query_blocks, key_blocks, dtype=torch.int8)
+    for group in groups(batch, heads, query_blocks):
+        bias = bias_of(key_mask, group[0], block_k, work)
+        live = None if bias is None else bias.amax(dim=1) > float("-inf")
+        choice = Choice.of(tokens, k.shape[2], live, of_heads(sparsity, 1, group), options)
+        keys = key_side(k[group], v[group], block_k, work, bias, options.causal)
+        moments = Moments.of(keys)
+        rows = _Rows.of(q[group], moments, of_heads(shift, 0, group), options)
+        ranked = block_map[group] = classify(rows.logits - rows.shift, choice)
+        rows.keep(ranked)
+        lists = Lists.of(ranked, choice.candidates is None)
+        for part in _chunks(rows, keys, lists, block_q):
+            span = slice(part.start * block_q, min(part.stop * block_q, tokens))
+            queries = blocks_of(q[group][:, span], block_q, work)
+            chunk = _Chunk.of(queries * options.scale, keys, moments, rows, lists, part)
+            values = chunk.p_exact @ chunk.values + (chunk.p_virtual @ moments.value.unsqueeze(1)).flatten(0, 1)
+            values += chunk.share * chunk.first_order
+            out[group][:, span] = values.view(queries.shape).flatten(1, 2)[:, : span.stop - span.start]
+            lse[group][:, span] = chunk.lse.view(queries.shape[:3]).flatten(1, 2)[:, : span.stop - span.start]
+    return ForwardResult(out, q.new_empty(0), lse, block_map)
+
+
+def backward(grad_out: Tensor, inputs: AttentionInputs, result: ForwardResult, options: BackwardOptions) -> Gradients:
+    """Gradients at grad_out of the call that gave ``result``, whose classes are constants; out and lse are not read."""
+    q, k, v, weight, bias, key_mask, _, shift = inputs
+    block_q, scale, tokens = options.block_q, options.scale, q.shape[2]
+    batch, heads = q.shape[:2]
+    work = work_dtype(q)
+    dq, dk, dv = (token_major(x) for x in (q, k, v))
+    dshift = torch.zeros(shift.shape if shift is not None else 0, dtype=work, device=q.device)
+    for group in groups(batch, heads, result.block_map.shape[2]):
+        key_bias = bias_of(key_mask, group[0], options.block_k, work)
+        keys = key_side(k[group], v[group], options.block_k, work, key_bias, options.causal)
+        moments = Moments.of(keys)
+        rows = _Rows.of(q[group], moments, of_heads(shift, 0, group), options)
+        rows.keep(result.block_map[group])
+        lists = Lists.of(result.block_map[group])
+        grad_k, grad_v = torch.zeros_like(keys.k), torch.zeros_like(keys.v)
+        grad_q = keys.k.new_empty(q[group].shape)
+        grads = moments.zeros()
+        grad_bias, grad_mean = torch.zeros_like(rows.bias), torch.zeros_like(rows.mean)
+        for part in _chunks(rows, keys, lists, block_q):
+            span = slice(part.start * block_q, min(part.stop * block_q, tokens))
+            queries = blocks_of(q[group][:, span], block_q, work)
+            upstream = blocks_of(grad_out[group][:, span], block_q, work)
+            scaled, listed = queries * scale, lists.rows(part).blocks
+            chunk = _Chunk.of(scaled, keys, moments, rows, lists, part)
+            g, flat = upstream.flatten(0, 1), scaled.flatten(0, 1)
+            # dO.v of every key, then dl = p (dO.v - sum of p dO.v)
+            gained = (g * chunk.first_order).sum(dim=-1, keepdim=True)
+            of_exact, of_virtual = g @ chunk.values.mT, (upstream @ moments.value.mT.unsqueeze(1)).flatten(0, 1)
+            p_virtual = chunk.p_virtual.flatten(0, 1)
+            of_virtual += gained
+            delta = (chunk.p_exact * of_exact).sum(dim=-1, keepdim=True)
+            delta += (p_virtual * of_virtual).sum(dim=-1, keepdim=True)
+            d_exact = chunk.p_exact * (of_exact - delta)
+            d_virtual = (p_virtual * (of_virtual - delta)).view(chunk.p_virtual.shape)
+            scatter_add(grad_v, listed, chunk.p_exact.mT @ g)
+            scatter_add(grad_k, listed, d_exact.mT @ flat)
+            grads.value += (chunk.p_virtual.flatten(1, 2).mT) @ upstream.flatten(1, 2)
+            grads.mean += d_virtual.flatten(1, 2).mT @ scaled.flatten(1, 2)
+            dscaled = (d_exact @ chunk.keys).view(queries.shape) + d_virtual @ moments.mean.unsqueeze(1)
+            # of t = scaled S, which the share of the virtual keys weighs
+            d_first = (chunk.share * g).view(queries.shape)
+            dscaled += d_first @ chunk.slope.mT
+            grad_slope = (scaled.mT @ d_first).flatten(2)
+            mixture = rows.mixture[:, part]
+            grads.slope += (mixture.mT @ grad_slope).view(grads.slope.shape)
+            d_mixture = grad_slope @ moments.slope.flatten(2).mT
+            d_logits = torch._softmax_backward_data(d_mixture, mixture, -1, mixture.dtype)
+            grad_mean[:, part] = d_logits @ moments.mean * scale
+            grads.mean += d_logits.mT @ rows.mean[:, part] * scale
+            grad_bias[:, part] = d_logits + d_virtual.sum(dim=2)
+            grad_q[:, span] = (dscaled * scale).flatten(1, 2)[:, : span.stop - span.start]
+        if shift is not None:
+            accumulate(dshift, grad_bias.sum(dim=(1, 2)), 0, group)
+        # w = scale^2 / 2 (mean of q^2).var where it is below its bound
+        d_spread = grad_bias.masked_fill_(rows.bounded, 0) * (scale * scale / 2)
+        grads.variance += d_spread.mT @ rows.squares
+        _add_row_gradients(grad_q, q[group], grad_mean, d_spread @ moments.variance, block_q)
+        moments.add_gradients(grads, keys, grad_k, grad_v)
+        dq[group] = grad_q
+        dk[group] = grad_k.flatten(1, 2)[:, : k.shape[2]]
+        dv[group] = grad_v.flatten(1, 2)[:, : k.shape[2]]
+    dshift = dshift if shift is None else dshift.to(shift.dtype)
+    return Gradients(dq, dk, dv, q.new_empty(0), q.new_empty(0), dshift)
+
+
+@dataclass
+class Moments:
+    """Of each key block under the weights of its keys, or their gradients; 0 where all weights are 0."""
+
+    size: Tensor
+    """ln n (Tn), n the sum of weights."""
+    shares: Tensor
+    """(Tn, block_k, 1): each key's weight over n."""
+    mean: Tensor
+    """kbar (G, Tn, D)."""
+    variance: Tensor
+    """(G, Tn, D)."""
+    value: Tensor
+    """vbar (G, Tn, D)."""
+    slope: Tensor
+    """C (G, Tn, D, D): the mean of (k - kbar) v^T."""
+
+    @classmethod
+    def of(cls, keys: Keys) -> Moments:
+        blocks, block = keys.k.shape[1:3]
+        if keys.weights is None:
+            weights = keys.k.new_ones(blocks, block, 1)
+            weights[-1, block - keys.missing :] = 0
+        else:
+            weights = keys.weights
+        total = weights.sum(dim=(1, 2))
+        shares = weights / total.masked_fill(total == 0, 1).view(-1, 1, 1)
+        weighted = shares * keys.v
+        mean = (shares * keys.k).sum(dim=2)
+        off = keys.k - mean.unsqueeze(2)
+        return cls(total.log(), shares, mean, (shares * off.square()).sum(dim=2), weighted.sum(dim=2), off.mT @ weighted)
+
+    def zeros(self) -> Moments:
+        """Gradients to add to."""
+        zeros = (torch.zeros_like(x) for x in (self.mean, self.variance, self.value, self.slope))
+        return Moments(self.size, self.shares, *zeros)
+
+    def add_gradients(self, grads: Moments, keys: Keys, grad_k: Tensor, grad_v: Tensor) -> None:
+        """Carry ``grads`` on to those of the keys and values (G, Tn, block_k, D)."""
+        off = keys.k - self.mean.unsqueeze(2)
+        of_k = grads.mean.unsqueeze(2) + 2 * off * grads.variance.unsqueeze(2)
+        of_k += (keys.v - self.value.unsqueeze(2)) @ grads.slope.mT
+        grad_k += self.shares * of_k
+        grad_v += self.shares * (grads.value.unsqueeze(2) + off @ grads.slope)
+
+
+@dataclass
+class _Rows:
+    """What query blocks and key blocks have with each other: all rows of a group."""
+
+    mean: Tensor
+    """qbar (G, Tm, D)."""
+    squares: Tensor
+    """The mean of q^2 (G, Tm, D)."""
+    bounded: Tensor
+    """(G, Tm, Tn) bool: where w is at its bound."""
+    shift: Tensor | float
+    """(G, 1, 1)."""
+    bias: Tensor
+    """b (G, Tm, Tn)."""
+    logits: Tensor
+    """scale qbar.kbar + b (G, Tm, Tn)."""
+    mixture: Tensor
+    """a (G, Tm, Tn), after `keep`."""
+
+    @classmethod
+    def of(cls, q: Tensor, moments: Moments, shift: Tensor | None, options: BackwardOptions) -> _Rows:
+        """From q (G, Lq, D) and shift (G)."""
+        work, scale = moments.mean.dtype, options.scale
+        mean, squares = pool(q, options.block_q, work), pool(q.to(work).square(), options.block_q, work)
+        spread = (squares @ moments.variance.mT).mul_(scale * scale / 2)
+        bound = moments.size.clamp(min=0)
+        bounded = spread > bound
+        added = 0.0 if shift is None else shift.detach().to(work).view(-1, 1, 1)
+        bias = torch.minimum(spread, bound) + moments.size + added
+        logits = (mean @ moments.mean.mT).mul_(scale) + bias
+        return cls(mean, squares, bounded, added, bias, logits, logits)
+
+    def keep(self, block_map: Tensor) -> None:
+        """Have virtual keys at the marginal blocks of a block map (G, Tm, Tn) alone."""
+        absent = block_map != 0
+        self.bias = self.bias.masked_fill(absent, float("-inf"))
+        self.mixture = softmax(self.logits.masked_fill_(absent, float("-inf")))
+
+
+@dataclass
+class _Chunk:
+    """The attention of the query blocks of a chunk; R = G * C."""
+
+    keys: Tensor
+    """Gathered critical keys (R, width * block_k, D), as ``values``."""
+    values: Tensor
+    p_exact: Tensor
+    """(R, block_q, width * block_k)."""
+    p_virtual: Tensor
+    """(G, C, block_q, Tn)."""
+    share: Tensor
+    """The virtual keys' part of the softmax (R, block_q, 1)."""
+    lse: Tensor
+    """(R, block_q)."""
+    slope: Tensor
+    """S (G, C, D, D)."""
+    first_order: Tensor
+    """scale S^T q (R, block_q, D)."""
+
+    @classmethod
+    def of(cls, scaled: Tensor, keys: Keys, moments: Moments, rows: _Rows, lists: Lists, part: slice) -> _Chunk:
+        """Of scaled queries (G, C, block_q, D), the query blocks ``part`` of a group."""
+        listed = lists.rows(part)
+        gathered = gather(keys.k, listed.blocks)
+        exact = listed_scores(scaled.flatten(0, 1), gathered, keys, listed)
+        virtual = scaled @ moments.mean.mT.unsqueeze(1) + rows.bias[:, part].unsqueeze(2)
+        scores = torch.cat([exact, virtual.flatten(0, 1)], dim=-1)
+        p_exact, p_virtual = softmax(scores).split([exact.shape[-1], virtual.shape[-1]], dim=-1)
+        slope = (rows.mixture[:, part] @ moments.slope.flatten(2)).view(*scaled.shape[:2], *moments.slope.shape[2:])
+        return cls(
+            gathered,
+            gather(keys.v, listed.blocks),
+            p_exact,
+            p_virtual.view(virtual.shape),
+            p_virtual.sum(dim=-1, keepdim=True),
+            scores.logsumexp(dim=-1),
+            slope,
+            (scaled @ slope).flatten(0, 1),
+        )
+
+
+def _chunks(rows: _Rows, keys: Keys, lists: Lists, block_q: int) -> list[slice]:
+    """Slices of query blocks whose scores and slopes stay in cache."""
+    group, query_blocks, key_blocks = rows.bias.shape
+    block_k, dim = keys.k.shape[2:]
+    columns = lists.blocks.shape[2] * block_k + key_blocks
+    return list(chunks(query_blocks, group * max(block_q * columns, dim * dim)))
+
+
+def _add_row_gradients(dq: Tensor, q: Tensor, of_mean: Tensor, of_squares: Tensor, block: int) -> None:
+    """Add to dq (G, Lq, D) those of the means of q and of q^2 over blocks (G, Tm, D)."""
+    for row, (dq_i, q_i) in enumerate(zip(dq.split(block, dim=1), q.split(block, dim=1), strict=True)):
+        both = of_mean[:, row, None] + 2 * q_i * of_squares[:, row, None]
+        dq_i += both / q_i.shape[1]

@@ -1,0 +1,424 @@
+"""Moments of query and key blocks on the GPU, for ``linear="taylor"``, and how their gradients reach q, k and v.
+
+For key block j under the weights of its keys: ln n_j, their sum; kbar_j = mean K_j; var_j = mean (K_j - kbar_j)^2;
+vbar_j = mean V_j; C_j = mean (K_j - kbar_j) V_j^T [D, D]. For query block i: mean Q_i and mean Q_i^2. C has the type of
+block states, kbar and vbar are there in the inputs' type for products, the rest is float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..steps import KernelInputs
+from .masks import batch_stride
+from .primitives import head_pointer, load_key_bias, load_tile, locate_program, store_tile, token_major_pointer
+from .states import state_dtype
+from .tiles import ceil_div, clamped, padded_dim, row_pitch, vector_strides, virtual_launch
+
+__all__ = ["KeyMoments", "MomentGradients", "add_key_gradients", "add_query_gradients", "key_moments", "query_moments"]
+
+
+class KeyMoments(NamedTuple):
+    """Of each key block; 0 where all weights are."""
+
+    sizes: torch.Tensor
+    """ln n, float32 (B, H, Tn); -inf where n is 0."""
+    means: torch.Tensor
+    """float32 (B, H, Tn, D), as ``variances``."""
+    variances: torch.Tensor
+    keys: torch.Tensor
+    """``means`` in the inputs' type, (B, H, Tn, D up to a multiple of 8)."""
+    values: torch.Tensor
+    """vbar like ``keys``."""
+    slopes: torch.Tensor
+    """C (B, H, Tn, D, D up to a multiple of 8), in the type of block states."""
+
+
+class MomentGradients(NamedTuple):
+    """Gradients of ``means``, ``variances`` and vbar, float32 (B, H, Tn, D), and of ``slopes`` as these are."""
+
+    means: torch.Tensor
+    variances: torch.Tensor
+    values: torch.Tensor
+    slopes: torch.Tensor
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "num_heads"])
+def query_moment_kernel(
+    x,
+    means,
+    squares,
+    stride_batch,
+    stride_head,
+    stride_token,
+    num_tokens,
+    num_blocks,
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
+    PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
+    block, batch, head = locate_program(num_blocks, num_heads)
+    rows = tl.arange(0, TILE)
+    dims = tl.arange(0, PADDED_DIM)
+    base = head_pointer(x, batch, head, stride_batch, stride_head)
+    total = tl.zeros([PADDED_DIM], tl.float32)
+    total_square = tl.zeros([PADDED_DIM], tl.float32)
+    for part in range(BLOCK // TILE):
+        tile = load_tile(base, block * BLOCK + part * TILE, rows, dims, stride_token, num_tokens, PITCH, PADDED)
+        tile = tile.to(tl.float32)
+        total += tl.sum(tile, 0)
+        total_square += tl.sum(tile * tile, 0)
+    count = tl.zeros([PADDED_DIM], tl.float32) + tl.minimum(num_tokens - block * BLOCK, BLOCK).to(tl.float32)
+    at = tl.program_id(0).to(tl.int64) * HEAD_DIM + dims
+    tl.store(means + at, tl.div_rn(total, count), mask=dims < HEAD_DIM)
+    tl.store(squares + at, tl.div_rn(total_square, count), mask=dims < HEAD_DIM)
+
+
+@triton.jit
+def key_weights(key_bias, start, keys, num_keys, HAS_KEY_BIAS: tl.constexpr):
+    """[keys] float32 weights, 0 past the end; ``key_bias`` is that of the batch row."""
+    if HAS_KEY_BIAS:
+        weights = tl.exp(load_key_bias(key_bias, start, keys, num_keys))
+    else:
+        weights = tl.where(start + keys < num_keys, 1.0, 0.0)
+    return weights
+
+
+@triton.jit(do_not_specialize=["stride_bias", "num_tokens", "num_blocks", "num_heads"])
+def key_moment_kernel(
+    k,
+    v,
+    bias,
+    sizes,
+    means,
+    variances,
+    mean_keys,
+    mean_values,
+    slopes,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_bias,
+    num_tokens,
+    num_blocks,
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_KEY_BIAS: tl.constexpr,
+):
+    """All moments of one block but, of vbar and C, only CHUNK columns; the keys are read twice."""
+    PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
+    PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
+    block, batch, head = locate_program(num_blocks, num_heads)
+    slot = tl.program_id(0).to(tl.int64)
+    rows = tl.arange(0, TILE_K)
+    dims = tl.arange(0, PADDED_DIM)
+    columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    k_base = head_pointer(k, batch, head, stride_kb, stride_kh)
+    v_base = head_pointer(v, batch, head, stride_vb, stride_vh)
+    bias_base = bias + batch.to(tl.int64) * stride_bias
+
+    key_sum = tl.zeros([PADDED_DIM], tl.float32)
+    size = tl.zeros([], tl.float32)
+    for part in range(BLOCK_K // TILE_K):
+        start = block * BLOCK_K + part * TILE_K
+        key = load_tile(k_base, start, rows, dims, stride_kn, num_tokens, PITCH, PADDED).to(tl.float32)
+        weights = key_weights(bias_base, start, rows, num_tokens, HAS_KEY_BIAS)
+        key_sum += tl.sum(key * weights[:, None], 0)
+        size += tl.sum(weights, 0)
+    divisor = tl.where(size > 0, size, 1.0)
+    mean = tl.div_rn(key_sum, tl.zeros([PADDED_DIM], tl.float32) + divisor)
+
+    variance = tl.zeros([PADDED_DIM], tl.float32)
+    mean_value = tl.zeros([CHUNK], tl.float32)
+    slope = tl.zeros([PADDED_DIM, CHUNK], tl.float32)
+    state_type = slopes.dtype.element_ty
+    for part in range(BLOCK_K // TILE_K):
+        start = block * BLOCK_K + part * TILE_K
+        key = load_tile(k_base, start, rows, dims, stride_kn, num_tokens, PITCH, PADDED).to(tl.float32)
+        value = load_tile(v_base, start, rows, columns, stride_vn, num_tokens, PITCH, PADDED)
+        weights = key_weights(bias_base, start, rows, num_tokens, HAS_KEY_BIAS)
+        off = key - mean[None, :]
+        weighted = off * weights[:, None]
+        variance += tl.sum(off * weighted, 0)
+        mean_value += tl.sum(value.to(tl.float32) * weights[:, None], 0)
+        # [PADDED_DIM, TILE_K] x [TILE_K, CHUNK]
+        slope = tl.dot(tl.trans(weighted.to(state_type)), value.to(state_type), slope, input_precision="ieee")
+
+    origin = tl.zeros([], tl.int32)
+    inverse = 1.0 / divisor
+    store_tile(
+        slopes + slot * HEAD_DIM * PITCH, slope * inverse, origin, dims, columns, PITCH, HEAD_DIM, PITCH, PADDED
+    )
+    mean_value = (mean_value * inverse).to(mean_values.dtype.element_ty)
+    tl.store(mean_values + slot * PITCH + columns, mean_value, mask=columns < PITCH)
+    if tl.program_id(1) == 0:
+        tl.store(sizes + slot, tl.where(size > 0, tl.log(size), float("-inf")))
+        tl.store(means + slot * HEAD_DIM + dims, mean, mask=dims < HEAD_DIM)
+        tl.store(variances + slot * HEAD_DIM + dims, variance * inverse, mask=dims < HEAD_DIM)
+        tl.store(mean_keys + slot * PITCH + dims, mean.to(mean_keys.dtype.element_ty), mask=dims < PITCH)
+
+
+@triton.jit(do_not_specialize=["stride_bias", "num_tokens", "num_tiles", "num_blocks", "num_heads"])
+def key_gradient_kernel(
+    k,
+    v,
+    bias,
+    sizes,
+    means,
+    mean_values,
+    grad_means,
+    grad_variances,
+    grad_values,
+    grad_slopes,
+    grad_k,
+    grad_v,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_bias,
+    num_tokens,
+    num_tiles,
+    num_blocks,
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_KEY_BIAS: tl.constexpr,
+):
+    """To dK_n: (dkbar + 2 (k_n - kbar) dvar + dC (v_n - vbar)) / n; to dV_n: (dvbar + dC^T (k_n - kbar)) / n."""
+    PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
+    PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
+    tile, batch, head = locate_program(num_tiles, num_heads)
+    first_key = tile * TILE_K
+    slot = (batch.to(tl.int64) * num_heads + head) * num_blocks + first_key // BLOCK_K
+    keys = tl.arange(0, TILE_K)
+    dims = tl.arange(0, PADDED_DIM)
+    origin = tl.zeros([], tl.int32)
+    k_base = head_pointer(k, batch, head, stride_kb, stride_kh)
+    v_base = head_pointer(v, batch, head, stride_vb, stride_vh)
+    weights = key_weights(
+        bias + batch.to(tl.int64) * stride_bias, first_key, keys, num_tokens, HAS_KEY_BIAS
+    )
+    # of a block without weight, all of whose weights are 0, the size is -inf
+    size = tl.load(sizes + slot)
+    share = weights * tl.exp(tl.where(size == float("-inf"), 0.0, -size))
+
+    state_type = grad_slopes.dtype.element_ty
+    mean = tl.load(means + slot * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
+    key = load_tile(k_base, first_key, keys, dims, stride_kn, num_tokens, PITCH, PADDED).to(tl.float32)
+    off_key = (key - mean[None, :]).to(state_type)
+    mean_value = tl.load(mean_values + slot * PITCH + dims, mask=dims < PITCH, other=0.0).to(tl.float32)
+    value = load_tile(v_base, first_key, keys, dims, stride_vn, num_tokens, PITCH, PADDED).to(tl.float32)
+    off_value = (value - mean_value[None, :]).to(state_type)
+    slope_base = grad_slopes + slot * HEAD_DIM * PITCH
+    grad_k_base = token_major_pointer(grad_k, batch, head, num_tokens, num_heads, HEAD_DIM)
+    grad_v_base = token_major_pointer(grad_v, batch, head, num_tokens, num_heads, HEAD_DIM)
+    row = num_heads * HEAD_DIM
+    for first in tl.range(0, PADDED_DIM, CHUNK, num_stages=1):
+        columns = first + tl.arange(0, CHUNK)
+        inside = columns < HEAD_DIM
+        mask = (first_key + keys < num_tokens)[:, None] & inside[None, :]
+        at = first_key.to(tl.int64) * row + keys[:, None] * row + columns[None, :]
+        of_mean = tl.load(grad_means + slot * HEAD_DIM + columns, mask=inside, other=0.0)
+        of_variance = tl.load(grad_variances + slot * HEAD_DIM + columns, mask=inside, other=0.0)
+        mean_part = tl.load(means + slot * HEAD_DIM + columns, mask=inside, other=0.0)
+        key_part = load_tile(k_base, first_key, keys, columns, stride_kn, num_tokens, PITCH, PADDED).to(tl.float32)
+        # rows `columns` of dC: [TILE_K, PADDED_DIM] x [PADDED_DIM, CHUNK]
+        slope = load_tile(slope_base + first * PITCH, origin, tl.arange(0, CHUNK), dims, PITCH // 8, HEAD_DIM - first,
+                          PITCH, PADDED)  # fmt: skip
+        found = tl.dot(off_value, tl.trans(slope), input_precision="ieee")
+        found += of_mean[None, :] + 2.0 * (key_part - mean_part[None, :]) * of_variance[None, :]
+        grad = tl.load(grad_k_base + at, mask=mask, other=0.0).to(tl.float32) + share[:, None] * found
+        tl.store(grad_k_base + at, grad.to(grad_k.dtype.element_ty), mask=mask)
+        of_value = tl.load(grad_values + slot * HEAD_DIM + columns, mask=inside, other=0.0)
+        slope = load_tile(slope_base, origin, dims, columns, PITCH // 8, HEAD_DIM, PITCH, PADDED)
+        found = tl.dot(off_key, slope, input_precision="ieee") + of_value[None, :]
+        grad = tl.load(grad_v_base + at, mask=mask, other=0.0).to(tl.float32) + share[:, None] * found
+        tl.store(grad_v_base + at, grad.to(grad_v.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_tiles", "num_blocks", "num_heads"])
+def query_gradient_kernel(
+    q,
+    grad_means,
+    grad_squares,
+    grad_q,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    num_tokens,
+    num_tiles,
+    num_blocks,
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    TILE_Q: tl.constexpr,
+):
+    PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
+    PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
+    tile, batch, head = locate_program(num_tiles, num_heads)
+    first_query = tile * TILE_Q
+    block = first_query // BLOCK_Q
+    slot = (batch.to(tl.int64) * num_heads + head) * num_blocks + block
+    rows = tl.arange(0, TILE_Q)
+    dims = tl.arange(0, PADDED_DIM)
+    inverse = 1.0 / tl.minimum(num_tokens - block * BLOCK_Q, BLOCK_Q).to(tl.float32)
+    of_mean = tl.load(grad_means + slot * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
+    of_square = tl.load(grad_squares + slot * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
+    q_base = head_pointer(q, batch, head, stride_qb, stride_qh)
+    query = load_tile(q_base, first_query, rows, dims, stride_qn, num_tokens, PITCH, PADDED).to(tl.float32)
+    grad_base = token_major_pointer(grad_q, batch, head, num_tokens, num_heads, HEAD_DIM)
+    row = num_heads * HEAD_DIM
+    at = first_query.to(tl.int64) * row + rows[:, None] * row + dims[None, :]
+    mask = (first_query + rows < num_tokens)[:, None] & (dims < HEAD_DIM)[None, :]
+    grad = tl.load(grad_base + at, mask=mask, other=0.0).to(tl.float32)
+    grad += (of_mean[None, :] + 2.0 * query * of_square[None, :]) * inverse
+    tl.store(grad_base + at, grad.to(grad_q.dtype.element_ty), mask=mask)
+
+
+def query_moments(q: torch.Tensor, block_q: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The means of q and of q^2 by blocks, float32 (B, H, Tm, D), of a `vector_readable` q."""
+    batch, heads, tokens, head_dim = q.shape
+    blocks = ceil_div(tokens, block_q)
+    means, squares = (q.new_empty((batch, heads, blocks, head_dim), dtype=torch.float32) for _ in range(2))
+    query_moment_kernel[(blocks * batch * heads,)](
+        q,
+        means,
+        squares,
+        *vector_strides(q),
+        tokens,
+        blocks,
+        heads,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim(head_dim),
+        BLOCK=block_q,
+        TILE=min(64, block_q),
+        num_warps=4,
+    )
+    return means, squares
+
+
+def key_moments(inputs: KernelInputs, block_k: int) -> KeyMoments:
+    """The moments of all key blocks, in one pass over v and two over k."""
+    k, v, key_bias = inputs.k, inputs.v, inputs.key_bias
+    batch, heads, tokens, head_dim = k.shape
+    blocks, pitch = ceil_div(tokens, block_k), row_pitch(head_dim)
+    lead = (batch, heads, blocks)
+    sizes = torch.empty(lead, dtype=torch.float32, device=k.device)
+    moments = KeyMoments(
+        sizes,
+        sizes.new_empty((*lead, head_dim)),
+        sizes.new_empty((*lead, head_dim)),
+        k.new_empty((*lead, pitch)),
+        k.new_empty((*lead, pitch)),
+        k.new_empty((*lead, head_dim, pitch), dtype=state_dtype(k.dtype)),
+    )
+    launch = clamped(virtual_launch("moments", head_dim, k.dtype), head_dim, block_k, block_k)
+    key_moment_kernel[(blocks * batch * heads, ceil_div(padded_dim(head_dim), launch.chunk))](
+        k,
+        v,
+        key_bias if key_bias is not None else sizes,
+        *moments,
+        *vector_strides(k),
+        *vector_strides(v),
+        batch_stride(key_bias),
+        tokens,
+        blocks,
+        heads,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim(head_dim),
+        BLOCK_K=block_k,
+        TILE_K=launch.tile_k,
+        CHUNK=launch.chunk,
+        HAS_KEY_BIAS=key_bias is not None,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+    return moments
+
+
+def add_key_gradients(
+    inputs: KernelInputs,
+    moments: KeyMoments,
+    gradients: MomentGradients,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    block_k: int,
+) -> None:
+    """Add to dk and dv (B, H, Lk, D), in memory (B, Lk, H, D), what ``gradients`` of the key blocks make of them."""
+    k, v, key_bias = inputs.k, inputs.v, inputs.key_bias
+    batch, heads, tokens, head_dim = k.shape
+    launch = clamped(virtual_launch("key_gradients", head_dim, k.dtype), head_dim, block_k, block_k)
+    tiles = ceil_div(tokens, launch.tile_k)
+    key_gradient_kernel[(tiles * batch * heads,)](
+        k,
+        v,
+        key_bias if key_bias is not None else moments.sizes,
+        moments.sizes,
+        moments.means,
+        moments.values,
+        *gradients,
+        dk,
+        dv,
+        *vector_strides(k),
+        *vector_strides(v),
+        batch_stride(key_bias),
+        tokens,
+        tiles,
+        moments.sizes.shape[2],
+        heads,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim(head_dim),
+        BLOCK_K=block_k,
+        TILE_K=launch.tile_k,
+        CHUNK=launch.chunk,
+        HAS_KEY_BIAS=key_bias is not None,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+
+
+def add_query_gradients(
+    q: torch.Tensor, of_means: torch.Tensor, of_squares: torch.Tensor, dq: torch.Tensor, block_q: int
+) -> None:
+    """Add to dq (B, H, Lq, D), in memory (B, Lq, H, D), what gradients of `query_moments` make of it."""
+    batch, heads, tokens, head_dim = q.shape
+    tile = min(64, block_q)
+    tiles = ceil_div(tokens, tile)
+    query_gradient_kernel[(tiles * batch * heads,)](
+        q,
+        of_means,
+        of_squares,
+        dq,
+        *vector_strides(q),
+        tokens,
+        tiles,
+        of_means.shape[2],
+        heads,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim(head_dim),
+        BLOCK_Q=block_q,
+        TILE_Q=tile,
+        num_warps=4,
+    )
