@@ -27,11 +27,10 @@ class KeyMoments(NamedTuple):
 
     sizes: torch.Tensor
     """ln n, float32 (B, H, Tn); -inf where n is 0."""
-    means: torch.Tensor
-    """float32 (B, H, Tn, D), as ``variances``."""
-    variances: torch.Tensor
+    spans: torch.Tensor
+    """kbar and var, float32 (2, B, H, Tn, D)."""
     keys: torch.Tensor
-    """``means`` in the inputs' type, (B, H, Tn, D up to a multiple of 8)."""
+    """kbar in the inputs' type, (B, H, Tn, D up to a multiple of 8)."""
     values: torch.Tensor
     """vbar like ``keys``."""
     slopes: torch.Tensor
@@ -39,10 +38,9 @@ class KeyMoments(NamedTuple):
 
 
 class MomentGradients(NamedTuple):
-    """Gradients of ``means``, ``variances`` and vbar, float32 (B, H, Tn, D), and of ``slopes`` as these are."""
+    """Gradients of ``spans`` and of vbar, float32, and of ``slopes`` as these are."""
 
-    means: torch.Tensor
-    variances: torch.Tensor
+    spans: torch.Tensor
     values: torch.Tensor
     slopes: torch.Tensor
 
@@ -82,16 +80,6 @@ def query_moment_kernel(
     tl.store(squares + at, tl.div_rn(total_square, count), mask=dims < HEAD_DIM)
 
 
-@triton.jit
-def key_weights(key_bias, start, keys, num_keys, HAS_KEY_BIAS: tl.constexpr):
-    """[keys] float32 weights, 0 past the end; ``key_bias`` is that of the batch row."""
-    if HAS_KEY_BIAS:
-        weights = tl.exp(load_key_bias(key_bias, start, keys, num_keys))
-    else:
-        weights = tl.where(start + keys < num_keys, 1.0, 0.0)
-    return weights
-
-
 @triton.jit(do_not_specialize=["stride_bias", "num_tokens", "num_blocks", "num_heads"])
 def key_moment_kernel(
     k,
@@ -120,7 +108,7 @@ def key_moment_kernel(
     CHUNK: tl.constexpr,
     HAS_KEY_BIAS: tl.constexpr,
 ):
-    """All moments of one block but, of vbar and C, only CHUNK columns; the keys are read twice."""
+    """All moments of one block but, of vbar and C, only CHUNK columns."""
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
     PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
     block, batch, head = locate_program(num_blocks, num_heads)
@@ -132,44 +120,49 @@ def key_moment_kernel(
     v_base = head_pointer(v, batch, head, stride_vb, stride_vh)
     bias_base = bias + batch.to(tl.int64) * stride_bias
 
-    key_sum = tl.zeros([PADDED_DIM], tl.float32)
+    state_type = slopes.dtype.element_ty
     size = tl.zeros([], tl.float32)
-    for part in range(BLOCK_K // TILE_K):
-        start = block * BLOCK_K + part * TILE_K
-        key = load_tile(k_base, start, rows, dims, stride_kn, num_tokens, PITCH, PADDED).to(tl.float32)
-        weights = key_weights(bias_base, start, rows, num_tokens, HAS_KEY_BIAS)
-        key_sum += tl.sum(key * weights[:, None], 0)
-        size += tl.sum(weights, 0)
-    divisor = tl.where(size > 0, size, 1.0)
-    mean = tl.div_rn(key_sum, tl.zeros([PADDED_DIM], tl.float32) + divisor)
-
-    variance = tl.zeros([PADDED_DIM], tl.float32)
+    mean = tl.zeros([PADDED_DIM], tl.float32)
+    square = tl.zeros([PADDED_DIM], tl.float32)
     mean_value = tl.zeros([CHUNK], tl.float32)
     slope = tl.zeros([PADDED_DIM, CHUNK], tl.float32)
-    state_type = slopes.dtype.element_ty
     for part in range(BLOCK_K // TILE_K):
         start = block * BLOCK_K + part * TILE_K
-        key = load_tile(k_base, start, rows, dims, stride_kn, num_tokens, PITCH, PADDED).to(tl.float32)
+        key = load_tile(k_base, start, rows, dims, stride_kn, num_tokens, PITCH, PADDED)
         value = load_tile(v_base, start, rows, columns, stride_vn, num_tokens, PITCH, PADDED)
-        weights = key_weights(bias_base, start, rows, num_tokens, HAS_KEY_BIAS)
-        off = key - mean[None, :]
-        weighted = off * weights[:, None]
-        variance += tl.sum(off * weighted, 0)
-        mean_value += tl.sum(value.to(tl.float32) * weights[:, None], 0)
+        weighted = key.to(tl.float32)
+        weighted_value = value.to(tl.float32)
+        if HAS_KEY_BIAS:
+            weights = tl.exp(load_key_bias(bias_base, start, rows, num_tokens))
+            size += tl.sum(weights, 0)
+            square += tl.sum(weighted * weighted * weights[:, None], 0)
+            weighted *= weights[:, None]
+            weighted_value *= weights[:, None]
+            key = weighted
+        else:
+            square += tl.sum(weighted * weighted, 0)
+        mean += tl.sum(weighted, 0)
+        mean_value += tl.sum(weighted_value, 0)
         # [PADDED_DIM, TILE_K] x [TILE_K, CHUNK]
-        slope = tl.dot(tl.trans(weighted.to(state_type)), value.to(state_type), slope, input_precision="ieee")
+        slope = tl.dot(tl.trans(key.to(state_type)), value.to(state_type), slope, input_precision="ieee")
+    if not HAS_KEY_BIAS:
+        size += tl.minimum(num_tokens - block * BLOCK_K, BLOCK_K).to(tl.float32)
+    divisor = tl.where(size > 0, size, 1.0)
+    mean = tl.div_rn(mean, tl.zeros([PADDED_DIM], tl.float32) + divisor)
 
     origin = tl.zeros([], tl.int32)
     inverse = 1.0 / divisor
-    store_tile(
-        slopes + slot * HEAD_DIM * PITCH, slope * inverse, origin, dims, columns, PITCH, HEAD_DIM, PITCH, PADDED
-    )
-    mean_value = (mean_value * inverse).to(mean_values.dtype.element_ty)
+    mean_value *= inverse
+    # (K - kbar)^T V is K^T V - n kbar vbar^T
+    slope = slope * inverse - mean[:, None] * mean_value[None, :]
+    store_tile(slopes + slot * HEAD_DIM * PITCH, slope, origin, dims, columns, PITCH, HEAD_DIM, PITCH, PADDED)
+    mean_value = mean_value.to(mean_values.dtype.element_ty)
     tl.store(mean_values + slot * PITCH + columns, mean_value, mask=columns < PITCH)
     if tl.program_id(1) == 0:
         tl.store(sizes + slot, tl.where(size > 0, tl.log(size), float("-inf")))
         tl.store(means + slot * HEAD_DIM + dims, mean, mask=dims < HEAD_DIM)
-        tl.store(variances + slot * HEAD_DIM + dims, variance * inverse, mask=dims < HEAD_DIM)
+        variance = tl.maximum(square * inverse - mean * mean, 0.0)
+        tl.store(variances + slot * HEAD_DIM + dims, variance, mask=dims < HEAD_DIM)
         tl.store(mean_keys + slot * PITCH + dims, mean.to(mean_keys.dtype.element_ty), mask=dims < PITCH)
 
 
@@ -216,12 +209,11 @@ def key_gradient_kernel(
     origin = tl.zeros([], tl.int32)
     k_base = head_pointer(k, batch, head, stride_kb, stride_kh)
     v_base = head_pointer(v, batch, head, stride_vb, stride_vh)
-    weights = key_weights(
-        bias + batch.to(tl.int64) * stride_bias, first_key, keys, num_tokens, HAS_KEY_BIAS
-    )
-    # of a block without weight, all of whose weights are 0, the size is -inf
     size = tl.load(sizes + slot)
-    share = weights * tl.exp(tl.where(size == float("-inf"), 0.0, -size))
+    # of a block without weight, all of whose weights are 0, the size is -inf
+    share = tl.zeros([TILE_K], tl.float32) + tl.exp(tl.where(size == float("-inf"), 0.0, -size))
+    if HAS_KEY_BIAS:
+        share *= tl.exp(load_key_bias(bias + batch.to(tl.int64) * stride_bias, first_key, keys, num_tokens))
 
     state_type = grad_slopes.dtype.element_ty
     mean = tl.load(means + slot * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
@@ -297,15 +289,16 @@ def query_gradient_kernel(
     tl.store(grad_base + at, grad.to(grad_q.dtype.element_ty), mask=mask)
 
 
-def query_moments(q: torch.Tensor, block_q: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The means of q and of q^2 by blocks, float32 (B, H, Tm, D), of a `vector_readable` q."""
+def query_moments(q: torch.Tensor, block_q: int) -> torch.Tensor:
+    """The means of q and of q^2 by blocks, float32 (2, B, H, Tm, D), of a `vector_readable` q."""
     batch, heads, tokens, head_dim = q.shape
     blocks = ceil_div(tokens, block_q)
-    means, squares = (q.new_empty((batch, heads, blocks, head_dim), dtype=torch.float32) for _ in range(2))
+    moments = q.new_empty((2, batch, heads, blocks, head_dim), dtype=torch.float32)
+    launch = clamped(virtual_launch("query_moments", head_dim, q.dtype), head_dim, block_q, block_q)
     query_moment_kernel[(blocks * batch * heads,)](
         q,
-        means,
-        squares,
+        moments[0],
+        moments[1],
         *vector_strides(q),
         tokens,
         blocks,
@@ -313,14 +306,15 @@ def query_moments(q: torch.Tensor, block_q: int) -> tuple[torch.Tensor, torch.Te
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim),
         BLOCK=block_q,
-        TILE=min(64, block_q),
-        num_warps=4,
+        TILE=launch.tile_q,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
     )
-    return means, squares
+    return moments
 
 
 def key_moments(inputs: KernelInputs, block_k: int) -> KeyMoments:
-    """The moments of all key blocks, in one pass over v and two over k."""
+    """The moments of all key blocks, in one pass over k and v."""
     k, v, key_bias = inputs.k, inputs.v, inputs.key_bias
     batch, heads, tokens, head_dim = k.shape
     blocks, pitch = ceil_div(tokens, block_k), row_pitch(head_dim)
@@ -328,8 +322,7 @@ def key_moments(inputs: KernelInputs, block_k: int) -> KeyMoments:
     sizes = torch.empty(lead, dtype=torch.float32, device=k.device)
     moments = KeyMoments(
         sizes,
-        sizes.new_empty((*lead, head_dim)),
-        sizes.new_empty((*lead, head_dim)),
+        sizes.new_empty((2, *lead, head_dim)),
         k.new_empty((*lead, pitch)),
         k.new_empty((*lead, pitch)),
         k.new_empty((*lead, head_dim, pitch), dtype=state_dtype(k.dtype)),
@@ -339,7 +332,10 @@ def key_moments(inputs: KernelInputs, block_k: int) -> KeyMoments:
         k,
         v,
         key_bias if key_bias is not None else sizes,
-        *moments,
+        sizes,
+        moments.spans[0],
+        moments.spans[1],
+        *moments[2:],
         *vector_strides(k),
         *vector_strides(v),
         batch_stride(key_bias),
@@ -376,9 +372,12 @@ def add_key_gradients(
         v,
         key_bias if key_bias is not None else moments.sizes,
         moments.sizes,
-        moments.means,
+        moments.spans[0],
         moments.values,
-        *gradients,
+        gradients.spans[0],
+        gradients.spans[1],
+        gradients.values,
+        gradients.slopes,
         dk,
         dv,
         *vector_strides(k),
@@ -400,25 +399,25 @@ def add_key_gradients(
 
 
 def add_query_gradients(
-    q: torch.Tensor, of_means: torch.Tensor, of_squares: torch.Tensor, dq: torch.Tensor, block_q: int
+    q: torch.Tensor, gradients: torch.Tensor, dq: torch.Tensor, block_q: int
 ) -> None:
-    """Add to dq (B, H, Lq, D), in memory (B, Lq, H, D), what gradients of `query_moments` make of it."""
+    """Add to dq (B, H, Lq, D), in memory (B, Lq, H, D), what ``gradients`` of `query_moments` make of it."""
     batch, heads, tokens, head_dim = q.shape
-    tile = min(64, block_q)
-    tiles = ceil_div(tokens, tile)
+    launch = clamped(virtual_launch("query_moments", head_dim, q.dtype), head_dim, block_q, block_q)
+    tiles = ceil_div(tokens, launch.tile_q)
     query_gradient_kernel[(tiles * batch * heads,)](
         q,
-        of_means,
-        of_squares,
+        gradients[0],
+        gradients[1],
         dq,
         *vector_strides(q),
         tokens,
         tiles,
-        of_means.shape[2],
+        gradients.shape[3],
         heads,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim),
         BLOCK_Q=block_q,
-        TILE_Q=tile,
-        num_warps=4,
+        TILE_Q=launch.tile_q,
+        num_warps=launch.warps,
     )

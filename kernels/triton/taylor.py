@@ -26,17 +26,16 @@ __all__ = ["backward", "forward"]
 class _Blocks(NamedTuple):
     """What is known of the blocks of a call before their classes are."""
 
-    query_means: torch.Tensor
-    query_squares: torch.Tensor
+    queries: torch.Tensor
+    """`query_moments`."""
     moments: KeyMoments
     logits: torch.Tensor
     spreads: torch.Tensor
 
     @classmethod
     def of(cls, operands: KernelInputs, options: BackwardOptions) -> _Blocks:
-        means, squares = query_moments(operands.q, options.block_q)
-        moments = key_moments(operands, options.block_k)
-        return cls(means, squares, moments, *virtual_keys.virtual_logits(means, squares, moments, options.scale))
+        queries, moments = query_moments(operands.q, options.block_q), key_moments(operands, options.block_k)
+        return cls(queries, moments, *virtual_keys.virtual_logits(queries, moments, options.scale))
 
 
 def forward(
@@ -80,20 +79,20 @@ def backward(
     )
     tiles = grad_slopes.shape[2] // block_map.shape[2]
     mixture = rows.mixture if tiles == 1 else rows.mixture.repeat_interleave(tiles, dim=1)
+    of_spans = by_rows.of_spans.mT @ blocks.queries
+    of_spans[0] += of_keys
     moment_gradients = MomentGradients(
-        of_keys + by_rows.of_logits.mT @ blocks.query_means,
-        by_rows.of_spread.mT @ blocks.query_squares,
+        of_spans,
         of_values,
         sum_of_states(mixture, grad_slopes, transpose=True),
     )
-    of_means = by_rows.of_logits @ moments.means
-    of_squares = by_rows.of_spread @ moments.variances
+    of_queries = by_rows.of_spans @ moments.spans
 
     row_lists = BlockLists(*critical_lists(block_map, by_column=False))
     columns, lengths = critical_lists(block_map, by_column=True)
     order = longest_first(lengths, block_map.shape[2])
     steps.attention_backward_query(upstream, operands, row_lists, gradients, options)
-    add_query_gradients(q, of_means, of_squares, gradients.dq, block_q)
+    add_query_gradients(q, of_queries, gradients.dq, block_q)
     dk, dv = steps.attention_backward_key(
         upstream, operands, BlockLists(columns, lengths), order, gradients.statistics, None, options
     )

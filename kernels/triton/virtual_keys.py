@@ -56,10 +56,8 @@ class VirtualRows(NamedTuple):
 class RowGradients(NamedTuple):
     """Gradients of what stands between the moments of query blocks and of key blocks."""
 
-    of_logits: torch.Tensor
-    """Of the mean query's logits, float32 (B, H, Tm, Tn)."""
-    of_spread: torch.Tensor
-    """Of mean(q^2).var, float32 (B, H, Tm, Tn); 0 where w is at its bound."""
+    of_spans: torch.Tensor
+    """Of mean(q).kbar, and of mean(q^2).var where w is below its bound, float32 (2, B, H, Tm, Tn)."""
     of_shift: torch.Tensor
     """Of the shift, by rows: float32 (B, H, Tm)."""
 
@@ -271,6 +269,8 @@ def virtual_backward_query_kernel(
     """Of one tile of queries: lse and D^s as `QueryGradients` has them, dO.(scale S^T q) times the scale, the virtual
     keys' part of dQ, the tile's sums of dl, and dS."""
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
+    # there are registers for dO S^T, which is wanted before and after the loop
+    WHOLE: tl.constexpr = CHUNK == PADDED_DIM
     PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
     tile, batch, head = locate_program(num_tiles, num_heads)
     batch_head = batch.to(tl.int64) * num_heads + head
@@ -295,16 +295,23 @@ def virtual_backward_query_kernel(
 
     slope_base = slopes + line * HEAD_DIM * PITCH
     state_type = slopes.dtype.element_ty
-    gain = tl.zeros([TILE_Q], tl.float32)
-    for first in tl.range(0, PADDED_DIM, CHUNK, num_stages=1):
-        columns = first + tl.arange(0, CHUNK)
-        slope = load_tile(
-            slope_base + first * PITCH, origin, tl.arange(0, CHUNK), dims, PITCH // 8, HEAD_DIM - first, PITCH, PADDED
-        )
-        # [TILE_Q, PADDED_DIM] x [PADDED_DIM, CHUNK]
+    if WHOLE:
+        slope = load_tile(slope_base, origin, dims, dims, PITCH // 8, HEAD_DIM, PITCH, PADDED)
+        # [TILE_Q, PADDED_DIM] x [PADDED_DIM, PADDED_DIM]
         along = tl.dot(grad.to(state_type), tl.trans(slope), input_precision="ieee")
-        part = load_tile(q_base, first_query, rows, columns, stride_qn, num_tokens, PITCH, PADDED)
-        gain += tl.sum(along * part.to(tl.float32), 1)
+        gain = tl.sum(along * query.to(tl.float32), 1)
+    else:
+        gain = tl.zeros([TILE_Q], tl.float32)
+        for first in tl.range(0, PADDED_DIM, CHUNK, num_stages=1):
+            columns = first + tl.arange(0, CHUNK)
+            slope = load_tile(
+                slope_base + first * PITCH, origin, tl.arange(0, CHUNK), dims, PITCH // 8, HEAD_DIM - first, PITCH,
+                PADDED,
+            )  # fmt: skip
+            # [TILE_Q, PADDED_DIM] x [PADDED_DIM, CHUNK]
+            part = tl.dot(grad.to(state_type), tl.trans(slope), input_precision="ieee")
+            query_part = load_tile(q_base, first_query, rows, columns, stride_qn, num_tokens, PITCH, PADDED)
+            gain += tl.sum(part * query_part.to(tl.float32), 1)
     gain *= scale * scale
     pitch = num_tiles * TILE_Q
     row_at = batch_head * 2 * pitch + first_query + rows
@@ -337,16 +344,23 @@ def virtual_backward_query_kernel(
     factor = share * scale
     transposed = tl.trans(query.to(state_type))
     grad_slope_base = grad_slopes + slot * HEAD_DIM * PITCH
-    for first in tl.range(0, PADDED_DIM, CHUNK, num_stages=1):
-        columns = first + tl.arange(0, CHUNK)
-        part = load_tile(grad_base, first_query, rows, columns, stride_gn, num_tokens, PITCH, PADDED).to(tl.float32)
-        part = (part * factor[:, None]).to(state_type)
-        slope = load_tile(slope_base, origin, dims, columns, PITCH // 8, HEAD_DIM, PITCH, PADDED)
-        # [TILE_Q, CHUNK] x [CHUNK, PADDED_DIM]
-        accumulator = tl.dot(part, tl.trans(slope), accumulator, input_precision="ieee")
-        # [PADDED_DIM, TILE_Q] x [TILE_Q, CHUNK]
-        grad_slope = tl.dot(transposed, part, input_precision="ieee")
-        store_tile(grad_slope_base, grad_slope, origin, dims, columns, PITCH, HEAD_DIM, PITCH, PADDED)
+    if WHOLE:
+        accumulator += along * factor[:, None]
+        # [PADDED_DIM, TILE_Q] x [TILE_Q, PADDED_DIM]
+        weighed = (grad.to(tl.float32) * factor[:, None]).to(state_type)
+        grad_slope = tl.dot(transposed, weighed, input_precision="ieee")
+        store_tile(grad_slope_base, grad_slope, origin, dims, dims, PITCH, HEAD_DIM, PITCH, PADDED)
+    else:
+        for first in tl.range(0, PADDED_DIM, CHUNK, num_stages=1):
+            columns = first + tl.arange(0, CHUNK)
+            part = load_tile(grad_base, first_query, rows, columns, stride_gn, num_tokens, PITCH, PADDED)
+            part = (part.to(tl.float32) * factor[:, None]).to(state_type)
+            slope = load_tile(slope_base, origin, dims, columns, PITCH // 8, HEAD_DIM, PITCH, PADDED)
+            # [TILE_Q, CHUNK] x [CHUNK, PADDED_DIM]
+            accumulator = tl.dot(part, tl.trans(slope), accumulator, input_precision="ieee")
+            # [PADDED_DIM, TILE_Q] x [TILE_Q, CHUNK]
+            grad_slope = tl.dot(transposed, part, input_precision="ieee")
+            store_tile(grad_slope_base, grad_slope, origin, dims, columns, PITCH, HEAD_DIM, PITCH, PADDED)
     grad_q_base = token_major_pointer(grad_q, batch, head, num_tokens, num_heads, HEAD_DIM)
     store_tile(grad_q_base, accumulator, first_query, rows, dims, num_heads * HEAD_DIM, num_tokens, HEAD_DIM, PADDED)
 
@@ -460,19 +474,19 @@ def _lanes(items: int) -> tuple[int, int]:
 
 
 def virtual_logits(
-    query_means: torch.Tensor, query_squares: torch.Tensor, moments: KeyMoments, scale: float
+    query_moments: torch.Tensor, moments: KeyMoments, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the mean query of each query block, the logit of each key block without shift, by which blocks are ranked; and
     scale^2 / 2 mean(q^2).var, which is w up to its bound. Both float32 (B, H, Tm, Tn), contiguous."""
-    batch, heads, num_queries, head_dim = query_means.shape
+    _, batch, heads, num_queries, head_dim = query_moments.shape
     num_keys = moments.sizes.shape[2]
-    logits, spreads = (query_means.new_empty(batch, heads, num_queries, num_keys) for _ in range(2))
+    logits, spreads = (query_moments.new_empty(batch, heads, num_queries, num_keys) for _ in range(2))
     tile = 64 if max(num_queries, num_keys) > 64 else 32
     logit_kernel[(batch * heads, ceil_div(num_queries, tile), ceil_div(num_keys, tile))](
-        query_means,
-        query_squares,
-        moments.means,
-        moments.variances,
+        query_moments[0],
+        query_moments[1],
+        moments.spans[0],
+        moments.spans[1],
         moments.sizes,
         logits,
         spreads,
@@ -685,7 +699,7 @@ def mixture_backward(
     """From the gradients of a (B*H, tiles, Tn) and the sums of dl (B, H, tiles, Tn) by tiles of queries."""
     batch, heads, rows, columns = spreads.shape
     lanes, warps = _lanes(columns)
-    of_logits, of_spread = torch.empty_like(spreads), torch.empty_like(spreads)
+    of_spans = spreads.new_empty(2, *spreads.shape)
     of_shift = spreads.new_empty(batch, heads, rows)
     mixture_backward_kernel[(batch * heads * rows,)](
         mixture,
@@ -693,8 +707,8 @@ def mixture_backward(
         grad_bias,
         spreads,
         moments.sizes,
-        of_logits,
-        of_spread,
+        of_spans[0],
+        of_spans[1],
         of_shift,
         scale,
         rows,
@@ -704,4 +718,4 @@ def mixture_backward(
         LANES=lanes,
         num_warps=warps,
     )
-    return RowGradients(of_logits, of_spread, of_shift)
+    return RowGradients(of_spans, of_shift)
