@@ -15,7 +15,16 @@ import triton.language as tl
 
 from ..steps import KernelInputs
 from .masks import batch_stride
-from .primitives import head_pointer, load_key_bias, load_tile, locate_program, store_tile, token_major_pointer
+from .primitives import (
+    head_pointer,
+    load_key_bias,
+    load_tile,
+    locate_program,
+    store_tile,
+    tile_mask,
+    tile_pointer,
+    token_major_pointer,
+)
 from .states import state_dtype
 from .tiles import ceil_div, clamped, padded_dim, row_pitch, vector_strides, virtual_launch
 
@@ -45,6 +54,17 @@ class MomentGradients(NamedTuple):
     slopes: torch.Tensor
 
 
+@triton.jit
+def add_tile(
+    pointer, value, start, rows, columns, num_heads, num_tokens, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr
+):
+    """Add a tile to one head of a tensor whose memory is (B, N, H, D)."""
+    address = tile_pointer(pointer, start, rows, columns, num_heads * HEAD_DIM)
+    mask = tile_mask(start, rows, columns, num_tokens, HEAD_DIM, PADDED)
+    value += tl.load(address, mask=mask, other=0.0).to(tl.float32)
+    tl.store(address, value.to(pointer.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "num_heads"])
 def query_moment_kernel(
     x,
@@ -67,17 +87,17 @@ def query_moment_kernel(
     rows = tl.arange(0, TILE)
     dims = tl.arange(0, PADDED_DIM)
     base = head_pointer(x, batch, head, stride_batch, stride_head)
-    total = tl.zeros([PADDED_DIM], tl.float32)
-    total_square = tl.zeros([PADDED_DIM], tl.float32)
+    totals = tl.zeros([TILE, PADDED_DIM], tl.float32)
+    squared = tl.zeros([TILE, PADDED_DIM], tl.float32)
     for part in range(BLOCK // TILE):
         tile = load_tile(base, block * BLOCK + part * TILE, rows, dims, stride_token, num_tokens, PITCH, PADDED)
         tile = tile.to(tl.float32)
-        total += tl.sum(tile, 0)
-        total_square += tl.sum(tile * tile, 0)
+        totals += tile
+        squared += tile * tile
     count = tl.zeros([PADDED_DIM], tl.float32) + tl.minimum(num_tokens - block * BLOCK, BLOCK).to(tl.float32)
     at = tl.program_id(0).to(tl.int64) * HEAD_DIM + dims
-    tl.store(means + at, tl.div_rn(total, count), mask=dims < HEAD_DIM)
-    tl.store(squares + at, tl.div_rn(total_square, count), mask=dims < HEAD_DIM)
+    tl.store(means + at, tl.div_rn(tl.sum(totals, 0), count), mask=dims < HEAD_DIM)
+    tl.store(squares + at, tl.div_rn(tl.sum(squared, 0), count), mask=dims < HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=["stride_bias", "num_tokens", "num_blocks", "num_heads"])
@@ -86,8 +106,8 @@ def key_moment_kernel(
     v,
     bias,
     sizes,
-    means,
-    variances,
+    mean_out,
+    variance_out,
     mean_keys,
     mean_values,
     slopes,
@@ -122,9 +142,10 @@ def key_moment_kernel(
 
     state_type = slopes.dtype.element_ty
     size = tl.zeros([], tl.float32)
-    mean = tl.zeros([PADDED_DIM], tl.float32)
-    square = tl.zeros([PADDED_DIM], tl.float32)
-    mean_value = tl.zeros([CHUNK], tl.float32)
+    # added up by rows of tiles, which are added up once, after the loop
+    means = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
+    squares = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
+    value_means = tl.zeros([TILE_K, CHUNK], tl.float32)
     slope = tl.zeros([PADDED_DIM, CHUNK], tl.float32)
     for part in range(BLOCK_K // TILE_K):
         start = block * BLOCK_K + part * TILE_K
@@ -135,24 +156,24 @@ def key_moment_kernel(
         if HAS_KEY_BIAS:
             weights = tl.exp(load_key_bias(bias_base, start, rows, num_tokens))
             size += tl.sum(weights, 0)
-            square += tl.sum(weighted * weighted * weights[:, None], 0)
+            squares += weighted * weighted * weights[:, None]
             weighted *= weights[:, None]
             weighted_value *= weights[:, None]
             key = weighted
         else:
-            square += tl.sum(weighted * weighted, 0)
-        mean += tl.sum(weighted, 0)
-        mean_value += tl.sum(weighted_value, 0)
+            squares += weighted * weighted
+        means += weighted
+        value_means += weighted_value
         # [PADDED_DIM, TILE_K] x [TILE_K, CHUNK]
         slope = tl.dot(tl.trans(key.to(state_type)), value.to(state_type), slope, input_precision="ieee")
     if not HAS_KEY_BIAS:
         size += tl.minimum(num_tokens - block * BLOCK_K, BLOCK_K).to(tl.float32)
     divisor = tl.where(size > 0, size, 1.0)
-    mean = tl.div_rn(mean, tl.zeros([PADDED_DIM], tl.float32) + divisor)
+    mean = tl.div_rn(tl.sum(means, 0), tl.zeros([PADDED_DIM], tl.float32) + divisor)
 
     origin = tl.zeros([], tl.int32)
     inverse = 1.0 / divisor
-    mean_value *= inverse
+    mean_value = tl.sum(value_means, 0) * inverse
     # (K - kbar)^T V is K^T V - n kbar vbar^T
     slope = slope * inverse - mean[:, None] * mean_value[None, :]
     store_tile(slopes + slot * HEAD_DIM * PITCH, slope, origin, dims, columns, PITCH, HEAD_DIM, PITCH, PADDED)
@@ -160,9 +181,9 @@ def key_moment_kernel(
     tl.store(mean_values + slot * PITCH + columns, mean_value, mask=columns < PITCH)
     if tl.program_id(1) == 0:
         tl.store(sizes + slot, tl.where(size > 0, tl.log(size), float("-inf")))
-        tl.store(means + slot * HEAD_DIM + dims, mean, mask=dims < HEAD_DIM)
-        variance = tl.maximum(square * inverse - mean * mean, 0.0)
-        tl.store(variances + slot * HEAD_DIM + dims, variance, mask=dims < HEAD_DIM)
+        tl.store(mean_out + slot * HEAD_DIM + dims, mean, mask=dims < HEAD_DIM)
+        variance = tl.maximum(tl.sum(squares, 0) * inverse - mean * mean, 0.0)
+        tl.store(variance_out + slot * HEAD_DIM + dims, variance, mask=dims < HEAD_DIM)
         tl.store(mean_keys + slot * PITCH + dims, mean.to(mean_keys.dtype.element_ty), mask=dims < PITCH)
 
 
@@ -225,28 +246,24 @@ def key_gradient_kernel(
     slope_base = grad_slopes + slot * HEAD_DIM * PITCH
     grad_k_base = token_major_pointer(grad_k, batch, head, num_tokens, num_heads, HEAD_DIM)
     grad_v_base = token_major_pointer(grad_v, batch, head, num_tokens, num_heads, HEAD_DIM)
-    row = num_heads * HEAD_DIM
     for first in tl.range(0, PADDED_DIM, CHUNK, num_stages=1):
         columns = first + tl.arange(0, CHUNK)
         inside = columns < HEAD_DIM
-        mask = (first_key + keys < num_tokens)[:, None] & inside[None, :]
-        at = first_key.to(tl.int64) * row + keys[:, None] * row + columns[None, :]
         of_mean = tl.load(grad_means + slot * HEAD_DIM + columns, mask=inside, other=0.0)
         of_variance = tl.load(grad_variances + slot * HEAD_DIM + columns, mask=inside, other=0.0)
         mean_part = tl.load(means + slot * HEAD_DIM + columns, mask=inside, other=0.0)
         key_part = load_tile(k_base, first_key, keys, columns, stride_kn, num_tokens, PITCH, PADDED).to(tl.float32)
         # rows `columns` of dC: [TILE_K, PADDED_DIM] x [PADDED_DIM, CHUNK]
-        slope = load_tile(slope_base + first * PITCH, origin, tl.arange(0, CHUNK), dims, PITCH // 8, HEAD_DIM - first,
-                          PITCH, PADDED)  # fmt: skip
+        slope = load_tile(
+            slope_base + first * PITCH, origin, tl.arange(0, CHUNK), dims, PITCH // 8, HEAD_DIM - first, PITCH, PADDED
+        )
         found = tl.dot(off_value, tl.trans(slope), input_precision="ieee")
         found += of_mean[None, :] + 2.0 * (key_part - mean_part[None, :]) * of_variance[None, :]
-        grad = tl.load(grad_k_base + at, mask=mask, other=0.0).to(tl.float32) + share[:, None] * found
-        tl.store(grad_k_base + at, grad.to(grad_k.dtype.element_ty), mask=mask)
+        add_tile(grad_k_base, share[:, None] * found, first_key, keys, columns, num_heads, num_tokens, HEAD_DIM, PADDED)
         of_value = tl.load(grad_values + slot * HEAD_DIM + columns, mask=inside, other=0.0)
         slope = load_tile(slope_base, origin, dims, columns, PITCH // 8, HEAD_DIM, PITCH, PADDED)
         found = tl.dot(off_key, slope, input_precision="ieee") + of_value[None, :]
-        grad = tl.load(grad_v_base + at, mask=mask, other=0.0).to(tl.float32) + share[:, None] * found
-        tl.store(grad_v_base + at, grad.to(grad_v.dtype.element_ty), mask=mask)
+        add_tile(grad_v_base, share[:, None] * found, first_key, keys, columns, num_heads, num_tokens, HEAD_DIM, PADDED)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_tiles", "num_blocks", "num_heads"])
@@ -280,13 +297,9 @@ def query_gradient_kernel(
     of_square = tl.load(grad_squares + slot * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
     q_base = head_pointer(q, batch, head, stride_qb, stride_qh)
     query = load_tile(q_base, first_query, rows, dims, stride_qn, num_tokens, PITCH, PADDED).to(tl.float32)
+    grad = (of_mean[None, :] + 2.0 * query * of_square[None, :]) * inverse
     grad_base = token_major_pointer(grad_q, batch, head, num_tokens, num_heads, HEAD_DIM)
-    row = num_heads * HEAD_DIM
-    at = first_query.to(tl.int64) * row + rows[:, None] * row + dims[None, :]
-    mask = (first_query + rows < num_tokens)[:, None] & (dims < HEAD_DIM)[None, :]
-    grad = tl.load(grad_base + at, mask=mask, other=0.0).to(tl.float32)
-    grad += (of_mean[None, :] + 2.0 * query * of_square[None, :]) * inverse
-    tl.store(grad_base + at, grad.to(grad_q.dtype.element_ty), mask=mask)
+    add_tile(grad_base, grad, first_query, rows, dims, num_heads, num_tokens, HEAD_DIM, PADDED)
 
 
 def query_moments(q: torch.Tensor, block_q: int) -> torch.Tensor:

@@ -132,10 +132,10 @@ _SINGLE: dict[int, Launch] = {
 # the same for the kernels of virtual keys
 _VIRTUAL: dict[tuple[str, int], Launch] = {
     ("moments", 64): Launch(64, 64, 64, 4, 2),
-    ("moments", 128): Launch(64, 64, 128, 8, 2),
+    ("moments", 128): Launch(64, 32, 128, 4, 3),
     ("moments", 256): Launch(64, 32, 64, 8, 1),
     ("query_moments", 64): Launch(64, 64, 64, 4, 1),
-    ("query_moments", 128): Launch(64, 64, 64, 4, 1),
+    ("query_moments", 128): Launch(32, 64, 64, 2, 1),
     ("query_moments", 256): Launch(64, 64, 64, 4, 1),
     ("key_gradients", 64): Launch(64, 64, 64, 4, 1),
     ("key_gradients", 128): Launch(64, 64, 64, 8, 1),
