@@ -18,6 +18,7 @@ from typing import Any
 import sympy
 
 from sla_compile.common.blocks import exact_fraction, num_blocks
+from sla_compile.common.limits import TAYLOR
 
 __all__ = [
     "BATCH",
@@ -106,6 +107,7 @@ def sla_cost(
 
     The sums of block states are one matrix product over all key blocks, whatever their classes, so ``bottomk``
     saves no FLOPs; with ``linear="all"`` they are one sum for all rows. Gates are there, so they are counted.
+    With ``linear="taylor"`` virtual keys take the linear branch's place; there is no gate that costs anything.
     ``forced`` key blocks are critical in every row, beside ``topk``. Where ``causal``, C is that of the mean row.
     """
     keys = KEY_TOKENS if cross else TOKENS
@@ -123,8 +125,19 @@ def sla_cost(
         "classify": means + rows * pairs * (2 * _FLOAT32 + _INT8) + lists,
         "attention": token * (2 * TOKENS + 2 * keys) + lists + rows * TOKENS * _FLOAT32,
     }
-    if linear != "none":
-        state = rows * (HEAD_DIM**2 * ELEMENT_BYTES + HEAD_DIM * _FLOAT32)
+    state = rows * (HEAD_DIM**2 * ELEMENT_BYTES + HEAD_DIM * _FLOAT32)
+    if linear == TAYLOR:
+        stages["classify"] *= 2  # logits, and what the spread of the keys adds
+        stages["states"] = 2 * rows * keys * HEAD_DIM**2
+        stages["combine"] = 2 * rows * pairs * HEAD_DIM**2
+        stages["virtual"] = 4 * rows * _QUERY_BLOCKS * _BLOCK_Q * _KEY_BLOCKS * HEAD_DIM
+        stages["slope"] = 2 * rows * TOKENS * HEAD_DIM**2
+        traffic["pooling"] = token * TOKENS + 2 * means
+        traffic["classify"] += rows * pairs * _FLOAT32
+        traffic["states"] = 2 * token * keys + state * _KEY_BLOCKS
+        traffic["combine"] = state * (_KEY_BLOCKS + _QUERY_BLOCKS) + rows * pairs * (_INT8 + 3 * _FLOAT32)
+        traffic["virtual"] = 3 * token * TOKENS + state * _QUERY_BLOCKS + rows * (pairs + 2 * TOKENS) * _FLOAT32
+    elif linear != "none":
         row_states = 1 if linear == "all" and not causal else _QUERY_BLOCKS
         additions = 2 * pairs if linear == "marginal" or causal else _KEY_BLOCKS
         stages["states"] = 2 * rows * keys * HEAD_DIM**2
@@ -151,7 +164,15 @@ def sla_backward_cost(block_q: int, block_k: int, linear: str, *, cross: bool = 
     rows = BATCH * HEADS
     pairs = _QUERY_BLOCKS * _KEY_BLOCKS
     stages = {"sparse": 10 * rows * _QUERY_BLOCKS * _BLOCK_Q * CRITICAL_BLOCKS * _BLOCK_K * HEAD_DIM}
-    if linear != "none":
+    if linear == TAYLOR:
+        stages["classify"] = 12 * rows * pairs * HEAD_DIM  # logits and spreads, and their gradients on both sides
+        stages["states"] = 2 * rows * keys * HEAD_DIM**2
+        stages["combine"] = 2 * rows * pairs * HEAD_DIM**2
+        stages["virtual"] = 14 * rows * _QUERY_BLOCKS * _BLOCK_Q * _KEY_BLOCKS * HEAD_DIM  # scores twice
+        stages["slope"] = 4 * rows * TOKENS * HEAD_DIM**2
+        stages["combine back"] = 4 * rows * pairs * HEAD_DIM**2
+        stages["keys"] = 4 * rows * keys * HEAD_DIM**2
+    elif linear != "none":
         additions = 2 * pairs if linear == "marginal" or causal else _KEY_BLOCKS
         state = HEAD_DIM**2 + HEAD_DIM
         stages["states"] = 2 * rows * keys * HEAD_DIM**2

@@ -62,10 +62,11 @@ class Marker:
     module: fx.GraphModule
     stack: tuple[ModuleCall, ...]
     """The calls in which it was traced, of the owner at the end, or of a child below it (``from_child``)."""
-    weight: fx.Node
-    bias: fx.Node
+    weight: fx.Node | None
+    bias: fx.Node | None
     sparsity: fx.Node | None
     log_scale: fx.Node | None
+    shift: fx.Node | None
     ordinal: int
     settings: str
     from_child: bool
@@ -123,23 +124,25 @@ def find_markers(root: fx.GraphModule) -> list[Marker]:
 
 
 def _marker(node: fx.Node, module: fx.GraphModule) -> Marker:
-    weight, bias, sparsity, log_scale, ordinal, settings, from_child = node.args
+    *tensors, ordinal, settings, from_child = node.args
+    weight, bias, sparsity, log_scale, shift = map(_as_node, tensors)
     stack = module_stack(node)
     return Marker(
         node=node,
         module=module,
         stack=stack,
-        weight=_as_node(weight),
-        bias=_as_node(bias),
-        sparsity=None if sparsity is None else _as_node(sparsity),
-        log_scale=None if log_scale is None else _as_node(log_scale),
+        weight=weight,
+        bias=bias,
+        sparsity=sparsity,
+        log_scale=log_scale,
+        shift=shift,
         ordinal=int(str(ordinal)),
         settings=str(settings),
         from_child=bool(from_child),
     )
 
 
-def _as_node(argument: Any) -> fx.Node:
-    if not isinstance(argument, fx.Node):
+def _as_node(argument: Any) -> fx.Node | None:
+    if argument is not None and not isinstance(argument, fx.Node):
         raise TypeError(f"sla::gate takes graph nodes for its tensors, got {argument!r}")
     return argument

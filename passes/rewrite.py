@@ -36,7 +36,7 @@ def replace_attention(
             "call_function",
             torch.ops.sla.forward.default,
             (query, key, value, weight, bias, key_mask, marker.sparsity),
-            {**decision.options(), **options},
+            {**decision.options(), **options} | ({} if marker.shift is None else {"shift": marker.shift}),
             name=name,
         )
         output = graph.call_function(operator.getitem, (results, 0))
@@ -86,12 +86,12 @@ def _fill(call: AttentionCall, decision: Rewrite, output: fx.Node) -> tuple[Step
     return (Step("where", (after(masked, Step("logical_not")), mean)),)
 
 
-def _gate(graph: fx.Graph, marker: Marker, linear: str) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+def _gate(graph: fx.Graph, marker: Marker, linear: str) -> tuple[fx.Node | None, fx.Node | None, fx.Node | None]:
     """Weight and bias for the op, and what its output is multiplied by: the gate's scale s, where it has one.
 
     s (O^s + O^l (W / s)^T + b / s) = s O^s + O^l W^T + b, so the op and its kernels know no scale.
     """
-    if marker.log_scale is None:
+    if marker.log_scale is None or marker.weight is None or marker.bias is None:
         return marker.weight, marker.bias, None
     exp, axis = Step("exp"), Step("unsqueeze", (-1,))
     (scale,) = build(graph, [after(marker.log_scale, exp, axis, axis)])

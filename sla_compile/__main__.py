@@ -176,12 +176,13 @@ def _gate_summary(saved: SavedGate) -> dict[str, Any]:
         "path": spec.path,
         "heads": spec.heads,
         "head_dim": spec.head_dim,
-        "shape": list(tensors["weight"].shape),
-        "dtype": str(tensors["weight"].dtype).removeprefix("torch."),
-        "weight_norm": tensors["weight"].double().norm().item(),
-        "bias_norm": tensors["bias"].double().norm().item(),
+        "shape": list(next(iter(tensors.values())).shape),
+        "dtype": str(saved.dtype).removeprefix("torch."),
+        **{f"{name}_norm": tensors[name].double().norm().item() for name in ("weight", "bias") if name in tensors},
         "config": saved.settings(),
     }
+    if "shift" in tensors:
+        summary["shift"] = tensors["shift"].double().tolist()
     if spec.config.sparse_scale:
         summary["scale"] = tensors["log_scale"].double().exp().tolist()
     return summary

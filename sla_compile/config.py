@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from sla_compile.common.limits import FEATURE_MAPS, GATE_FORMS, LINEAR_BRANCHES
+from sla_compile.common.limits import FEATURE_MAPS, GATE_FORMS, LINEAR_BRANCHES, TAYLOR
 from sla_compile.common.token_orders import ORDERS, RASTER
 from sla_compile.config_shares import check_shares, default_bottomk, with_bottomk
 from sla_compile.config_values import (
@@ -89,7 +89,7 @@ class SLAConfig:
 
     bottomk: float = _setting(_WHAT_TOPK_LEAVES, number("a number from 0 to 1", lambda value: 0 <= value <= 1))
     """Share of a row's key blocks that is negligible (skipped). Range [0, 1], topk + bottomk at most 1. By default
-    0.1, or what a larger topk leaves."""
+    0.1, or what a larger topk leaves; with linear="taylor" 0."""
 
     block_q: int = _setting(64, BLOCK_SIZE)
     """Query tokens in a block. Range: 16, 32, 64, 128 or 256."""
@@ -101,10 +101,13 @@ class SLAConfig:
     """Feature map of the linear branch. Range: "softmax" (over the head dimension), "elu" (+ 1), "relu"."""
 
     linear: str = _setting("marginal", one_of(*LINEAR_BRANCHES))
-    """Key blocks of the linear branch. Range: "marginal" (paper), "all" (the authors' release), "none"."""
+    """What stands for the key blocks that are not critical. Range: a linear branch over the "marginal" ones (paper) or
+    over "all" (the authors' release), "none", or "taylor": for each marginal block one virtual key in the softmax of the
+    critical ones, with its values to first order; see docs/quality.md."""
 
     gate: str = _setting("shared", one_of(*GATE_FORMS))
-    """Gate of a site. Range: "shared" by its heads, (D, D) and (D), or "per_head", (H, D, D) and (H, D)."""
+    """Gate of a site. Range: "shared" by its heads, (D, D) and (D), or "per_head", (H, D, D) and (H, D). With
+    linear="taylor" it is one number for each head in either case."""
 
     sparse_scale: bool = _setting(False, BOOLEAN)
     """Whether each head's sparse branch has a trainable scale: O = exp(log_scale) O^s + O^l W^T + b. Range: True or
@@ -158,9 +161,14 @@ class SLAConfig:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if value is _WHAT_TOPK_LEAVES:
-                value = default_bottomk(self.topk)
+                value = default_bottomk(self.topk, self.linear)
             object.__setattr__(self, f.name, f.metadata["validator"].check(f"SLAConfig.{f.name}", value))
         check_shares("SLAConfig", self.topk, self.bottomk, self.max_topk)
+        if self.sparse_scale and self.linear == TAYLOR:
+            raise ValueError(
+                f"SLAConfig: got sparse_scale=True with linear={self.linear!r}; accepted: sparse_scale with another "
+                f"linear: virtual keys are normalised together with the critical ones"
+            )
         _check_grid_start("SLAConfig", self.grid, self.grid_start)
         object.__setattr__(self, "inductor", _frozen_inductor(self.inductor))
         if self.inductor and self.inner != "inductor":
@@ -198,13 +206,13 @@ class SLAConfig:
         changes: dict[str, Any] = {}
         for pattern in matching:
             changes.update(self.overrides[pattern])
-        changes = with_bottomk(self.topk, self.bottomk, changes)
+        changes = with_bottomk(self.topk, self.bottomk, self.linear, changes)
         _check_changed_shares(f"SLAConfig.overrides {short(matching)} at {short(path)}", self, changes)
         return dataclasses.replace(self, overrides={}, **changes)
 
     def changed(self, fields: Mapping[str, Any]) -> SLAConfig:
         """These settings with ``fields`` changed; where topk is and bottomk is not, a default bottomk follows topk."""
-        return dataclasses.replace(self, **with_bottomk(self.topk, self.bottomk, fields))
+        return dataclasses.replace(self, **with_bottomk(self.topk, self.bottomk, self.linear, fields))
 
     def kernel_options(self) -> dict[str, Any]:
         """The fields that are keyword arguments of ``sparse_linear_attention``."""
@@ -312,7 +320,7 @@ def _frozen_overrides(overrides: Mapping[str, Any], config: SLAConfig) -> Frozen
             raise value_error(where, changes, _OVERRIDES.accepted)
         _refuse_unknown(where, changes, SITE_FIELDS)
         checked = {n: validators[n].check(f"{where}.{n}", changes[n]) for n in SITE_FIELDS if n in changes}
-        _check_changed_shares(where, config, with_bottomk(config.topk, config.bottomk, checked))
+        _check_changed_shares(where, config, with_bottomk(config.topk, config.bottomk, config.linear, checked))
         _check_grid_start(where, *(checked.get(n, getattr(config, n)) for n in ("grid", "grid_start")))
         frozen[pattern] = checked
     return FrozenMapping(frozen)

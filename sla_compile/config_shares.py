@@ -6,22 +6,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from sla_compile.common.blocks import exact_fraction
+from sla_compile.common.limits import TAYLOR
 
 __all__ = ["check_shares", "default_bottomk", "with_bottomk"]
 
 
-def default_bottomk(topk: float) -> float:
-    """bottomk where only ``topk`` is said: 0.1, or the rest if that is less, so that topk=1.0 alone is accepted."""
-    return float(min(exact_fraction(0.1), 1 - exact_fraction(topk)))
+def default_bottomk(topk: float, linear: str) -> float:
+    """bottomk where only ``topk`` is said: 0.1, or the rest if that is less, so that topk=1.0 alone is accepted.
 
-
-def with_bottomk(topk: float, bottomk: float, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``changes`` to settings of ``topk`` and ``bottomk``, with the default bottomk of a changed topk.
-
-    Not where the changes name their bottomk, or the settings have one that is not their topk's default.
+    With ``linear="taylor"`` 0: a virtual key costs next to nothing, so there is nothing to skip.
     """
-    follows = "topk" in changes and "bottomk" not in changes and bottomk == default_bottomk(topk)
-    return {**changes, "bottomk": default_bottomk(changes["topk"])} if follows else dict(changes)
+    return 0.0 if linear == TAYLOR else float(min(exact_fraction(0.1), 1 - exact_fraction(topk)))
+
+
+def with_bottomk(topk: float, bottomk: float, linear: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``changes`` to settings of ``topk``, ``bottomk`` and ``linear``, with the default bottomk of what changed.
+
+    Not where the changes name their bottomk, or the settings have one that is not their default.
+    """
+    if "bottomk" in changes or bottomk != default_bottomk(topk, linear) or not {"topk", "linear"} & set(changes):
+        return dict(changes)
+    return {**changes, "bottomk": default_bottomk(changes.get("topk", topk), changes.get("linear", linear))}
 
 
 def check_shares(name: str, topk: float, bottomk: float, max_topk: float | None) -> None:

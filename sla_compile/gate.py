@@ -48,6 +48,8 @@ __all__ = [
 ]
 
 _PROCESS = uuid.uuid4().hex
+PARAMETERS = ("weight", "bias", "log_scale", "shift")
+"""The parameters that a gate may have, in the order in which it has them."""
 PREPARED = "_sla_prepared"
 """Attribute that ``prepare`` gives an owner: (SLAConfig, the owner's module path); survives deepcopy and pickle."""
 
@@ -55,11 +57,14 @@ PREPARED = "_sla_prepared"
 class Gate(nn.Module):
     """The gate of one attention site: O = O^s + O^l weight^T + bias (paper, section 5; here W and b).
 
+    With ``linear="taylor"`` it is ``shift`` alone, and there is neither weight, bias nor log_scale.
+
     Attributes:
         weight: (D, D) shared by the heads, or (H, D, D) per head. Zero at start.
         bias: (D) or (H, D). Zero at start, so that an untuned SLA equals its sparse branch.
         log_scale: (H) where the settings have ``sparse_scale``, else None. The gate then computes
             O = exp(log_scale) O^s + O^l weight^T + bias, so that zero, as at the start, scales nothing.
+        shift: (H) with ``linear="taylor"``, else None: added to the logits of the virtual keys. Zero at start.
         sparsity: int64 (2) where the settings have ``max_topk``, else None: topk and bottomk in millionths, a buffer
             that the attention reads at each run. Without it they are constants of the compiled graph.
         heads, head_dim: H and D of the attention.
@@ -75,9 +80,10 @@ class Gate(nn.Module):
         settings: ``config``, ``seen`` and ``call_site`` as the JSON text that the marker carries into a graph.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
     log_scale: nn.Parameter | None
+    shift: nn.Parameter | None
     sparsity: Tensor | None
     path: str
     config: SLAConfig
@@ -94,11 +100,10 @@ class Gate(nn.Module):
         super().__init__()
         # A parameter made under inference_mode could never be trained.
         with torch.inference_mode(False):
-            for name, shape in spec.shapes().items():
-                if name != "sparsity":
-                    self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=device, dtype=dtype)))
-            if not spec.config.sparse_scale:
-                self.register_parameter("log_scale", None)
+            shapes = spec.shapes()
+            for name in PARAMETERS:
+                tensor = torch.zeros(shapes[name], device=device, dtype=dtype) if name in shapes else None
+                self.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
             # Integers, which a move to another floating dtype leaves alone.
             self.register_buffer("sparsity", sparsity_of(spec.config, device))
         self.heads = spec.heads
@@ -118,6 +123,18 @@ class Gate(nn.Module):
         self.call_site, self._process = call_site, _PROCESS if traced else ""
         # What the rewritten graph depends on, and so what Dynamo guards on: alike for all like sites.
         self.settings = settings_to_json(self.config, self.seen, call_site)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def form(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of its parameters, as `GateSpec.form` has them."""
+        return tuple(tuple(parameter.shape) for parameter in self.parameters())
 
     @property
     def traced(self) -> bool:
@@ -143,14 +160,14 @@ class Gate(nn.Module):
         """Set parameters to zero and ``sparsity`` to the settings: for a model that got its memory by ``to_empty``."""
         for parameter in self.parameters():
             parameter.zero_()
-        if (sparsity := sparsity_of(self.config, self.weight.device)) is not None and self.sparsity is not None:
+        if (sparsity := sparsity_of(self.config, self.device)) is not None and self.sparsity is not None:
             self.sparsity.copy_(sparsity)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         raise TypeError(f"gate {self.path!r} is not called: the compiled attention reads its weight and bias")
 
     def extra_repr(self) -> str:
-        form = "per head" if self.weight.dim() == 3 else "shared"
+        form = "a number per head" if self.weight is None else "per head" if self.weight.dim() == 3 else "shared"
         limit = "" if self.config.max_topk is None else f" of at most {self.config.max_topk}"
         scaled = "" if self.log_scale is None else ", sparse branch scaled by head"
         return f"heads={self.heads}, head_dim={self.head_dim}, {form}{scaled}, topk={self.shares()[0]}{limit}"
@@ -164,9 +181,14 @@ class Gate(nn.Module):
 
     def trained(self) -> bool:
         """Whether any parameter is not zero. Reads the values, so it waits for the device."""
-        if self.weight.is_meta:
+        if self.device.type == "meta":
             return False
         return any(bool(parameter.detach().any()) for parameter in self.parameters())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name in PARAMETERS:
+            self._parameters.setdefault(name, None)  # of a gate that was pickled before there was one
 
     def _load_from_state_dict(
         self,
@@ -178,7 +200,7 @@ class Gate(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        names = [prefix + name for name in ("weight", "bias", "log_scale")]
+        names = [prefix + name for name in PARAMETERS]
         if not any(name in state_dict for name in names) and not self.trained():
             return  # a checkpoint of the dense model: an untrained gate has nothing to miss
         super()._load_from_state_dict(
@@ -217,7 +239,7 @@ class GateMarker(Hook):
                 gate: Any = getattr(owner, name, None)
                 if not hasattr(gate, "settings"):  # taken away by hand; a wrapper has what its gate has
                     continue
-                tensors = gate.weight, gate.bias, gate.sparsity, gate.log_scale
+                tensors = gate.weight, gate.bias, gate.sparsity, gate.log_scale, gate.shift
                 torch.ops.sla.gate(*tensors, gate.ordinal, gate.settings, self.owner is not None)
         elif (transform := running_transform()) and runs_uncompiled():
             path = getattr(module if self.owner is None else self.owner, self.names[0]).path

@@ -45,7 +45,7 @@ def _change_settings(gate: Gate, spec: GateSpec) -> None:
     before, after = gate.config, spec.config
     if (before.topk, before.bottomk, before.max_topk) != (after.topk, after.bottomk, after.max_topk):
         with torch.inference_mode(False), torch.no_grad():
-            sparsity = sparsity_of(after, gate.weight.device)
+            sparsity = sparsity_of(after, gate.device)
             if gate.sparsity is None or sparsity is None:
                 gate.sparsity = sparsity
             else:
@@ -65,8 +65,19 @@ def refuse_taken_name(owner: nn.Module, ordinal: int, path: str) -> None:
 def refuse_other_form(existing: Gate, spec: GateSpec) -> None:
     """Raise ValueError if ``existing`` has not the parameters that ``spec`` asks for."""
     config, path = spec.config, spec.path
-    wanted = spec.shapes()["weight"]
-    if tuple(existing.weight.shape) != wanted:
+    shapes = spec.shapes()
+    if (existing.shift is not None) != ("shift" in shapes):
+        raise ValueError(
+            f"{path}: has a gate for linear={existing.config.linear!r}, but these settings have "
+            f"linear={config.linear!r}, whose gate is another; keep it, or remove the gate by "
+            f"sla_compile.detach(model)"
+        )
+    if existing.shift is not None and existing.form() != spec.form():
+        raise ValueError(
+            f"{path}: has a gate of {existing.heads} heads, but the attention has {spec.heads}; "
+            f"remove the gate by sla_compile.detach(model)"
+        )
+    if existing.weight is not None and tuple(existing.weight.shape) != (wanted := shapes["weight"]):
         raise ValueError(
             f"{path}: has a gate of shape {tuple(existing.weight.shape)}, but these settings "
             f"(gate={config.gate!r}, {spec.heads} heads of {spec.head_dim}) need {wanted}; "

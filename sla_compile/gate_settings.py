@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from sla_compile.common.limits import TAYLOR
 from sla_compile.common.token_orders import RASTER
 from sla_compile.config import SITE_FIELDS, SLAConfig
 from sla_compile.passes.token_order import Grid
@@ -65,13 +66,21 @@ class GateSpec:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters and buffers that the gate has with these settings, by name."""
         heads = (self.heads,) if self.config.gate == "per_head" else ()
-        shapes: dict[str, tuple[int, ...]] = {"weight": (*heads, self.head_dim, self.head_dim)}
-        shapes["bias"] = (*heads, self.head_dim)
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.config.linear == TAYLOR:
+            shapes["shift"] = (self.heads,)
+        else:
+            shapes["weight"] = (*heads, self.head_dim, self.head_dim)
+            shapes["bias"] = (*heads, self.head_dim)
         if self.config.sparse_scale:
             shapes["log_scale"] = (self.heads,)
         if self.config.max_topk is not None:
             shapes["sparsity"] = (2,)
         return shapes
+
+    def form(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of its parameters."""
+        return tuple(shape for name, shape in self.shapes().items() if name != "sparsity")
 
 
 def settings_to_json(config: SLAConfig, seen: SeenGrids, call_site: str = "") -> str:

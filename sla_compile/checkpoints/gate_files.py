@@ -201,7 +201,7 @@ def _attach(file: GateFile, modules: dict[str, nn.Module]) -> None:
             owner = modules[owner_path(name)]
             device, dtype = _device_and_dtype(modules, owner_path(name))
             attached.append((owner, saved.spec.ordinal))
-            gate = attach_gate(owner, saved.spec, device=device, dtype=dtype or saved.tensors["weight"].dtype)
+            gate = attach_gate(owner, saved.spec, device=device, dtype=dtype or saved.dtype)
             _fill(gate, saved)
     except BaseException:
         for owner, ordinal in attached:

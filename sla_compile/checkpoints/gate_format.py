@@ -1,7 +1,8 @@
 """What a file of gates holds, and reading it as something that anybody may have written.
 
-A safetensors file. Tensors: ``<gate path>.weight`` and ``<gate path>.bias``; where the settings have ``sparse_scale``
-also ``<gate path>.log_scale``, and where they have ``max_topk`` also ``<gate path>.sparsity``.
+A safetensors file. Tensors: ``<gate path>.weight`` and ``<gate path>.bias``, where the settings have ``sparse_scale``
+also ``<gate path>.log_scale``, and with ``linear="taylor"`` ``<gate path>.shift`` instead; where they have ``max_topk``
+also ``<gate path>.sparsity``.
 Metadata: ``format``, ``version``, ``config`` (JSON of the model's ``SLAConfig``) and ``sites`` (JSON list with path,
 heads, head_dim, settings and any token grids of each gate).
 
@@ -47,6 +48,11 @@ class SavedGate:
 
     spec: GateSpec
     tensors: dict[str, torch.Tensor]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its parameters."""
+        return next(tensor.dtype for tensor in self.tensors.values() if tensor.is_floating_point())
 
     def settings(self) -> dict[str, Any]:
         """The fields of ``SITE_FIELDS``; topk and bottomk as they were last set."""

@@ -27,7 +27,7 @@ MOST_FILES = 1000
 
 def is_gate_tensor(name: str) -> bool:
     """Whether ``name`` is that of a parameter of a gate in a state dict."""
-    return re.fullmatch(r"(.*\.)?sla(_[1-9]\d*)?\.(.*\.)?(weight|bias|log_scale|sparsity)", name) is not None
+    return re.fullmatch(r"(.*\.)?sla(_[1-9]\d*)?\.(.*\.)?(weight|bias|log_scale|shift|sparsity)", name) is not None
 
 
 def path_text(action: str, path: Any) -> str:

@@ -40,7 +40,7 @@ def note_dense_run(owner: nn.Module) -> None:
     That is remembered for the report and told once, unless a setting says so.
     """
     known = list(_accounts(owner))
-    on_gpu = any(gate.weight.is_cuda for gate in own_gates(owner).values())
+    on_gpu = any(gate.device.type == "cuda" for gate in own_gates(owner).values())
     if any(report.by_settings or (report.rewritten and on_gpu) for report in known):
         return  # short at this size; or a CUDA graph, which replays the op without calling it
     memory.remember_dense_run(owner)

@@ -28,7 +28,7 @@ def site_diff(site: Site) -> tuple[str, ...]:
     added = [node for node in site.call.node.meta.get(REPLACED_BY, ()) if not node._erased]
     if not added or site.marker is None:
         return ()
-    gate = {name: getattr(site.marker, name) for name in ("weight", "bias", "log_scale")}
+    gate = {name: getattr(site.marker, name) for name in ("weight", "bias", "log_scale", "shift")}
     names = {node: f"{site.gate_path}.{name}" for name, node in gate.items() if node is not None}
 
     def after(node: fx.Node) -> str:

@@ -78,14 +78,15 @@ def _call(site: Site, decision: Rewrite) -> OpCall | None:
     marker: Any = site.marker
     operands = [example(source) for source in decision.operands(site.call)]
     masks = [example(source) for source in decision.masks()]
-    gate = [example(node) for node in (marker.weight, marker.bias)]
-    given = gate if marker.log_scale is None else [example(node) for node in _forward(site).args[3:5]]
-    sparsity = example(marker.sparsity)
-    tensors: list[Any] = [*operands, *given, *(masks or [None]), sparsity]
+    gate = [example(node) for node in (marker.weight, marker.bias, marker.shift)]
+    *given, shift = gate
+    if marker.log_scale is not None:
+        given = [example(node) for node in _forward(site).args[3:5]]
+    tensors: list[Any] = [*operands, *given, *(masks or [None]), example(marker.sparsity), shift]
     sizes = [size for x in tensors if x is not None for size in (*x.shape, *x.stride())]
     if not all(type(size) is int for size in sizes):
         return None
-    dtypes = [decision.shape.dtype] * 3 + [None] * 4  # autocast comes between q, k, v and the op
+    dtypes = [decision.shape.dtype] * 3 + [None] * 5  # autocast comes between q, k, v and the op
     forms = tuple(None if x is None else TensorForm.of(x, dtype) for x, dtype in zip(tensors, dtypes, strict=True))
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (*operands, *gate) if x is not None)
     options = {**decision.options(), **site.config.compiled_options()}

@@ -108,8 +108,8 @@ def prepare(
             if (owner, gate.ordinal) not in planned:
                 detach_gate(owner, gate.ordinal)
     for path, spec in specs.items():
-        weight = run.gates[path].weight
-        attach_gate(modules[owner_path(path)], spec, device=weight.device, dtype=weight.dtype)
+        gate = run.gates[path]
+        attach_gate(modules[owner_path(path)], spec, device=gate.device, dtype=gate.dtype)
     for path in run.owners:
         modules[path].__dict__[PREPARED] = (settings.config, path)
     note_folder(model, (modules[path] for path in run.owners))

@@ -229,8 +229,8 @@ def _of_one_form(sites: Sequence[Site]) -> list[Site]:
     others: dict[int, str] = {}
     for members in rewritten.values():
         gate = members[0][0].gate
-        forms = [spec.shapes()["weight"] for _, spec in members]
-        form = forms[0] if gate is None or tuple(gate.weight.shape) not in forms else tuple(gate.weight.shape)
+        forms = [spec.form() for _, spec in members]
+        form = forms[0] if gate is None or gate.form() not in forms else gate.form()
         if gate is not None and any(site.marker is not None for site, _ in members):
             refuse_other_form(gate, members[forms.index(form)][1])
         for (site, spec), other in zip(members, forms, strict=True):

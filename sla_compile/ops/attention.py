@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -299,7 +300,8 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor |
     *tensors, shift = ctx.saved_tensors
     *gradients, dshift = torch.ops.sla.backward.default(grad_out, *tensors, *ctx.options, shift)
     every = (*gradients, *(None,) * (_NUM_INPUTS - 6), dshift)
-    return tuple(g if needed else None for g, needed in zip(every, ctx.needs_input_grad, strict=True))
+    # arguments left at their defaults are not among those that may need one
+    return tuple(g if needed else None for g, needed in zip_longest(every, ctx.needs_input_grad, fillvalue=False))
 
 
 def _refuse_double_backward(ctx: Any, *gradients: Any) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sla_compile.common.blocks import forced_blocks
+from sla_compile.common.limits import TAYLOR
 from sla_compile.compat import count_in_running_counters
 from sla_compile.passes.cost import (
     BATCH,
@@ -55,7 +56,7 @@ def forward_flops(
     """FLOPs of one forward, from shapes alone; where ``sparsity`` sets another topk, those of ``topk``, its maximum."""
     touched = forced_blocks(always_critical or (), k.shape[2], block_k)
     forced = len({block for first, last in touched for block in range(first, last)})
-    branch = linear if weight is not None else "none"
+    branch = linear if weight is not None or linear == TAYLOR else "none"
     cost = sla_cost(topk, block_q, block_k, branch, cross=q.shape[2] != k.shape[2], causal=causal, forced=forced)
     return evaluate(cost.flops, _sizes(q, k))
 
@@ -87,7 +88,7 @@ def backward_flops(
     """
     if block_map.is_meta or type(block_map) is not torch.Tensor:
         raise NotImplementedError("FLOPs of sla::backward need its block map's values; accepted: a run on real tensors")
-    branch = linear if weight is not None else "none"
+    branch = linear if weight is not None or linear == TAYLOR else "none"
     cost = sla_backward_cost(block_q, block_k, branch, cross=q.shape[2] != k.shape[2], causal=causal)
     rows = block_map.shape[0] * block_map.shape[1] * block_map.shape[2]
     mean = sympy.Rational(int(torch.count_nonzero(block_map == 1)), max(rows, 1))

@@ -15,7 +15,7 @@ __all__: list[str] = []
 
 torch.library.define(
     "sla::gate",
-    "(Tensor weight, Tensor bias, Tensor? sparsity, Tensor? log_scale, SymInt ordinal, str settings, "
+    "(Tensor? weight, Tensor? bias, Tensor? sparsity, Tensor? log_scale, Tensor? shift, SymInt ordinal, str settings, "
     "bool from_child) -> ()",
 )
 

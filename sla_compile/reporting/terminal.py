@@ -354,10 +354,14 @@ def _gate_cells(gate: dict[str, Any]) -> tuple[str, str, str]:
     config = gate["config"]
     return (
         " x ".join(map(str, gate["shape"])) + f" {gate['dtype']}",
-        f"weight {gate['weight_norm']:.4g}, bias {gate['bias_norm']:.4g}" + _scale_range(gate.get("scale", [])),
+        _norms(gate),
         f"topk {100 * config['topk']:g}%, {config['gate'].replace('_', ' ')}, {gate['heads']} heads",
     )
 
 
-def _scale_range(scales: Sequence[float]) -> str:
-    return f", scale {min(scales):.4g} to {max(scales):.4g}" if scales else ""
+def _norms(gate: dict[str, Any]) -> str:
+    parts = [f"{name} {gate[f'{name}_norm']:.4g}" for name in ("weight", "bias") if f"{name}_norm" in gate]
+    for name in ("scale", "shift"):
+        if values := gate.get(name):
+            parts.append(f"{name} {min(values):.4g} to {max(values):.4g}")
+    return ", ".join(parts)

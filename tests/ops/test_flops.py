@@ -31,10 +31,10 @@ def counted(function: Any) -> dict[Any, int]:
     return dict(counter.get_flop_counts()["Global"])
 
 
-@pytest.mark.parametrize("linear", ["marginal", "all", "none"])
+@pytest.mark.parametrize("linear", ["marginal", "all", "none", "taylor"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_forward_counts_its_cost(linear: str, causal: bool) -> None:
-    weight = torch.zeros(D, D)
+    weight = None if linear == "taylor" else torch.zeros(D, D)
     options: dict[str, Any] = {"topk": 0.25, "linear": linear, "causal": causal, **BLOCKS}
     found = counted(lambda: sla_compile.sparse_linear_attention(*inputs(), weight, **options))
     cost = sla_cost(0.25, 16, 16, linear, causal=causal)

@@ -69,7 +69,7 @@ VALUE_ERRORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         TypeError,
         "sparsity has dtype torch.float32, accepted is torch.int64, [topk, bottomk] in millionths",
     ),
-    ("sparsity_shape", {"sparsity": torch.ones(3).long()}, ValueError, "sparsity has shape (3,), accepted is (2,)"),
+    ("sparsity_shape", {"sparsity": torch.ones(3).long()}, ValueError, "sparsity has shape (3,), accepted are (2,)"),
     (
         "sparsity_device",
         {"sparsity": torch.ones(2, device="meta").long()},

@@ -61,7 +61,8 @@ def run_cpu(tokens: int, topk: float, block_q: int, block_k: int, linear: str, k
         linear=linear,
         **form,
     )
-    return counted(cpu.forward, AttentionInputs(q, k, v, torch.zeros(dim, dim), torch.zeros(dim)), options)
+    gate = (None, None) if linear == "taylor" else (torch.zeros(dim, dim), torch.zeros(dim))
+    return counted(cpu.forward, AttentionInputs(q, k, v, *gate), options)
 
 
 @pytest.mark.parametrize("keys", [96, 40])
@@ -74,7 +75,7 @@ def test_dense_equals_the_count(keys: int) -> None:
     assert evaluate(dense_cost(keys != 96).bytes, values) == touched
 
 
-@pytest.mark.parametrize("linear", ["marginal", "none"])
+@pytest.mark.parametrize("linear", ["marginal", "none", "taylor"])
 @pytest.mark.parametrize(
     ("tokens", "topk", "block_q", "block_k"), [(256, 0.25, 16, 16), (192, 0.05, 32, 16), (128, 1.0, 16, 64)]
 )
@@ -85,7 +86,7 @@ def test_sla_equals_what_the_cpu_kernels_multiply(
     assert flops == run_cpu(tokens, topk, block_q, block_k, linear)
 
 
-@pytest.mark.parametrize("linear", ["marginal", "none"])
+@pytest.mark.parametrize("linear", ["marginal", "none", "taylor"])
 @pytest.mark.parametrize(("tokens", "keys"), [(256, 64), (64, 256)])
 def test_cross_attention_equals_what_the_cpu_kernels_multiply(tokens: int, keys: int, linear: str) -> None:
     flops = evaluate(sla_cost(0.25, 16, 16, linear, cross=True).flops, {**sizes(2, 3, tokens, 16), KEY_TOKENS: keys})

@@ -149,7 +149,8 @@ def defined(model: nn.Module) -> Iterator[None]:
             return original(q, k, v, **arguments)
         options = {**gate.config.kernel_options(), **dict(zip(("topk", "bottomk"), gate.shares(), strict=True))}
         scale = arguments.get("scale")
-        out = reference.sparse_linear_attention(q, k, v, gate.weight, gate.bias, scale=scale, **options)
+        gated: dict[str, Any] = {"weight": gate.weight, "bias": gate.bias, "shift": gate.shift}
+        out = reference.sparse_linear_attention(q, k, v, **gated, scale=scale, **options)
         if gate.log_scale is None:
             return out
         sparse = reference.sparse_linear_attention(q, k, v, scale=scale, **options)

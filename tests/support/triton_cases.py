@@ -14,6 +14,7 @@ import torch
 
 from sla_compile.common.blocks import num_blocks, num_critical, num_negligible
 from sla_compile.common.kernel_interface import AttentionInputs, Kernels
+from sla_compile.common.limits import TAYLOR
 from sla_compile.common.options import AttentionOptions
 from sla_compile.kernels import reference
 from tests.support.closeness import assert_close
@@ -50,7 +51,7 @@ class Case:
     keys: int | None = None
     """Tokens of k and v; None: as many as queries."""
     mask: str = "none"
-    sparsity: tuple[int, int] | None = None
+    sparsity: tuple[int, int] | tuple[tuple[int, int], ...] | None = None
     causal: bool = False
     always: tuple[int, ...] = ()
 
@@ -153,7 +154,7 @@ def key_mask(case: Case, device: str) -> torch.Tensor | None:
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
-    """Random tensors of the case."""
+    """Random tensors of the case; with ``linear="taylor"`` there is a shift in the place of the bias."""
     generator = torch.Generator(device).manual_seed(seed)
     tokens = (case.tokens, case.num_keys, case.num_keys, case.tokens)
     q, k, v, grad_out = (activation(replace(case, tokens=n), generator, dtype) for n in tokens)
@@ -165,7 +166,9 @@ def inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs
     if case.weight != "none":
         shape: tuple[int, ...] = (dim, dim) if case.weight == "shared" else (heads, dim, dim)
         weight = (torch.randn(shape, generator=generator, device=device) * 2 / dim**0.5).to(gate_dtype)
-    if case.bias != "none":
+    if case.linear == TAYLOR:
+        weight, bias = None, torch.randn(heads, generator=generator, device=device).to(gate_dtype)
+    elif case.bias != "none":
         shape = (dim,) if case.bias == "shared" else (heads, dim)
         bias = torch.randn(shape, generator=generator, device=device).to(gate_dtype)
     return q, k, v, weight, bias, grad_out
@@ -178,7 +181,10 @@ def call_of(case: Case, tensors: Sequence[torch.Tensor | None]) -> AttentionInpu
     assert k is not None
     assert v is not None
     sparsity = None if case.sparsity is None else torch.tensor(case.sparsity, device=q.device)
-    return AttentionInputs(q, k, v, weight, bias, key_mask(case, q.device.type), sparsity)
+    mask = key_mask(case, q.device.type)
+    if case.linear == TAYLOR:
+        return AttentionInputs(q, k, v, None, None, mask, sparsity, bias)
+    return AttentionInputs(q, k, v, weight, bias, mask, sparsity)
 
 
 def run_kernels(
@@ -195,10 +201,12 @@ def run_kernels(
     call, options = call_of(case, arguments), case.attention_options
     result = kernels.forward(call, options)
     out, linear_out = result.out, result.linear_out
-    has_linear = arguments[3] is not None and case.linear != "none"
+    has_linear = arguments[3] is not None and case.linear not in ("none", TAYLOR)
     assert linear_out.shape == (out.shape if has_linear else (0,))
     assert out.transpose(1, 2).is_contiguous()
-    gradients = kernels.backward(grad_out, call, result, options)
+    *gradients, dshift = kernels.backward(grad_out, call, result, options)
+    if case.linear == TAYLOR:
+        gradients[-1] = dshift
     for tensor, gradient in zip(arguments, gradients, strict=True):
         assert gradient.shape == ((0,) if tensor is None else tensor.shape)
         assert tensor is None or gradient.dtype == tensor.dtype
@@ -213,7 +221,8 @@ def run_reference(
     assert grad_out is not None
     doubles: list[Any] = [None if x is None else x.detach().double().requires_grad_() for x in arguments]
     mask = key_mask(case, grad_out.device.type)
-    out = reference.sparse_linear_attention(*doubles, key_mask=mask, block_map=block_map, **case.options)
+    gate = {"shift": doubles[4]} if case.linear == TAYLOR else {"weight": doubles[3], "bias": doubles[4]}
+    out = reference.sparse_linear_attention(*doubles[:3], **gate, key_mask=mask, block_map=block_map, **case.options)
     present = {n: x for n, x in zip(NAMES[1:], doubles, strict=True) if x is not None}
     gradients = torch.autograd.grad(
         out, list(present.values()), grad_out.double(), allow_unused=True, materialize_grads=True
@@ -236,6 +245,7 @@ def expected_classes(case: Case, tensors: Sequence[torch.Tensor | None]) -> torc
         block_k=case.block_k,
         key_mask=key_mask(case, grad_out.device.type),
         causal=case.causal,
+        by_mass=case.linear == TAYLOR,
         **case.classes(sparsity),
     )
 
@@ -299,3 +309,19 @@ OPTIONS = [
     Case(tokens=150, batch=2, block_q=128, block_k=32, head_dim=32, causal=True, linear="all", mask="dead row"),
 ]
 """Every option, alone and with others, on shapes that no block divides."""
+
+VIRTUAL = [
+    Case(tokens=200, batch=2, block_q=32, block_k=16, head_dim=40, topk=0.2, bottomk=0.0, linear=TAYLOR),
+    Case(tokens=150, block_q=128, block_k=32, head_dim=72, topk=0.2, linear=TAYLOR, layout="packed"),
+    Case(tokens=130, block_q=32, block_k=32, head_dim=32, topk=1.0, bottomk=0.0, linear=TAYLOR),
+    Case(tokens=90, keys=250, batch=2, block_q=32, block_k=16, head_dim=32, topk=0.1, linear=TAYLOR),
+    *(
+        Case(tokens=200, batch=2, block_q=16, block_k=32, head_dim=32, topk=0.2, bottomk=0.0, linear=TAYLOR, mask=mask)
+        for mask in ("bool", "moderate", "dead row", "front")
+    ),
+    Case(tokens=200, batch=2, block_q=32, block_k=16, head_dim=32, causal=True, topk=0.1, linear=TAYLOR),
+    Case(tokens=200, batch=2, block_q=16, block_k=64, head_dim=32, causal=True, mask="-inf", linear=TAYLOR),
+    Case(tokens=200, block_q=32, block_k=16, head_dim=32, always=(0, 17), sparsity=(100_000, 200_000), linear=TAYLOR),
+    Case(tokens=200, block_q=32, block_k=16, head_dim=32, sparsity=((90_000, 0), (300_000, 100_000)), linear=TAYLOR),
+]
+"""Virtual keys: blocks that are short, with masks, causal, with budgets of each head."""

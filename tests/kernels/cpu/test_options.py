@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sla_compile.kernels import reference
 from sla_compile.kernels.cpu import attention as cpu
+from sla_compile.kernels.cpu import gathered
 from sla_compile.ops.attention import sparse_linear_attention
 from tests.support.closeness import assert_close
 from tests.support.triton_cases import NAMES, OPTIONS, Case, check, expected_classes, inputs, key_mask, run_kernels
@@ -28,8 +29,8 @@ def test_matches_the_definition(case: Case) -> None:
 
 @pytest.mark.parametrize("elements_per_chunk", [1, 1 << 14])
 def test_chunks_and_groups_change_nothing(elements_per_chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_ELEMENTS_PER_CHUNK", elements_per_chunk)
-    monkeypatch.setattr(cpu, "_ROWS_PER_GROUP", 30)
+    monkeypatch.setattr(gathered, "_ELEMENTS_PER_CHUNK", elements_per_chunk)
+    monkeypatch.setattr(gathered, "_ROWS_PER_GROUP", 30)
     for case in OPTIONS[::3]:
         case = replace(case, heads=5)
         check(case, inputs(case, torch.float64, "cpu"), 1e-10, 1e-10, cpu)

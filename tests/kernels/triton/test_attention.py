@@ -17,10 +17,11 @@ from itertools import pairwise
 import pytest
 import torch
 
+from sla_compile.common.limits import TAYLOR
 from sla_compile.kernels import reference
 from tests.support.closeness import assert_close
 from tests.support.interpreter import INTERPRETED
-from tests.support.triton_cases import OPTIONS, Case, check, expected_classes, inputs, run_kernels
+from tests.support.triton_cases import OPTIONS, VIRTUAL, Case, check, expected_classes, inputs, run_kernels
 
 
 def why_not() -> str | None:
@@ -37,7 +38,7 @@ def why_not() -> str | None:
 
 
 # pieces of about equal time, so that two workers share them
-GROUPS = ("shapes", "gates", "classes", "masks", "options")
+GROUPS = ("shapes", "gates", "classes", "masks", "options", "virtual")
 
 if not INTERPRETED:
 
@@ -95,7 +96,8 @@ else:
         check(case, inputs(case, torch.float32, "cpu"), 1e-5, 1e-5)
 
     def check_smaller(case: Case) -> None:
-        case = replace(case, heads=1, tokens=case.tokens * 3 // 5, keys=case.keys and case.keys * 3 // 5)
+        heads = 1 if case.linear != TAYLOR else case.heads
+        case = replace(case, heads=heads, tokens=case.tokens * 3 // 5, keys=case.keys and case.keys * 3 // 5)
         tensors = inputs(case, torch.float32, "cpu")
         assert torch.equal(check(case, tensors, 1e-5, 1e-5), expected_classes(case, tensors))
 
@@ -105,6 +107,10 @@ else:
 
     @pytest.mark.parametrize("case", [case for case in OPTIONS if case.mask == "none"], ids=str)
     def test_options(case: Case) -> None:
+        check_smaller(case)
+
+    @pytest.mark.parametrize("case", VIRTUAL[::2], ids=str)
+    def test_virtual(case: Case) -> None:
         check_smaller(case)
 
     @pytest.mark.parametrize("topk", [1 / 3, 0.3, 0.07, 1e-9])

@@ -74,6 +74,8 @@ CASES = [
     Case(tokens=70, head_dim=72, mask="bool", sparsity=(100_000, 100_000)),
     Case(tokens=70, keys=50, head_dim=128, mask="moderate", always=(0, 10)),
     Case(tokens=70, causal=True, linear="all", feature_map="elu"),
+    Case(tokens=70, linear="taylor", mask="moderate"),
+    Case(tokens=70, linear="taylor", head_dim=72),
     Case(tokens=70, causal=True, mask="bool", sparsity=(100_000, 100_000), feature_map="relu", weight="none"),
 ]
 

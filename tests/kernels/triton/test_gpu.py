@@ -18,6 +18,7 @@ from tests.support.closeness import assert_close, relative_error
 from tests.support.triton_cases import (
     NAMES,
     OPTIONS,
+    VIRTUAL,
     Case,
     check,
     expected_classes,
@@ -114,10 +115,16 @@ SPARSE_ALONE = [
     Case(tokens=300, head_dim=64, block_q=256, topk=0.5, weight="none", bias="none"),
 ]
 
+VIRTUAL_KEYS = [
+    Case(tokens=1003, heads=3, head_dim=128, topk=0.2, block_q=128, block_k=128, linear="taylor"),
+    Case(tokens=1003, heads=3, head_dim=72, batch=2, topk=0.1, bottomk=0.0, linear="taylor"),
+    Case(tokens=1003, keys=2050, heads=3, head_dim=64, topk=0.1, block_q=256, linear="taylor"),
+]
+
 
 @pytest.mark.parametrize("gluon", [True, False], ids=["gluon", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
-@pytest.mark.parametrize("case", [*LARGE_BLOCKS, *PAIRS_OF_BLOCKS, *MANY_TILES, *SPARSE_ALONE], ids=str)
+@pytest.mark.parametrize("case", [*LARGE_BLOCKS, *PAIRS_OF_BLOCKS, *MANY_TILES, *SPARSE_ALONE, *VIRTUAL_KEYS], ids=str)
 def test_gluon_and_triton(case: Case, dtype: torch.dtype, gluon: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if gluon and not hopper.available(0):
         pytest.skip("needs a Hopper GPU and a Triton whose Gluon is known")
@@ -127,7 +134,7 @@ def test_gluon_and_triton(case: Case, dtype: torch.dtype, gluon: bool, monkeypat
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_id)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *VIRTUAL, Case(tokens=999, head_dim=256, linear="taylor")], ids=str)
 def test_settings(case: Case, dtype: torch.dtype) -> None:
     check(case, inputs(case, dtype, "cuda"), *BUDGETS[dtype])
 
@@ -205,7 +212,7 @@ def test_an_empty_batch(block: int) -> None:
     saved = triton_attention.forward(call, options)
     found = triton_attention.backward(q, call, saved, options)
     assert [x.shape for x in (saved.out, *found[:3])] == [q.shape] * 4
-    assert all(torch.equal(x, torch.zeros_like(like)) for x, like in zip(found[3:], (weight, bias), strict=True))
+    assert all(torch.equal(x, torch.zeros_like(like)) for x, like in zip(found[3:5], (weight, bias), strict=True))
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per head"])
@@ -430,7 +437,7 @@ def test_options_wait_for_nothing_and_are_captured() -> None:
     sparsity.copy_(torch.tensor([300_000, 100_000]))
     mask.copy_(mask.flip(0))
     graph.replay()
-    for name, a, b in zip(("out", "linear", "lse", "map", *NAMES[1:]), captured, run(), strict=True):
+    for name, a, b in zip(("out", "linear", "lse", "map", *NAMES[1:], "dshift"), captured, run(), strict=True):
         assert torch.equal(a, b), name
 
 

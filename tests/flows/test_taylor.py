@@ -1,0 +1,166 @@
+"""``linear="taylor"``: virtual keys for marginal blocks, from settings to compiled graphs, files and exports."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sla_compile
+from sla_compile.gate import Gate
+from tests.support.closeness import assert_close, relative_error
+from tests.support.models import (
+    HEADS,
+    OPTIONS,
+    CalledTwice,
+    CheckpointedModel,
+    Model,
+    TwoAttentions,
+    assert_follows_definition,
+    random_input,
+    randomize_gates,
+)
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
+
+TAYLOR = {name: value for name, value in OPTIONS.items() if name != "bottomk"} | {"linear": "taylor"}
+PATHS = ["blocks.0.attention.sla", "blocks.1.attention.sla"]
+
+
+def made(model: nn.Module | None = None, **options: Any) -> Any:
+    """A model (two blocks by default) with gates for virtual keys."""
+    return sla_compile.prepare(model or Model(), (random_input(),), config={**TAYLOR, **options})
+
+
+def compiled(model: nn.Module, inner: str = "aot_eager") -> Any:
+    return torch.compile(model, backend="sla", options={"inner": inner})
+
+
+def shifts(model: nn.Module) -> dict[str, Any]:
+    return {path: gate.shift for path, gate in sla_compile.gates(model).items()}
+
+
+def test_a_gate_is_one_number_for_each_head() -> None:
+    model = made()
+    assert {path: list(dict(gate.named_parameters())) for path, gate in sla_compile.gates(model).items()} == {
+        path: ["shift"] for path in PATHS
+    }
+    assert [tuple(shift.shape) for shift in shifts(model).values()] == [(HEADS,)] * 2
+    assert not any(gate.trained() for gate in sla_compile.gates(model).values())
+    assert {gate.config.bottomk for gate in sla_compile.gates(model).values()} == {0.0}
+    assert "a number per head" in repr(model)
+
+
+def test_all_blocks_critical_is_dense_attention_whatever_the_shift() -> None:
+    model, x = made(topk=1.0), random_input()
+    randomize_gates(model)
+    assert_close("output", compiled(model)(x), model(x), 1e-12)
+
+
+def test_nearer_to_dense_than_the_critical_blocks_alone() -> None:
+    model, x = made(topk=0.3), random_input()
+    sparse = sla_compile.prepare(copy.deepcopy(sla_compile.detach(copy.deepcopy(model))), (x,), config={"topk": 0.3, **{
+        name: TAYLOR[name] for name in TAYLOR if name not in ("topk", "linear")}, "linear": "none"})  # fmt: skip
+    errors = [relative_error(compiled(one)(x), model(x)) for one in (model, sparse)]
+    assert errors[0] < 0.5 * errors[1]
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_output_and_gradients_follow_the_definition(inner: str) -> None:
+    model, x = made(Model(blocks=1)), random_input()
+    randomize_gates(model)
+    assert_follows_definition(compiled(model, inner), model, x)
+
+
+@pytest.mark.parametrize("kind", [TwoAttentions, CalledTwice, CheckpointedModel])
+def test_other_owners(kind: type[nn.Module]) -> None:
+    model, x = made(kind()), random_input()
+    randomize_gates(model)
+    assert_follows_definition(compiled(model), model, x)
+
+
+def test_one_form_for_each_site_of_an_unprepared_model() -> None:
+    model, x = Model(), random_input()
+    options = {**OPTIONS, "inner": "aot_eager", "overrides": {"blocks.1.*": {"linear": "taylor"}}}
+    run = torch.compile(model, backend="sla", options=options)
+    run(x.detach().requires_grad_())
+    assert [gate.shift is not None for gate in sla_compile.gates(model).values()] == [False, True]
+    randomize_gates(model)
+    assert_follows_definition(run, model, x)
+
+
+def test_symbolic_number_of_tokens() -> None:
+    model = made()
+    randomize_gates(model)
+    run = torch.compile(model, backend="sla", options={"inner": "aot_eager"}, dynamic=True)
+    for tokens in (100, 130, 81):
+        assert_follows_definition(run, model, random_input(tokens))
+
+
+def test_run_time_sparsity() -> None:
+    model, x = made(max_topk=0.9), random_input()
+    randomize_gates(model)
+    run = compiled(model)
+    for topk in (0.3, 0.8):
+        sla_compile.set_sparsity(model, topk=topk)
+        assert_follows_definition(run, model, x)
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    model, x = made(), random_input()
+    randomize_gates(model)
+    sla_compile.save(model, tmp_path / "gates.safetensors")
+    plain = Model()
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if ".sla." not in name})
+    sla_compile.load(plain, tmp_path / "gates.safetensors")
+    for one, other in zip(shifts(model).values(), shifts(plain).values(), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(compiled(plain)(x), compiled(model)(x))
+
+
+def test_pickled_and_copied() -> None:
+    model, x = made(), random_input()
+    randomize_gates(model)
+    wanted = compiled(model)(x)
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(compiled(other)(x), wanted)
+
+
+def test_a_gate_pickled_before_there_were_shifts_has_none() -> None:
+    gate = next(iter(sla_compile.gates(made(linear="marginal")).values()))
+    state = gate.__dict__ | {"_parameters": {n: p for n, p in gate._parameters.items() if n != "shift"}}
+    old = Gate.__new__(Gate)
+    old.__setstate__(state)
+    assert old.shift is None
+
+
+def test_exported() -> None:
+    model, x = made(), random_input()
+    randomize_gates(model)
+    exported = sla_compile.export(model, (x,))
+    assert_close("output", exported.module()(x), compiled(model)(x), 1e-12)
+
+
+def test_explained() -> None:
+    report = sla_compile.explain(Model(), (random_input(),), config=TAYLOR)
+    assert [site.rewritten for site in report.sites] == [True, True]
+    assert "d^2" in str(report)
+
+
+def test_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="sparse_scale=True with linear='taylor'"):
+        sla_compile.SLAConfig(linear="taylor", sparse_scale=True)
+    with pytest.raises(ValueError, match=r"blocks\.0\.attention\.sla: has a gate for linear='taylor', but these set"):
+        sla_compile.prepare(made(), (random_input(),), config=OPTIONS)
+    q = torch.randn(1, 2, 64, 16)
+    with pytest.raises(ValueError, match="weight is given with linear='taylor', accepted there is shift alone"):
+        sla_compile.sparse_linear_attention(q, q, q, torch.zeros(16, 16, dtype=q.dtype), linear="taylor")
+    with pytest.raises(ValueError, match="shift is given with linear='marginal', accepted is linear='taylor'"):
+        sla_compile.sparse_linear_attention(q, q, q, shift=torch.zeros(2))
+    with pytest.raises(ValueError, match=r"shift has shape \(3,\), accepted is \(2,\)"):
+        sla_compile.sparse_linear_attention(q, q, q, shift=torch.zeros(3), linear="taylor")
