@@ -246,7 +246,7 @@ def taylor_attention(
     logits = torch.cat([exact, virtual], dim=-1)
     empty = (logits == -math.inf).all(dim=-1, keepdim=True)
     p = logits.masked_fill(empty, 0).softmax(dim=-1).masked_fill(empty, 0)
-    p_exact, p_virtual = p.split([k.shape[2], keys.mean.shape[2]], dim=-1)
+    p_exact, p_virtual = torch.split(p, [k.shape[2], keys.mean.shape[2]], dim=-1)
 
     row_logits = block_means(q, bq) @ keys.mean.mT * scale + log_weight
     none = (row_logits == -math.inf).all(dim=-1, keepdim=True)

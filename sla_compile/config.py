@@ -102,7 +102,7 @@ class SLAConfig:
 
     linear: str = _setting("marginal", one_of(*LINEAR_BRANCHES))
     """What stands for the key blocks that are not critical. Range: a linear branch over the "marginal" ones (paper) or
-    over "all" (the authors' release), "none", or "taylor": for each marginal block one virtual key in the softmax of the
+    over "all" (the authors' release), "none", or "taylor": for each marginal block a virtual key in the softmax of the
     critical ones, with its values to first order; see docs/quality.md."""
 
     gate: str = _setting("shared", one_of(*GATE_FORMS))

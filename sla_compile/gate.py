@@ -80,8 +80,8 @@ class Gate(nn.Module):
         settings: ``config``, ``seen`` and ``call_site`` as the JSON text that the marker carries into a graph.
     """
 
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
+    weight: nn.Parameter  # as bias, None with a shift: said by its type, every reader of either would have to ask
+    bias: nn.Parameter
     log_scale: nn.Parameter | None
     shift: nn.Parameter | None
     sparsity: Tensor | None
@@ -167,7 +167,7 @@ class Gate(nn.Module):
         raise TypeError(f"gate {self.path!r} is not called: the compiled attention reads its weight and bias")
 
     def extra_repr(self) -> str:
-        form = "a number per head" if self.weight is None else "per head" if self.weight.dim() == 3 else "shared"
+        form = "a number per head" if self.shift is not None else "per head" if self.weight.dim() == 3 else "shared"
         limit = "" if self.config.max_topk is None else f" of at most {self.config.max_topk}"
         scaled = "" if self.log_scale is None else ", sparse branch scaled by head"
         return f"heads={self.heads}, head_dim={self.head_dim}, {form}{scaled}, topk={self.shares()[0]}{limit}"
@@ -186,7 +186,7 @@ class Gate(nn.Module):
         return any(bool(parameter.detach().any()) for parameter in self.parameters())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         for name in PARAMETERS:
             self._parameters.setdefault(name, None)  # of a gate that was pickled before there was one
 

@@ -77,7 +77,7 @@ def refuse_other_form(existing: Gate, spec: GateSpec) -> None:
             f"{path}: has a gate of {existing.heads} heads, but the attention has {spec.heads}; "
             f"remove the gate by sla_compile.detach(model)"
         )
-    if existing.weight is not None and tuple(existing.weight.shape) != (wanted := shapes["weight"]):
+    if existing.shift is None and tuple(existing.weight.shape) != (wanted := shapes["weight"]):
         raise ValueError(
             f"{path}: has a gate of shape {tuple(existing.weight.shape)}, but these settings "
             f"(gate={config.gate!r}, {spec.heads} heads of {spec.head_dim}) need {wanted}; "

@@ -74,7 +74,7 @@ def forward(inputs: AttentionInputs, options: AttentionOptions) -> ForwardResult
 
 def backward(grad_out: Tensor, inputs: AttentionInputs, result: ForwardResult, options: BackwardOptions) -> Gradients:
     """Gradients at grad_out of the call that gave ``result``, whose classes are constants; out and lse are not read."""
-    q, k, v, weight, bias, key_mask, _, shift = inputs
+    q, k, v, _, _, key_mask, _, shift = inputs
     block_q, scale, tokens = options.block_q, options.scale, q.shape[2]
     batch, heads = q.shape[:2]
     work = work_dtype(q)
@@ -168,7 +168,9 @@ class Moments:
         weighted = shares * keys.v
         mean = (shares * keys.k).sum(dim=2)
         off = keys.k - mean.unsqueeze(2)
-        return cls(total.log(), shares, mean, (shares * off.square()).sum(dim=2), weighted.sum(dim=2), off.mT @ weighted)
+        return cls(
+            total.log(), shares, mean, (shares * off.square()).sum(dim=2), weighted.sum(dim=2), off.mT @ weighted
+        )
 
     def zeros(self) -> Moments:
         """Gradients to add to."""
@@ -251,7 +253,7 @@ class _Chunk:
         exact = listed_scores(scaled.flatten(0, 1), gathered, keys, listed)
         virtual = scaled @ moments.mean.mT.unsqueeze(1) + rows.bias[:, part].unsqueeze(2)
         scores = torch.cat([exact, virtual.flatten(0, 1)], dim=-1)
-        p_exact, p_virtual = softmax(scores).split([exact.shape[-1], virtual.shape[-1]], dim=-1)
+        p_exact, p_virtual = torch.split(softmax(scores), [exact.shape[-1], virtual.shape[-1]], dim=-1)
         slope = (rows.mixture[:, part] @ moments.slope.flatten(2)).view(*scaled.shape[:2], *moments.slope.shape[2:])
         return cls(
             gathered,
@@ -275,6 +277,6 @@ def _chunks(rows: _Rows, keys: Keys, lists: Lists, block_q: int) -> list[slice]:
 
 def _add_row_gradients(dq: Tensor, q: Tensor, of_mean: Tensor, of_squares: Tensor, block: int) -> None:
     """Add to dq (G, Lq, D) those of the means of q and of q^2 over blocks (G, Tm, D)."""
-    for row, (dq_i, q_i) in enumerate(zip(dq.split(block, dim=1), q.split(block, dim=1), strict=True)):
+    for row, (dq_i, q_i) in enumerate(zip(torch.split(dq, block, dim=1), torch.split(q, block, dim=1), strict=True)):
         both = of_mean[:, row, None] + 2 * q_i * of_squares[:, row, None]
         dq_i += both / q_i.shape[1]

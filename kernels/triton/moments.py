@@ -55,9 +55,7 @@ class MomentGradients(NamedTuple):
 
 
 @triton.jit
-def add_tile(
-    pointer, value, start, rows, columns, num_heads, num_tokens, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr
-):
+def add_tile(pointer, value, start, rows, columns, num_heads, num_tokens, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr):
     """Add a tile to one head of a tensor whose memory is (B, N, H, D)."""
     address = tile_pointer(pointer, start, rows, columns, num_heads * HEAD_DIM)
     mask = tile_mask(start, rows, columns, num_tokens, HEAD_DIM, PADDED)
@@ -411,9 +409,7 @@ def add_key_gradients(
     )
 
 
-def add_query_gradients(
-    q: torch.Tensor, gradients: torch.Tensor, dq: torch.Tensor, block_q: int
-) -> None:
+def add_query_gradients(q: torch.Tensor, gradients: torch.Tensor, dq: torch.Tensor, block_q: int) -> None:
     """Add to dq (B, H, Lq, D), in memory (B, Lq, H, D), what ``gradients`` of `query_moments` make of it."""
     batch, heads, tokens, head_dim = q.shape
     launch = clamped(virtual_launch("query_moments", head_dim, q.dtype), head_dim, block_q, block_q)

@@ -1,6 +1,6 @@
-"""``linear="taylor"`` on the GPU: the sparse branch's kernels for critical keys, and those of virtual keys around them.
+"""``linear="taylor"`` on the GPU: the sparse branch's kernels for critical keys, and around them those of virtual keys.
 
-forward:  moments -> logits of blocks -> classes and lists -> rows -> S -> attention to critical keys -> to virtual ones.
+forward:  moments -> logits of blocks -> classes, lists -> rows -> S -> attention to critical keys -> to virtual ones.
 backward: moments, rows and S again -> virtual keys' dQ, dS and dl -> their dK, dV -> of the rows and the moments ->
 critical keys' dQ, dK, dV -> what the moments' gradients add.
 """
@@ -38,18 +38,14 @@ class _Blocks(NamedTuple):
         return cls(queries, moments, *virtual_keys.virtual_logits(queries, moments, options.scale))
 
 
-def forward(
-    inputs: AttentionInputs, operands: KernelInputs, options: AttentionOptions, steps: Steps
-) -> ForwardResult:
+def forward(inputs: AttentionInputs, operands: KernelInputs, options: AttentionOptions, steps: Steps) -> ForwardResult:
     """Output, and what its backward needs, of one call; ``operands`` have no gate."""
     blocks = _Blocks.of(operands, options)
     block_map, lists = classes(blocks.logits, operands, inputs.sparsity, options)
     rows = virtual_keys.virtual_rows(blocks.logits, blocks.spreads, blocks.moments, block_map, inputs.shift)
     slopes = sum_of_states(rows.mixture, blocks.moments.slopes)
     out, linear_out, lse = steps.attention_forward(operands, lists, None, options)
-    out, lse = virtual_keys.forward(
-        operands, (out, lse), blocks.moments, rows, slopes, options.block_q, options.scale
-    )
+    out, lse = virtual_keys.forward(operands, (out, lse), blocks.moments, rows, slopes, options.block_q, options.scale)
     return ForwardResult(out, linear_out, lse, block_map)
 
 

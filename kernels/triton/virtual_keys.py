@@ -138,9 +138,7 @@ def row_kernel(
     tl.store(mixture + row * width + lanes, weight.to(mixture.dtype.element_ty), mask=lanes < width)
 
 
-@triton.jit(
-    do_not_specialize=["num_tokens", "num_tiles", "num_heads", "num_virtual"]
-)
+@triton.jit(do_not_specialize=["num_tokens", "num_tiles", "num_heads", "num_virtual"])
 def virtual_forward_kernel(
     q,
     sparse_out,
@@ -336,7 +334,9 @@ def virtual_backward_query_kernel(
         grad_scores = tl.dot(grad, tl.trans(value), input_precision="ieee") * scale + against[:, None]
         grad_scores *= probability
         tl.store(
-            grad_bias + slot * num_virtual + start + keys, tl.sum(grad_scores, 0) / scale, mask=start + keys < num_virtual
+            grad_bias + slot * num_virtual + start + keys,
+            tl.sum(grad_scores, 0) / scale,
+            mask=start + keys < num_virtual,
         )
         # [TILE_Q, TILE_K] x [TILE_K, PADDED_DIM]
         accumulator = tl.dot(grad_scores.to(key.dtype), key, accumulator, input_precision="ieee")
@@ -473,9 +473,7 @@ def _lanes(items: int) -> tuple[int, int]:
     return lanes, max(1, min(8, lanes // 256))
 
 
-def virtual_logits(
-    query_moments: torch.Tensor, moments: KeyMoments, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def virtual_logits(query_moments: torch.Tensor, moments: KeyMoments, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the mean query of each query block, the logit of each key block without shift, by which blocks are ranked; and
     scale^2 / 2 mean(q^2).var, which is w up to its bound. Both float32 (B, H, Tm, Tn), contiguous."""
     _, batch, heads, num_queries, head_dim = query_moments.shape

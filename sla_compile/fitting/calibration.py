@@ -148,7 +148,8 @@ def calibrate(
 
     The model runs eagerly and dense, in the mode (train or eval) it is in, and at each attention that has a gate sums
     of products of O^l and dense - O^s are gathered: about 2 D^2 numbers per site (per head for per-head gates), never
-    N x N. With ``sparse_scale`` the scales are fitted too, from H (D + 1) D numbers more. All gates change together,
+    N x N. With ``linear="taylor"`` attention is computed at nine shifts instead, and each head gets the best. With
+    ``sparse_scale`` the scales are fitted too, from H (D + 1) D numbers more. All gates change together,
     at the end; an exception before leaves the model, its hooks and its gates as they were.
 
     A part of the batches is held back: every fourth, the last of fewer, or the last quarter of a single one. On it each

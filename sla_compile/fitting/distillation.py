@@ -138,6 +138,7 @@ def distill(
     measured, source = _first_and_all(batches, min(_MEASURED_BATCHES, steps))
     with torch.inference_mode(False), torch.enable_grad():
         with prepared_or_rolled_back(model, measured[0], config):
+            _refuse_shifts(model)
             sites = _gather_finite(model, measured)
         before = {path: _error(statistics) for path, statistics in sites.items()}
         with _only_gates_trainable(model):
@@ -149,6 +150,15 @@ def distill(
             )
             outputs += (output.error(measured) if output else None,)
     return _report(model, loss, losses, len(measured), sites, before, outputs)
+
+
+def _refuse_shifts(model: nn.Module) -> None:
+    for path, gate in gates(model).items():
+        if gate.shift is not None:
+            raise ValueError(
+                f"{path}: got a gate for linear='taylor', one number for each head; accepted: gates with a weight. "
+                f"calibrate finds the numbers, and training the model trains them"
+            )
 
 
 def _gather_finite(model: nn.Module, batches: list[Arguments]) -> dict[str, SiteStatistics]:

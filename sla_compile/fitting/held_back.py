@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from sla_compile.fitting.observer import Arguments, GatedCall
 from sla_compile.fitting.output_error import OutputError
 from sla_compile.fitting.regression import SiteStatistics
+from sla_compile.fitting.shift_search import ShiftStatistics
 from sla_compile.gate import Gate
 
 __all__ = ["CHECKED_BATCHES", "FACTORS", "FittedSite", "SplitStatistics", "check_output", "split_batches"]
@@ -34,7 +36,7 @@ CHECKED_BATCHES = 4
 """How many of the batches held back, the first ones, the model's output is checked on."""
 
 Values = tuple[Tensor, ...]
-"""weight, bias and any log_scale of a gate, in its dtype and shapes."""
+"""The parameters of a gate in their order there: weight, bias and any log_scale, or shift."""
 
 
 def split_batches(stream: Iterator[Arguments], share: float) -> Iterator[tuple[Arguments, float]]:
@@ -57,22 +59,24 @@ class SplitStatistics:
     """The sums of one site, apart for the tokens that are ``fitted`` and those ``held`` back."""
 
     def __init__(self, gate: Gate, device: torch.device) -> None:
-        self.fitted, self.held = SiteStatistics(gate, device), SiteStatistics(gate, device)
+        kind = SiteStatistics if gate.shift is None else ShiftStatistics
+        self.fitted: Any = kind(gate, device)
+        self.held: Any = kind(gate, device)
 
     def add(self, call: GatedCall, share: float) -> None:
         """Add ``call``: the last ``share`` of its items, of one item of its query tokens, to those held back."""
         if share in (0.0, 1.0):
             (self.held if share else self.fitted).add(call)
             return
-        branches, (items, _, tokens, _) = call.branches(), call.dense.shape
+        parts, (items, _, tokens, _) = self.fitted.parts(call), call.dense.shape
         if items > 1:
             cut = min(items - 1, items - math.floor(items * share))
-            self.fitted.add_part(call, branches, slice(cut), 0, tokens)
-            self.held.add_part(call, branches, slice(cut, None), 0, tokens)
+            self.fitted.add_part(call, parts, slice(cut), 0, tokens)
+            self.held.add_part(call, parts, slice(cut, None), 0, tokens)
         else:
             cut = tokens - math.floor(tokens * share)
-            self.fitted.add_part(call, branches, slice(None), 0, cut)
-            self.held.add_part(call, branches, slice(None), cut, tokens)
+            self.fitted.add_part(call, parts, slice(None), 0, cut)
+            self.held.add_part(call, parts, slice(None), cut, tokens)
         self.fitted.calls += 1
 
 
@@ -82,7 +86,7 @@ class FittedSite:
 
     path: str
     gate: Gate
-    total: SiteStatistics
+    total: SiteStatistics | ShiftStatistics
     """Over all tokens."""
     old: Values
     trials: Mapping[float, Values]
@@ -139,8 +143,13 @@ class FittedSite:
         return self.finals[self.factor] if self.refitted and self.factor is not None else self.trial
 
 
-def _shrunk(statistics: SiteStatistics, ridge: float, old: Values) -> dict[float, Values]:
-    """By factor, the gate between ``old`` (0) and the best one (1); without a scale 0 is ``old`` and left out."""
+def _shrunk(statistics: SiteStatistics | ShiftStatistics, ridge: float, old: Values) -> dict[float, Values]:
+    """By factor, the gate between ``old`` (0) and the best one (1); without a scale 0 is ``old`` and left out.
+
+    Of shifts the best alone: between two of them is no error that was measured.
+    """
+    if isinstance(statistics, ShiftStatistics):
+        return {1.0: (statistics.solve().to(old[0]),)}
     weight, bias, *log_scale = statistics.solve(ridge)
     if statistics.gate.config.linear == "none":  # the op does not read the weight
         weight = old[0].double()

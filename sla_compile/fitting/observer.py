@@ -87,18 +87,23 @@ class GatedCall:
         sparse, linear = self._run_op(self.query.new_zeros(dim, dim) if has_linear else None, None)
         return sparse, linear if has_linear else None
 
-    def output_with_gate(self, weight: Tensor, bias: Tensor, log_scale: Tensor | None = None) -> Tensor:
-        """The output (B, H, N, D) of Sparse-Linear Attention with this gate, in the dtype of ``dense``."""
-        return self._output(weight, bias, log_scale)
+    def output_with_gate(self, *values: Tensor) -> Tensor:
+        """The output (B, H, N, D), in the dtype of ``dense``, with these as the gate's parameters, in their order."""
+        return self._output(*values)
 
     def output_with_sparsity(self, topk: float, bottomk: float) -> Tensor:
         """The output (B, H, N, D) with the gate as it is, but this topk and bottomk."""
         return self._output(*self.gate.parameters(), sparsity=None, topk=topk, bottomk=bottomk)
 
-    def _output(self, weight: Tensor, bias: Tensor, log_scale: Tensor | None = None, **changes: Any) -> Tensor:
+    def _output(self, *values: Tensor, **changes: Any) -> Tensor:
         """The output as the rewritten graph computes it; ``changes`` replace entries of ``options()``."""
-        if log_scale is None:
+        if self.gate.shift is not None:
+            (shift,) = values
+            return self._filled(self._run_op(None, None, shift=shift, **changes)[0].to(self.dense.dtype))
+        weight, bias, *scale = values
+        if not scale:
             return self._filled(self._run_op(weight, bias, **changes)[0].to(self.dense.dtype))
+        (log_scale,) = scale
         # exp(s) O^s + O^l W^T + b = exp(s) (O^s + O^l (exp(-s) W)^T + exp(-s) b), and the op has no scale.
         inverse = log_scale.neg().exp()[:, None]
         out, _ = self._run_op(weight * inverse[..., None], bias * inverse, **changes)

@@ -60,8 +60,12 @@ class SiteStatistics:
 
     def add(self, call: GatedCall) -> None:
         """Add every token of ``call`` that has a key, a chunk at a time."""
-        self.add_part(call, call.branches(), slice(None), 0, call.dense.shape[2])
+        self.add_part(call, self.parts(call), slice(None), 0, call.dense.shape[2])
         self.calls += 1
+
+    def parts(self, call: GatedCall) -> tuple[Tensor, Tensor | None]:
+        """What `add_part` reads of ``call``: its branches."""
+        return call.branches()
 
     @torch.no_grad()
     def add_part(

@@ -53,7 +53,7 @@ class SiteSensitivity:
             raise ValueError(f"{path}: got budget={budget}; accepted: up to {most}, for its max_topk and bottomk")
         wanted = {round(rung * budget * MILLION) / MILLION for rung in ladder}
         rungs = sorted({rung for rung in wanted if 0 < rung <= most} | {topk, budget})
-        zeros = torch.zeros(len(rungs), dtype=torch.float64, device=gate.weight.device)
+        zeros = torch.zeros(len(rungs), dtype=torch.float64, device=gate.device)
         return cls(path, topk, bottomk, tuple(rungs), zeros, gate.config.block_k, critical=[0.0] * len(rungs))
 
     def add(self, call: GatedCall) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -62,8 +61,8 @@ def sparse_linear_attention(
 
     O^s + O^l weight^T + bias (arXiv 2509.24006, section 4), or with ``linear="taylor"`` one softmax over the keys of
     critical blocks and a virtual key for each marginal one; in q's dtype, a view of (B, Lq, H, D) memory.
-    Differentiable once, in reverse mode, in q, k, v, weight, bias and shift. On CPU and CUDA; autocast casts q, k, v. Raises
-    TypeError or ValueError for an argument that is not accepted.
+    Differentiable once, in reverse mode, in q, k, v, weight, bias and shift. On CPU and CUDA; autocast casts q, k, v.
+    Raises TypeError or ValueError for an argument that is not accepted.
 
     Args:
         q, k, v: (B, H, Lq, D) and twice (B, H, Lk, D), any strides, one dtype and device; D from 16 to 256;
@@ -301,7 +300,9 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor |
     *gradients, dshift = torch.ops.sla.backward.default(grad_out, *tensors, *ctx.options, shift)
     every = (*gradients, *(None,) * (_NUM_INPUTS - 6), dshift)
     # arguments left at their defaults are not among those that may need one
-    return tuple(g if needed else None for g, needed in zip_longest(every, ctx.needs_input_grad, fillvalue=False))
+    needed: tuple[bool, ...] = ctx.needs_input_grad
+    needed += (False,) * (_NUM_INPUTS - len(needed))
+    return tuple(g if wanted else None for g, wanted in zip(every, needed, strict=True))
 
 
 def _refuse_double_backward(ctx: Any, *gradients: Any) -> None:

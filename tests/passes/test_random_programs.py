@@ -79,7 +79,7 @@ def rewritten(p: Program, wanted: Requirements) -> list[Decision]:
         decisions.append(decide(call, wanted))
         if isinstance(decisions[-1], Rewrite):
             weight, bias = p.gates[ordinal]
-            marker = Marker(weight, module, (), weight, bias, None, None, ordinal, "", False)
+            marker = Marker(weight, module, (), weight, bias, None, None, None, ordinal, "", False)
             replace_attention(call, decisions[-1], marker, SLAConfig(**EXACT).compiled_options())
     hoist_gathers(module)
     p.graph.lint()

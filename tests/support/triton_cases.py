@@ -221,8 +221,12 @@ def run_reference(
     assert grad_out is not None
     doubles: list[Any] = [None if x is None else x.detach().double().requires_grad_() for x in arguments]
     mask = key_mask(case, grad_out.device.type)
-    gate = {"shift": doubles[4]} if case.linear == TAYLOR else {"weight": doubles[3], "bias": doubles[4]}
-    out = reference.sparse_linear_attention(*doubles[:3], **gate, key_mask=mask, block_map=block_map, **case.options)
+    gate: dict[str, Any] = (
+        {"shift": doubles[4]} if case.linear == TAYLOR else {"weight": doubles[3], "bias": doubles[4]}
+    )
+    out = reference.sparse_linear_attention(
+        doubles[0], doubles[1], doubles[2], **gate, key_mask=mask, block_map=block_map, **case.options
+    )
     present = {n: x for n, x in zip(NAMES[1:], doubles, strict=True) if x is not None}
     gradients = torch.autograd.grad(
         out, list(present.values()), grad_out.double(), allow_unused=True, materialize_grads=True

@@ -1,0 +1,82 @@
+"""``calibrate`` and ``allocate`` of gates for virtual keys: shifts from measured errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sla_compile
+from sla_compile.fitting.observer import GatedCall, gated_calls
+from sla_compile.fitting.shift_search import SHIFTS
+from tests.support.models import OPTIONS, Model, random_input
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
+
+TAYLOR = {name: value for name, value in OPTIONS.items() if name != "bottomk"} | {"linear": "taylor"}
+
+
+def made(**options: Any) -> Any:
+    return sla_compile.prepare(Model(), (random_input(),), config={**TAYLOR, **options})
+
+
+def errors_at(model: nn.Module, batches: list[tuple[torch.Tensor]], shift: float) -> dict[str, torch.Tensor]:
+    """By path, the squared error of each head with one shift for all, on the dense model's inputs."""
+    found: dict[str, torch.Tensor] = {}
+
+    def observe(call: GatedCall) -> torch.Tensor:
+        out = call.output_with_gate(torch.full((call.gate.heads,), shift))
+        found[call.path] = found.get(call.path, 0) + (out - call.dense).square().sum((0, 2, 3))
+        return call.dense
+
+    with torch.no_grad(), gated_calls(model, observe):
+        for batch in batches:
+            model(*batch)
+    return found
+
+
+def test_each_head_gets_its_best_shift() -> None:
+    model, batches = made(topk=0.1), [(random_input(),) for _ in range(3)]
+    with torch.no_grad():
+        for parameter in sla_compile.gate_parameters(model):
+            parameter.fill_(1.3)  # no rung of the ladder, and a bad one
+    report = sla_compile.calibrate(model, batches, held_back=0.0)
+    table = {shift: errors_at(model, batches, shift) for shift in SHIFTS}
+    for site in report.sites:
+        best = torch.stack([table[shift][site.path] for shift in SHIFTS]).argmin(dim=0)
+        wanted = torch.tensor(SHIFTS)[best]
+        shift = sla_compile.gates(model)[site.path].shift
+        assert shift is not None
+        assert torch.equal(shift.detach(), wanted)
+        assert site.after < site.before
+
+
+def test_no_worse_on_what_is_held_back() -> None:
+    model = made(topk=0.1)
+    report = sla_compile.calibrate(model, [(random_input(),) for _ in range(4)])
+    assert report.output_before is not None
+    assert report.output_after is not None
+    assert report.output_after <= report.output_before
+    assert "output error" in str(report)
+
+
+def test_a_single_batch_and_layer_after_layer() -> None:
+    model = made(topk=0.1)
+    assert all(site.after <= site.before for site in sla_compile.calibrate(model, [(random_input(),)]).sites)
+    again = sla_compile.calibrate(model, [(random_input(),) for _ in range(4)], sequential=True)
+    assert all(site.after <= site.before for site in again.sites)
+
+
+def test_allocated() -> None:
+    model = made(max_topk=0.9)
+    report = sla_compile.allocate(model, [(random_input(),)], budget=0.3)
+    assert report.critical <= report.critical_uniform
+    assert report.output <= report.output_uniform
+
+
+def test_distill_refuses_them_by_name() -> None:
+    model = made()
+    with pytest.raises(ValueError, match=r"blocks\.0\.attention\.sla: got a gate for linear='taylor'"):
+        sla_compile.distill(model, [(random_input(),)], steps=1)
