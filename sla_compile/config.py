@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from sla_compile.common.limits import FEATURE_MAPS, GATE_FORMS, LINEAR_BRANCHES, TAYLOR
+from sla_compile.common.limits import FEATURE_MAPS, GATE_FORMS, LINEAR_BRANCHES, TAYLOR, TOPK_OWNERS
 from sla_compile.common.token_orders import ORDERS, RASTER
 from sla_compile.config_shares import check_shares, default_bottomk, with_bottomk
 from sla_compile.config_values import (
@@ -54,6 +54,7 @@ DEFAULT_MIN_TOKENS = 4096
 SITE_FIELDS = (
     *("topk", "bottomk", "feature_map", "linear", "gate", "min_tokens", "block_q", "block_k"),
     *("always_critical", "cross_attention", "max_topk", "reorder", "grid", "grid_start", "sparse_scale"),
+    "topk_by",
 )
 """The fields that an override may set for one site."""
 
@@ -128,6 +129,9 @@ class SLAConfig:
     max_topk: float | None = _setting(None, OPTIONAL_MAX_TOPK)
     """Largest topk that ``set_sparsity`` may set, with no recompilation; None: none. Range: from topk up to 1."""
 
+    topk_by: str = _setting("site", one_of(*TOPK_OWNERS))
+    """What has a topk of its own, for ``allocate``. Range: "site", or with max_topk "head", each head of a site."""
+
     reorder: str = _setting(RASTER, one_of(*ORDERS))
     """Order of a video's tokens inside the attention. Range: "raster" (the model's own), "tiles", "hilbert"."""
 
@@ -164,6 +168,11 @@ class SLAConfig:
                 value = default_bottomk(self.topk, self.linear)
             object.__setattr__(self, f.name, f.metadata["validator"].check(f"SLAConfig.{f.name}", value))
         check_shares("SLAConfig", self.topk, self.bottomk, self.max_topk)
+        if self.topk_by == "head" and self.max_topk is None:
+            raise ValueError(
+                "SLAConfig: got topk_by='head' without max_topk; accepted: max_topk too, the most that the topk of a "
+                "head may be, several times topk"
+            )
         if self.sparse_scale and self.linear == TAYLOR:
             raise ValueError(
                 f"SLAConfig: got sparse_scale=True with linear={self.linear!r}; accepted: sparse_scale with another "

@@ -65,7 +65,8 @@ class Gate(nn.Module):
         log_scale: (H) where the settings have ``sparse_scale``, else None. The gate then computes
             O = exp(log_scale) O^s + O^l weight^T + bias, so that zero, as at the start, scales nothing.
         shift: (H) with ``linear="taylor"``, else None: added to the logits of the virtual keys. Zero at start.
-        sparsity: int64 (2) where the settings have ``max_topk``, else None: topk and bottomk in millionths, a buffer
+        sparsity: int64 (2), or (H, 2) with ``topk_by="head"``, where the settings have ``max_topk``, else None: topk
+            and bottomk in millionths, a buffer
             that the attention reads at each run. Without it they are constants of the compiled graph.
         heads, head_dim: H and D of the attention.
         path: module path of the gate when it was made, for example ``"blocks.0.attn1.sla"``.
@@ -105,7 +106,7 @@ class Gate(nn.Module):
                 tensor = torch.zeros(shapes[name], device=device, dtype=dtype) if name in shapes else None
                 self.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
             # Integers, which a move to another floating dtype leaves alone.
-            self.register_buffer("sparsity", sparsity_of(spec.config, device))
+            self.register_buffer("sparsity", sparsity_of(spec.config, spec.heads, device))
         self.heads = spec.heads
         self.head_dim = spec.head_dim
         self.ordinal = spec.ordinal
@@ -160,7 +161,7 @@ class Gate(nn.Module):
         """Set parameters to zero and ``sparsity`` to the settings: for a model that got its memory by ``to_empty``."""
         for parameter in self.parameters():
             parameter.zero_()
-        if (sparsity := sparsity_of(self.config, self.device)) is not None and self.sparsity is not None:
+        if (sparsity := sparsity_of(self.config, self.heads, self.device)) is not None and self.sparsity is not None:
             self.sparsity.copy_(sparsity)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -173,10 +174,11 @@ class Gate(nn.Module):
         return f"heads={self.heads}, head_dim={self.head_dim}, {form}{scaled}, topk={self.shares()[0]}{limit}"
 
     def shares(self) -> tuple[float, float]:
-        """topk and bottomk in force now. With ``max_topk`` it reads a buffer, so it waits for the device."""
+        """topk and bottomk in force now, of heads with their own the mean. With ``max_topk`` it reads a buffer, so it
+        waits for the device."""
         if self.sparsity is None or self.sparsity.is_meta:
             return self.config.topk, self.config.bottomk
-        topk, bottomk = (share / MILLION for share in self.sparsity.tolist())
+        topk, bottomk = (share / MILLION for share in self.sparsity.view(-1, 2).double().mean(dim=0).tolist())
         return min(topk, self.config.max_topk or 1.0), bottomk
 
     def trained(self) -> bool:
@@ -208,12 +210,14 @@ class Gate(nn.Module):
         )
 
 
-def sparsity_of(config: SLAConfig, device: torch.device | str | None) -> Tensor | None:
-    """int64 [topk, bottomk] in millionths, the ``sparsity`` of a gate with these settings; None without max_topk."""
+def sparsity_of(config: SLAConfig, heads: int, device: torch.device | str | None) -> Tensor | None:
+    """int64 [topk, bottomk] in millionths, by head with ``topk_by="head"``: the ``sparsity`` of a gate with these
+    settings; None without max_topk."""
     if config.max_topk is None:
         return None
     shares = [to_millionths(config.topk), to_millionths(config.bottomk)]
-    return torch.tensor(shares, dtype=torch.int64, device=device)
+    sparsity = torch.tensor(shares, dtype=torch.int64, device=device)
+    return sparsity.repeat(heads, 1) if config.topk_by == "head" else sparsity
 
 
 class Hook:

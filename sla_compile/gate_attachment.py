@@ -43,10 +43,10 @@ def attach_gate(
 
 def _change_settings(gate: Gate, spec: GateSpec) -> None:
     before, after = gate.config, spec.config
-    if (before.topk, before.bottomk, before.max_topk) != (after.topk, after.bottomk, after.max_topk):
+    if any(getattr(before, name) != getattr(after, name) for name in ("topk", "bottomk", "max_topk", "topk_by")):
         with torch.inference_mode(False), torch.no_grad():
-            sparsity = sparsity_of(after, gate.device)
-            if gate.sparsity is None or sparsity is None:
+            sparsity = sparsity_of(after, gate.heads, gate.device)
+            if gate.sparsity is None or sparsity is None or gate.sparsity.shape != sparsity.shape:
                 gate.sparsity = sparsity
             else:
                 gate.sparsity.copy_(sparsity)  # in place: a CUDA graph reads this memory

@@ -75,7 +75,7 @@ class GateSpec:
         if self.config.sparse_scale:
             shapes["log_scale"] = (self.heads,)
         if self.config.max_topk is not None:
-            shapes["sparsity"] = (2,)
+            shapes["sparsity"] = (self.heads, 2) if self.config.topk_by == "head" else (2,)
         return shapes
 
     def form(self) -> tuple[tuple[int, ...], ...]:

@@ -37,6 +37,7 @@ FULL: dict[str, Any] = {
     "linear": "all",
     "gate": "per_head",
     "sparse_scale": True,
+    "topk_by": "head",
     "min_tokens": 0,
     "inner": "inductor",
     "inductor": {"triton.cudagraphs": True, "max_autotune": False},
@@ -383,6 +384,8 @@ def test_fingerprint_changes_with_every_field_and_with_nothing_else() -> None:
     prints = {SLAConfig().fingerprint()}
     for name, value in FULL.items():
         changed: dict[str, Any] = {"inner": "eager"} if name == "inner" else {name: value}
+        if name == "topk_by":
+            changed |= {"max_topk": 0.5}
         if name == "grid_start":
             changed["grid"] = (8, 30, 52)
         prints.add(SLAConfig(**changed).fingerprint())

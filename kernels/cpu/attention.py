@@ -170,7 +170,7 @@ def _summed_blocks(block_map: Tensor, dtype: torch.dtype, options: BackwardOptio
 
 @dataclass
 class _Keys(Keys):
-    """With phi (G, Tn, block_k, D), h (G, Tn, D, D), z (G, Tn, D) of the linear branch. phi is not weighted, h, z are."""
+    """With phi (G, Tn, block_k, D), h (G, Tn, D, D) and z (G, Tn, D) of the linear branch; h and z are weighted."""
 
     phi: Tensor | None = None
     h: Tensor | None = None

@@ -198,7 +198,7 @@ def of_heads(tensor: Tensor | None, shared_dims: int, group: tuple[int, slice]) 
 
 
 def accumulate(total: Tensor, per_head: Tensor, shared_dims: int, group: tuple[int, slice]) -> None:
-    """Add the part of a group's heads (G, ...) to ``total``, which has ``shared_dims`` axes where the heads share it."""
+    """Add the part of a group's heads (G, ...) to ``total``, which has ``shared_dims`` axes where heads share it."""
     if total.dim() == shared_dims:
         total += per_head.sum(dim=0)
     else:

@@ -55,10 +55,11 @@ class SavedGate:
         return next(tensor.dtype for tensor in self.tensors.values() if tensor.is_floating_point())
 
     def settings(self) -> dict[str, Any]:
-        """The fields of ``SITE_FIELDS``; topk and bottomk as they were last set."""
+        """The fields of ``SITE_FIELDS``; topk and bottomk as they were last set, of heads with their own the mean."""
         settings = {name: getattr(self.spec.config, name) for name in SITE_FIELDS}
         if SPARSITY in self.tensors:
-            settings["topk"], settings["bottomk"] = (share / MILLION for share in self.tensors[SPARSITY].tolist())
+            shares = self.tensors[SPARSITY].view(-1, 2).double().mean(dim=0)
+            settings["topk"], settings["bottomk"] = (share / MILLION for share in shares.tolist())
         return settings
 
 
@@ -230,12 +231,12 @@ def _tensor(opened: Any, name: str, shape: tuple[int, ...]) -> torch.Tensor | st
 
 def _value_problem(part: str, tensor: torch.Tensor) -> str:
     if part == SPARSITY:
-        topk, bottomk = tensor.tolist()
-        if not (topk > 0 and bottomk >= 0 and topk + bottomk <= MILLION):
-            return (
-                f"[{topk}, {bottomk}] in the file; accepted: topk above 0 and bottomk of at least 0, in millionths, "
-                f"together up to {MILLION}"
-            )
+        for topk, bottomk in tensor.view(-1, 2).tolist():
+            if not (topk > 0 and bottomk >= 0 and topk + bottomk <= MILLION):
+                return (
+                    f"[{topk}, {bottomk}] in the file; accepted: topk above 0 and bottomk of at least 0, in "
+                    f"millionths, together up to {MILLION}"
+                )
     return ""
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "MAX_HEAD_DIM",
     "MIN_HEAD_DIM",
     "TAYLOR",
+    "TOPK_OWNERS",
 ]
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -35,6 +36,9 @@ LINEAR_BRANCHES = ("marginal", "all", "none", TAYLOR)
 
 GATE_FORMS = ("shared", "per_head")
 """One gate for the heads of an attention, or one for each."""
+
+TOPK_OWNERS = ("site", "head")
+"""What has a topk of its own: an attention, or each of its heads."""
 
 MASKED_BELOW = -64.0
 """An additive key mask this far below its row's largest masks the key: its weight would be 1e-28."""

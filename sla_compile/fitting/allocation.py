@@ -11,7 +11,7 @@ import dataclasses
 import glob
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -22,7 +22,7 @@ from torch import nn
 from sla_compile.common.blocks import to_millionths
 from sla_compile.compiler.preparation import prepare, unwrapped
 from sla_compile.config import SLAConfig
-from sla_compile.fitting.observer import Arguments, no_gated_call_message, peek_first, prepared_or_rolled_back
+from sla_compile.fitting.observer import Arguments, Topk, no_gated_call_message, peek_first, prepared_or_rolled_back
 from sla_compile.fitting.sensitivity import OutputErrors, SiteSensitivity, measure_sites
 from sla_compile.gate import gates, model_config, owner_path
 
@@ -59,6 +59,8 @@ class SiteAllocation:
     """How often it was called."""
     effect: float | None = None
     """Relative squared error of the model's output per unit of this attention's; None for objective="attention"."""
+    topks: tuple[float, ...] | None = None
+    """Of each head with ``topk_by="head"``; ``topk`` is then their mean."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -146,7 +148,8 @@ def allocate(
       measured on the first four batches, which should differ in their diffusion times, at a forward per attention.
     - ``objective="attention"`` minimises the sum over attentions of the squared relative error.
 
-    In a model prepared with ``max_topk`` the topks go to the gates' buffers, as by `set_sparsity`. Otherwise the model
+    With ``topk_by="head"`` each head gets a topk. In a model prepared with ``max_topk`` the topks go to the gates'
+    buffers, as by `set_sparsity`. Otherwise the model
     is prepared again with an override for each module, and recompiles at its next call. Two attentions of one module
     then get one topk.
 
@@ -175,10 +178,12 @@ def allocate(
         reached = {path: site for path, site in known.items() if site.calls}
         if not reached:
             raise ValueError(no_gated_call_message(model, first))
-        uniform, outputs = dict.fromkeys(reached, budget), OutputErrors(model, first_batches, reached)
+        uniform: dict[str, Topk] = dict.fromkeys(reached, budget)
+        outputs = OutputErrors(model, first_batches, reached)
         if objective == "output":
             outputs.measure_effects(budget)
-        chosen = _water_fill(list(reached.values()), budget, at_run_time)
+        by_head = {path for path, gate in gates(model).items() if gate.config.topk_by == "head"}
+        chosen = _water_fill(list(reached.values()), budget, at_run_time, by_head)
         losses = outputs.relative_loss(uniform), outputs.relative_loss(chosen)
         if objective == "output" and losses[1] > losses[0]:
             chosen, losses = uniform, (losses[0], losses[0])
@@ -200,6 +205,13 @@ class _SharedTopk:
     """For each rung, pairs of tokens in critical blocks."""
     rung: int = 0
     """Index of the rung they are on."""
+
+    @classmethod
+    def of_heads(cls, site: SiteSensitivity) -> list[_SharedTopk]:
+        """One for each head of ``site``."""
+        weight, heads = 1.0 if site.effect is None else site.effect, site.squared_errors.shape[1]
+        losses = [[weight * loss for loss in site.relative_losses(head)] for head in range(heads)]
+        return [cls([site], site.rungs, loss, [part / heads for part in site.critical]) for loss in losses]
 
     @classmethod
     def of(cls, members: list[SiteSensitivity]) -> _SharedTopk:
@@ -235,15 +247,20 @@ def _check_arguments(budget: float, ladder: Sequence[float], objective: str, max
         raise ValueError(f"max_batches: got {max_batches}; accepted: an integer of at least 1, or None")
 
 
-def _water_fill(sites: list[SiteSensitivity], budget: float, at_run_time: bool) -> dict[str, float]:
+def _water_fill(
+    sites: list[SiteSensitivity], budget: float, at_run_time: bool, by_head: Collection[str] = ()
+) -> dict[str, Topk]:
     """topk by gate path: the raises that remove most loss per cost, from the lowest rungs up to the budget's cost.
 
-    Attentions of one module get one topk, unless it is set ``at_run_time``, in the buffer of each gate.
+    Attentions of one module get one topk, unless it is set ``at_run_time``, in the buffer of each gate; those of the
+    paths ``by_head`` one for each head.
     """
     by_key: dict[str, list[SiteSensitivity]] = {}
     for site in sites:
-        by_key.setdefault(site.path if at_run_time else owner_path(site.path), []).append(site)
-    groups = [_SharedTopk.of(members) for members in by_key.values()]
+        if site.path not in by_head:
+            by_key.setdefault(site.path if at_run_time else owner_path(site.path), []).append(site)
+    heads = {site.path: _SharedTopk.of_heads(site) for site in sites if site.path in by_head}
+    groups = [*map(_SharedTopk.of, by_key.values()), *chain.from_iterable(heads.values())]
     total = sum(group.cost[group.rungs.index(budget)] for group in groups)
     room = total * (1 + _ROUNDING) - sum(group.cost[0] for group in groups)
     while True:
@@ -256,7 +273,8 @@ def _water_fill(sites: list[SiteSensitivity], budget: float, at_run_time: bool) 
     uniform = sum(group.loss[group.rungs.index(budget)] for group in groups)
     if sum(group.loss[group.rung] for group in groups) > uniform:
         return {site.path: budget for site in sites}
-    return {site.path: group.rungs[group.rung] for group in groups for site in group.members}
+    chosen: dict[str, Topk] = {site.path: group.rungs[group.rung] for group in groups for site in group.members}
+    return chosen | {path: tuple(own.rungs[own.rung] for own in groups) for path, groups in heads.items()}
 
 
 def _report(
@@ -266,20 +284,33 @@ def _report(
     objective: str,
     output_losses: tuple[float, float],
     reached: Mapping[str, SiteSensitivity],
-    chosen: Mapping[str, float],
+    chosen: Mapping[str, Topk],
     known: Iterable[str],
 ) -> AllocationReport:
     """``output_losses``: relative losses of the output with the budget everywhere, and as chosen."""
     total = sum(site.work for site in reached.values())
-    sites, uniform, critical = [], 0.0, 0.0
+    sites: list[SiteAllocation] = []
+    uniform = critical = 0.0
     for path, site in reached.items():
-        error = {rung: math.sqrt(loss) for rung, loss in zip(site.rungs, site.relative_losses(), strict=True)}
-        critical_work = dict(zip(site.rungs, site.critical, strict=True))
-        uniform += critical_work[budget] / total
-        critical += critical_work[chosen[path]] / total
-        errors = (error[site.topk_before], error[budget], error[chosen[path]])
+        topk = chosen[path]
+        uniform += site.critical_work(budget) / total
+        critical += site.critical_work(topk) / total
+        before, even, after = (math.sqrt(site.relative_loss(own)) for own in (site.topk_before, budget, topk))
+        topks = topk if isinstance(topk, tuple) else None
+        mean = sum(topk) / len(topk) if isinstance(topk, tuple) else topk
         sites.append(
-            SiteAllocation(path, site.topk_before, chosen[path], *errors, site.work / total, site.calls, site.effect)
+            SiteAllocation(
+                path=path,
+                topk_before=site.topk_before,
+                topk=mean,
+                before=before,
+                uniform=even,
+                after=after,
+                work=site.work / total,
+                calls=site.calls,
+                effect=site.effect,
+                topks=topks,
+            )
         )
     return AllocationReport(
         model=type(model).__name__,
@@ -295,7 +326,7 @@ def _report(
     )
 
 
-def _set_topks(model: nn.Module, first: Arguments, chosen: Mapping[str, float], at_run_time: bool) -> None:
+def _set_topks(model: nn.Module, first: Arguments, chosen: Mapping[str, Topk], at_run_time: bool) -> None:
     """Give each gate its chosen topk: in its buffer if ``at_run_time``, else by overrides of the settings."""
     found, config = gates(model), model_config(model)
     if at_run_time:
@@ -303,7 +334,10 @@ def _set_topks(model: nn.Module, first: Arguments, chosen: Mapping[str, float], 
             for path, topk in chosen.items():
                 sparsity = found[path].sparsity
                 if sparsity is not None:
-                    sparsity[0] = to_millionths(topk)
+                    own = topk if isinstance(topk, tuple) else (topk,)
+                    sparsity[..., 0] = sparsity.new_tensor([to_millionths(one) for one in own]).view(
+                        sparsity.shape[:-1]
+                    )
         return
     assert config is not None  # a gate has one
     overrides = {pattern: dict(fields) for pattern, fields in config.overrides.items()}

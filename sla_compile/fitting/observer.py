@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import sla_compile.ops  # noqa: F401  registers sla::forward
+from sla_compile.common.blocks import to_millionths
 from sla_compile.compiler.call_sites import call_site, running_frames
 from sla_compile.compiler.preparation import prepare
 from sla_compile.compiler.site_numbers import number_calls
@@ -49,6 +50,10 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 _KEPT_SHOWN = 3
 """How many attentions that stay dense an error explains."""
+
+
+Topk = float | tuple[float, ...]
+"""The topk of an attention, or of each of its heads."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +96,14 @@ class GatedCall:
         """The output (B, H, N, D), in the dtype of ``dense``, with these as the gate's parameters, in their order."""
         return self._output(*values)
 
-    def output_with_sparsity(self, topk: float, bottomk: float) -> Tensor:
-        """The output (B, H, N, D) with the gate as it is, but this topk and bottomk."""
-        return self._output(*self.gate.parameters(), sparsity=None, topk=topk, bottomk=bottomk)
+    def output_with_sparsity(self, topk: Topk, bottomk: float) -> Tensor:
+        """The output (B, H, N, D) with the gate as it is, but this topk, at most 1 - bottomk, and bottomk."""
+        shares: dict[str, Any] = {"sparsity": None, "topk": topk, "bottomk": bottomk}
+        if isinstance(topk, tuple):
+            by_head = [[to_millionths(own), to_millionths(bottomk)] for own in topk]
+            sparsity = torch.tensor(by_head, device=self.query.device)
+            shares = {"sparsity": sparsity, "topk": max(topk), "bottomk": 0.0}
+        return self._output(*self.gate.parameters(), **shares)
 
     def _output(self, *values: Tensor, **changes: Any) -> Tensor:
         """The output as the rewritten graph computes it; ``changes`` replace entries of ``options()``."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sla_compile.common.blocks import MILLION, num_blocks, num_critical
-from sla_compile.fitting.observer import Arguments, GatedCall, gated_calls
+from sla_compile.fitting.observer import Arguments, GatedCall, Topk, gated_calls
 from sla_compile.fitting.output_error import OutputError
 from sla_compile.fitting.regression import TOKENS_PER_CHUNK
 from sla_compile.gate import Gate
@@ -29,7 +29,7 @@ class SiteSensitivity:
     rungs: tuple[float, ...]
     """The topks, ascending."""
     squared_errors: Tensor
-    """float64 (rungs): ||O - dense||^2."""
+    """float64 (rungs, H): ||O - dense||^2 of each head."""
     block_k: int
     dense_square: float = 0.0
     """||dense||^2."""
@@ -53,7 +53,7 @@ class SiteSensitivity:
             raise ValueError(f"{path}: got budget={budget}; accepted: up to {most}, for its max_topk and bottomk")
         wanted = {round(rung * budget * MILLION) / MILLION for rung in ladder}
         rungs = sorted({rung for rung in wanted if 0 < rung <= most} | {topk, budget})
-        zeros = torch.zeros(len(rungs), dtype=torch.float64, device=gate.device)
+        zeros = torch.zeros(len(rungs), gate.heads, dtype=torch.float64, device=gate.device)
         return cls(path, topk, bottomk, tuple(rungs), zeros, gate.config.block_k, critical=[0.0] * len(rungs))
 
     def add(self, call: GatedCall) -> None:
@@ -62,29 +62,41 @@ class SiteSensitivity:
         blocks = num_blocks(call.key.shape[2], self.block_k)
         work = float(batch * heads * queries * call.key.shape[2])
         for i, rung in enumerate(self.rungs):
-            self.squared_errors[i] += _squared_distance(
-                call.output_with_sparsity(rung, min(self.bottomk, 1 - rung)), call.dense
-            )
+            out = call.output_with_sparsity(rung, min(self.bottomk, 1 - rung))
+            self.squared_errors[i] += _squared_distance(out, call.dense)
             self.critical[i] += work * num_critical(rung, blocks) / blocks
-        self.dense_square += _squared_distance(call.dense, None).item()
+        self.dense_square += _squared_distance(call.dense, None).sum().item()
         self.work += work
         self.calls += 1
 
-    def relative_losses(self) -> list[float]:
-        """||O - dense||^2 / ||dense||^2 at each rung; ValueError if one is not finite."""
-        losses: list[float] = (self.squared_errors / max(self.dense_square, torch.finfo(torch.float64).tiny)).tolist()
+    def relative_losses(self, head: int | None = None) -> list[float]:
+        """||O - dense||^2 / ||dense||^2 at each rung, or the part of it that is of ``head``; ValueError if one is not
+        finite."""
+        errors = self.squared_errors.sum(dim=1) if head is None else self.squared_errors[:, head]
+        losses: list[float] = (errors / max(self.dense_square, torch.finfo(torch.float64).tiny)).tolist()
         if not all(map(math.isfinite, losses)):
             raise ValueError(f"{self.path}: attention, dense or sparse, is not finite on these batches")
         return losses
 
+    def relative_loss(self, topk: Topk) -> float:
+        """The same with these topks, each one of the rungs."""
+        if not isinstance(topk, tuple):
+            return self.relative_losses()[self.rungs.index(topk)]
+        return sum(self.relative_losses(head)[self.rungs.index(own)] for head, own in enumerate(topk))
+
+    def critical_work(self, topk: Topk) -> float:
+        """How much of ``work`` lies in critical blocks with these topks."""
+        own = topk if isinstance(topk, tuple) else (topk,)
+        return sum(self.critical[self.rungs.index(rung)] for rung in own) / len(own)
+
 
 def _squared_distance(a: Tensor, b: Tensor | None) -> Tensor:
-    """||a - b||^2, or ||a||^2 without b, of tensors (B, H, N, D): 0-d float64, summed a chunk at a time."""
-    total = torch.zeros((), dtype=torch.float64, device=a.device)
+    """||a - b||^2, or ||a||^2 without b, of tensors (B, H, N, D): float64 (H), summed a chunk at a time."""
+    total = torch.zeros(a.shape[1], dtype=torch.float64, device=a.device)
     for start in range(0, a.shape[2], TOKENS_PER_CHUNK):
         rows = slice(start, start + TOKENS_PER_CHUNK)
         part = a[:, :, rows].double()
-        total += (part if b is None else part - b[:, :, rows].double()).square().sum()
+        total += (part if b is None else part - b[:, :, rows].double()).square().sum((0, 2, 3))
     return total
 
 
@@ -110,7 +122,7 @@ class OutputErrors:
     def __init__(self, model: nn.Module, batches: Sequence[Arguments], sites: Mapping[str, SiteSensitivity]) -> None:
         self.sites, self.error = sites, OutputError(model, batches)
 
-    def relative_loss(self, topks: Mapping[str, float]) -> float:
+    def relative_loss(self, topks: Mapping[str, Topk]) -> float:
         """||output - dense output||^2 / ||dense output||^2 with ``topks`` by gate path, all other attention dense.
 
         Raises ValueError if it is not finite.
@@ -120,7 +132,8 @@ class OutputErrors:
             if call.path not in topks:
                 return call.dense
             topk = topks[call.path]
-            return call.output_with_sparsity(topk, min(self.sites[call.path].bottomk, 1 - topk))
+            largest = max(topk) if isinstance(topk, tuple) else topk
+            return call.output_with_sparsity(topk, min(self.sites[call.path].bottomk, 1 - largest))
 
         loss = self.error.of(attend)
         if not math.isfinite(loss):

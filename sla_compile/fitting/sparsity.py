@@ -27,8 +27,9 @@ def set_sparsity(
     """Set topk and bottomk of the gates of ``model`` in place; the next call uses them, with no recompilation.
 
     For models prepared, or first compiled, with ``max_topk``. The values are rounded to a millionth and stored in
-    buffers of the gates, so they are in ``state_dict()`` and in what ``save`` writes. Where topk + bottomk is above 1,
-    only 1 - topk is negligible.
+    buffers of the gates, so they are in ``state_dict()`` and in what ``save`` writes. All heads get the same, also
+    where they have a topk of their own (``topk_by="head"``). Where topk + bottomk is above 1, only 1 - topk is
+    negligible.
 
     Args:
         model: a model with gates, compiled or not.
@@ -49,7 +50,7 @@ def set_sparsity(
         for gate in chosen.values():
             for index, value in enumerate((topk, bottomk)):
                 if value is not None and gate.sparsity is not None:
-                    gate.sparsity[index].fill_(to_millionths(value))  # an assignment would wait for the device
+                    gate.sparsity[..., index].fill_(to_millionths(value))  # an assignment would wait for the device
 
 
 def select_gates(model: nn.Module, sites: str | Iterable[str] | None) -> dict[str, Gate]:

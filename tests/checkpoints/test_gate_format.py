@@ -30,6 +30,7 @@ CONFIG = SLAConfig(
     topk=0.25,
     max_topk=0.5,
     sparse_scale=True,
+    topk_by="head",
     reorder="tiles",
     grid=(2, 4, 4),
     always_critical=((0, 16),),
@@ -114,7 +115,7 @@ def test_a_gate_twice(saved: Path) -> None:
 @pytest.mark.parametrize("shares", [[0, 0], [-1, 0], [10**6, 1], [1, -5], [2**62, 2**62]])
 def test_a_sparsity_out_of_range(saved: Path, shares: list[int]) -> None:
     metadata, tensors = content(saved)
-    write(saved, metadata, {**tensors, f"{PATH}.sparsity": torch.tensor(shares)})
+    write(saved, metadata, {**tensors, f"{PATH}.sparsity": torch.tensor([[1000, 0], shares])})
     with pytest.raises(ValueError, match=re.escape(f"{PATH}.sparsity: {shares} in the file; accepted: topk above 0")):
         sla_compile.load(nn.Sequential(nn.Linear(4, 4)), saved)
 

@@ -118,7 +118,9 @@ def test_never_worse_than_the_budget_spread_evenly() -> None:
     """The best raise first can leave room that no other fits: 2.5 + 10 then, against 5.1 + 5.1."""
 
     def site(path: str, rungs: tuple[float, ...], cost: list[float], loss: list[float]) -> Any:
-        return SiteSensitivity(path, 0.2, 0.0, rungs, torch.tensor(loss), BLOCK, dense_square=1.0, critical=cost)
+        return SiteSensitivity(
+            path, 0.2, 0.0, rungs, torch.tensor(loss)[:, None], BLOCK, dense_square=1.0, critical=cost
+        )
 
     tempting = site("a.sla", (0.1, 0.2, 0.25), [1.0, 2.0, 2.5], [10.0, 5.1, 2.5])
     plain = site("b.sla", (0.1, 0.2), [1.0, 2.0], [10.0, 5.1])

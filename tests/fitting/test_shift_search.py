@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,6 +75,61 @@ def test_allocated() -> None:
     report = sla_compile.allocate(model, [(random_input(),)], budget=0.3)
     assert report.critical <= report.critical_uniform
     assert report.output <= report.output_uniform
+
+
+@pytest.mark.parametrize("linear", ["taylor", "marginal"])
+def test_allocated_to_heads(linear: str) -> None:
+    model, batches = made(topk=0.2, max_topk=0.9, topk_by="head", linear=linear), [(random_input(),)]
+    with torch.no_grad():  # one head of each attention all but uniform, so that it wants fewer blocks
+        for block in model.blocks:
+            block.attention.qkv.weight[:16] *= 0.05
+            block.attention.qkv.weight[16:32] *= 6
+    report = sla_compile.allocate(model, batches, budget=0.4, objective="attention")
+    assert report.critical <= report.critical_uniform * (1 + 1e-9)
+    sparsities = [gate.sparsity for gate in sla_compile.gates(model).values()]
+    for site, sparsity in zip(report.sites, sparsities, strict=True):
+        assert site.topks is not None
+        assert sparsity is not None
+        assert torch.equal(sparsity[:, 0], torch.tensor([round(topk * 1e6) for topk in site.topks]))
+        assert site.topk == pytest.approx(sum(site.topks) / len(site.topks))
+    assert any(site.topks[0] < site.topks[1] for site in report.sites if site.topks is not None)
+    assert sum(site.after**2 for site in report.sites) < sum(site.uniform**2 for site in report.sites)
+    wanted = errors_as_they_are(model, batches)
+    compiled = torch.compile(model, backend="sla", options={"inner": "eager"})
+    compiled(*batches[0])
+    for site in report.sites:
+        assert site.after == pytest.approx(wanted[site.path], rel=1e-6)
+    sla_compile.set_sparsity(model, topk=0.3)
+    assert all(bool((sparsity[:, 0] == 300_000).all()) for sparsity in sparsities if sparsity is not None)
+
+
+def errors_as_they_are(model: nn.Module, batches: list[tuple[torch.Tensor]]) -> dict[str, float]:
+    """By path, the relative error of each attention with its gate and buffer as they are."""
+    found: dict[str, float] = {}
+
+    def observe(call: GatedCall) -> torch.Tensor:
+        out = call.output_with_gate(*call.gate.parameters())
+        found[call.path] = ((out - call.dense).norm() / call.dense.norm()).item()
+        return call.dense
+
+    with torch.no_grad(), gated_calls(model, observe):
+        for batch in batches:
+            model(*batch)
+    return found
+
+
+def test_topks_of_heads_are_saved(tmp_path: Path) -> None:
+    model = made(max_topk=0.9, topk_by="head")
+    sparsity = next(iter(sla_compile.gates(model).values())).sparsity
+    assert sparsity is not None
+    sparsity[0, 0] = 123_456
+    sla_compile.save(model, tmp_path / "gates.safetensors")
+    other = sla_compile.load(sla_compile.detach(Model()), tmp_path / "gates.safetensors")
+    loaded = next(iter(sla_compile.gates(other).values())).sparsity
+    assert loaded is not None
+    assert torch.equal(loaded, sparsity)
+    with pytest.raises(ValueError, match="topk_by='head' without max_topk"):
+        sla_compile.SLAConfig(topk_by="head")
 
 
 def test_distill_refuses_them_by_name() -> None:
