@@ -144,10 +144,10 @@ _VIRTUAL: dict[tuple[str, int], Launch] = {
     ("forward", 128): Launch(64, 64, 64, 4, 2),
     ("forward", 256): Launch(64, 32, 32, 8, 1),
     ("backward_query", 64): Launch(128, 64, 64, 8, 2),
-    ("backward_query", 128): Launch(128, 64, 128, 8, 2),
+    ("backward_query", 128): Launch(128, 64, 128, 8, 1),
     ("backward_query", 256): Launch(32, 32, 32, 8, 1),
     ("backward_key", 64): Launch(64, 64, 64, 4, 2),
-    ("backward_key", 128): Launch(64, 64, 64, 8, 2),
+    ("backward_key", 128): Launch(32, 128, 64, 8, 3),
     ("backward_key", 256): Launch(32, 32, 32, 8, 1),
 }
 
