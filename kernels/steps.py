@@ -1,4 +1,4 @@
-"""The five steps of a call on a GPU that have kernels in Triton and, for Hopper, in Gluon: one signature for both.
+"""The six steps of a call on a GPU that have kernels in Triton and, for Hopper, in Gluon: one signature for both.
 
 ``triton/steps.py`` and ``hopper/steps.py`` are the two `Steps`; ``triton/attention.py`` chooses one for each call.
 Axes: B batch, H heads, Lq queries, Lk keys, D head dimension, Tm and Tn query and key blocks.
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sla_compile.common.options import BackwardOptions
 
-__all__ = ["BlockLists", "KernelInputs", "LinearStates", "QueryGradients", "Steps", "Upstream"]
+__all__ = ["BlockLists", "KernelInputs", "LinearStates", "QueryGradients", "Steps", "Upstream", "VirtualKeys"]
 
 
 class KernelInputs(NamedTuple):
@@ -48,6 +48,18 @@ class LinearStates(NamedTuple):
     """float32 (B, H, T, D)."""
 
 
+class VirtualKeys(NamedTuple):
+    """The virtual keys of a call, one for each key block, and what each query block makes of them."""
+
+    keys: Tensor
+    """(B, H, Tn, D up to a multiple of 8), in the inputs' type, as ``values``."""
+    values: Tensor
+    bias: Tensor
+    """float32 (B, H, Tm, Tn): added to their logits; -inf where the row has no such key."""
+    slopes: Tensor
+    """S of each row, like `LinearStates`'s states."""
+
+
 class Upstream(NamedTuple):
     """What a backward has beside the inputs: the gradient of the output, and what the forward returned."""
 
@@ -74,7 +86,7 @@ class QueryGradients(NamedTuple):
 
 
 class Steps(Protocol):
-    """The steps in which they differ; a module with these five functions is one."""
+    """The steps in which they differ; a module with these six functions is one."""
 
     def key_states(self, inputs: KernelInputs, options: BackwardOptions, *, pool: bool) -> tuple[LinearStates, Tensor]:
         """h and z of each key block, in one pass over k and v that are weighed by exp(key_bias), and the float32 means
@@ -87,6 +99,11 @@ class Steps(Protocol):
 
         ``linear`` is H and Z, (B, H, Tm or 1, ...); None: no linear branch.
         """
+
+    def virtual_forward(
+        self, inputs: KernelInputs, lists: BlockLists, virtual: VirtualKeys, options: BackwardOptions
+    ) -> tuple[Tensor, Tensor]:
+        """out and lse over the critical ``lists`` of the rows and the ``virtual`` keys."""
 
     def linear_backward(
         self, upstream: Upstream, inputs: KernelInputs, linear: LinearStates | None, options: BackwardOptions

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from sla_compile.common.options import BackwardOptions
 
-from ..steps import BlockLists, KernelInputs, LinearStates
+from ..steps import BlockLists, KernelInputs, LinearStates, VirtualKeys
 from ..triton.primitives import LOG2E
 from ..triton.tiles import ceil_div, head_stride
 from .primitives import (
@@ -41,7 +41,7 @@ from .primitives import (
     view_as,
 )
 
-__all__ = ["attention_forward"]
+__all__ = ["attention_forward", "virtual_forward"]
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,13 @@ def forward_producer(
     TILE_K: gl.constexpr,
     MATRICES_IN_RINGS: gl.constexpr,
     HAS_LINEAR: gl.constexpr,
+    HAS_VIRTUAL: gl.constexpr,
     HAS_COUNTS: gl.constexpr,
 ):
-    q_desc, k_desc, v_desc, state_desc, gate_desc = descriptors
+    q_desc, k_desc, v_desc, state_desc, gate_desc, virtual_k_desc, virtual_v_desc = descriptors
     q_buffers, k_ring, v_ring, matrix_buffer, _out_buffers = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty, matrix_full, matrix_empty = barriers
-    num_rows, total_tiles, tiles_per_head, num_heads, list_width, state_rows, gate_heads = extents
+    num_rows, total_tiles, tiles_per_head, num_heads, list_width, state_rows, gate_heads, num_virtual = extents
     STAGES: gl.constexpr = k_ring.type.shape[0]
     CONSUMERS: gl.constexpr = TILE_Q // 64
 
@@ -149,6 +150,34 @@ def forward_producer(
             mbarrier.expect(v_full.index(index), v_desc.block_type.nbytes)
             load_tile(v_desc, [batch, head, start, 0], v_full.index(index), v_ring.index(index))
             filled += 1
+        if HAS_VIRTUAL:
+            for start in range(0, num_virtual, TILE_K):
+                index = filled % STAGES
+                phase = (filled // STAGES & 1) ^ 1
+                mbarrier.wait(k_empty.index(index), phase)
+                mbarrier.expect(k_full.index(index), virtual_k_desc.block_type.nbytes)
+                load_tile(virtual_k_desc, [batch, head, start, 0], k_full.index(index), k_ring.index(index))
+                mbarrier.wait(v_empty.index(index), phase)
+                mbarrier.expect(v_full.index(index), virtual_v_desc.block_type.nbytes)
+                load_tile(virtual_v_desc, [batch, head, start, 0], v_full.index(index), v_ring.index(index))
+                filled += 1
+            if MATRICES_IN_RINGS:
+                index = filled % STAGES
+                phase = (filled // STAGES & 1) ^ 1
+                mbarrier.wait(k_empty.index(index), phase)
+                mbarrier.expect(k_full.index(index), state_desc.block_type.nbytes)
+                slope_dtype: gl.constexpr = state_desc.dtype
+                slope_layout: gl.constexpr = state_desc.layout
+                slope = first_matrix(k_ring.index(index), slope_dtype, slope_layout)
+                load_tile(state_desc, [line, 0, 0], k_full.index(index), slope)
+                # nothing for the ring of values, which goes in step
+                mbarrier.wait(v_empty.index(index), phase)
+                mbarrier.arrive(v_full.index(index), count=1)
+                filled += 1
+            else:
+                mbarrier.wait(matrix_empty, turn & 1)
+                mbarrier.expect(matrix_full, state_desc.block_type.nbytes)
+                load_tile(state_desc, [line, 0, 0], matrix_full, matrix_buffer)
         if HAS_LINEAR:
             state_row = (batch * num_heads + head) * state_rows + gl.minimum(row, state_rows - 1)
             gate_row = gl.minimum(head, gate_heads - 1)
@@ -187,6 +216,7 @@ def forward_consumer(
     counts,
     normalizers,
     bias,
+    virtual_bias,
     out_desc,
     linear_desc,
     lse,
@@ -205,12 +235,13 @@ def forward_consumer(
     OUTPUTS: gl.constexpr,
     FEATURE_MAP: gl.constexpr,
     HAS_LINEAR: gl.constexpr,
+    HAS_VIRTUAL: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_COUNTS: gl.constexpr,
 ):
     q_buffers, k_ring, v_ring, matrix_buffer, out_buffers = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty, matrix_full, matrix_empty = barriers
-    num_rows, total_tiles, tiles_per_head, num_heads, list_width, state_rows, gate_heads = extents
+    num_rows, total_tiles, tiles_per_head, num_heads, list_width, state_rows, gate_heads, num_virtual = extents
     ROWS: gl.constexpr = 64
     STAGES: gl.constexpr = k_ring.type.shape[0]
     dtype: gl.constexpr = k_ring.dtype
@@ -284,7 +315,41 @@ def forward_consumer(
             index = next_index
             phase = next_phase
 
-        if not HAS_LINEAR and OUTPUTS > 0:
+        # the part of the sum that critical keys have
+        critical_sum = running_sum
+        if HAS_VIRTUAL:
+            # the loop above once more, with a bias
+            for start in range(0, num_virtual, TILE_K):
+                next_index = (taken + 1) % STAGES
+                next_phase = (taken + 1) // STAGES & 1
+                mbarrier.wait(k_full.index(next_index), next_phase)
+                key = k_ring.index(next_index).reshape([TILE_K, PADDED_DIM])
+                scores = warpgroup_mma(query, key.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+                mbarrier.wait(v_full.index(index), phase)
+                value = v_ring.index(index).reshape([TILE_K, PADDED_DIM])
+                accumulating = warpgroup_mma(operand, value, accumulator, is_async=True)
+                columns = start + key_lanes
+                added = gl.load(
+                    virtual_bias + line * num_virtual + columns, mask=columns < num_virtual, other=float("-inf")
+                )
+                scores = warpgroup_mma_wait(1, deps=(scores,))
+                mbarrier.arrive(k_empty.index(next_index), count=1)
+                scores = scores * scale_log2 + (added * LOG2E)[None, :]
+                new_max = gl.maximum(running_max, gl.max(scores, 1))
+                rescale = gl.exp2(running_max - new_max)
+                weights = gl.exp2(scores - new_max[:, None])
+                running_sum = running_sum * rescale + gl.sum(weights, 1)
+                critical_sum = critical_sum * rescale
+                running_max = new_max
+                accumulator, operand = warpgroup_mma_wait(0, deps=(accumulating, operand))
+                mbarrier.arrive(v_empty.index(index), count=1)
+                accumulator = accumulator * gl.convert_layout(rescale, out_row_layout)[:, None]
+                operand = gl.convert_layout(weights.to(dtype), weights_layout)
+                taken += 1
+                index = next_index
+                phase = next_phase
+
+        if not HAS_LINEAR and not HAS_VIRTUAL and OUTPUTS > 0:
             mbarrier.arrive(q_empty.index(CONSUMER), count=1)
         mbarrier.wait(v_full.index(index), phase)
         value = v_ring.index(index).reshape([TILE_K, PADDED_DIM])
@@ -300,6 +365,30 @@ def forward_consumer(
         rows = first + row_lanes
         gl.store(lse + batch_head * num_queries + rows, row_lse, mask=rows < num_queries)
 
+        if HAS_VIRTUAL:
+            own = query.load(out_layout).to(gl.float32)
+            if OUTPUTS > 0:
+                fence_async_shared()
+                mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+            # the virtual keys' share, times the scale of the logits
+            factor = (1.0 - critical_sum / running_sum) * (scale_log2 * LN2)
+            factor = gl.convert_layout(factor, out_row_layout)
+            weighed = gl.convert_layout((own * factor[:, None]).to(gl.bfloat16), weights_layout)
+            if MATRICES_IN_RINGS:
+                index = taken % STAGES
+                slope_full, slope_empty, slope_phase = k_full.index(index), k_empty.index(index), taken // STAGES & 1
+                slope = first_matrix(k_ring.index(index), gl.bfloat16, matrix_layout)
+                mbarrier.wait(v_full.index(index), slope_phase)
+                mbarrier.arrive(v_empty.index(index), count=1)
+                taken += 1
+            else:
+                slope_full, slope_empty, slope_phase = matrix_full, matrix_empty, (turn & 1) ^ 1
+                slope = matrix_buffer
+            mbarrier.wait(slope_full, slope_phase)
+            slope = slope.reshape([PADDED_DIM, PADDED_DIM])
+            accumulating = warpgroup_mma(weighed, slope, accumulator, is_async=True)
+            accumulator = warpgroup_mma_wait(0, deps=(accumulating,))
+            mbarrier.arrive(slope_empty, count=1)
         if HAS_LINEAR:
             own = query.load(out_layout).to(gl.float32)
             if OUTPUTS > 0:
@@ -353,17 +442,22 @@ def forward_consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_queries", "num_keys", "num_rows", "total_tiles", "list_width", "state_rows"])
+@gluon.jit(
+    do_not_specialize=["num_queries", "num_keys", "num_rows", "total_tiles", "list_width", "state_rows", "num_virtual"]
+)
 def attention_forward_kernel(
     q_desc,
     k_desc,
     v_desc,
     state_desc,
     gate_desc,
+    virtual_k_desc,
+    virtual_v_desc,
     lists,
     counts,
     normalizers,
     bias,
+    virtual_bias,
     out_desc,
     linear_desc,
     lse,
@@ -378,6 +472,7 @@ def attention_forward_kernel(
     list_width,
     state_rows,
     gate_heads,
+    num_virtual,
     BLOCK_Q: gl.constexpr,
     TILE_Q: gl.constexpr,
     TILE_K: gl.constexpr,
@@ -388,6 +483,7 @@ def attention_forward_kernel(
     OUTPUTS: gl.constexpr,
     FEATURE_MAP: gl.constexpr,
     HAS_LINEAR: gl.constexpr,
+    HAS_VIRTUAL: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_COUNTS: gl.constexpr,
 ):
@@ -426,19 +522,20 @@ def attention_forward_kernel(
 
     buffers = (q_buffers, k_ring, v_ring, matrix_buffer, out_buffers)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, matrix_full, matrix_empty)
-    extents = (num_rows, total_tiles, tiles_per_head, num_heads, list_width, state_rows, gate_heads)
-    descriptors = (q_desc, k_desc, v_desc, state_desc, gate_desc)
+    extents = (num_rows, total_tiles, tiles_per_head, num_heads, list_width, state_rows, gate_heads, num_virtual)
+    descriptors = (q_desc, k_desc, v_desc, state_desc, gate_desc, virtual_k_desc, virtual_v_desc)
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
                 (forward_consumer, (
-                    buffers, barriers, lists, counts, normalizers, bias, out_desc, linear_desc, lse, scale_log2,
-                    stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
-                    PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_BIAS, HAS_COUNTS,
+                    buffers, barriers, lists, counts, normalizers, bias, virtual_bias, out_desc, linear_desc, lse,
+                    scale_log2, stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
+                    PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
+                    HAS_COUNTS,
                 )),
                 (forward_producer, (
                     descriptors, buffers, barriers, lists, counts, extents, BLOCK_Q, TILE_Q, TILE_K,
-                    MATRICES_IN_RINGS, HAS_LINEAR, HAS_COUNTS,
+                    MATRICES_IN_RINGS, HAS_LINEAR, HAS_VIRTUAL, HAS_COUNTS,
                 )),
             ],
             [1],
@@ -448,18 +545,20 @@ def attention_forward_kernel(
         gl.warp_specialize(
             [
                 (forward_consumer, (
-                    buffers, barriers, lists, counts, normalizers, bias, out_desc, linear_desc, lse, scale_log2,
-                    stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
-                    PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_BIAS, HAS_COUNTS,
+                    buffers, barriers, lists, counts, normalizers, bias, virtual_bias, out_desc, linear_desc, lse,
+                    scale_log2, stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
+                    PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
+                    HAS_COUNTS,
                 )),
                 (forward_consumer, (
-                    buffers, barriers, lists, counts, normalizers, bias, out_desc, linear_desc, lse, scale_log2,
-                    stride_bh, num_queries, num_keys, extents, 1, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
-                    PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_BIAS, HAS_COUNTS,
+                    buffers, barriers, lists, counts, normalizers, bias, virtual_bias, out_desc, linear_desc, lse,
+                    scale_log2, stride_bh, num_queries, num_keys, extents, 1, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
+                    PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
+                    HAS_COUNTS,
                 )),
                 (forward_producer, (
                     descriptors, buffers, barriers, lists, counts, extents, BLOCK_Q, TILE_Q, TILE_K,
-                    MATRICES_IN_RINGS, HAS_LINEAR, HAS_COUNTS,
+                    MATRICES_IN_RINGS, HAS_LINEAR, HAS_VIRTUAL, HAS_COUNTS,
                 )),
             ],
             [4, 1],
@@ -471,6 +570,24 @@ def attention_forward(
     inputs: KernelInputs, lists: BlockLists, linear: LinearStates | None, options: BackwardOptions
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `Steps.attention_forward`; there is no key_bias, and every count is at least 1."""
+    return _forward(inputs, lists, linear, None, options)
+
+
+def virtual_forward(
+    inputs: KernelInputs, lists: BlockLists, virtual: VirtualKeys, options: BackwardOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `Steps.virtual_forward`: virtual keys come after the critical ones, in the same loop over tiles of keys."""
+    out, _, lse = _forward(inputs, lists, None, virtual, options)
+    return out, lse
+
+
+def _forward(
+    inputs: KernelInputs,
+    lists: BlockLists,
+    linear: LinearStates | None,
+    virtual: VirtualKeys | None,
+    options: BackwardOptions,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     q, k, v, gate, bias, _ = inputs
     block_q, block_k = options.block_q, options.block_k
     batch, heads, queries, head_dim = q.shape
@@ -484,17 +601,21 @@ def attention_forward(
     programs = min(total, multiprocessors(q.device.index) * launch.programs)
     # a handful of numbers; a stride of its own would cost the kernel registers
     bias = bias.contiguous() if bias is not None else None
+    states = linear.states if linear is not None else virtual.slopes if virtual is not None else None
     # an absent tensor's place is taken by one that is there; the kernel does not touch it
     attention_forward_kernel[(programs,)](
         tile_descriptor(q, 64),
         tile_descriptor(k, block_k),
         tile_descriptor(v, block_k),
-        matrix_descriptor(linear.states if linear is not None else q, head_dim),
+        matrix_descriptor(states if states is not None else q, head_dim),
         matrix_descriptor(gate if gate is not None else q, head_dim),
+        tile_descriptor(virtual.keys if virtual is not None else k, block_k),
+        tile_descriptor(virtual.values if virtual is not None else v, block_k),
         lists.blocks,
         lists.counts if lists.counts is not None else lists.blocks,
         linear.normalizers if linear is not None else lse,
         bias if bias is not None else q,
+        virtual.bias if virtual is not None else lse,
         tile_descriptor(out, 64),
         tile_descriptor(linear_out if linear is not None else out, 64),
         lse,
@@ -509,6 +630,7 @@ def attention_forward(
         lists.blocks.shape[3],
         linear.states.shape[2] if linear is not None else 1,
         gate.shape[0] if gate is not None and gate.dim() == 3 else 1,
+        virtual.bias.shape[3] if virtual is not None else 0,
         BLOCK_Q=block_q,
         TILE_Q=launch.tile_q,
         TILE_K=block_k,
@@ -519,6 +641,7 @@ def attention_forward(
         OUTPUTS=launch.outputs,
         FEATURE_MAP=options.feature_map,
         HAS_LINEAR=linear is not None,
+        HAS_VIRTUAL=virtual is not None,
         HAS_BIAS=bias is not None,
         HAS_COUNTS=lists.counts is not None,
         num_warps=4,

@@ -10,7 +10,7 @@ from ..triton.tiles import ceil_div
 from . import linear_backward as hopper_linear_backward
 from .backward_key import attention_backward_key
 from .backward_query import attention_backward_query
-from .forward import attention_forward
+from .forward import attention_forward, virtual_forward
 from .states import key_states
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "attention_forward",
     "key_states",
     "linear_backward",
+    "virtual_forward",
 ]
 
 

@@ -14,7 +14,7 @@ import torch
 from sla_compile.common.kernel_interface import AttentionInputs, ForwardResult, Gradients
 from sla_compile.common.options import AttentionOptions, BackwardOptions
 
-from ..steps import BlockLists, KernelInputs, Steps, Upstream
+from ..steps import BlockLists, KernelInputs, Steps, Upstream, VirtualKeys
 from . import virtual_keys
 from .classify import classes, critical_lists, longest_first
 from .moments import KeyMoments, MomentGradients, add_key_gradients, add_query_gradients, key_moments, query_moments
@@ -37,16 +37,21 @@ class _Blocks(NamedTuple):
         queries, moments = query_moments(operands.q, options.block_q), key_moments(operands, options.block_k)
         return cls(queries, moments, *virtual_keys.virtual_logits(queries, moments, options.scale))
 
+    def virtual(self, block_map: torch.Tensor, shift: torch.Tensor | None) -> tuple[VirtualKeys, torch.Tensor]:
+        """The virtual keys at the marginal blocks, and how rows mix their slopes."""
+        moments = self.moments
+        rows = virtual_keys.virtual_rows(self.logits, self.spreads, moments, block_map, shift)
+        slopes = sum_of_states(rows.mixture, moments.slopes)
+        return VirtualKeys(moments.keys, moments.values, rows.bias, slopes), rows.mixture
+
 
 def forward(inputs: AttentionInputs, operands: KernelInputs, options: AttentionOptions, steps: Steps) -> ForwardResult:
     """Output, and what its backward needs, of one call; ``operands`` have no gate."""
     blocks = _Blocks.of(operands, options)
     block_map, lists = classes(blocks.logits, operands, inputs.sparsity, options)
-    rows = virtual_keys.virtual_rows(blocks.logits, blocks.spreads, blocks.moments, block_map, inputs.shift)
-    slopes = sum_of_states(rows.mixture, blocks.moments.slopes)
-    out, linear_out, lse = steps.attention_forward(operands, lists, None, options)
-    out, lse = virtual_keys.forward(operands, (out, lse), blocks.moments, rows, slopes, options.block_q, options.scale)
-    return ForwardResult(out, linear_out, lse, block_map)
+    virtual, _ = blocks.virtual(block_map, inputs.shift)
+    out, lse = steps.virtual_forward(operands, lists, virtual, options)
+    return ForwardResult(out, out.new_empty(0), lse, block_map)
 
 
 def backward(
@@ -61,20 +66,18 @@ def backward(
     q, scale, block_q = operands.q, options.scale, options.block_q
     blocks = _Blocks.of(operands, options)
     moments = blocks.moments
-    rows = virtual_keys.virtual_rows(blocks.logits, blocks.spreads, moments, block_map, shift)
-    slopes = sum_of_states(rows.mixture, moments.slopes)
-    gradients, gains, grad_bias, grad_slopes = virtual_keys.backward_query(
-        upstream, operands, moments, rows, slopes, block_q, scale
-    )
-    del slopes
+    virtual, mixture = blocks.virtual(block_map, shift)
+    gradients, gains, grad_bias, grad_slopes = virtual_keys.backward_query(upstream, operands, virtual, block_q, scale)
     of_keys, of_values = virtual_keys.backward_key(
-        upstream, operands, moments, rows, gradients.statistics, gains, block_q, scale
+        upstream, operands, virtual, gradients.statistics, gains, block_q, scale
     )
+    del virtual
     by_rows = virtual_keys.mixture_backward(
-        rows.mixture, _of_mixture(grad_slopes, moments.slopes), grad_bias, blocks.spreads, moments, scale
+        mixture, _of_mixture(grad_slopes, moments.slopes), grad_bias, blocks.spreads, moments, scale
     )
     tiles = grad_slopes.shape[2] // block_map.shape[2]
-    mixture = rows.mixture if tiles == 1 else rows.mixture.repeat_interleave(tiles, dim=1)
+    if tiles > 1:
+        mixture = mixture.repeat_interleave(tiles, dim=1)
     of_spans = by_rows.of_spans.mT @ blocks.queries
     of_spans[0] += of_keys
     moment_gradients = MomentGradients(

@@ -18,7 +18,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..steps import KernelInputs, QueryGradients, Upstream
+from sla_compile.common.options import BackwardOptions
+
+from ..steps import BlockLists, KernelInputs, QueryGradients, Upstream, VirtualKeys
+from .forward import attention_forward
 from .moments import KeyMoments
 from .primitives import (
     LOG2E,
@@ -37,8 +40,8 @@ __all__ = [
     "VirtualRows",
     "backward_key",
     "backward_query",
-    "forward",
     "mixture_backward",
+    "virtual_forward",
     "virtual_logits",
     "virtual_rows",
 ]
@@ -531,18 +534,12 @@ def virtual_rows(
     return VirtualRows(bias, mixture[:, :, :columns])
 
 
-def forward(
-    inputs: KernelInputs,
-    sparse: tuple[torch.Tensor, torch.Tensor],
-    moments: KeyMoments,
-    rows: VirtualRows,
-    slopes: torch.Tensor,
-    block_q: int,
-    scale: float,
+def virtual_forward(
+    inputs: KernelInputs, lists: BlockLists, virtual: VirtualKeys, options: BackwardOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse of all keys, from those of the critical ones and S (B, H, Tm, ...); they take their place."""
-    q = inputs.q
-    out, lse = sparse
+    """As `Steps.virtual_forward`: the critical keys by the sparse branch's kernel, then the virtual ones on top."""
+    q, block_q = inputs.q, options.block_q
+    out, _, lse = attention_forward(inputs, lists, None, options)
     batch, heads, tokens, head_dim = q.shape
     launch = clamped(virtual_launch("forward", head_dim, q.dtype), head_dim, block_q, block_q)
     tiles = ceil_div(tokens, launch.tile_q)
@@ -550,18 +547,18 @@ def forward(
         q,
         out,
         lse,
-        moments.keys,
-        moments.values,
-        rows.bias,
-        slopes,
+        virtual.keys,
+        virtual.values,
+        virtual.bias,
+        virtual.slopes,
         out,
         lse,
         *vector_strides(q),
-        scale,
+        options.scale,
         tokens,
         tiles,
         heads,
-        rows.bias.shape[3],
+        virtual.bias.shape[3],
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim),
         BLOCK_Q=block_q,
@@ -577,9 +574,7 @@ def forward(
 def backward_query(
     upstream: Upstream,
     inputs: KernelInputs,
-    moments: KeyMoments,
-    rows: VirtualRows,
-    slopes: torch.Tensor,
+    virtual: VirtualKeys,
     block_q: int,
     scale: float,
 ) -> tuple[QueryGradients, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -589,23 +584,23 @@ def backward_query(
     grad_out, out, _, lse = upstream
     q = inputs.q
     batch, heads, tokens, head_dim = q.shape
-    virtual = rows.bias.shape[3]
+    count = virtual.bias.shape[3]
     launch = clamped(virtual_launch("backward_query", head_dim, q.dtype), head_dim, block_q, block_q)
     tiles = ceil_div(tokens, block_q) * (block_q // launch.tile_q)
     dq = q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
     statistics = torch.empty((batch, heads, 2, tiles * launch.tile_q), dtype=torch.float32, device=q.device)
     gains = statistics.new_empty(batch, heads, tiles * launch.tile_q)
-    grad_bias = statistics.new_empty(batch, heads, tiles, virtual)
-    grad_slopes = slopes.new_empty(batch, heads, tiles, *slopes.shape[3:])
+    grad_bias = statistics.new_empty(batch, heads, tiles, count)
+    grad_slopes = virtual.slopes.new_empty(batch, heads, tiles, *virtual.slopes.shape[3:])
     virtual_backward_query_kernel[(tiles * batch * heads,)](
         grad_out,
         q,
         out,
         lse,
-        moments.keys,
-        moments.values,
-        rows.bias,
-        slopes,
+        virtual.keys,
+        virtual.values,
+        virtual.bias,
+        virtual.slopes,
         dq,
         statistics,
         gains,
@@ -618,7 +613,7 @@ def backward_query(
         tokens,
         tiles,
         heads,
-        virtual,
+        count,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim),
         BLOCK_Q=block_q,
@@ -638,8 +633,7 @@ _PROGRAMS = 264
 def backward_key(
     upstream: Upstream,
     inputs: KernelInputs,
-    moments: KeyMoments,
-    rows: VirtualRows,
+    virtual: VirtualKeys,
     statistics: torch.Tensor,
     gains: torch.Tensor,
     block_q: int,
@@ -648,18 +642,18 @@ def backward_key(
     """Gradients of the virtual keys and of their values by attention, float32 (B, H, Tn, D)."""
     q, grad_out = inputs.q, upstream.grad_out
     batch, heads, tokens, head_dim = q.shape
-    virtual = rows.bias.shape[3]
+    count = virtual.bias.shape[3]
     launch = clamped(virtual_launch("backward_key", head_dim, q.dtype), head_dim, block_q, 256)
-    tiles = ceil_div(virtual, launch.tile_k)
+    tiles = ceil_div(count, launch.tile_k)
     query_tiles = ceil_div(tokens, launch.tile_q)
     splits = max(1, min(query_tiles, ceil_div(_PROGRAMS, tiles * batch * heads)))
-    grads = statistics.new_empty(2, splits, batch, heads, virtual, head_dim)
+    grads = statistics.new_empty(2, splits, batch, heads, count, head_dim)
     virtual_backward_key_kernel[(tiles * batch * heads, splits)](
         grad_out,
         q,
-        moments.keys,
-        moments.values,
-        rows.bias,
+        virtual.keys,
+        virtual.values,
+        virtual.bias,
         statistics,
         gains,
         grads[0],
@@ -670,7 +664,7 @@ def backward_key(
         tokens,
         tiles,
         heads,
-        virtual,
+        count,
         query_tiles,
         splits,
         gains.shape[2],
