@@ -1,6 +1,6 @@
 """The CUDA kernels by themselves: both directions beside SDPA, Gluon beside Triton, and where the time goes.
 
-    python benchmarks/kernels.py [--tokens 32760] [--blocks 128x128 64x64] [--run-time]
+    python benchmarks/kernels.py [--tokens 32760] [--blocks 128x128 64x64] [--run-time | --forms]
 
 The launchers are called without the library op around them, so no autograd or checks are timed; everything else is:
 classification, block states, attention, gate, every gradient. Milliseconds by CUDA events after a warm-up, the L2
@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from triton.testing import do_bench
+from triton.testing import do_bench, do_bench_cudagraph
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout comes before what is installed
 
@@ -57,15 +57,15 @@ def tensors(tokens: int) -> list[torch.Tensor]:
     return [*activations, weight, bias]
 
 
-def options_of(block_q: int, block_k: int, topk: float = 0.05) -> AttentionOptions:
+def options_of(block_q: int, block_k: int, topk: float = 0.05, linear: str = "marginal") -> AttentionOptions:
     return AttentionOptions(
         scale=HEAD_DIM**-0.5,
         topk=topk,
-        bottomk=0.10,
+        bottomk=0.0 if linear == "taylor" else 0.10,
         block_q=block_q,
         block_k=block_k,
         feature_map="softmax",
-        linear="marginal",
+        linear=linear,
     )
 
 
@@ -106,6 +106,33 @@ def at_run_time(inputs: list[torch.Tensor], blocks: list[tuple[int, int]], conso
     console.print(table)
 
 
+def forms(inputs: list[torch.Tensor], blocks: list[tuple[int, int]], console: Console) -> None:
+    """What stands for blocks that are not critical, in CUDA graphs, so that no launch waits for the host."""
+    q, k, v, grad_out, weight, bias = inputs
+    shift = torch.zeros(HEADS, device="cuda")
+    even = torch.tensor([[50_000, 0]] * HEADS, device="cuda")
+    calls = {
+        "none": (AttentionInputs(q, k, v, None, None), 0.05),
+        "marginal": (AttentionInputs(q, k, v, weight, bias), 0.05),
+        "taylor": (AttentionInputs(q, k, v, None, None, shift=shift), 0.05),
+        "taylor, 5% for each head of at most 25%": (AttentionInputs(q, k, v, None, None, None, even, shift), 0.25),
+    }
+    table = Table("linear", "forward, ms", "backward, ms", title=f"{torch.cuda.get_device_name()}, in CUDA graphs")
+
+    def graphed(call: Callable[[], Any]) -> str:
+        median, low, high = do_bench_cudagraph(call, rep=60, quantiles=[0.5, 0.2, 0.8])
+        return f"{median:.3f} ({low:.3f}-{high:.3f})"
+
+    for block_q, block_k in blocks:
+        for name, (call, topk) in calls.items():
+            options = options_of(block_q, block_k, topk, name.partition(",")[0])
+            saved = triton_attention.forward(call, options)
+            forward = graphed(lambda: triton_attention.forward(call, options))  # noqa: B023
+            backward = graphed(lambda: triton_attention.backward(grad_out, call, saved, options))  # noqa: B023
+            table.add_row(f"{block_q}x{block_k}: {name}", forward, backward)
+    console.print(table)
+
+
 def stages(inputs: list[torch.Tensor], block_q: int, block_k: int, console: Console) -> None:
     """Time of each kernel of one call in each direction, by the profiler."""
     q, k, v, grad_out, weight, bias = inputs
@@ -129,6 +156,7 @@ def main() -> None:
     parser.add_argument("--blocks", nargs="+", default=["128x128", "128x64", "64x64"])
     parser.add_argument("--stages", action="store_true", help="also the time of each kernel")
     parser.add_argument("--run-time", action="store_true", help="what run-time sparsity costs, and nothing else")
+    parser.add_argument("--forms", action="store_true", help="the forms of the rest, and nothing else")
     options = parser.parse_args()
     console = Console()
     inputs = tensors(options.tokens)
@@ -136,6 +164,9 @@ def main() -> None:
     blocks = [(int(size_q), int(size_k)) for size_q, size_k in (name.split("x") for name in options.blocks)]
     if options.run_time:
         at_run_time(inputs, blocks, console)
+        return
+    if options.forms:
+        forms(inputs, blocks, console)
         return
     for block_q, block_k in blocks:
         table.add_row(f"SLA {block_q}x{block_k}", *ours(inputs, block_q, block_k))
