@@ -267,7 +267,10 @@ def check(
     for name, value in expected.items():
         budget = forward_budget if name == "out" else gradient_budget
         if case.linear == TAYLOR and name == "dbias" and gradient_budget > 1e-3:
-            budget = 0.1  # of a shift: a sum over all queries that nearly cancels, of terms with the error of 16 bits
+            # of a shift: over all queries, whose terms nearly cancel, in 16 bits
+            terms = (tensors[-1].double() * expected["out"]).sum(-1).square().sum((0, 2)).sqrt()  # type: ignore[union-attr]
+            assert ((actual[name] - value).abs() <= 4e-3 * terms).all()
+            continue
         assert_close(name, actual[name], value, budget)
     return block_map
 
