@@ -18,7 +18,13 @@ from sla_compile.compat.dynamo import (
     throw_away_compile,
     user_errors,
 )
-from sla_compile.compat.forwards import forward_codes, modules_under_way, plain_function_name, runs_forward_of
+from sla_compile.compat.forwards import (
+    forward_codes,
+    model_under_way,
+    modules_under_way,
+    plain_function_name,
+    runs_forward_of,
+)
 from sla_compile.compat.inductor import lower_gather, triton_cache_folder
 from sla_compile.compat.recompile_limits import count_apart, on_recompile_limit
 from sla_compile.compat.runtime import (
@@ -47,6 +53,7 @@ __all__ = [
     "fully_sharded",
     "has_tangent",
     "lower_gather",
+    "model_under_way",
     "modules_under_way",
     "no_compile_under",
     "on_recompile_limit",

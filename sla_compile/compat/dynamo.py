@@ -230,7 +230,7 @@ def compiled_siblings(module: nn.Module, compiler: Any) -> list[nn.Module]:
         return callback is not None and bool(innermost_backend(callback) == innermost_backend(compiler))
 
     found: dict[int, nn.Module] = {}
-    for candidate in gc.get_objects():
+    for candidate in gc.get_referrers(type(module), OptimizedModule):  # an object refers to its class
         kind = type(candidate)
         if kind is type(module):
             compiled = candidate.__dict__.get("_compiled_call_impl")

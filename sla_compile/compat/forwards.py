@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["RESUMED", "forward_codes", "modules_under_way", "plain_function_name", "runs_forward_of"]
+__all__ = ["RESUMED", "forward_codes", "model_under_way", "modules_under_way", "plain_function_name", "runs_forward_of"]
 
 RESUMED = "torch_dynamo_resume_in_"
 """How Dynamo names the code that continues a function after a graph break."""
@@ -68,6 +68,11 @@ def modules_under_way() -> Iterator[nn.Module]:
             if "_orig_mod" not in module._modules:  # torch.compile's wrapper is no module of the model
                 yield module
         frame = frame.f_back
+
+
+def model_under_way(module: nn.Module) -> nn.Module:
+    """The model whose call this is: the outermost module whose call is under way, or ``module``."""
+    return [module, *modules_under_way()][-1]
 
 
 def plain_function_name(name: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from sla_compile import memory
-from sla_compile.compat import Frame, modules_under_way
+from sla_compile.compat import Frame, model_under_way
 from sla_compile.compiler.site_report import SiteReport
 from sla_compile.compiler.sites import BROKEN, NOT_REACHED, NOT_WHOLE, Site
 from sla_compile.compiler.unused_gates import UnusedGate
@@ -77,13 +77,8 @@ def _path(owner: nn.Module, known: str) -> str:
     """The module path of ``owner`` in the model as far as it is known: prepared, or the model that calls it now."""
     if PREPARED in owner.__dict__:
         return str(owner.__dict__[PREPARED][1])
-    model = _outermost(owner)
+    model = model_under_way(owner)
     return next((path for path, module in module_paths(model) if module is owner), known)
-
-
-def _outermost(module: nn.Module) -> nn.Module:
-    """The model whose call this is: the outermost module whose forward is under way, or ``module``."""
-    return [module, *modules_under_way()][-1]
 
 
 def warn_of_untrained_sites(sites: Sequence[Site], frame: Frame | None) -> None:
@@ -106,7 +101,7 @@ def warn_of_untrained(module: nn.Module) -> None:
 
 
 def _warn_of_zero(owned: Sequence[tuple[nn.Module, Gate]], module: nn.Module) -> None:
-    model = _outermost(module)
+    model = model_under_way(module)
     if memory.was_told(model, _ZERO):  # asked first: reading the gates' values waits for the device
         return
     untrained = [(owner, gate) for owner, gate in owned if not gate.trained()]

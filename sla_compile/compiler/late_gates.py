@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from sla_compile.compiler.holders import whole_models
+from sla_compile.compat import model_under_way
 from sla_compile.memory import remember_told, was_told
 from sla_compile.user_warnings import LateGatesWarning, warn_user
 
@@ -24,8 +24,8 @@ def warn_of_late_gates(part: nn.Module, gate_paths: Sequence[str]) -> None:
     """
     if not gate_paths or not torch.is_grad_enabled():
         return
-    models = whole_models(part)
-    if any(was_told(model, _LATE) for model in models):
+    model = model_under_way(part)
+    if was_told(model, _LATE):
         return
     trained = {
         id(parameter)
@@ -34,13 +34,11 @@ def warn_of_late_gates(part: nn.Module, gate_paths: Sequence[str]) -> None:
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    for model in models:
-        if any(id(parameter) in trained for parameter in model.parameters()):
-            remember_told(model, _LATE)
-            warn_user(
-                f"{gate_paths[0]}: this gate{'' if len(gate_paths) == 1 else ', and others,'} was made by the first "
-                f"call, after the optimizer, which so does not train it: call sla_compile.prepare(model, ...) before "
-                f"the optimizer is made, or give it gate_parameters(model) by add_param_group",
-                LateGatesWarning,
-            )
-            return
+    if any(id(parameter) in trained for parameter in model.parameters()):
+        remember_told(model, _LATE)
+        warn_user(
+            f"{gate_paths[0]}: this gate{'' if len(gate_paths) == 1 else ', and others,'} was made by the first "
+            f"call, after the optimizer, which so does not train it: call sla_compile.prepare(model, ...) before "
+            f"the optimizer is made, or give it gate_parameters(model) by add_param_group",
+            LateGatesWarning,
+        )

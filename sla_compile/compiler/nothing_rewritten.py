@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from sla_compile.compat import Frame
-from sla_compile.compiler.holders import holders
+from sla_compile.compat import Frame, model_under_way
 from sla_compile.compiler.site_report import SiteReport, describe, graph_break
 from sla_compile.compiler.sites import Site
 from sla_compile.gate import PREPARED, Gate
@@ -44,7 +43,7 @@ def warn_of_nothing(gm: fx.GraphModule, sites: Sequence[Site], frame: Frame) -> 
         return
     if any(PREPARED in module.__dict__ or isinstance(module, Gate) for module in root.modules()):
         return
-    if all(len(outer._modules) == 1 for outer in holders(root)):  # as wrappers have one
+    if {*model_under_way(root).parameters()} == {*root.parameters()}:  # no more than wrappers around it
         remember_told(root, _NOTHING)
         warn_user(
             f"no attention of {type(root).__name__} is rewritten: {why_nothing([describe(site) for site in unasked])}"

@@ -11,8 +11,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from sla_compile.compat import Frame
-from sla_compile.compiler.holders import holders
+from sla_compile.compat import Frame, modules_under_way
 from sla_compile.compiler.sites import Site
 from sla_compile.config import SLAConfig
 from sla_compile.config_values import nearest_hint
@@ -84,12 +83,12 @@ def check_patterns(sites: Sequence[Site], config: SLAConfig, frame: Frame) -> No
 
 
 def _refuse_paths_of_the_whole(part: nn.Module, inside: list[str], patterns: list[tuple[str, str]]) -> None:
-    """Raise ValueError if a pattern matches a path in a model that has ``part``, or another of its class, in it.
+    """Raise ValueError if a pattern matches a path in the model that calls ``part``, or in a module on the way there.
 
     ``inside`` are the paths in ``part``, which it does not match.
     """
     kind = type(part).__name__
-    for outer in reversed(holders(part)):
+    for outer in reversed([*modules_under_way()]):
         places = [place for place, module in module_paths(outer) if type(module) is type(part) and place]
         whole = [f"{place}.{path}".rstrip(".") for place in places for path in inside]
         for field, pattern in patterns:

@@ -56,7 +56,7 @@ def check_quickstart(output: str, folder: Path) -> None:
 @pytest.mark.slow
 def test_quickstart_with_diffusers(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
-    output = run_example("quickstart.py", folder=tmp_path)
+    output = run_example("quickstart.py", "--latents", "4", "64", "64", "--steps", "8", folder=tmp_path)
     assert "WanTransformer3DModel: 2 of 4 attentions are sparse-linear" in output
     assert "cross-attention" in output
     check_quickstart(output, tmp_path)

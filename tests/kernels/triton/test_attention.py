@@ -242,9 +242,10 @@ else:
 
     def test_classes_equal_keys_go_to_the_lower_index() -> None:
         case = Case(tokens=200, head_dim=32, block_k=16, topk=0.3, bottomk=0.3)
-        q, k, *rest = inputs(case, torch.float32, "cpu")
+        q, k, v, weight, bias, grad_out = inputs(case, torch.float32, "cpu")
         # sixteenths: every sum is exact, in whatever order it is taken
-        block_map = block_map_of(case, ((q * 16).round() / 16, torch.full_like(k, 0.5), *rest))
+        tensors = (q * 16).round() / 16, torch.full_like(k, 0.5), v, weight, bias, grad_out
+        block_map = block_map_of(case, tensors)
         row = torch.tensor([1] * 3 + [0] * 7 + [-1] * 3, dtype=torch.int8)
         assert torch.equal(block_map, row.expand_as(block_map))
 
