@@ -9,17 +9,17 @@ from typing import Any, cast
 from torch import fx
 
 import sla_compile.ops.flops  # noqa: F401  lets FlopCounterMode count the ops
-from sla_compile.compat import backend_function, count_apart, current_frame, on_recompile_limit, user_errors
+from sla_compile.compat import Frame, backend_function, count_apart, current_frame, on_recompile_limit, user_errors
 from sla_compile.compiler.compiled_sites import remember
 from sla_compile.compiler.dense_warnings import warn_of_dense, warn_of_untrained_sites
 from sla_compile.compiler.left_behind import warn_of_gates_left_behind
 from sla_compile.compiler.logs import log_rewritten
 from sla_compile.compiler.nothing_rewritten import warn_of_nothing
 from sla_compile.compiler.precompile import compile_ahead
-from sla_compile.compiler.rewriting import rewrite_graph
+from sla_compile.compiler.rewriting import rewrite_graph, take_back_gates
 from sla_compile.compiler.sites import Settings, Site
 from sla_compile.config import SLAConfig
-from sla_compile.memory import remember_backend
+from sla_compile.memory import remember_backend, take_unproven
 from sla_compile.ops.reorder import inline_in_inductor
 from sla_compile.passes.decide import Rewrite
 from sla_compile.user_warnings import RecompileLimitWarning, TokenOrderWarning, warn_user
@@ -52,6 +52,21 @@ def sla(
     with user_errors():
         settings = Settings.of(options, mode)
     frame = current_frame()
+    if frame is None:
+        return _compile(gm, example_inputs, settings, None)
+    try:
+        compiled = _compile(gm, example_inputs, settings, frame)
+    except Exception as error:
+        if not frame.restarts(error):
+            take_back_gates(frame)
+        raise
+    take_unproven(frame.code)
+    return compiled
+
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings, frame: Frame | None
+) -> CompiledFunction:
     sites, unused = rewrite_graph(gm, settings, frame)
     compile_ahead(sites)
     log_rewritten(gm, sites, frame)

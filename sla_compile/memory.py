@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 OwnerKey = tuple["weakref.ref[nn.Module] | None", int]
 """The module at whose forward Dynamo started (None: at a function), and which attention of its owner."""
+Unproven = tuple["weakref.ref[nn.Module]", "weakref.ref[nn.Module]", int]
+"""The module that is compiled, or one that will share its code; in it, the owner of a gate, and which attention."""
 ClassKey = tuple[str, int, str]
 """The owner's path in the module at whose forward Dynamo started, which attention, and the settings of its gate."""
 
@@ -54,9 +56,11 @@ __all__ = [
     "remember_site",
     "remember_start",
     "remember_told",
+    "remember_unproven",
     "remembered_sites",
     "settings_of_last_compile",
     "take_dense_code",
+    "take_unproven",
     "was_injected",
     "was_told",
 ]
@@ -68,6 +72,8 @@ Accounts = tuple["SiteReport", ...]
 _awaited_gates: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
 # Gates that compiles made: one may add to its siblings' then, but not to those of a model that was prepared or loaded.
 _injected: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# Owners and attentions that the compile of a code gave a gate; until it has succeeded, or failed and they are gone.
+_unproven: weakref.WeakKeyDictionary[CodeType, list[Unproven]] = weakref.WeakKeyDictionary()
 # Code compiled while an attention of the owner was dense; until the owner gets a gate, when it must not serve any more.
 _dense_code: weakref.WeakKeyDictionary[nn.Module, set[CodeType]] = weakref.WeakKeyDictionary()
 # The attentions of an owner by number, with or without a gate: each keeps its number, whatever graph it comes in next.
@@ -122,6 +128,17 @@ def remember_dense(owner: nn.Module, code: CodeType) -> None:
 def remember_injected(gate: nn.Module) -> None:
     """A compile made ``gate``, not ``prepare`` or a file."""
     _injected.add(gate)
+
+
+def remember_unproven(code: CodeType, root: nn.Module, owner: nn.Module, ordinal: int) -> None:
+    """The compile of ``code`` gave attention ``ordinal`` of ``owner``, in ``root``, a gate, and may fail yet."""
+    _unproven.setdefault(code, []).append((weakref.ref(root), weakref.ref(owner), ordinal))
+
+
+def take_unproven(code: CodeType) -> list[tuple[nn.Module, nn.Module, int]]:
+    """Those that are alive, forgotten with this call."""
+    found = ((root(), owner(), ordinal) for root, owner, ordinal in _unproven.pop(code, []))
+    return [(root, owner, ordinal) for root, owner, ordinal in found if root is not None and owner is not None]
 
 
 def was_injected(gate: nn.Module) -> bool:

@@ -158,6 +158,13 @@ class Frame:
         self._translator.speculation_log.clear()
         raise TensorifyScalarRestartAnalysis(restart_reason=reason)
 
+    @staticmethod
+    def restarts(error: Exception) -> bool:
+        """Whether Dynamo analyses the frame again after ``error``, ours or its own, so that the compile goes on."""
+        from torch._dynamo.exc import RestartAnalysis
+
+        return isinstance(error, RestartAnalysis)
+
 
 def current_frame() -> Frame | None:
     """The frame under compilation; None where the backend is called outside Dynamo."""

@@ -19,7 +19,7 @@ from sla_compile.compiler.late_gates import warn_of_late_gates
 from sla_compile.compiler.patterns import check_patterns
 from sla_compile.compiler.sites import NOT_REACHED, Settings, Site, broken, find_sites
 from sla_compile.compiler.unused_gates import UnusedGate, unused_gates
-from sla_compile.gate import PREPARED, Gate, detach_gate, mark_from_children, own_gates
+from sla_compile.gate import PREPARED, Gate, detach_gate, gate_name, mark_from_children, own_gates
 from sla_compile.gate_attachment import attach_gate, gate_dtype, refuse_taken_name
 from sla_compile.memory import (
     await_marker,
@@ -27,6 +27,8 @@ from sla_compile.memory import (
     is_awaited,
     remember_dense,
     remember_injected,
+    remember_unproven,
+    take_unproven,
     was_injected,
 )
 from sla_compile.passes.decide import Keep, Rewrite
@@ -34,7 +36,7 @@ from sla_compile.passes.find_attention import Marker
 from sla_compile.passes.hoist_gathers import hoist_gathers
 from sla_compile.passes.rewrite import erase_markers, replace_attention
 
-__all__ = ["apply_decisions", "refuse_unsynchronised", "rewrite_graph"]
+__all__ = ["apply_decisions", "refuse_unsynchronised", "rewrite_graph", "take_back_gates"]
 
 
 def rewrite_graph(gm: fx.GraphModule, settings: Settings, frame: Frame | None) -> tuple[list[Site], list[UnusedGate]]:
@@ -104,7 +106,7 @@ def _inject(sites: Sequence[Site], frame: Frame) -> int:
         had_gate = site.gate is not None
         if not had_gate:
             late.append(site.gate_path)
-            _attach(site, owner, decision)
+            _attach(site, owner, decision, owner if root is None else root, frame)
             await_marker(owner, site.ordinal)
         newly_marked = owner is root and mark_from_children(owner)
         if newly_marked or not had_gate:
@@ -127,9 +129,19 @@ def refuse_unsynchronised(gate_path: str, wrapper: str | None) -> None:
         )
 
 
-def _attach(site: Site, owner: nn.Module, decision: Rewrite) -> None:
+def take_back_gates(frame: Frame) -> None:
+    """The compile of ``frame`` failed: remove the gates that it made, for siblings too."""
+    for root, owner, ordinal in take_unproven(frame.code):
+        forget_awaited(owner, ordinal)
+        detach_gate(owner, ordinal)
+        watch(root)
+
+
+def _attach(site: Site, owner: nn.Module, decision: Rewrite, root: nn.Module, frame: Frame) -> None:
     shape = decision.shape
     dtype = gate_dtype(owner, shape.dtype)
+    if gate_name(site.ordinal) not in own_gates(owner):
+        remember_unproven(frame.code, root, owner, site.ordinal)
     remember_injected(attach_gate(owner, site.gate_spec(decision), device=shape.device, dtype=dtype))
 
 
@@ -150,7 +162,7 @@ def _inject_siblings(sites: Sequence[Site], root: nn.Module, frame: Frame) -> No
             except AttributeError:  # a sibling of another structure compiles by itself
                 continue
             if ours:
-                _attach(site, owner, site.decision)
+                _attach(site, owner, site.decision, sibling, frame)
             if owner is sibling and own_gates(owner):  # as in ``root``, whose code would not serve it otherwise
                 mark_from_children(owner)
         watch(sibling)

@@ -101,3 +101,33 @@ def test_blocks_of_one_model_are_injected_together() -> None:
     model = compile_blocks(Model(), EAGER)
     model.blocks[0](random_input())  # type: ignore[index, operator]
     assert list(sla_compile.gates(model)) == ["blocks.0.attention.sla", "blocks.1.attention.sla"]
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_the_gates_of_a_failed_compile_are_taken_away(blockwise: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As are the hooks; and the next compile makes gates again."""
+    import torch._dynamo
+
+    def fails(*arguments: Any) -> None:
+        raise RuntimeError("no such kernel")
+
+    x, model = random_input(), Model()
+    before = [dict(module._forward_pre_hooks) for module in model.modules()]
+    options = {**EAGER, "inner": "aot_eager"}
+    compiled: Any = (
+        compile_blocks(model, options) if blockwise else torch.compile(model, backend="sla", options=options)
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(torch._dynamo, "lookup_backend", lambda name: fails)
+        with pytest.raises(Exception, match="no such kernel"):
+            compiled(x)
+    assert not sla_compile.gates(model)
+    assert [dict(module._forward_pre_hooks) for module in model.modules()] == before
+    compiled(x)
+    assert list(sla_compile.gates(model)) == ["blocks.0.attention.sla", "blocks.1.attention.sla"]
+    assert all(site.rewritten for site in sla_compile.report(model).sites)
+    with monkeypatch.context() as patched:  # a gate that serves stays, though a compile for other sizes fails
+        patched.setattr(torch._dynamo, "lookup_backend", lambda name: fails)
+        with pytest.raises(Exception, match="no such kernel"):
+            compiled(random_input(120))
+    assert len(sla_compile.gates(model)) == 2
