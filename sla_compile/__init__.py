@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sla_compile.fitting.distillation import DistillationReport, distill
     from sla_compile.fitting.sparsity import anneal, set_sparsity
     from sla_compile.gate import Gate, detach, gate_parameters, gates
+    from sla_compile.inspection.doctor import DoctorReport, doctor
     from sla_compile.ops.attention import sparse_linear_attention
     from sla_compile.reporting.model_report import Report, explain, report
     from sla_compile.user_warnings import (
@@ -37,6 +38,7 @@ __all__ = [
     "CalibrationReport",
     "DenseAttentionWarning",
     "DistillationReport",
+    "DoctorReport",
     "Gate",
     "LateGatesWarning",
     "RecompileLimitWarning",
@@ -50,6 +52,7 @@ __all__ = [
     "calibrate",
     "detach",
     "distill",
+    "doctor",
     "explain",
     "export",
     "gate_parameters",
@@ -68,6 +71,7 @@ _HOMES = {
     "CalibrationReport": "fitting.calibration",
     "DenseAttentionWarning": "user_warnings",
     "DistillationReport": "fitting.distillation",
+    "DoctorReport": "inspection.doctor",
     "Gate": "gate",
     "LateGatesWarning": "user_warnings",
     "RecompileLimitWarning": "user_warnings",
@@ -81,6 +85,7 @@ _HOMES = {
     "calibrate": "fitting.calibration",
     "detach": "gate",
     "distill": "fitting.distillation",
+    "doctor": "inspection.doctor",
     "explain": "reporting.model_report",
     "export": "compiler.exporting",
     "gate_parameters": "gate",

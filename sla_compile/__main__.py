@@ -1,6 +1,6 @@
-"""Command line: ``python -m sla_compile explain package.module:factory``, ``... show FILE`` and ``... tune FILE``.
+"""Command line: ``python -m sla_compile explain package.module:factory``, and ``show``, ``tune`` and ``doctor``.
 
-In this order: the parser, the three commands with what they print, what imports and calls a factory. A command imports
+In this order: the parser, the commands with what they print, what imports and calls a factory. A command imports
 what it needs when it runs.
 """
 
@@ -114,9 +114,12 @@ def _parser() -> _Parser:
     tune.add_argument("--heads", type=_integer(1), default=12)
     tune.add_argument("--blocks", type=int, choices=BLOCK_SIZES, default=64, help="block_q and block_k")
     tune.set_defaults(run=_tune)
-    for command in (explain, show):
+    doctor = commands.add_parser("doctor", help="what a report of a bug should hold: this machine, and a self-test")
+    doctor.add_argument("--no-self-test", action="store_true", help="leave out the seconds of computing")
+    doctor.set_defaults(run=_doctor)
+    for command in (explain, show, doctor):
         command.add_argument("--json", action="store_true", help="print JSON")
-    for command in (explain, show, tune):
+    for command in (explain, show, tune, doctor):
         command.add_argument("--width", type=_integer(20), default=None, help="columns, at least 20")
     return parser
 
@@ -150,6 +153,13 @@ def _explain(options: argparse.Namespace) -> str:
     except Exception as error:
         raise UsageError(f"{options.factory}: cannot be traced: {_error_line(error)}") from error
     report = report.without_diffs() if options.no_diff else report
+    return report.to_json() if options.json else _print(report, options.width)
+
+
+def _doctor(options: argparse.Namespace) -> str:
+    from sla_compile.inspection.doctor import doctor
+
+    report = doctor(self_test=not options.no_self_test)
     return report.to_json() if options.json else _print(report, options.width)
 
 

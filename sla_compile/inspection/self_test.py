@@ -1,0 +1,96 @@
+"""A self-test of some seconds: the op, forward and backward, against its definition, in small shapes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sla_compile.common.limits import DTYPES
+
+# The one import of the definition outside tests: a self-test is a test.
+from sla_compile.kernels import reference
+
+__all__ = ["BUDGETS", "SelfTest", "self_tests"]
+
+BUDGETS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
+"""Largest relative error, by dtype, that rounding explains."""
+
+_TOKENS, _HEADS, _DIM = 200, 2, 64  # the last blocks are short
+_OPTIONS: dict[str, Any] = {"topk": 0.3, "bottomk": 0.2, "block_q": 64, "block_k": 32}
+_MASKS = ("none", "keys", "causal")
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """One call and its gradients against the definition in float64."""
+
+    device: str
+    dtype: str
+    mask: str
+    error: float
+    """Largest relative error ||actual - expected|| / ||expected|| of the output and all gradients; nan if it raised."""
+    budget: float
+    seconds: float
+    message: str = ""
+    """What it raised; empty where it ran."""
+
+    @property
+    def passed(self) -> bool:
+        return not self.message and self.error <= self.budget
+
+
+def self_tests(device: torch.device, masks: Sequence[str] = _MASKS) -> list[SelfTest]:
+    """A test for each dtype that ``device`` takes, and each of ``masks``; the random state stays as it was."""
+    return [_run(device, dtype, mask) for dtype in DTYPES[device.type] for mask in masks]
+
+
+def _run(device: torch.device, dtype: torch.dtype, mask: str) -> SelfTest:
+    start, error, message = time.perf_counter(), float("nan"), ""
+    try:
+        error = _error(device, dtype, mask)
+    except Exception as raised:  # whatever a broken set-up raises belongs into the report
+        message = f"{type(raised).__name__}: {next(iter(str(raised).splitlines()), '')}"
+    seconds = time.perf_counter() - start
+    name = str(dtype).removeprefix("torch.")
+    return SelfTest(str(device), name, mask, error, BUDGETS[dtype], seconds, message)
+
+
+def _error(device: torch.device, dtype: torch.dtype, mask: str) -> float:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(device, dtype)
+
+    inputs = [random(1, _HEADS, _TOKENS, _DIM) for _ in range(3)]
+    inputs += [random(_DIM, _DIM) / _DIM**0.5, random(_DIM)]
+    upstream = random(1, _HEADS, _TOKENS, _DIM)
+    options: dict[str, Any] = {**_OPTIONS, "scale": _DIM**-0.5, "causal": mask == "causal"}
+    key_mask = torch.arange(_TOKENS, device=device)[None] < _TOKENS - 20 if mask == "keys" else None
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    arguments = {"key_mask": key_mask, "sparsity": None, "feature_map": "softmax", "linear": "marginal", **options}
+    with torch.enable_grad():
+        out, _, _, block_map = torch.ops.sla.forward.default(*leaves, **arguments)
+        actual = (out, *torch.autograd.grad(out, leaves, upstream))
+        exact = [x.double().requires_grad_() for x in inputs]
+        # With the op's own classes: two scores that rounding makes equal are no mistake.
+        expected_out = reference.sparse_linear_attention(
+            *exact,
+            scale=options["scale"],
+            block_q=options["block_q"],
+            block_k=options["block_k"],
+            causal=options["causal"],
+            key_mask=key_mask,
+            block_map=block_map,
+        )
+        expected = (expected_out, *torch.autograd.grad(expected_out, exact, upstream.double()))
+    return max(_relative(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    difference = (actual.detach().double() - expected.detach()).norm() / expected.detach().norm()
+    return float("inf") if not bool(torch.isfinite(difference)) else float(difference)

@@ -1,0 +1,120 @@
+"""``doctor``: what it says of this machine, and that it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import sla_compile
+from sla_compile.__main__ import main
+from sla_compile.inspection import doctor as module
+from sla_compile.inspection.kernel_paths import CallKind, kernel_path
+from sla_compile.inspection.self_test import self_tests
+from sla_compile.kernels.cpu import attention as cpu
+from sla_compile.kernels.hopper import support
+from tests.support.reports import assert_fits
+
+CPU = torch.device("cpu")
+
+
+def test_this_machine_is_healthy() -> None:
+    report = sla_compile.doctor()
+    assert report.problems == ()
+    assert report.healthy
+    assert report.versions["torch"] == torch.__version__
+    tested = {(test.dtype, test.mask) for test in report.tests if test.device == "cpu"}
+    assert tested == {(d, m) for d in ("float32", "float16", "bfloat16", "float64") for m in ("none", "keys", "causal")}
+    assert {path.path for path in report.paths if path.device == "cpu"} == {"cpu"}
+    data = json.loads(report.to_json())
+    assert data["healthy"] is True
+    assert len(data["paths"]) == len(report.paths)
+
+
+def test_the_random_state_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    sla_compile.doctor()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_wrong_numbers_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cpu.forward
+
+    def wrong(*arguments: Any) -> Any:
+        result = right(*arguments)
+        return result._replace(out=result.out * 1.001)
+
+    monkeypatch.setattr(cpu, "forward", wrong)
+    found = {(test.dtype, test.passed) for test in self_tests(CPU, ("none",))}
+    assert ("float32", False) in found
+    assert ("bfloat16", True) in found  # its own rounding is larger
+
+
+def test_what_raises_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no kernel image\nmore")
+
+    monkeypatch.setattr(cpu, "forward", broken)
+    monkeypatch.setattr(torch.compiler, "list_backends", lambda **_: ["inductor"])
+    monkeypatch.setattr(module, "_cache_state", lambda folder: f"{folder}: Permission denied")
+    monkeypatch.setenv("SLA_COMPILE_LAUNCHES", str(tmp_path / "missing.json"))
+    report = sla_compile.doctor()
+    text = "\n".join(report.problems)
+    assert "self-test on cpu, float32, mask none: RuntimeError: no kernel image" in text
+    assert 'torch.compile knows no backend "sla"' in text
+    assert "the cache of Inductor cannot be written: " in text
+    assert "Permission denied" in text
+    assert "SLA_COMPILE_LAUNCHES: " in text
+    assert not report.healthy
+    assert "problem: self-test" in str(report)
+
+
+def test_reasons_come_from_the_choosing_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hopper's real conditions, on tensors that only say they are on a GPU."""
+    monkeypatch.setattr(support, "available", lambda device: True)
+    from sla_compile.inspection import kernel_paths as paths
+
+    def on_gpu(device: torch.device, kind: CallKind) -> Any:
+        x = torch.empty(1, 1, 256, kind.head_dim, dtype=kind.dtype)
+        # `usable` reads these alone
+        return SimpleNamespace(
+            is_cuda=True, numel=x.numel, dtype=x.dtype, shape=x.shape, stride=x.stride, device=SimpleNamespace(index=0)
+        )
+
+    monkeypatch.setattr(paths, "_empty", on_gpu)
+    monkeypatch.setattr("sla_compile.kernels.triton.tiles.vector_readable", lambda x: x)
+    half = CallKind(torch.float16)
+    assert paths._takes_gluon(CPU, half)
+
+    def why(**changes: Any) -> str:
+        kind = CallKind(**{"dtype": torch.bfloat16, **changes})
+        assert not paths._takes_gluon(CPU, kind)
+        return paths._why_not_gluon(CPU, kind)
+
+    assert why(dtype=torch.float32) == "dtype float32"
+    assert why(mask="causal", head_dim=256, block_q=128) == "head_dim 256, mask causal"
+    assert why(mask="keys") == "mask keys"
+    assert why(block_k=256) == "block_k 256"
+
+
+def test_a_path_on_the_cpu() -> None:
+    path = kernel_path(CPU, CallKind(torch.float64, head_dim=100, mask="causal", block_q=16, block_k=256))
+    assert (path.path, path.reason, path.dtype) == ("cpu", "", "float64")
+
+
+def test_it_fits_every_terminal() -> None:
+    assert_fits(module.doctor())
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json", "--no-self-test"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["tests"] == []
+    assert main(["doctor", "--width", "100"]) == 0
+    out = capsys.readouterr().out
+    assert "no problem found" in out
+    assert "self-test: output and gradients" in out
