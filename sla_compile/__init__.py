@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sla_compile.fitting.distillation import DistillationReport, distill
     from sla_compile.fitting.sparsity import anneal, set_sparsity
     from sla_compile.gate import Gate, detach, gate_parameters, gates
+    from sla_compile.inspection.comparison import ComparisonReport, compare
     from sla_compile.inspection.doctor import DoctorReport, doctor
     from sla_compile.ops.attention import sparse_linear_attention
     from sla_compile.reporting.model_report import Report, explain, report
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AllocationReport",
     "CalibrationReport",
+    "ComparisonReport",
     "DenseAttentionWarning",
     "DistillationReport",
     "DoctorReport",
@@ -50,6 +52,7 @@ __all__ = [
     "allocate",
     "anneal",
     "calibrate",
+    "compare",
     "detach",
     "distill",
     "doctor",
@@ -69,6 +72,7 @@ __all__ = [
 _HOMES = {
     "AllocationReport": "fitting.allocation",
     "CalibrationReport": "fitting.calibration",
+    "ComparisonReport": "inspection.comparison",
     "DenseAttentionWarning": "user_warnings",
     "DistillationReport": "fitting.distillation",
     "DoctorReport": "inspection.doctor",
@@ -83,6 +87,7 @@ _HOMES = {
     "allocate": "fitting.allocation",
     "anneal": "fitting.sparsity",
     "calibrate": "fitting.calibration",
+    "compare": "inspection.comparison",
     "detach": "gate",
     "distill": "fitting.distillation",
     "doctor": "inspection.doctor",

@@ -9,12 +9,14 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sla_compile.reporting.terminal import TABLE_WIDTH
+from sla_compile.reporting.path_patterns import grouped_paths
+from sla_compile.reporting.terminal import TABLE_WIDTH, quantity
 
 if TYPE_CHECKING:
+    from sla_compile.inspection.comparison import ComparisonReport, Errors, Forward
     from sla_compile.inspection.doctor import DoctorReport
 
-__all__ = ["DoctorView"]
+__all__ = ["ComparisonView", "DoctorView"]
 
 
 def rows_of(
@@ -89,3 +91,34 @@ class DoctorView:
             rows.append((f"{test.device}, {test.dtype}, mask {test.mask}", verdict, error, f"{test.seconds:.2f} s"))
         title = "self-test: output and gradients against the definition"
         yield from rows_of(title, ("call", "result", "relative error", "time"), rows, width)
+
+
+class ComparisonView:
+    """A ``ComparisonReport`` for rich to draw."""
+
+    def __init__(self, report: ComparisonReport) -> None:
+        self.report = report
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        report, width = self.report, options.max_width
+        yield Text(report.title, style="bold", overflow="fold")
+        rows: list[tuple[Text | str, ...]] = [(site.path, *_errors(site.errors)) for site in report.sites]
+        rows.append((Text("output of the model", style="bold"), *_errors(report.output)))
+        columns = ("attention", "sparse only", "gates as they are", "fitted gates")
+        yield from rows_of("relative error against dense", columns, rows, width)
+        if report.dense is not None and report.sla is not None:
+            rows = [("dense", *_forward(report.dense)), ("sparse-linear", *_forward(report.sla))]
+            title = f"one forward on {report.device}, compiled by {report.inner}"
+            yield from rows_of(title, ("", "median", "slowest", "peak memory"), rows, width)
+        if report.kept:
+            paths = grouped_paths(list(report.kept))
+            yield Text("\nkept dense: ", style="yellow", overflow="fold").append(", ".join(paths), style="default")
+
+
+def _errors(errors: Errors) -> tuple[str, str, str]:
+    return f"{errors.sparse_only:.4f}", f"{errors.now:.4f}", f"{errors.fitted:.4f}"
+
+
+def _forward(forward: Forward) -> tuple[str, str, str]:
+    memory = "not counted on a CPU" if forward.peak_bytes is None else f"{quantity(forward.peak_bytes)}B"
+    return f"{forward.milliseconds:.4g} ms", f"{forward.slowest:.4g} ms", memory
