@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from sla_compile.fitting.distillation import DistillationReport, distill
     from sla_compile.fitting.sparsity import anneal, set_sparsity
     from sla_compile.gate import Gate, detach, gate_parameters, gates
+    from sla_compile.inspection.atlas import Atlas, atlas
     from sla_compile.inspection.comparison import ComparisonReport, compare
+    from sla_compile.inspection.counters import RunCounters
     from sla_compile.inspection.doctor import DoctorReport, doctor
     from sla_compile.ops.attention import sparse_linear_attention
     from sla_compile.reporting.model_report import Report, explain, report
@@ -36,6 +38,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AllocationReport",
+    "Atlas",
     "CalibrationReport",
     "ComparisonReport",
     "DenseAttentionWarning",
@@ -45,12 +48,14 @@ __all__ = [
     "LateGatesWarning",
     "RecompileLimitWarning",
     "Report",
+    "RunCounters",
     "SLAConfig",
     "TokenOrderWarning",
     "UnmatchedPatternWarning",
     "UntrainedGatesWarning",
     "allocate",
     "anneal",
+    "atlas",
     "calibrate",
     "compare",
     "detach",
@@ -71,6 +76,7 @@ __all__ = [
 
 _HOMES = {
     "AllocationReport": "fitting.allocation",
+    "Atlas": "inspection.atlas",
     "CalibrationReport": "fitting.calibration",
     "ComparisonReport": "inspection.comparison",
     "DenseAttentionWarning": "user_warnings",
@@ -83,9 +89,11 @@ _HOMES = {
     "UnmatchedPatternWarning": "user_warnings",
     "UntrainedGatesWarning": "user_warnings",
     "Report": "reporting.model_report",
+    "RunCounters": "inspection.counters",
     "SLAConfig": "config",
     "allocate": "fitting.allocation",
     "anneal": "fitting.sparsity",
+    "atlas": "inspection.atlas",
     "calibrate": "fitting.calibration",
     "compare": "inspection.comparison",
     "detach": "gate",

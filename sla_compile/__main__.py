@@ -1,4 +1,4 @@
-"""Command line: ``python -m sla_compile explain package.module:factory``, and ``show``, ``tune`` and ``doctor``.
+"""Command line: ``python -m sla_compile explain package.module:factory``; ``atlas``, ``doctor``, ``show`` and ``tune``.
 
 In this order: the parser, the commands with what they print, what imports and calls a factory. A command imports
 what it needs when it runs.
@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from sla_compile.checkpoints.gate_format import SavedGate
+    from sla_compile.config import SLAConfig
     from sla_compile.kernels.triton.launches import Launch
     from sla_compile.kernels.triton.tuning import Outcome
 
@@ -35,6 +37,13 @@ explain what backend="sla" would do to each attention of a model; nothing is com
 FACTORY is package.module:name of something callable (dots after the colon reach into classes). It returns
   a tuple (model, args) or (model, args, kwargs), for the call model(*args, **kwargs) that is traced, or
   a model with an attribute example_inputs: a tuple of args, or a dict of kwargs.
+"""
+
+_ATLAS = """\
+run a model once, dense, and show where its attention goes: true attention in critical, marginal and negligible blocks,
+errors, the error against topk, and the topks that allocate would choose. Nothing is compiled or changed.
+
+FACTORY is as for explain.
 """
 
 _TUNE = """\
@@ -79,21 +88,6 @@ def _parser() -> _Parser:
         description=_EXPLAIN,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    explain.add_argument("factory", metavar="FACTORY", help="package.module:factory")
-    explain.add_argument(
-        "--args",
-        nargs="*",
-        default=[],
-        metavar="ARG",
-        help="arguments of the factory, VALUE or NAME=VALUE; a VALUE is JSON, or else text",
-    )
-    explain.add_argument(
-        "--config",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a field of SLAConfig, its value as JSON (or text); repeatable",
-    )
     explain.add_argument("--no-diff", action="store_true", help="leave out the graph around each site")
     explain.set_defaults(run=_explain)
     show = commands.add_parser("show", help="the gates in a file that sla_compile.save wrote")
@@ -114,14 +108,43 @@ def _parser() -> _Parser:
     tune.add_argument("--heads", type=_integer(1), default=12)
     tune.add_argument("--blocks", type=int, choices=BLOCK_SIZES, default=64, help="block_q and block_k")
     tune.set_defaults(run=_tune)
+    atlas = commands.add_parser(
+        "atlas",
+        help="where the attention of a model goes, and which topk each site needs",
+        description=_ATLAS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    atlas.add_argument("--site", metavar="PATH", help="the maps of the attention of this module")
+    atlas.add_argument("--out", nargs="+", default=[], metavar="FILE", help=".html, .png, .svg, .pdf or .json")
+    atlas.set_defaults(run=_atlas)
+    for command in (explain, atlas):
+        _add_factory(command)
     doctor = commands.add_parser("doctor", help="what a report of a bug should hold: this machine, and a self-test")
     doctor.add_argument("--no-self-test", action="store_true", help="leave out the seconds of computing")
     doctor.set_defaults(run=_doctor)
-    for command in (explain, show, doctor):
+    for command in (explain, show, doctor, atlas):
         command.add_argument("--json", action="store_true", help="print JSON")
-    for command in (explain, show, tune, doctor):
+    for command in (explain, show, tune, doctor, atlas):
         command.add_argument("--width", type=_integer(20), default=None, help="columns, at least 20")
     return parser
+
+
+def _add_factory(command: argparse.ArgumentParser) -> None:
+    command.add_argument("factory", metavar="FACTORY", help="package.module:factory")
+    command.add_argument(
+        "--args",
+        nargs="*",
+        default=[],
+        metavar="ARG",
+        help="arguments of the factory, VALUE or NAME=VALUE; a VALUE is JSON, or else text",
+    )
+    command.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a field of SLAConfig, its value as JSON (or text); repeatable",
+    )
 
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -140,13 +163,9 @@ def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def _explain(options: argparse.Namespace) -> str:
-    from sla_compile.config import SLAConfig
     from sla_compile.reporting.model_report import explain
 
-    try:
-        config = SLAConfig.from_options(_key_values("--config", options.config)) if options.config else None
-    except ValueError as error:
-        raise UsageError(f"--config: {error}") from error
+    config = _config(options.config)
     model, args, kwargs = _model_and_inputs(options.factory, _call_factory(options.factory, options.args))
     try:
         report = explain(model, args, kwargs, config=config)
@@ -154,6 +173,31 @@ def _explain(options: argparse.Namespace) -> str:
         raise UsageError(f"{options.factory}: cannot be traced: {_error_line(error)}") from error
     report = report.without_diffs() if options.no_diff else report
     return report.to_json() if options.json else _print(report, options.width)
+
+
+def _config(given: Sequence[str]) -> SLAConfig | None:
+    from sla_compile.config import SLAConfig
+
+    try:
+        return SLAConfig.from_options(_key_values("--config", given)) if given else None
+    except ValueError as error:
+        raise UsageError(f"--config: {error}") from error
+
+
+def _atlas(options: argparse.Namespace) -> str:
+    from sla_compile.inspection.atlas import atlas
+
+    config = _config(options.config)
+    model, args, kwargs = _model_and_inputs(options.factory, _call_factory(options.factory, options.args))
+    try:
+        named = inspect.signature(model.forward).bind_partial(*args).arguments if args and kwargs else {}
+        found = atlas(model, [{**named, **kwargs} if kwargs else args], config)
+        view = found if options.site is None else found.site(options.site)
+        for path in options.out:
+            found.save(path, options.site)
+    except Exception as error:
+        raise UsageError(f"{options.factory}: {_error_line(error)}") from error
+    return found.to_json(indent=2, maps=options.site is not None) if options.json else _print(view, options.width)
 
 
 def _doctor(options: argparse.Namespace) -> str:

@@ -222,7 +222,9 @@ def test_as_typed_by_a_user(tmp_path: Path) -> None:
     assert bad.stderr == "sla_compile: error: no factory 'mke' in 'mine'; nearest known: 'make'\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["explain", "--help"], ["show", "--help"], ["doctor", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([name, "--help"] for name in ("explain", "atlas", "show", "doctor"))]
+)
 def test_help(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)

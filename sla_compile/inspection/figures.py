@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sla_compile.inspection.atlas import Atlas
     from sla_compile.inspection.comparison import ComparisonReport
+    from sla_compile.inspection.site_atlas import HeadAtlas, SiteAtlas
 
-__all__ = ["comparison_figure", "new_figure", "write"]
+__all__ = ["comparison_figure", "new_figure", "sheet", "site_page", "write"]
 
 DRAWN = (".png", ".svg", ".pdf")
 DENSE, SPARSE, NOW, FITTED = "0.6", "#cc6677", "#332288", "#44aa99"
 """Colours that are told apart by the colour-blind too."""
+CLASSES = {"critical": "#cc6677", "marginal": "#88ccee", "negligible": "0.85"}
+_HEADS_PER_ROW = 6
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -80,3 +84,88 @@ def _error_bars(axes: Any, report: ComparisonReport) -> None:
     axes.set_yticks(places, names)
     axes.set_xlabel("relative error against dense")
     axes.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
+
+
+def sheet(atlas: Atlas) -> Any:
+    """One sheet for a model: attention by class, errors, curves of error against topk, and topks as suggested."""
+    figure = new_figure(12, 5 + 0.12 * len(atlas.sites))
+    (mass, errors), (curves, topks) = figure.subplots(2, 2)
+    places = list(range(len(atlas.sites)))
+    names = [site.path.removesuffix(".sla") for site in atlas.sites]
+    below = [0.0] * len(places)
+    for kind, colour in CLASSES.items():
+        shares = [100 * site.mean("mass", kind) for site in atlas.sites]
+        mass.bar(places, shares, bottom=below, color=colour, label=kind)
+        below = [a + b for a, b in zip(below, shares, strict=True)]
+    best = [100 * site.mean("best_mass") for site in atlas.sites]
+    mass.plot(places, best, "k_", label="best choice")
+    mass.set(title="true attention by class of block", ylabel="%")
+    # the sum of an untrained gate is the sparse branch: it lies inside the wide line
+    for field, colour, width in (("sparse", SPARSE, 5.0), ("linear", DENSE, 1.5), ("sum", NOW, 1.5)):
+        values = [getattr(site.errors, field) for site in atlas.sites]
+        errors.plot(places, values, "o-", color=colour, label=field, linewidth=width, markersize=4 + width)
+    errors.plot(places, [site.fitted for site in atlas.sites], "o-", color=FITTED, label="fitted gate")
+    errors.set(title="relative error against dense", ylim=(0, None))
+    _curves(curves, atlas)
+    topks.bar(places, [100 * (s.topk if s.suggested is None else s.suggested) for s in atlas.sites], color=NOW)
+    topks.axhline(100 * atlas.budget, color=SPARSE, linestyle="--", label="budget")
+    topks.set(title="topk, as allocate would set it" if atlas.allocation else "topk", ylabel="%")
+    for axes in (mass, errors, topks):
+        axes.set_xticks(places, names if axes is topks or len(names) <= 6 else [], rotation=30, ha="right", fontsize=7)
+        axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    figure.suptitle(atlas.title, fontsize="medium", wrap=True)
+    return figure
+
+
+def _curves(axes: Any, atlas: Atlas) -> None:
+    from matplotlib import colormaps
+
+    for i, site in enumerate(atlas.sites):
+        colour = colormaps["viridis"](i / max(1, len(atlas.sites) - 1))
+        label = site.path.removesuffix(".sla") if i in (0, len(atlas.sites) - 1) else None
+        axes.plot(*zip(*((100 * topk, error) for topk, error in site.curve), strict=True), color=colour, label=label)
+    axes.axvline(100 * atlas.budget, color=SPARSE, linestyle="--")
+    axes.set(title="error against topk, first to last attention", xlabel="topk, %", ylim=(0, None))
+    axes.legend(fontsize="x-small", loc="upper right", frameon=False)
+
+
+def site_page(site: SiteAtlas) -> Any:
+    """One page for an attention: for each head its attention by blocks, and under it the classes of the blocks."""
+    columns = min(_HEADS_PER_ROW, len(site.heads))
+    lines = -(-len(site.heads) // columns)
+    figure = new_figure(max(5.0, 2.3 * columns), 1 + 4.6 * lines)
+    axes = figure.subplots(2 * lines, columns, squeeze=False)
+    for number in range(lines * columns):
+        line, column = divmod(number, columns)
+        pair = axes[2 * line][column], axes[2 * line + 1][column]
+        if number < len(site.heads):
+            _head_maps(pair, number, site.heads[number])
+        else:
+            for place in pair:
+                place.set_axis_off()
+    title = f"{site.path}: attention by block (logarithmic), and critical, marginal, negligible blocks"
+    figure.suptitle(title, fontsize="medium", wrap=True)
+    return figure
+
+
+def _head_maps(pair: tuple[Any, Any], number: int, head: HeadAtlas) -> None:
+    from matplotlib.colors import LogNorm, to_rgb
+
+    largest = max(max(row) for row in head.map.mass) or 1.0
+    cut = [[max(value, largest / 1e4) for value in row] for row in head.map.mass]
+    pair[0].imshow(cut, norm=LogNorm(largest / 1e4, largest), cmap="magma", interpolation="nearest")
+    colours = [to_rgb(colour) for colour in CLASSES.values()]
+    mixed = [
+        [
+            tuple(sum(w * c[i] for w, c in zip((a, 1 - a - n, n), colours, strict=True)) for i in range(3))
+            for a, n in zip(*rows, strict=True)
+        ]
+        for rows in zip(head.map.critical, head.map.negligible, strict=True)
+    ]
+    pair[1].imshow([[[min(max(x, 0.0), 1.0) for x in cell] for cell in row] for row in mixed], interpolation="nearest")
+    pair[0].set_title(f"head {number}: recall {100 * head.recall:.0f}%", fontsize="small")
+    held = f"{100 * head.mass['critical']:.0f}% of attention critical\nerror {head.errors.sum:.3f}"
+    pair[1].set_xlabel(held, fontsize="small")
+    for place in pair:
+        place.set_xticks([])
+        place.set_yticks([])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,18 @@ from sla_compile.reporting.path_patterns import grouped_paths
 from sla_compile.reporting.terminal import TABLE_WIDTH, quantity
 
 if TYPE_CHECKING:
+    from sla_compile.inspection.atlas import Atlas
+    from sla_compile.inspection.attention_map import HeadMap
     from sla_compile.inspection.comparison import ComparisonReport, Errors, Forward
     from sla_compile.inspection.doctor import DoctorReport
+    from sla_compile.inspection.site_atlas import HeadAtlas, SiteAtlas
 
-__all__ = ["ComparisonView", "DoctorView"]
+__all__ = ["AtlasView", "ComparisonView", "DoctorView", "SiteView"]
+
+_SHADES = " .:-=+*#%@"
+"""From nothing to all, so that a map reads without colours too."""
+_COLOURS = ("grey39", "dodger_blue2", "dark_cyan", "green4", "dark_orange3", "red1")
+"""The same, from cold to hot; none that is lost on a light or on a dark ground."""
 
 
 def rows_of(
@@ -122,3 +131,135 @@ def _errors(errors: Errors) -> tuple[str, str, str]:
 def _forward(forward: Forward) -> tuple[str, str, str]:
     memory = "not counted on a CPU" if forward.peak_bytes is None else f"{quantity(forward.peak_bytes)}B"
     return f"{forward.milliseconds:.4g} ms", f"{forward.slowest:.4g} ms", memory
+
+
+class AtlasView:
+    """An ``Atlas`` for rich to draw: a table of the attentions, a heat map of all heads, and what to choose."""
+
+    def __init__(self, atlas: Atlas) -> None:
+        self.atlas = atlas
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        atlas, width = self.atlas, options.max_width
+        yield Text(atlas.title, style="bold", overflow="fold")
+        rows: list[tuple[Text | str, ...]] = []
+        for site in atlas.sites:
+            topk = f"{100 * site.topk:.3g}%"
+            if site.suggested is not None:
+                topk += f" -> {100 * site.suggested:.3g}%"
+            mass = f"{_percent(site.mean('mass', 'critical'))} of {_percent(site.mean('best_mass'))}"
+            errors = (site.errors.sparse, site.errors.linear, site.errors.sum, site.fitted)
+            rows.append((site.path, topk, mass, _percent(site.mean("recall")), *(f"{error:.3f}" for error in errors)))
+        columns = ("attention", "topk", "critical mass", "recall", "sparse", "linear", "sum", "fitted")
+        title = "attention in critical blocks, of the best choice's; relative errors of branches, sum and fitted gate"
+        yield from rows_of(title, columns, rows, width)
+        yield from self._heads(width)
+        if atlas.unreached:
+            text = Text("\nnot reached: ", style="yellow", overflow="fold")
+            yield text.append(", ".join(grouped_paths(atlas.unreached)), style="default")
+
+    def _heads(self, width: int) -> Iterator[RenderableType]:
+        """A row for each attention, a cell for each head."""
+        most = max(len(site.heads) for site in self.atlas.sites)
+        cell = max(1, min(3, (width // 2) // most))
+        yield Text("\nattention outside the critical blocks, by head", style="bold", overflow="fold")
+        for site in self.atlas.sites:
+            line = Text("|", no_wrap=True, overflow="crop")
+            for head in site.heads:
+                line.append_text(_shade(1 - head.mass["critical"], cell))
+            yield line.append(f"| {site.path}"[: max(0, width - cell * len(site.heads) - 1)], style="default")
+        yield _legend("0%", "100%")
+
+
+class SiteView:
+    """One attention of an ``Atlas`` for rich to draw: its curve, and the maps of its heads."""
+
+    def __init__(self, site: SiteAtlas) -> None:
+        self.site = site
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        site, width = self.site, options.max_width
+        batch, heads, queries, keys, dim = site.shape
+        yield Text(site.path, style="bold", overflow="fold").append(
+            f": {batch} x {heads} x {queries} x {dim}, {keys} keys, blocks {site.block_shape[0]}x"
+            f"{site.block_shape[1]}, {site.calls} call(s)",
+            style="not bold",
+        )
+        yield Text("\nerror against topk, gate as it is", style="bold", overflow="fold")
+        largest = max(error for _, error in site.curve) or 1.0
+        for topk, error in site.curve:
+            bar = "#" * round((width - 20) * error / largest) if width > 24 else ""
+            mark = "*" if topk == site.topk else " "
+            yield Text(f"{mark}{100 * topk:7.3g}% {error:8.4f} ", no_wrap=True, overflow="crop").append(
+                bar, style="dodger_blue2"
+            )
+        times = [batch for batch in site.batches if batch.time is not None]
+        if len(times) > 1:
+            yield Text("\nover denoising times", style="bold")
+            for found in sorted(times, key=lambda found: found.time or 0.0):
+                line = f"  {found.time:8.4g}: {_percent(found.critical_mass)} critical, error {found.error:.4f}"
+                yield Text(line, overflow="fold")
+        for number, head in enumerate(site.heads):
+            yield from _head(number, head, width)
+        yield _legend("no attention", "most of it")
+
+
+def _head(number: int, head: HeadAtlas, width: int) -> Iterator[RenderableType]:
+    mass = ", ".join(f"{name} {_percent(share)}" for name, share in head.mass.items())
+    yield Text(f"\nhead {number}", style="bold", overflow="fold").append(
+        f": attention in {mass}; recall {_percent(head.recall)}, best choice {_percent(head.best_mass)}; weights above "
+        f"1/n {_percent(head.above_mean)}, below 1/(100 n) {_percent(head.tiny)}; stable rank of the rest "
+        f"{head.rest_rank:.1f}; error sparse {head.errors.sparse:.3f}, linear {head.errors.linear:.3f}, sum "
+        f"{head.errors.sum:.3f}",
+        style="not bold",
+    )
+    columns = len(head.map.mass[0])
+    beside = width >= 2 * columns + 3
+    for attention, classes in zip(_mass_lines(head.map), _class_lines(head.map), strict=True):
+        line = attention.append("   ").append_text(classes) if beside else classes
+        line.no_wrap, line.overflow = True, "crop"
+        yield line
+    yield Text("left: attention; right: # critical, + marginal, . negligible" if beside else "# critical, + marginal")
+
+
+def _mass_lines(found: HeadMap) -> Iterator[Text]:
+    """The attention of each cell, a character each, in steps of a factor of three up to the largest."""
+    largest = max(max(row) for row in found.mass) or 1.0
+    for row in found.mass:
+        line = Text()
+        for value in row:
+            share = value / largest
+            line.append_text(_shade(1 + math.log(share, 3) / (len(_SHADES) - 1) if share > 0 else 0.0, 1))
+        yield line
+
+
+def _class_lines(found: HeadMap) -> Iterator[Text]:
+    """The class that most blocks of each cell have; critical from a third on, for a cell of many blocks."""
+    for critical, negligible in zip(found.critical, found.negligible, strict=True):
+        line = Text()
+        for chosen, skipped in zip(critical, negligible, strict=True):
+            if chosen > 1 / 3:
+                line.append("#", style="red1")
+            elif skipped > 1 / 2:
+                line.append(".", style="grey39")
+            else:
+                line.append("+", style="dark_cyan")
+        yield line
+
+
+def _shade(share: float, cell: int) -> Text:
+    """``cell`` characters for a share of 1; outside of 0 to 1 it is cut."""
+    share = min(max(share, 0.0), 1.0)
+    character = _SHADES[round(share * (len(_SHADES) - 1))]
+    return Text(character * cell, style=_COLOURS[round(share * (len(_COLOURS) - 1))])
+
+
+def _legend(least: str, most: str) -> Text:
+    text = Text(f"{least} ", no_wrap=True, overflow="crop")
+    for i in range(len(_SHADES)):
+        text.append_text(_shade(i / (len(_SHADES) - 1), 1))
+    return text.append(f" {most}", style="default")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"

@@ -26,6 +26,7 @@ from sla_compile.common.kernel_interface import (
 from sla_compile.common.options import AttentionOptions, BackwardOptions
 from sla_compile.compat import has_tangent
 from sla_compile.memory import count_run
+from sla_compile.ops.run_watchers import show_run
 from sla_compile.ops.validation import (
     DEVICES,
     check,
@@ -186,7 +187,9 @@ def _forward(
     check(inputs, options)
     _refuse_tangents(q, k, v, weight, bias, shift)  # functorch's do not come this far
     count_run()
-    return _kernels(q).forward(inputs, options)
+    result = _kernels(q).forward(inputs, options)
+    show_run(inputs, result)
+    return result
 
 
 @_forward.register_fake
