@@ -9,7 +9,15 @@ from typing import Any, cast
 from torch import fx
 
 import sla_compile.ops.flops  # noqa: F401  lets FlopCounterMode count the ops
-from sla_compile.compat import Frame, backend_function, count_apart, current_frame, on_recompile_limit, user_errors
+from sla_compile.compat import (
+    Frame,
+    backend_function,
+    count_apart,
+    current_frame,
+    on_recompile_limit,
+    trace_ulysses,
+    user_errors,
+)
 from sla_compile.compiler.compiled_sites import remember
 from sla_compile.compiler.dense_warnings import warn_of_dense, warn_of_untrained_sites
 from sla_compile.compiler.left_behind import warn_of_gates_left_behind
@@ -52,6 +60,8 @@ def sla(
     with user_errors():
         settings = Settings.of(options, mode)
     frame = current_frame()
+    if trace_ulysses() and frame is not None:  # diffusers was imported after this package
+        frame.restart("sla_compile lets Dynamo trace diffusers' Ulysses attention")
     if frame is None:
         return _compile(gm, example_inputs, settings, None)
     try:
@@ -129,3 +139,4 @@ def _compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], config: SL
 
 
 remember_backend(sla)
+trace_ulysses()

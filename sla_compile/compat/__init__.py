@@ -5,6 +5,7 @@ Each entry says what public thing it waits for. ``tests/test_compat.py`` enters 
 
 from __future__ import annotations
 
+from sla_compile.compat.diffusers import is_attention_dispatch, trace_ulysses
 from sla_compile.compat.dynamo import (
     Frame,
     backend_function,
@@ -52,6 +53,7 @@ __all__ = [
     "frame_callback",
     "fully_sharded",
     "has_tangent",
+    "is_attention_dispatch",
     "lower_gather",
     "model_under_way",
     "modules_under_way",
@@ -66,6 +68,7 @@ __all__ = [
     "skip_as_root_frame",
     "throw_away_compile",
     "trace_artifact",
+    "trace_ulysses",
     "triton_cache_folder",
     "user_errors",
 ]

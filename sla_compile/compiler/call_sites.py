@@ -21,7 +21,7 @@ from types import CodeType, FrameType
 import torch
 from torch import nn
 
-from sla_compile.compat import forward_codes, plain_function_name
+from sla_compile.compat import forward_codes, is_attention_dispatch, plain_function_name
 
 __all__ = ["LEVEL", "call_site", "running_frames", "traced_frames"]
 
@@ -119,6 +119,8 @@ def call_site(calls: Sequence[_Call], modules: Sequence[nn.Module]) -> str:
             owns it, and the call site is the whole stack.
     """
     calls = [call for call in calls if not call.file.startswith(_TORCH) and call.file not in _UNINTERESTING]
+    # Which kernel and which ranks diffusers takes is no other attention: a gate is its own on one GPU and on many.
+    calls = [call for call in calls if not is_attention_dispatch(call.file)]
     start = 0
     for level, module in enumerate(modules, 1):
         if (found := _forward_in(calls, module, start)) is not None:

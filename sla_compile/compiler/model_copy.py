@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import copyreg
 import functools
+import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,16 +32,38 @@ def traceable_copy(model: nn.Module) -> nn.Module:
             if isinstance(value, torch.Tensor):
                 memo[id(value)] = value
     try:
-        copied = copy.deepcopy(model, memo)
+        with _shared_between_copies():
+            copied = copy.deepcopy(model, memo)
+            for module, original in zip(copied.modules(), model.modules(), strict=True):
+                module.__dict__["_compiled_call_impl"] = None  # blocks compiled by themselves are traced as part of it
+                if isinstance(function := original.__dict__.get("forward"), types.FunctionType | functools.partial):
+                    module.__dict__["forward"] = _of_the_copy(function, memo)
     except Exception as error:
         raise ValueError(f"{type(model).__name__} cannot be copied for a trace: {error}") from error
     for module, original in zip(copied.modules(), model.modules(), strict=True):
-        module.__dict__["_compiled_call_impl"] = None  # blocks compiled by themselves are traced as part of it
-        if "forward" in module.__dict__:
-            module.__dict__["forward"] = _of_the_copy(module.__dict__["forward"], memo)
         for ordinal, site in known_sites(original).items():
             remember_site(module, ordinal, site)
     return detach(copied)
+
+
+@contextlib.contextmanager
+def _shared_between_copies() -> Iterator[None]:
+    """Let a deep copy share process groups and meshes, which have no copy: it is to run on the same ranks."""
+    kinds: list[Any] = []
+    if torch.distributed.is_available():
+        kinds = [torch.distributed.ProcessGroup, *torch.distributed.ProcessGroup.__subclasses__()]
+        mesh = sys.modules.get("torch.distributed.device_mesh")
+        kinds += [mesh.DeviceMesh] if mesh is not None else []
+    known = {kind: copyreg.dispatch_table.get(kind) for kind in kinds}
+    for kind in kinds:
+        copyreg.dispatch_table[kind] = lambda _: "itself"  # by a name, which a deep copy takes for the object it has
+    try:
+        yield
+    finally:
+        for kind, reduce in known.items():
+            copyreg.dispatch_table.pop(kind)
+            if reduce is not None:
+                copyreg.dispatch_table[kind] = reduce
 
 
 def _of_the_copy(function: Any, memo: dict[int, Any]) -> Any:
@@ -49,21 +75,27 @@ def _of_the_copy(function: Any, memo: dict[int, Any]) -> Any:
     if compiled is not None:  # m.forward = torch.compile(m.forward)
         return _of_the_copy(copy.deepcopy(compiled, memo), memo)
     if isinstance(function, functools.partial):
-        return functools.partial(_of_the_copy(function.func, memo), *function.args, **function.keywords)
+        arguments = [_copied(argument, memo) for argument in function.args]
+        keywords = {name: _copied(argument, memo) for name, argument in function.keywords.items()}
+        return functools.partial(_of_the_copy(function.func, memo), *arguments, **keywords)
     if not isinstance(function, types.FunctionType) or not function.__closure__:
         return function
-    cells = tuple(types.CellType(_copied(cell, memo)) for cell in function.__closure__)
+    cells = tuple(types.CellType(_copied(cell.cell_contents, memo)) for cell in function.__closure__)
     made = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
     made.__kwdefaults__ = function.__kwdefaults__
     return made
 
 
-def _copied(cell: types.CellType, memo: dict[int, Any]) -> Any:
-    """What ``cell`` of a function's closure holds, as the copy has it; itself where that cannot be copied."""
-    content = cell.cell_contents
+def _copied(content: Any, memo: dict[int, Any]) -> Any:
+    """What a function holds on to, as the copy has it; itself where that cannot be copied."""
     if isinstance(content, types.FunctionType | functools.partial):
         return _of_the_copy(content, memo)
     try:
-        return copy.deepcopy(content, memo)
-    except Exception:  # a lock, a process group: nothing that leads back to the model
+        copied = copy.deepcopy(content, memo)
+    except Exception:  # a lock, a file: nothing that leads back to the model
         return content
+    if not isinstance(content, nn.Module) and copied is not content:
+        for name, value in getattr(content, "__dict__", {}).items():  # diffusers' hooks keep what they replaced so
+            if isinstance(value, types.FunctionType | functools.partial):
+                copied.__dict__[name] = _of_the_copy(value, memo)
+    return copied

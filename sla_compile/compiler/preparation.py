@@ -24,6 +24,7 @@ from sla_compile.compat import (
     plain_function_name,
     runs_forward_of,
     throw_away_compile,
+    trace_ulysses,
 )
 from sla_compile.compiler.call_watch import watch
 from sla_compile.compiler.example_call import example_call
@@ -172,6 +173,7 @@ def _refuse_where_nothing_compiles(model: nn.Module) -> None:
 def dry_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], settings: Settings) -> DryRun:
     """Trace ``model(*args, **kwargs)`` as ``backend="sla"`` would compile it; ``model`` is left untouched."""
     _refuse_where_nothing_compiles(model)
+    trace_ulysses()
     shell = traceable_copy(model)
     paths = {id(module): path for path, module in module_paths(shell)}
     mark_prepared(shell, settings.config)

@@ -1,0 +1,30 @@
+"""Many GPUs, on two gloo processes: exact, refused with a reason, or told; never quietly dense.
+
+One launch runs all cases of ``tests/support/many_gpus.py``: a process takes longer to start than most cases to run.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.support import many_gpus as cases
+from tests.support.ranks import Case, failures
+
+CASES: dict[str, Case] = {
+    "diffusers' Ulysses": partial(cases.diffusers_ulysses, prepared_first=True),
+    "prepared after diffusers' Ulysses": partial(cases.diffusers_ulysses, prepared_first=False),
+}
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return failures(CASES, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks(case: str, failed: dict[str, str]) -> None:
+    if failed[case]:
+        pytest.fail(failed[case], pytrace=False)

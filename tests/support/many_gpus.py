@@ -1,0 +1,118 @@
+"""Cases of ``tests/flows/test_many_gpus.py``: sequence, tensor and data parallelism on two ranks."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import sla_compile
+from tests.support.closeness import assert_close
+from tests.support.models import randomize_gates
+from tests.support.ranks import WORLD, whole
+
+SMALL: dict[str, Any] = {"topk": 0.3, "bottomk": 0.2, "block_q": 16, "block_k": 16, "min_tokens": 32}
+INNER = {"inner": "aot_eager"}
+PLAIN = {"return_dict": False}
+
+
+def wan(**changes: Any) -> tuple[Any, tuple[Tensor, ...]]:
+    """A Wan of diffusers in float64 and its inputs: 96 tokens."""
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    sizes: dict[str, Any] = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 32}
+    sizes |= {"in_channels": 4, "out_channels": 4, "text_dim": 16, "freq_dim": 16}
+    model = WanTransformer3DModel(**{**sizes, **changes})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    return model, (torch.randn(1, 4, 6, 8, 8), torch.tensor([500]), torch.randn(1, 12, 16))
+
+
+def outcome(compiled: Any, model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """The output, every gradient, and the parameters after one step of an optimizer, whole."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    output = compiled(*inputs, **PLAIN)[0]
+    output.square().mean().backward()
+    gradients = {f"gradient of {name}": whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    state = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    return {"output": output.detach(), **gradients, **state}
+
+
+def summed(found: dict[str, Tensor]) -> None:
+    """Sum gradients over the ranks, each of which has those of its own tokens."""
+    for name, tensor in found.items():
+        if name.startswith("gradient of"):
+            dist.all_reduce(tensor)
+
+
+@functools.cache
+def of_one_process() -> tuple[dict[str, Tensor], str]:
+    """What training without a second rank gives, and the call site of its gate."""
+    model, inputs = wan()
+    sla_compile.prepare(model, inputs, PLAIN, config=SMALL)
+    with_gates(model)
+    expected = outcome(torch.compile(model, backend="sla", options=INNER), model, inputs)
+    (gate,) = sla_compile.gates(model).values()
+    torch._dynamo.reset()
+    return expected, gate.call_site
+
+
+def with_gates(model: nn.Module) -> None:
+    torch.manual_seed(1)
+    randomize_gates(model)
+
+
+def enable_ulysses(model: Any) -> None:
+    from diffusers import ContextParallelConfig
+
+    with mock.patch("torch.accelerator.device_count", lambda: 1):  # diffusers divides by it, on CPUs too
+        mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("ring", "ulysses"))
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=WORLD, mesh=mesh))
+
+
+def state_of(model: nn.Module) -> Any:
+    return list(model.state_dict()), [len(module._forward_pre_hooks) for module in model.modules()]
+
+
+def diffusers_ulysses(rank: int, folder: Path, *, prepared_first: bool) -> None:
+    """Trained under diffusers' Ulysses as on one process; a validation call before it changes nothing."""
+    expected, call_site = of_one_process()
+    model, inputs = wan()
+    if prepared_first:
+        sla_compile.prepare(model, inputs, PLAIN, config=SMALL)
+    enable_ulysses(model)
+    if not prepared_first:
+        before = state_of(model)
+        assert any(site.rewritten for site in sla_compile.explain(model, inputs, PLAIN, config=SMALL).sites)
+        assert state_of(model) == before, "nothing is left behind"
+        sla_compile.prepare(model, inputs, PLAIN, config=SMALL)
+    (path,) = sla_compile.gates(model)
+    assert path == "blocks.0.attn1.sla"
+    with_gates(model)
+    compiled: Any = model
+    with torch.no_grad():  # what is not compiled stays dense; diffusers' hooks look at signatures once
+        model(*inputs, **PLAIN)
+    if prepared_first:  # diffusers' own hooks of the whole model break the graph, outside the blocks
+        for block in model.blocks:
+            block.compile(backend="sla", options=INNER, fullgraph=True)
+    else:
+        compiled = torch.compile(model, backend="sla", options=INNER)
+    with torch.no_grad():
+        assert_close("validation", compiled(*inputs, **PLAIN)[0], expected["output"], 1e-12)
+    found = outcome(compiled, model, inputs)
+    assert [site.path for site in sla_compile.report(model).sites if site.rewritten] == ["blocks.0.attn1"]
+    assert sla_compile.gates(model)[path].call_site == call_site, "a file of many GPUs fits one"
+    summed(found)
+    for name in expected:
+        if name == "output" or name.startswith("gradient"):
+            assert_close(name, found[name], expected[name], 3e-7)  # Wan computes its modulation in float32

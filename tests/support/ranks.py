@@ -1,0 +1,66 @@
+"""Cases on two gloo processes: one launch runs them all, and each is a test of its own."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import FileStore
+from torch.multiprocessing import spawn
+
+__all__ = ["WORLD", "Case", "failures", "whole"]
+
+WORLD = 2
+Case = Callable[[int, Path], None]
+"""Run on every rank with the rank and a folder that the ranks share; it asserts."""
+
+
+def failures(cases: Mapping[str, Case], folder: Path) -> dict[str, str]:
+    """Run ``cases`` one after the other on `WORLD` processes; what each failed with, by rank, empty where it did not."""
+    spawn(_work, args=(dict(cases), str(folder)), nprocs=WORLD)
+    found = [torch.load(folder / f"failures.{rank}.pt") for rank in range(WORLD)]
+    return {
+        name: "\n".join(f"rank {rank}: {one[name]}" for rank, one in enumerate(found) if one[name]) for name in cases
+    }
+
+
+def _work(rank: int, cases: dict[str, Case], folder: str) -> None:
+    os.environ.update(MASTER_ADDR="localhost", RANK=str(rank), WORLD_SIZE=str(WORLD))
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=60)
+    store = FileStore(f"{folder}/store", WORLD)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=limit)
+    found = {}
+    for number, (name, case) in enumerate(cases.items()):
+        torch._dynamo.reset()
+        torch.set_default_dtype(torch.float32)
+        torch.manual_seed(0)
+        shared = Path(folder) / str(number)
+        shared.mkdir(exist_ok=True)
+        started = time.monotonic()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                case(rank, shared)
+            found[name] = ""
+        except BaseException:
+            found[name] = traceback.format_exc()
+        if rank == 0:
+            print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
+        store.set(f"{number}.{rank}", "done")  # a rank that failed early does not run on into the next case
+        store.wait([f"{number}.{other}" for other in range(WORLD)], limit)
+    torch.save(found, f"{folder}/failures.{rank}.pt")
+    dist.destroy_process_group()
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    """All of ``tensor``, gathered where it is sharded."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
