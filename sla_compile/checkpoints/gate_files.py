@@ -17,6 +17,7 @@ from torch import nn
 
 from sla_compile.checkpoints.gate_format import (
     COMPILE_FIELDS,
+    SPARSITY,
     GateFile,
     SavedGate,
     metadata_of,
@@ -26,12 +27,14 @@ from sla_compile.checkpoints.gate_format import (
 from sla_compile.checkpoints.gate_order import arranged
 from sla_compile.checkpoints.places import path_text, replace_file
 from sla_compile.common.limits import FLOATING_DTYPES
+from sla_compile.compat import fully_sharded
 from sla_compile.compiler.call_watch import watch
 from sla_compile.config import SLAConfig
 from sla_compile.config_values import short
 from sla_compile.gate import Gate, detach_gate, gates, mark_prepared, model_config, owner_path
 from sla_compile.gate_attachment import attach_gate
 from sla_compile.module_paths import module_paths
+from sla_compile.sharded import fill, is_sharded, on_first_rank, reshard, whole
 
 __all__ = ["load", "raise_problems", "save", "tensor_problems"]
 
@@ -45,10 +48,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     In a folder it writes ``sla_gates.safetensors``: beside a transformer of diffusers, say, where ``load`` finds it. An
     existing file keeps its mode. How graphs are compiled (``inner``, Inductor's options) is not saved.
 
+    Gates that ``fully_shard`` or a parallel plan made DTensors are gathered: every rank of their mesh has to call this,
+    and the first writes the file of a whole model.
+
     Raises:
         TypeError: ``path`` is no str or path of one.
-        ValueError: the model has no gates; gate parameters are sharded, fake or on meta; ``path`` is empty, or a
-            device, pipe or socket; or a setting is too long to be read again.
+        ValueError: the model has no gates; gate parameters are flattened (by FullyShardedDataParallel), fake or on
+            meta; ``path`` is empty, or a device, pipe or socket; or a setting is too long to be read again.
         OSError: FileNotFoundError if the folder of ``path`` does not exist; others as the system has them.
     """
     name = path_text("save", path)
@@ -59,22 +65,26 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             f"save: {type(model).__name__} has no SLA gates; accepted: a model after sla_compile.prepare, "
             f"or after the first call of torch.compile(model, backend='sla')"
         )
+    reshard(model)
     problems = [line for path, gate in found.items() for line in tensor_problems(path, gate)]
     raise_problems(f"save to {name!r}", problems)
     tensors = {
-        f"{path}.{part}": tensor.detach().cpu().contiguous().clone()
+        f"{path}.{part}": whole(tensor.detach()).cpu().contiguous().clone()
         for path, gate in found.items()
         for part, tensor in gate.state_dict().items()
     }
-    replace_file(name, to_safetensors(tensors, metadata_of(config, found)))
+    metadata = metadata_of(config, found)
+    parameters = [parameter for gate in found.values() for parameter in gate.parameters()]
+    on_first_rank(parameters, lambda: replace_file(name, to_safetensors(tensors, metadata)))
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load the gates in the file ``path``, or in ``sla_gates.safetensors`` of a folder, into ``model``; returns it.
 
     A model without gates gets them, with the file's configuration, each on the device and in the dtype of its
-    owner's parameters; those of a prepared model are overwritten in place. ``requires_grad`` and the random state stay
-    as they are. A file says nothing of how graphs are compiled: old ones that do are read without it.
+    owner's parameters; those of a prepared model are overwritten in place, of DTensors each rank's own part.
+    ``requires_grad`` and the random state stay as they are. A file says nothing of how graphs are compiled: old ones
+    that do are read without it.
 
     Raises:
         TypeError: ``path`` is no path: a state dict, say.
@@ -94,6 +104,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         names = ", ".join(map(short, file.left_out[:5]))
         warnings.warn(f"load: the file's Inductor options are left out: {names}", stacklevel=2)
     found = gates(model)
+    trained = torch.is_grad_enabled()
+    reshard(model)
     with torch.no_grad():
         if found:
             file = dataclasses.replace(file, gates=arranged(file.gates, found, os.fspath(path)))
@@ -103,7 +115,9 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
                 _fill(gate, file.gates[name])
         else:
             modules = dict(module_paths(model))  # of a wrapper and the module inside, which share a path, the latter
-            raise_problems(_load_of(path, model), [*file.problems, *_owner_problems(file, modules)])
+            problems = [*file.problems, *_owner_problems(file, modules)]
+            problems += _unsynchronised(model, file, modules) if trained else []
+            raise_problems(_load_of(path, model), problems)
             _attach(file, modules)
             mark_prepared(model, file.config)
     watch(model)
@@ -157,10 +171,19 @@ def _unlike_model(file: GateFile, found: dict[str, Gate]) -> Iterator[str]:
 
 def tensor_problems(name: str, gate: Gate) -> Iterator[str]:
     """Why parameters of ``gate``, called ``name``, cannot be read or written (sharded, fake, meta), one line each."""
-    for part, parameter in gate.named_parameters():
-        if type(parameter) not in (torch.Tensor, nn.Parameter):
-            kind = type(parameter).__name__
-            yield f"{name}.{part}: a {kind}; accepted: a plain tensor, gathered before (full_tensor)"
+    parameters = dict(gate.named_parameters())
+    for part, shape in gate.spec().shapes().items():
+        if part == SPARSITY:
+            continue
+        parameter = parameters.get(part)
+        if parameter is None or (parameter.dim() == 1 and tuple(parameter.shape) != shape):
+            held = "not among its parameters" if parameter is None else f"of shape {tuple(parameter.shape)}"
+            yield (
+                f"{name}.{part}: {held}, so flattened over ranks; accepted: shape {shape}, as by fully_shard, or "
+                f"within FullyShardedDataParallel.summon_full_params(model)"
+            )
+        elif type(parameter) not in (torch.Tensor, nn.Parameter) and not is_sharded(parameter):
+            yield f"{name}.{part}: a {type(parameter).__name__}; accepted: a plain tensor or a DTensor"
         elif parameter.is_meta:
             yield f"{name}.{part}: on the meta device; accepted: a tensor with values"
 
@@ -193,6 +216,17 @@ def _owner_problems(file: GateFile, modules: dict[str, nn.Module]) -> Iterator[s
             yield f"{name}: its owner is on the meta device; accepted: an owner with values"
 
 
+def _unsynchronised(model: nn.Module, file: GateFile, modules: dict[str, nn.Module]) -> Iterator[str]:
+    """Why gates made now would be trained by each process on its own, one line each."""
+    replicas = [outer for outer in model.modules() if isinstance(outer, nn.parallel.DistributedDataParallel)]
+    replicated = {inner for outer in replicas for inner in outer.modules()}
+    for name in file.gates:
+        owner = modules.get(owner_path(name))
+        if owner is not None and (owner in replicated or fully_sharded(owner)):
+            wrapper = "DistributedDataParallel" if owner in replicated else "fully_shard"
+            yield f"{name}: its owner is in {wrapper} already; accepted: load first, {wrapper} after it"
+
+
 def _attach(file: GateFile, modules: dict[str, nn.Module]) -> None:
     """Inject the file's gates and fill them; if one fails, all are removed again."""
     attached: list[tuple[nn.Module, int]] = []
@@ -211,7 +245,7 @@ def _attach(file: GateFile, modules: dict[str, nn.Module]) -> None:
 
 def _fill(gate: Gate, saved: SavedGate) -> None:
     for part, tensor in saved.tensors.items():
-        getattr(gate, part).copy_(tensor)
+        fill(getattr(gate, part), tensor)
 
 
 def _device_and_dtype(modules: dict[str, nn.Module], path: str) -> tuple[torch.device, torch.dtype | None]:

@@ -32,7 +32,7 @@ from sla_compile.config_values import short, value_error
 from sla_compile.gate import Gate
 from sla_compile.gate_settings import CALLED, NO_GRIDS, GateSpec, SeenGrids, grids_from_json, grids_to_json
 
-__all__ = ["COMPILE_FIELDS", "GateFile", "SavedGate", "metadata_of", "ordinal_of", "read_gate_file"]
+__all__ = ["COMPILE_FIELDS", "SPARSITY", "GateFile", "SavedGate", "metadata_of", "ordinal_of", "read_gate_file"]
 
 FORMAT, VERSION = "sla_compile", "1"
 COMPILE_FIELDS = ("inner", "inductor")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sla_compile.checkpoints.gate_files import raise_problems, tensor_problems
 from sla_compile.common.limits import FLOATING_DTYPES
 from sla_compile.gate import Gate, gates, owner_path
+from sla_compile.sharded import fill
 
 __all__ = ["load_projections"]
 
@@ -76,8 +77,8 @@ def load_projections(model: nn.Module, source: str | os.PathLike[str] | Mapping[
     raise_problems(action, problems)
     with torch.no_grad():
         for path, gate in pairs.items():
-            found[gate].weight.copy_(projections[path]["weight"])
-            found[gate].bias.copy_(projections[path]["bias"])
+            fill(found[gate].weight, projections[path]["weight"])
+            fill(found[gate].bias, projections[path]["bias"])
             if (scale := found[gate].log_scale) is not None:
                 scale.zero_()  # the authors' sparse branch has none
     return model

@@ -6,7 +6,6 @@ One launch runs all cases of ``tests/support/many_gpus.py``: a process takes lon
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import pytest
 
@@ -16,6 +15,7 @@ from tests.support.ranks import Case, failures
 CASES: dict[str, Case] = {
     "diffusers' Ulysses": partial(cases.diffusers_ulysses, prepared_first=True),
     "prepared after diffusers' Ulysses": partial(cases.diffusers_ulysses, prepared_first=False),
+    "files": cases.files,
 }
 
 

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import sla_compile
 from tests.support.closeness import assert_close
-from tests.support.models import randomize_gates
+from tests.support.models import OPTIONS, Model, randomize_gates
 from tests.support.ranks import WORLD, whole
 
 SMALL: dict[str, Any] = {"topk": 0.3, "bottomk": 0.2, "block_q": 16, "block_k": 16, "min_tokens": 32}
@@ -75,7 +77,7 @@ def with_gates(model: nn.Module) -> None:
 def enable_ulysses(model: Any) -> None:
     from diffusers import ContextParallelConfig
 
-    with mock.patch("torch.accelerator.device_count", lambda: 1):  # diffusers divides by it, on CPUs too
+    with mock.patch("torch.accelerator.device_count", return_value=1):  # diffusers divides by it, on CPUs too
         mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("ring", "ulysses"))
         model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=WORLD, mesh=mesh))
 
@@ -116,3 +118,58 @@ def diffusers_ulysses(rank: int, folder: Path, *, prepared_first: bool) -> None:
     for name in expected:
         if name == "output" or name.startswith("gradient"):
             assert_close(name, found[name], expected[name], 3e-7)  # Wan computes its modulation in float32
+
+
+def small_model() -> Any:
+    """Two attentions in float64, of four heads; the gates of an optimizer's choice."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    return Model()
+
+
+def sharded(model: Any) -> Any:
+    for block in model.blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+TOKENS = torch.randn(WORLD, 100, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def prepared(config: dict[str, Any] = OPTIONS) -> Any:
+    model = sla_compile.prepare(small_model(), (TOKENS,), config=config)
+    with_gates(model)
+    return model
+
+
+def files(rank: int, folder: Path) -> None:
+    """Saved on two ranks and loaded on one, and the reverse; what cannot be is refused."""
+    alone, model = prepared(), sharded(prepared())
+    sla_compile.save(model, folder / "two.safetensors")
+    assert (folder / "two.safetensors").exists(), "on every rank once save returns"
+    loaded = sla_compile.load(small_model(), folder / "two.safetensors")
+    for name, parameter in alone.named_parameters():
+        assert torch.equal(dict(loaded.named_parameters())[name], parameter), name
+    with torch.no_grad():
+        for parameter in sla_compile.gate_parameters(model):
+            parameter.zero_()
+    if rank == 0:
+        sla_compile.save(alone, folder / "one.safetensors")
+    dist.barrier()
+    sla_compile.load(model, folder / "one.safetensors")
+    for name, parameter in alone.named_parameters():
+        assert torch.equal(whole(dict(model.named_parameters())[name]), parameter), name
+    with pytest.raises(FileNotFoundError):  # on both ranks, not only on the one that writes
+        sla_compile.save(model, folder / "none" / "gates.safetensors")
+    late = sharded(small_model())
+    with pytest.raises(ValueError, match="its owner is in fully_shard already; accepted: load first"):
+        sla_compile.load(late, folder / "one.safetensors")
+    assert sla_compile.gates(late) == {}
+    flat = FullyShardedDataParallel(prepared(), use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"flattened over ranks; accepted: .*summon_full_params"):
+        sla_compile.save(flat, folder / "flat.safetensors")
+    assert not (folder / "flat.safetensors").exists()
+    with FullyShardedDataParallel.summon_full_params(flat):
+        sla_compile.save(flat, folder / f"flat{rank}.safetensors")
+    for path, gate in sla_compile.gates(sla_compile.load(small_model(), folder / f"flat{rank}.safetensors")).items():
+        assert torch.equal(gate.weight, sla_compile.gates(alone)[path].weight)

@@ -24,7 +24,7 @@ Case = Callable[[int, Path], None]
 
 
 def failures(cases: Mapping[str, Case], folder: Path) -> dict[str, str]:
-    """Run ``cases`` one after the other on `WORLD` processes; what each failed with, by rank, empty where it did not."""
+    """Run ``cases`` in turn on `WORLD` processes; by name what each failed with, empty where it did not."""
     spawn(_work, args=(dict(cases), str(folder)), nprocs=WORLD)
     found = [torch.load(folder / f"failures.{rank}.pt") for rank in range(WORLD)]
     return {
