@@ -44,7 +44,7 @@ def trace_ulysses() -> bool:
     as_written = types.FunctionType(original.__code__, original.__globals__, original.__name__, original.__defaults__)
     as_written.__kwdefaults__ = original.__kwdefaults__
 
-    @torch.compiler.substitute_in_graph(original, skip_signature_check=True)  # type: ignore[untyped-decorator]
+    @torch.compiler.substitute_in_graph(original, skip_signature_check=True)
     def templated(
         query: Tensor,
         key: Tensor,

@@ -23,6 +23,7 @@ from sla_compile.common.blocks import to_millionths
 from sla_compile.compiler.preparation import prepare, unwrapped
 from sla_compile.config import SLAConfig
 from sla_compile.fitting.observer import Arguments, Topk, no_gated_call_message, peek_first, prepared_or_rolled_back
+from sla_compile.fitting.ranks import over_ranks
 from sla_compile.fitting.sensitivity import OutputErrors, SiteSensitivity, measure_sites
 from sla_compile.gate import gates, model_config, owner_path
 
@@ -136,6 +137,7 @@ def allocate(
     max_batches: int | None = None,
     ladder: Sequence[float] = LADDER,
     objective: str = "output",
+    group: Any = None,
 ) -> AllocationReport:
     """Choose a topk for each attention of ``model`` that keeps errors small, at a mean of ``budget``; no training.
 
@@ -148,10 +150,9 @@ def allocate(
       measured on the first four batches, which should differ in their diffusion times, at a forward per attention.
     - ``objective="attention"`` minimises the sum over attentions of the squared relative error.
 
-    With ``topk_by="head"`` each head gets a topk. In a model prepared with ``max_topk`` the topks go to the gates'
-    buffers, as by `set_sparsity`. Otherwise the model
-    is prepared again with an override for each module, and recompiles at its next call. Two attentions of one module
-    then get one topk.
+    With ``topk_by="head"`` each head gets a topk. With ``max_topk`` the topks go to the gates' buffers, as by
+    `set_sparsity`. Otherwise the model is prepared again with an override for each module, whose attentions then get
+    one topk, and recompiles at its next call.
 
     Args:
         model: any module, prepared, compiled, or neither; without gates it is prepared with the first batch.
@@ -161,22 +162,22 @@ def allocate(
         max_batches: how many batches to use at most; None: all of them.
         ladder: topks to choose from, in units of the budget; those beyond a site's range are left out.
         objective: "output" or "attention".
+        group: ranks with batches of their own, all to get the same topks; by default those of DDP or FSDP2.
 
     Raises:
-        TypeError: ``model`` is no module, or a batch is neither a tuple nor a mapping.
-        ValueError: a refused setting, a budget above a site's ``max_topk`` or 1 - bottomk, no batch, no attention with
-            a gate was reached, or numbers that are not finite. The model is then as it was.
+        TypeError: ``model`` is no module, ``group`` no group, or a batch is neither a tuple nor a mapping.
+        ValueError: a refused setting, a budget above a site's ``max_topk`` or 1 - bottomk, no batch, no gate reached,
+            or numbers that are not finite. The model is then as it was.
     """
     _check_arguments(budget, ladder, objective, max_batches)
     model = unwrapped(model)
     first, stream = peek_first(batches, max_batches)
     first_batches = list(islice(stream, _OUTPUT_BATCHES))
-    with prepared_or_rolled_back(model, first, config):
+    with over_ranks(model, group) as model, prepared_or_rolled_back(model, first, config):
         at_run_time = all(gate.sparsity is not None for gate in gates(model).values())
         known = {path: SiteSensitivity.of_gate(path, gate, budget, ladder) for path, gate in gates(model).items()}
         count = measure_sites(model, chain(first_batches, stream), known)
-        reached = {path: site for path, site in known.items() if site.calls}
-        if not reached:
+        if not (reached := {path: site for path, site in known.items() if site.calls}):
             raise ValueError(no_gated_call_message(model, first))
         uniform: dict[str, Topk] = dict.fromkeys(reached, budget)
         outputs = OutputErrors(model, first_batches, reached)

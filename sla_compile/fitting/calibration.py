@@ -27,8 +27,10 @@ from sla_compile.fitting.observer import (
     peek_first,
     prepared_or_rolled_back,
 )
+from sla_compile.fitting.ranks import every_site, from_first_rank, over_ranks, total
 from sla_compile.fitting.regression import SiteStatistics
 from sla_compile.gate import gates
+from sla_compile.sharded import fill, reshard
 
 __all__ = ["CalibratedSite", "CalibrationReport", "SiteError", "calibrate", "gather", "mean_error", "sites_dict"]
 
@@ -143,6 +145,7 @@ def calibrate(
     max_batches: int | None = None,
     sequential: bool = False,
     held_back: float = 0.25,
+    group: Any = None,
 ) -> CalibrationReport:
     """Set every gate of ``model`` to the least-squares fit of what its sparse branch misses; no training.
 
@@ -173,26 +176,26 @@ def calibrate(
         max_batches: how many batches to use at most; None: all of them.
         sequential: fit layer after layer.
         held_back: share of the batches to judge the gates on; 0: none, gates are stored as fitted to all batches.
+        group: ranks with batches of their own, all to get the same gates; by default those of DDP or FSDP2.
 
     Raises:
-        TypeError: ``model`` is no module, or a batch is neither a tuple nor a mapping.
-        ValueError: no batch, no attention with a gate was reached, numbers that are not finite, or a setting
-            is refused.
+        TypeError: ``model`` is no module, ``group`` no group, or a batch is neither a tuple nor a mapping.
+        ValueError: no batch, no attention with a gate was reached, a number not finite, or a refused setting.
     """
     _check_arguments(ridge, max_batches, held_back)
     model = unwrapped(model)
     first, stream = peek_first(batches, max_batches)
-    with prepared_or_rolled_back(model, first, config):
+    with over_ranks(model, group) as model, prepared_or_rolled_back(model, first, config):
         split = _HeldBack(stream, held_back)
         fits = (_fit_sequentially if sequential else _fit_at_once)(model, split, ridge)
         if not fits:
             raise ValueError(no_gated_call_message(model, first))
-        output = check_output(model, fits, split.checked) if split.checked else None
+        output = check_output(model, fits, split.checked) if total(len(split.checked)) else None
         sites = tuple(_site(fitted) for fitted in fits)
-        with torch.no_grad():
-            for fitted in fits:
-                for parameter, value in zip(fitted.gate.parameters(), fitted.values, strict=True):
-                    parameter.copy_(value)
+        split.sum_over_ranks()
+        for fitted in fits:
+            for parameter, value in zip(fitted.gate.parameters(), fitted.values, strict=True):
+                fill(parameter, from_first_rank(value))
     return _report(model, split, sequential, ridge, sites, output or (None, None))
 
 
@@ -237,6 +240,10 @@ def gather(model: nn.Module, batches: Iterable[Arguments]) -> tuple[int, dict[st
         for args, kwargs in batches:
             model(*args, **kwargs)
             count += 1
+    reshard(model)
+    sites = every_site(model, sites, lambda path: SiteStatistics(gates(model)[path], _device(model)))
+    for statistics in sites.values():
+        statistics.sum_over_ranks()
     return count, sites
 
 
@@ -253,7 +260,7 @@ def _fit_at_once(model: nn.Module, batches: _HeldBack, ridge: float) -> list[Fit
     with gated_calls(model, observe):
         for args, kwargs in batches:
             model(*args, **kwargs)
-    return [FittedSite.of(path, split, ridge) for path, split in found.items()]
+    return [FittedSite.of(path, split, ridge) for path, split in _of_all_ranks(model, found).items()]
 
 
 @torch.no_grad()
@@ -284,7 +291,19 @@ def _first_unfitted(
     with gated_calls(model, observe):
         for (args, kwargs), share in batches:  # noqa: B007  read by observe
             model(*args, **kwargs)
-    return found
+    return _of_all_ranks(model, found)
+
+
+def _of_all_ranks(model: nn.Module, found: Mapping[str, SplitStatistics]) -> dict[str, SplitStatistics]:
+    reshard(model)
+    sites = every_site(model, found, lambda path: SplitStatistics(gates(model)[path], _device(model)))
+    for split in sites.values():
+        split.sum_over_ranks()
+    return sites
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 class _HeldBack:
@@ -304,6 +323,11 @@ class _HeldBack:
                 self.checked.append(batch)
             yield batch
             self.count, self.held = self.count + 1, self.held + share
+
+    def sum_over_ranks(self) -> None:
+        """Count the batches of all ranks that fit together; a share of a rank's only batch stays one."""
+        self.count = int(total(self.count))
+        self.held = self.held if 0 < self.held < 1 else total(self.held)
 
 
 def _site(fitted: FittedSite) -> CalibratedSite:

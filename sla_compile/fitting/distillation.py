@@ -23,8 +23,10 @@ from sla_compile.config import SLAConfig
 from sla_compile.fitting.calibration import SiteError, gather, mean_error, sites_dict
 from sla_compile.fitting.observer import Arguments, batch_arguments, no_gated_call_message, prepared_or_rolled_back
 from sla_compile.fitting.output_error import at_least_float32, floating_tensors
+from sla_compile.fitting.ranks import over_ranks, sum_tensors, total
 from sla_compile.fitting.regression import SiteStatistics
 from sla_compile.gate import gates, model_config
+from sla_compile.sharded import fill, is_sharded, whole
 from sla_compile.user_warnings import UntrainedGatesWarning
 
 __all__ = ["LOSSES", "DistillationReport", "distill"]
@@ -102,6 +104,7 @@ def distill(
     config: SLAConfig | Mapping[str, Any] | None = None,
     compile_options: Mapping[str, Any] | SLAConfig | None = None,
     progress: Progress | None = None,
+    group: Any = None,
 ) -> DistillationReport:
     """Train the gates of ``model``, and nothing else, against its own dense attention or output.
 
@@ -126,9 +129,10 @@ def distill(
         compile_options: ``options`` of ``torch.compile`` for the student; by default the ``inner`` and
             ``inductor`` that the model was prepared with.
         progress: called after each step with its number, from 0, and its loss.
+        group: ranks with batches of their own, all to get the same gates; by default those of DDP or FSDP2.
 
     Raises:
-        TypeError: ``model`` is no module, or a batch is neither a tuple nor a mapping.
+        TypeError: ``model`` is no module, ``group`` no group, or a batch is neither a tuple nor a mapping.
         ValueError: no batch, an iterator that ends early, no gated attention, an output without floating-point
             tensors, a refused setting, or a loss that is not finite, with its step. After this, as after any
             exception from the first step on, the gates are those of the last step whose loss was finite.
@@ -136,7 +140,8 @@ def distill(
     _check_arguments(steps, lr, loss, compile_options)
     model = unwrapped(model)
     measured, source = _first_and_all(batches, min(_MEASURED_BATCHES, steps))
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), over_ranks(model, group) as model:
+        _refuse_sharded(model, loss)
         with prepared_or_rolled_back(model, measured[0], config):
             _refuse_shifts(model)
             sites = _gather_finite(model, measured)
@@ -159,6 +164,12 @@ def _refuse_shifts(model: nn.Module) -> None:
                 f"{path}: got a gate for linear='taylor', one number for each head; accepted: gates with a weight. "
                 f"calibrate finds the numbers, and training the model trains them"
             )
+
+
+def _refuse_sharded(model: nn.Module, loss: str) -> None:
+    for path, gate in gates(model).items():
+        if loss == "output" and is_sharded(gate.weight):  # outside its forward it has no gradient to ask for
+            raise ValueError(f"loss: got 'output' with a gate that is sharded, {path}; accepted: 'attention'")
 
 
 def _gather_finite(model: nn.Module, batches: list[Arguments]) -> dict[str, SiteStatistics]:
@@ -207,7 +218,7 @@ def _check_arguments(steps: int, lr: float, loss: str, compile_options: Any) -> 
 
 
 def _error(statistics: SiteStatistics) -> float:
-    return statistics.error(*statistics.gate.parameters())
+    return statistics.error(*map(whole, statistics.gate.parameters()))
 
 
 def _refuse_not_finite(sites: Mapping[str, SiteStatistics], where: str) -> None:
@@ -261,7 +272,7 @@ class _Float64Copies:
     def __init__(self, model: nn.Module) -> None:
         self.gates = gates(model)
         self.parameters = [p for gate in self.gates.values() for p in gate.parameters()]
-        self.tensors = [p.detach().to(torch.float64, copy=True).requires_grad_() for p in self.parameters]
+        self.tensors = [whole(p.detach()).to(torch.float64, copy=True).requires_grad_() for p in self.parameters]
         copies = iter(self.tensors)
         self.of_gate = {path: [next(copies) for _ in gate.parameters()] for path, gate in self.gates.items()}
 
@@ -269,7 +280,7 @@ class _Float64Copies:
     def store(self, values: Iterable[Tensor]) -> None:
         """Copy ``values`` into the gates' parameters, in their order."""
         for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)
+            fill(parameter, value)
 
 
 class _AttentionLoss:
@@ -303,8 +314,11 @@ class _OutputLoss:
         distance, norm = self._distance(batch)
         if not distance.requires_grad:
             raise ValueError(f"step {step}: {no_gated_call_message(self.model, batch)}")
-        loss = distance / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-        return loss.detach(), _gradients(loss, self.copies.parameters)
+        of_all = total(norm.item())
+        loss = distance / max(of_all, torch.finfo(norm.dtype).tiny)
+        gradients = [gradient.double() for gradient in _gradients(loss, self.copies.parameters)]
+        sum_tensors(gradients)
+        return torch.tensor(total(loss.item()), dtype=torch.float64), gradients
 
     def error(self, batches: Iterable[Arguments]) -> float:
         """||output - dense output|| / ||dense output|| over ``batches``."""
@@ -312,6 +326,7 @@ class _OutputLoss:
         for batch in batches:  # gradients enabled as in training: without, Dynamo would compile once more
             pair = self._distance(batch)
             distance, norm = distance + pair[0].item(), norm + pair[1].item()
+        distance, norm = total(distance), total(norm)
         return math.sqrt(distance / norm) if norm > 0 else math.sqrt(distance)
 
     def _distance(self, batch: Arguments) -> tuple[Tensor, Tensor]:

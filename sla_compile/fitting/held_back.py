@@ -27,6 +27,7 @@ from sla_compile.fitting.output_error import OutputError
 from sla_compile.fitting.regression import SiteStatistics
 from sla_compile.fitting.shift_search import ShiftStatistics
 from sla_compile.gate import Gate
+from sla_compile.sharded import whole
 
 __all__ = ["CHECKED_BATCHES", "FACTORS", "FittedSite", "SplitStatistics", "check_output", "split_batches"]
 
@@ -79,6 +80,11 @@ class SplitStatistics:
             self.held.add_part(call, parts, slice(None), cut, tokens)
         self.fitted.calls += 1
 
+    def sum_over_ranks(self) -> None:
+        """Make these the sums over the tokens of all ranks that fit together."""
+        self.fitted.sum_over_ranks()
+        self.held.sum_over_ranks()
+
 
 @dataclass
 class FittedSite:
@@ -106,7 +112,7 @@ class FittedSite:
         Raises ValueError if the statistics are not finite, or the fit is beyond the range of the gate's dtype.
         """
         total = split.fitted.plus(split.held)
-        gate, old = total.gate, tuple(parameter.detach() for parameter in total.gate.parameters())
+        gate, old = total.gate, tuple(whole(parameter.detach()) for parameter in total.gate.parameters())
         if not total.is_finite():
             raise ValueError(f"{path}: attention, or a branch of it, is not finite on these batches")
         finals = _shrunk(total, ridge, old)

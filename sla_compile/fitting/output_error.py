@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sla_compile.fitting.observer import Arguments, GatedCall, gated_calls
+from sla_compile.fitting.ranks import total
 
 __all__ = ["OutputError", "at_least_float32", "floating_tensors"]
 
 
 class OutputError:
-    """||output - dense output||^2 / ||dense output||^2 on a few batches, for any replacement of gated attention.
+    """||output - dense output||^2 / ||dense output||^2 on a few batches (of all ranks), attention replaced.
 
     ``dense`` holds every floating-point tensor that the dense model returns on them, ``dense_square`` their ||.||^2.
     """
@@ -24,7 +25,7 @@ class OutputError:
     def __init__(self, model: nn.Module, batches: Sequence[Arguments]) -> None:
         self.model, self.batches = model, batches
         self.dense = self._outputs(lambda call: call.dense)
-        self.dense_square = sum(float(at_least_float32(d).square().sum()) for d in self.dense)
+        self.dense_square = total(sum(float(at_least_float32(d).square().sum()) for d in self.dense))
 
     def of(self, attend: Callable[[GatedCall], Tensor]) -> float:
         """The error where each gated attention outputs what ``attend`` returns; absolute if the dense output is 0.
@@ -35,13 +36,13 @@ class OutputError:
             at_least_float32(got) - at_least_float32(dense)
             for got, dense in zip(self._outputs(attend), self.dense, strict=True)
         )
-        total = sum(float(difference.square().sum()) for difference in differences)
-        return total / self.dense_square if self.dense_square > 0 else total
+        distance = total(sum(float(difference.square().sum()) for difference in differences))
+        return distance / self.dense_square if self.dense_square > 0 else distance
 
     @property
     def is_defined(self) -> bool:
         """Whether the dense output has floating-point tensors, and all their numbers are finite."""
-        return bool(self.dense) and math.isfinite(self.dense_square)
+        return total(len(self.dense)) > 0 and math.isfinite(self.dense_square)
 
     @torch.no_grad()
     def _outputs(self, attend: Callable[[GatedCall], Tensor]) -> list[Tensor]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sla_compile.fitting.observer import GatedCall
+from sla_compile.fitting.ranks import sum_tensors, total
 from sla_compile.gate import Gate
 
 __all__ = ["MIN_SCALE", "TOKENS_PER_CHUNK", "SiteStatistics"]
@@ -90,6 +91,11 @@ class SiteStatistics:
                 self.sparse_cross += x.mT @ o_s
                 self.sparse_square += o_s.square().sum((1, 2))
                 self.sparse_residual += (o_s * r).sum((1, 2))
+
+    def sum_over_ranks(self) -> None:
+        """Make these the sums over the tokens of all ranks that fit together."""
+        sum_tensors(getattr(self, name) for name in _SUMS)
+        self.calls = int(total(self.calls))
 
     def plus(self, other: SiteStatistics) -> SiteStatistics:
         """The sums over the tokens of both."""
@@ -189,7 +195,8 @@ class SiteStatistics:
 
     def sparse_only_error(self) -> float:
         """||O^s - dense|| / ||dense||: the error with a gate of zero."""
-        return self.error(torch.zeros_like(self.gate.weight), torch.zeros_like(self.gate.bias))
+        weight, bias = (self.cross.new_zeros(tuple(part.shape)) for part in (self.gate.weight, self.gate.bias))
+        return self.error(weight, bias)
 
 
 def _minimise_bounded(minimum: float, matrix: Tensor, right: Tensor, sizes: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sla_compile.common.blocks import MILLION, num_blocks, num_critical
 from sla_compile.fitting.observer import Arguments, GatedCall, Topk, gated_calls
 from sla_compile.fitting.output_error import OutputError
+from sla_compile.fitting.ranks import sum_tensors, total
 from sla_compile.fitting.regression import TOKENS_PER_CHUNK
 from sla_compile.gate import Gate
 
@@ -69,6 +70,12 @@ class SiteSensitivity:
         self.work += work
         self.calls += 1
 
+    def sum_over_ranks(self) -> None:
+        """Make these the sums over the calls of all ranks that measure together."""
+        sum_tensors([self.squared_errors])
+        self.dense_square, self.work, self.calls = total(self.dense_square), total(self.work), int(total(self.calls))
+        self.critical = [total(work) for work in self.critical]
+
     def relative_losses(self, head: int | None = None) -> list[float]:
         """||O - dense||^2 / ||dense||^2 at each rung, or the part of it that is of ``head``; ValueError if one is not
         finite."""
@@ -113,7 +120,9 @@ def measure_sites(model: nn.Module, batches: Iterable[Arguments], sites: Mapping
         for args, kwargs in batches:
             model(*args, **kwargs)
             count += 1
-    return count
+    for site in sites.values():
+        site.sum_over_ranks()
+    return int(total(count))
 
 
 class OutputErrors:

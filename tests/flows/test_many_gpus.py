@@ -16,6 +16,7 @@ CASES: dict[str, Case] = {
     "diffusers' Ulysses": partial(cases.diffusers_ulysses, prepared_first=True),
     "prepared after diffusers' Ulysses": partial(cases.diffusers_ulysses, prepared_first=False),
     "files": cases.files,
+    "fitting": cases.fitting,
 }
 
 

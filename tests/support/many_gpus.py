@@ -20,8 +20,8 @@ from tests.support.models import OPTIONS, Model, randomize_gates
 from tests.support.ranks import WORLD, whole
 
 SMALL: dict[str, Any] = {"topk": 0.3, "bottomk": 0.2, "block_q": 16, "block_k": 16, "min_tokens": 32}
-INNER = {"inner": "aot_eager"}
-PLAIN = {"return_dict": False}
+INNER: dict[str, Any] = {"inner": "aot_eager"}
+PLAIN: dict[str, Any] = {"return_dict": False}
 
 
 def wan(**changes: Any) -> tuple[Any, tuple[Tensor, ...]]:
@@ -173,3 +173,45 @@ def files(rank: int, folder: Path) -> None:
         sla_compile.save(flat, folder / f"flat{rank}.safetensors")
     for path, gate in sla_compile.gates(sla_compile.load(small_model(), folder / f"flat{rank}.safetensors")).items():
         assert torch.equal(gate.weight, sla_compile.gates(alone)[path].weight)
+
+
+def fitted(kind: str, model: Any, batches: list[tuple[Tensor]]) -> dict[str, Tensor]:
+    """The gates that ``kind`` gives."""
+    if kind == "calibrate":
+        sla_compile.calibrate(model, batches)
+    elif kind == "allocate":
+        sla_compile.allocate(model, batches, budget=0.2)
+    else:
+        sla_compile.distill(model, batches, steps=3, loss=kind, compile_options=INNER if kind == "output" else None)
+    return {
+        f"{path}.{name}": whole(tensor).detach()
+        for path, gate in sla_compile.gates(model).items()
+        for name, tensor in gate.state_dict().items()
+    }
+
+
+def fitting(rank: int, folder: Path) -> None:
+    """Each rank with batches of its own: all get the gates that one process gets from all batches."""
+    config = {**OPTIONS, "max_topk": 0.9}
+    for kind in ("calibrate", "allocate", "attention", "output"):
+        torch._dynamo.reset()
+        rounds = 1 if kind == "calibrate" else 3
+        mine = [(TOKENS[rank : rank + 1] * (1 + turn),) for turn in range(rounds)]
+        joined = [(TOKENS * (1 + turn),) for turn in range(rounds)]
+        expected = fitted(kind, prepared(config), joined)
+        before = {name: tensor for name, tensor in prepared(config).state_dict().items() if ".sla" in name}
+        assert any(not torch.equal(expected[name], before[name]) for name in expected), kind
+        wrapped: dict[str, Any] = {"ddp": nn.parallel.DistributedDataParallel(prepared(config))}
+        if kind != "output":
+            wrapped["fsdp2"] = sharded(prepared(config))
+        for wrapper, model in wrapped.items():
+            found = fitted(kind, model, mine)
+            for name, tensor in found.items():
+                others = [torch.empty_like(tensor) for _ in range(WORLD)]
+                dist.all_gather(others, tensor.contiguous())
+                assert torch.equal(others[0], others[1]), f"{kind}, {wrapper}: {name} differs between ranks"
+                assert_close(f"{kind}, {wrapper}: {name}", tensor.double(), expected[name].double(), 1e-9)
+    with pytest.raises(ValueError, match=r"loss: got 'output' with a gate that is sharded, blocks\.0\.attention"):
+        fitted("output", sharded(prepared(config)), [(TOKENS[:1],)])
+    with pytest.raises(TypeError, match=r"group: got int; accepted: a torch\.distributed\.ProcessGroup, or None"):
+        sla_compile.calibrate(prepared(), [(TOKENS[:1],)], group=0)
