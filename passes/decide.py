@@ -20,7 +20,7 @@ from sla_compile.passes.key_masks import Masks, split_mask
 from sla_compile.passes.operands import Source, Step, after
 from sla_compile.passes.operands import example as _example
 from sla_compile.passes.profitability import SkippablePairs, UnknownRange, forced_tokens, token_ranges
-from sla_compile.passes.tensor_parallel import sharding
+from sla_compile.passes.tensor_parallel import HeadShards, sharding
 from sla_compile.passes.token_order import (
     AS_IN_THE_MODEL,
     AS_IT_IS,
@@ -79,6 +79,8 @@ class Rewrite:
     always_critical: tuple[int, ...] = ()
     """start, stop, start, stop, ... of key tokens in ``order``, by the rules of slices."""
     order: TokenOrder = AS_IT_IS
+    shards: HeadShards | None = None
+    """Where each rank has a part of the heads."""
     mean_if_masked: bool = False
     """A query all of whose keys are masked, by boolean masks, gives the mean of all values."""
 
@@ -201,6 +203,7 @@ def decide(
         repeats=int(shape.heads) // int(_example(call.key).shape[1]),
         always_critical=ranges,
         order=order,
+        shards=shards if isinstance(shards := sharding(call.query), HeadShards) else None,
         mean_if_masked=call.mean_if_masked,
     )
 
@@ -211,10 +214,15 @@ def _refuse_obstacle(call: AttentionCall) -> Keep | None:
 
 
 def _refuse_sharded(call: AttentionCall) -> Keep | None:
-    """Where each rank would train its gate on its own part of the heads, so that the gates drift apart."""
-    for name in ("query", "key", "value"):
-        if (how := sharding(getattr(call, name))) is not None:
-            return Keep("tensor parallelism", f"the {name} is of {how}", "all heads, plain tensors, on every rank")
+    """Where each rank has another part of an attention than some of its heads."""
+    accepted = "all heads on every rank, or the same part of them for queries, keys and values"
+    found = {name: sharding(getattr(call, name)) for name in ("query", "key", "value")}
+    for name, how in found.items():
+        if isinstance(how, str):
+            return Keep("tensor parallelism", f"the {name} is of {how}", accepted)
+    if len(set(found.values())) > 1:
+        whole = ", ".join(name for name, how in found.items() if how is None)
+        return Keep("tensor parallelism", f"another part of the heads of the {whole or 'key'}", accepted)
     return None
 
 

@@ -14,6 +14,7 @@ from sla_compile.passes.decide import Rewrite
 from sla_compile.passes.find_attention import AttentionCall, Marker
 from sla_compile.passes.memory_layout import in_any_layout, laid_out_as
 from sla_compile.passes.operands import REPLACED_BY, Step, after, build, example
+from sla_compile.passes.tensor_parallel import gate_on_rank
 from sla_compile.passes.token_order import back
 
 __all__ = ["copied_meta", "erase_markers", "replace_attention"]
@@ -31,6 +32,7 @@ def replace_attention(
     before = node.prev
     with graph.inserting_before(node):
         query, key, value, key_mask = _operands(graph, call, decision)
+        marker = _on_rank(graph, marker, decision)
         weight, bias, scaled_by = _gate(graph, marker, options["linear"])
         results = graph.create_node(
             "call_function",
@@ -84,6 +86,21 @@ def _fill(call: AttentionCall, decision: Rewrite, output: fx.Node) -> tuple[Step
         return (Step("masked_fill", (masked, 0.0)),)
     mean = after(call.value, Step("mean", (2, True)), Step("type_as", (output,)))
     return (Step("where", (after(masked, Step("logical_not")), mean)),)
+
+
+def _on_rank(graph: fx.Graph, marker: Marker, decision: Rewrite) -> Marker:
+    """``marker`` with the gate's tensors as this rank needs them."""
+    if (shards := decision.shards) is None:
+        return marker
+    per_head = {"weight": 3, "bias": 2, "log_scale": 1, "shift": 1, "sparsity": 2}
+    tensors: dict[str, Any] = {}
+    for name, dim in per_head.items():
+        node = getattr(marker, name)
+        if node is not None and (name != "sparsity" or example(node).dim() == dim):
+            on_rank = gate_on_rank(shards, example(node).dim() == dim)
+            tensors[name] = graph.call_function(on_rank, (node,))
+            tensors[name].meta["example_value"] = on_rank(example(node))
+    return replace(marker, **tensors)
 
 
 def _gate(graph: fx.Graph, marker: Marker, linear: str) -> tuple[fx.Node | None, fx.Node | None, fx.Node | None]:

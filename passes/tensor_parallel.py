@@ -1,37 +1,61 @@
-"""Whether a rank holds only a part of an attention's heads, tokens or batch, as DTensor's parallel plans make it."""
+"""How an attention's heads, tokens or batch are spread over ranks, as DTensor's parallel plans do it.
+
+Where each rank has a part of the heads the attention is rewritten, with the gate's tensors as that rank needs them: a
+gate that all heads share as it is, its gradient summed over the ranks; of one for each head, the rank's own heads.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from sla_compile.common.limits import TAYLOR
 from sla_compile.passes.node_ops import read
 from sla_compile.passes.operands import Operand, example
 
-__all__ = ["sharding"]
+__all__ = ["HeadShards", "gate_on_rank", "sharding"]
 
 _MOST_NODES = 400
 _ENDS = {"linear", "scaled_dot_product_attention", "softmax"}
 
 
-def sharding(side: Any) -> str | None:
+@dataclass(frozen=True)
+class HeadShards:
+    """Heads in equal parts over one axis of a mesh of ranks."""
+
+    mesh: Any
+    axis: int
+    distributed: bool
+    """Whether queries, keys and values are DTensors, with the sizes of all ranks together."""
+
+    @property
+    def local_parts(self) -> int:
+        """How many times the heads of the traced queries all heads are."""
+        return 1 if self.distributed else int(self.mesh.size(self.axis))
+
+
+def sharding(side: Any) -> HeadShards | str | None:
     """How ``side`` is spread over ranks, from its projection on; None where nothing shows that it is.
 
-    A local tensor counts too where it is the shard of a DTensor, as what ColwiseParallel gives is.
+    A local tensor counts too where it is the shard of a DTensor, as what ColwiseParallel gives is. A text says how
+    else than by heads.
     """
     node = side.source if isinstance(side, Operand) else side
     if not isinstance(node, fx.Node):
         return None
-    if _is_distributed(example(node)):
-        return _described(example(node))
+    if _is_distributed(value := example(node)):
+        return _by_heads(value, 1, True)
     seen, pending = {node}, [node]
     while pending and len(seen) <= _MOST_NODES:
         node = pending.pop()
         value = example(node)
         if _is_distributed(value) and _is_in_parts(value):
-            return _described(value)
+            return _by_heads(value, value.dim() - 1, False)
         if read(node).word not in _ENDS:
             behind = set(node.all_input_nodes) - seen
             seen |= behind
@@ -45,9 +69,87 @@ def _is_distributed(value: Any) -> bool:
 
 
 def _is_in_parts(value: Any) -> bool:
+    return bool(_parts(value))
+
+
+def _parts(value: Any) -> dict[int, Any]:
+    """The placements of a DTensor along the axes of its mesh that have several ranks, but for replicas."""
     sizes = value.device_mesh.shape
-    return any(placement.is_shard() and size > 1 for placement, size in zip(value.placements, sizes, strict=True))
+    placed = enumerate(zip(value.placements, sizes, strict=True))
+    return {axis: placement for axis, (placement, size) in placed if size > 1 and not placement.is_replicate()}
 
 
-def _described(value: Any) -> str:
+def _by_heads(value: Any, dim: int, distributed: bool) -> HeadShards | str:
+    """The shards of a DTensor whose axis ``dim`` holds the heads."""
+    parts = _parts(value)
+    if not parts and distributed:
+        return HeadShards(value.device_mesh, 0, distributed)
+    ((axis, placement), *others) = parts.items()
+    if not others and type(placement).__name__ == "Shard" and placement.dim % value.dim() == dim:
+        return HeadShards(value.device_mesh, axis, distributed)
     return f"a DTensor, {', '.join(map(str, value.placements))} over {value.device_mesh.size()} rank(s)"
+
+
+def gate_on_rank(shards: HeadShards, by_head: bool) -> Callable[[Tensor], Tensor]:
+    """A function of a graph: a gate's tensor, alike on all ranks, as an attention with these ``shards`` takes it.
+
+    ``by_head``: its first axis are all heads.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    if shards.distributed:
+        _register_shardings()
+    mesh = shards.mesh
+    replicas: list[Any] = [Replicate()] * mesh.ndim
+    of_heads, gradients = list(replicas), list(replicas)
+    of_heads[shards.axis], gradients[shards.axis] = Shard(0), Partial()
+
+    def sla_gate_on_rank(tensor: Any) -> Any:
+        if not isinstance(tensor, DTensor):
+            tensor = DTensor.from_local(tensor, mesh, replicas, run_check=False)
+        if by_head:
+            tensor = tensor.redistribute(mesh, of_heads)
+        if shards.distributed:
+            return tensor
+        return tensor.to_local(grad_placements=of_heads if by_head else gradients)
+
+    return sla_gate_on_rank
+
+
+@functools.cache
+def _register_shardings() -> None:
+    """Let the ops take DTensors: whole, or in parts by heads. Arguments are known by their names in the schema."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor.experimental import register_sharding
+
+    def placements(op: Any, arguments: Any, keywords: Any) -> list[tuple[list[Any], list[Any]]]:
+        names = [argument.name for argument in op._schema.arguments]
+        given = {**dict(zip(names, arguments, strict=False)), **keywords}
+        by_head = {"weight": 3, "bias": 2, "shift": 1, "sparsity": 2}
+
+        def of(name: str, value: Any) -> Any:
+            if not hasattr(value, "tensor_meta"):
+                return None
+            if name in by_head:
+                return Shard(0) if value.tensor_meta is not None and value.ndim == by_head[name] else Replicate()
+            return Replicate() if name == "key_mask" else Shard(1)
+
+        def of_gradient(name: str) -> Any:
+            if name in "qkv":
+                return Shard(1)
+            placed = of(name, given.get(name))
+            return placed if placed is not None and placed.is_shard() else Partial()
+
+        returned = ("q", "k", "v", "weight", "bias", "shift") if op._schema.name == "sla::backward" else ()
+        count = len(op._schema.returns)
+        sharded = [of_gradient(name) for name in returned[:count]] if returned else _forward_results(given, count)
+        inputs = [of(name, given[name]) for name in names if name in given]
+        whole = [None if placed is None else Replicate() for placed in inputs]
+        return [([Replicate()] * count, whole), (sharded, inputs)]
+
+    def _forward_results(given: Any, count: int) -> list[Any]:
+        branch = given["weight"] is not None and given["linear"] not in ("none", TAYLOR)
+        return [Shard(1), Shard(1) if branch else Replicate(), *[Shard(1)] * (count - 2)]
+
+    for op in (torch.ops.sla.forward.default, torch.ops.sla.backward.default):
+        register_sharding(op)(lambda *arguments, op=op, **keywords: placements(op, arguments, keywords))

@@ -108,7 +108,7 @@ class Site:
     def gate_spec(self, decision: Rewrite) -> GateSpec:
         """What this attention, to be rewritten by ``decision``, needs of its gate."""
         return GateSpec(
-            heads=int(decision.shape.heads),
+            heads=int(decision.shape.heads) * (decision.shards.local_parts if decision.shards else 1),
             head_dim=int(decision.shape.head_dim),
             config=self.config,
             model_config=self.model_config,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sla_compile.fitting.observer import GatedCall
+from sla_compile.fitting.ranks import sum_tensors, total
 from sla_compile.gate import Gate
 
 __all__ = ["SHIFTS", "ShiftStatistics"]
@@ -53,11 +54,16 @@ class ShiftStatistics:
 
     def plus(self, other: ShiftStatistics) -> ShiftStatistics:
         """The sums over the tokens of both."""
-        total = ShiftStatistics(self.gate, self.squared.device)
-        total.rungs = self.rungs
+        both = ShiftStatistics(self.gate, self.squared.device)
+        both.rungs = self.rungs
         for name in ("squared", "dense_square", "tokens", "calls"):
-            setattr(total, name, getattr(self, name) + getattr(other, name))
-        return total
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        return both
+
+    def sum_over_ranks(self) -> None:
+        """Make these the sums over the calls of all ranks that fit together."""
+        sum_tensors([self.squared, self.dense_square])
+        self.tokens, self.calls = int(total(self.tokens)), int(total(self.calls))
 
     @property
     def is_empty(self) -> bool:

@@ -17,6 +17,8 @@ CASES: dict[str, Case] = {
     "prepared after diffusers' Ulysses": partial(cases.diffusers_ulysses, prepared_first=False),
     "files": cases.files,
     "fitting": cases.fitting,
+    "tensor parallel": cases.tensor_parallel,
+    "a model that holds a group": cases.holds_a_group,
 }
 
 

@@ -10,9 +10,13 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.experimental import register_sharding
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import sla_compile
 from tests.support.closeness import assert_close
@@ -41,7 +45,7 @@ def wan(**changes: Any) -> tuple[Any, tuple[Tensor, ...]]:
 
 def outcome(compiled: Any, model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """The output, every gradient, and the parameters after one step of an optimizer, whole."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     output = compiled(*inputs, **PLAIN)[0]
     output.square().mean().backward()
     gradients = {f"gradient of {name}": whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
@@ -215,3 +219,69 @@ def fitting(rank: int, folder: Path) -> None:
         fitted("output", sharded(prepared(config)), [(TOKENS[:1],)])
     with pytest.raises(TypeError, match=r"group: got int; accepted: a torch\.distributed\.ProcessGroup, or None"):
         sla_compile.calibrate(prepared(), [(TOKENS[:1],)], group=0)
+
+
+class ParallelAttention(nn.Module):
+    """Heads as torchtitan has them: ``-1``, so that a rank has its own; or attention on DTensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(32, 64) for _ in range(3))
+        self.out = nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, 16)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class ParallelModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = ParallelAttention()
+
+    def forward(self, x: Tensor, **_: Any) -> list[Tensor]:
+        return [x + self.attention(x)]
+
+
+def parallel_model(config: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    model = sla_compile.prepare(ParallelModel(), (TOKENS,), config=config)
+    with_gates(model)
+    return model
+
+
+def tensor_parallel(rank: int, folder: Path) -> None:
+    """Each rank with half of the heads: output, gradients and one step as on one process."""
+    cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    # traced before it is rewritten, and on CPUs torch searches for its sharding for minutes
+    register_sharding(cpu)(lambda *_, **__: [([Shard(1)] * 2, [Shard(1)] * 3 + [None] * 3)])
+    for changes in ({}, {"gate": "per_head", "sparse_scale": True}):
+        torch._dynamo.reset()
+        config = {**OPTIONS, **changes}
+        alone = parallel_model(config)
+        expected = outcome(torch.compile(alone, backend="sla", options=INNER), alone, (TOKENS,))
+        for local in (True, False):
+            torch._dynamo.reset()
+            model = parallel_model(config)
+            column: Any = ColwiseParallel(use_local_output=local)
+            plan = {f"attention.{name}": column for name in "qkv"} | {"attention.out": RowwiseParallel()}
+            parallelize_module(model, init_device_mesh("cpu", (WORLD,)), plan)
+            found = outcome(torch.compile(model, backend="sla", options=INNER), model, (TOKENS,))
+            (site,) = sla_compile.report(model).sites
+            assert site.rewritten, (changes, local, str(site))
+            assert found.keys() == expected.keys()
+            for name in expected:
+                assert_close(f"{changes}, {local}: {name}", found[name], expected[name], 1e-11)
+            sla_compile.save(model, folder / f"{rank}.safetensors")
+            (gate,) = sla_compile.gates(sla_compile.load(ParallelModel(), folder / f"{rank}.safetensors")).values()
+            assert torch.equal(gate.weight, sla_compile.gates(model)["attention.sla"].weight)
+
+
+def holds_a_group(rank: int, folder: Path) -> None:
+    """A model that holds a process group and a mesh is prepared, on one rank alone too."""
+    model = small_model()
+    model.group, model.blocks[0].mesh = dist.group.WORLD, init_device_mesh("cpu", (WORLD,))
+    if rank == 0:
+        sla_compile.prepare(model, (TOKENS,), config=OPTIONS)
+        assert len(sla_compile.gates(model)) == 2
