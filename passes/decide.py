@@ -20,7 +20,7 @@ from sla_compile.passes.key_masks import Masks, split_mask
 from sla_compile.passes.operands import Source, Step, after
 from sla_compile.passes.operands import example as _example
 from sla_compile.passes.profitability import SkippablePairs, UnknownRange, forced_tokens, token_ranges
-from sla_compile.passes.tensor_parallel import HeadShards, sharding
+from sla_compile.passes.tensor_parallel import Exchanged, HeadShards, exchanged, sharding
 from sla_compile.passes.token_order import (
     AS_IN_THE_MODEL,
     AS_IT_IS,
@@ -79,7 +79,7 @@ class Rewrite:
     always_critical: tuple[int, ...] = ()
     """start, stop, start, stop, ... of key tokens in ``order``, by the rules of slices."""
     order: TokenOrder = AS_IT_IS
-    shards: HeadShards | None = None
+    shards: HeadShards | Exchanged | None = None
     """Where each rank has a part of the heads."""
     mean_if_masked: bool = False
     """A query all of whose keys are masked, by boolean masks, gives the mean of all values."""
@@ -203,7 +203,7 @@ def decide(
         repeats=int(shape.heads) // int(_example(call.key).shape[1]),
         always_critical=ranges,
         order=order,
-        shards=shards if isinstance(shards := sharding(call.query), HeadShards) else None,
+        shards=_shards(call),
         mean_if_masked=call.mean_if_masked,
     )
 
@@ -211,6 +211,11 @@ def decide(
 def _refuse_obstacle(call: AttentionCall) -> Keep | None:
     obstacle = call.obstacle
     return None if obstacle is None else Keep(obstacle.reason, obstacle.value, obstacle.accepted)
+
+
+def _shards(call: AttentionCall) -> HeadShards | Exchanged | None:
+    found = sharding(call.query)
+    return found if isinstance(found, HeadShards) else exchanged((call.query, call.key, call.value))
 
 
 def _refuse_sharded(call: AttentionCall) -> Keep | None:

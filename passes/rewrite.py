@@ -98,6 +98,8 @@ def _on_rank(graph: fx.Graph, marker: Marker, decision: Rewrite) -> Marker:
         node = getattr(marker, name)
         if node is not None and (name != "sparsity" or example(node).dim() == dim):
             on_rank = gate_on_rank(shards, example(node).dim() == dim)
+            if on_rank is None:
+                continue
             tensors[name] = graph.call_function(on_rank, (node,))
             tensors[name].meta["example_value"] = on_rank(example(node))
     return replace(marker, **tensors)

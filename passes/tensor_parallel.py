@@ -1,13 +1,14 @@
-"""How an attention's heads, tokens or batch are spread over ranks, as DTensor's parallel plans do it.
+"""How an attention's heads, tokens or batch are spread over ranks, as DTensor's parallel plans and Ulysses do it.
 
 Where each rank has a part of the heads the attention is rewritten, with the gate's tensors as that rank needs them: a
 gate that all heads share as it is, its gradient summed over the ranks; of one for each head, the rank's own heads.
+Under Ulysses, which exchanges tokens for heads, gradients are summed by whoever sums those of all parameters.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from sla_compile.common.limits import TAYLOR
 from sla_compile.passes.node_ops import read
 from sla_compile.passes.operands import Operand, example
 
-__all__ = ["HeadShards", "gate_on_rank", "sharding"]
+__all__ = ["Exchanged", "HeadShards", "exchanged", "gate_on_rank", "sharding"]
 
 _MOST_NODES = 400
 _ENDS = {"linear", "scaled_dot_product_attention", "softmax"}
@@ -37,6 +38,54 @@ class HeadShards:
     def local_parts(self) -> int:
         """How many times the heads of the traced queries all heads are."""
         return 1 if self.distributed else int(self.mesh.size(self.axis))
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """Heads in equal parts over ranks that exchanged their tokens for them, as Ulysses does, this rank's the part
+    ``rank``."""
+
+    ranks: int
+    rank: int
+
+    @property
+    def local_parts(self) -> int:
+        """How many times the heads of the traced queries all heads are."""
+        return self.ranks
+
+
+def exchanged(sides: Iterable[Any]) -> Exchanged | None:
+    """The exchange that all ``sides``, queries, keys and values, come from; None where they do not."""
+    found = {_exchange(side) for side in sides}
+    (name,) = found if len(found) == 1 else (None,)
+    if name is None:
+        return None
+    # a graph names its groups, and only this knows them by name
+    resolve: Any = torch.distributed.distributed_c10d._resolve_process_group
+    group = resolve(name)
+    return Exchanged(torch.distributed.get_world_size(group), torch.distributed.get_rank(group))
+
+
+def _exchange(side: Any) -> str | None:
+    """The name of the group of an all-to-all between ``side`` and its projection."""
+    node = side.source if isinstance(side, Operand) else side
+    if not isinstance(node, fx.Node):
+        return None
+    seen, pending = {node}, [node]
+    while pending and len(seen) <= _MOST_NODES:
+        node = pending.pop()
+        owner = node.graph.owning_module
+        parts = [getattr(owner, str(other.target), None) for other in node.all_input_nodes if other.op == "get_attr"]
+        inside = [part for part in parts if isinstance(part, fx.GraphModule)]  # the forward of an autograd function
+        for one in (node, *(inner for part in inside[:1] for inner in part.graph.nodes)):
+            names = [argument for argument in one.args if isinstance(argument, str)]
+            if "all_to_all_single" in str(one.target) and names:
+                return names[-1]
+        if read(node).word not in _ENDS:
+            behind = set(node.all_input_nodes) - seen
+            seen |= behind
+            pending += behind
+    return None
 
 
 def sharding(side: Any) -> HeadShards | str | None:
@@ -90,11 +139,23 @@ def _by_heads(value: Any, dim: int, distributed: bool) -> HeadShards | str:
     return f"a DTensor, {', '.join(map(str, value.placements))} over {value.device_mesh.size()} rank(s)"
 
 
-def gate_on_rank(shards: HeadShards, by_head: bool) -> Callable[[Tensor], Tensor]:
+def gate_on_rank(shards: HeadShards | Exchanged, by_head: bool) -> Callable[[Tensor], Tensor] | None:
     """A function of a graph: a gate's tensor, alike on all ranks, as an attention with these ``shards`` takes it.
 
-    ``by_head``: its first axis are all heads.
+    ``by_head``: its first axis are all heads. None where that is as it is.
     """
+    return _of_exchanged(shards, by_head) if isinstance(shards, Exchanged) else _of_shards(shards, by_head)
+
+
+def _of_exchanged(shards: Exchanged, by_head: bool) -> Callable[[Tensor], Tensor] | None:
+    def sla_gate_on_rank(tensor: Tensor) -> Tensor:
+        heads = tensor.shape[0] // shards.ranks
+        return tensor.narrow(0, shards.rank * heads, heads)
+
+    return sla_gate_on_rank if by_head else None
+
+
+def _of_shards(shards: HeadShards, by_head: bool) -> Callable[[Tensor], Tensor]:
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     if shards.distributed:

@@ -96,6 +96,12 @@ def _inject(sites: Sequence[Site], frame: Frame) -> int:
         if isinstance(site.decision, Rewrite) and site.marker is None and site.owner is not None
         if not is_awaited(site.owner, site.ordinal)
     ]
+    for site in sites:
+        if hasattr(site.gate, "_get_fsdp_state"):
+            raise ValueError(
+                f"{site.gate_path}: the gate itself is in fully_shard, and as it is never called nothing would gather "
+                f"it; accepted: fully_shard of its owner, or of a module around that"
+            )
     for site, owner, _ in missing:
         refuse_taken_name(owner, site.ordinal, site.gate_path)
         if site.gate is None:

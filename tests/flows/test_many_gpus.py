@@ -19,6 +19,7 @@ CASES: dict[str, Case] = {
     "fitting": cases.fitting,
     "tensor parallel": cases.tensor_parallel,
     "a model that holds a group": cases.holds_a_group,
+    "a gate in fully_shard": cases.gate_in_fully_shard,
 }
 
 

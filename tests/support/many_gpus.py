@@ -62,15 +62,19 @@ def summed(found: dict[str, Tensor]) -> None:
 
 
 @functools.cache
-def of_one_process() -> tuple[dict[str, Tensor], str]:
+def of_one_process(gate: str) -> tuple[dict[str, Tensor], str]:
     """What training without a second rank gives, and the call site of its gate."""
     model, inputs = wan()
-    sla_compile.prepare(model, inputs, PLAIN, config=SMALL)
+    sla_compile.prepare(model, inputs, PLAIN, config=settings(gate))
     with_gates(model)
     expected = outcome(torch.compile(model, backend="sla", options=INNER), model, inputs)
-    (gate,) = sla_compile.gates(model).values()
+    (made,) = sla_compile.gates(model).values()
     torch._dynamo.reset()
-    return expected, gate.call_site
+    return expected, made.call_site
+
+
+def settings(gate: str) -> dict[str, Any]:
+    return {**SMALL, "gate": gate, "sparse_scale": gate == "per_head"}
 
 
 def with_gates(model: nn.Module) -> None:
@@ -92,30 +96,29 @@ def state_of(model: nn.Module) -> Any:
 
 def diffusers_ulysses(rank: int, folder: Path, *, prepared_first: bool) -> None:
     """Trained under diffusers' Ulysses as on one process; a validation call before it changes nothing."""
-    expected, call_site = of_one_process()
+    gate = "per_head" if prepared_first else "shared"
+    expected, call_site = of_one_process(gate)
     model, inputs = wan()
+    config = settings(gate)
     if prepared_first:
-        sla_compile.prepare(model, inputs, PLAIN, config=SMALL)
+        sla_compile.prepare(model, inputs, PLAIN, config=config)
     enable_ulysses(model)
     if not prepared_first:
         before = state_of(model)
-        assert any(site.rewritten for site in sla_compile.explain(model, inputs, PLAIN, config=SMALL).sites)
+        assert any(site.rewritten for site in sla_compile.explain(model, inputs, PLAIN, config=config).sites)
         assert state_of(model) == before, "nothing is left behind"
-        sla_compile.prepare(model, inputs, PLAIN, config=SMALL)
+        sla_compile.prepare(model, inputs, PLAIN, config=config)
     (path,) = sla_compile.gates(model)
     assert path == "blocks.0.attn1.sla"
+    assert sla_compile.gates(model)[path].heads == 2, "of all ranks"
     with_gates(model)
-    compiled: Any = model
     with torch.no_grad():  # what is not compiled stays dense; diffusers' hooks look at signatures once
         model(*inputs, **PLAIN)
-    if prepared_first:  # diffusers' own hooks of the whole model break the graph, outside the blocks
-        for block in model.blocks:
-            block.compile(backend="sla", options=INNER, fullgraph=True)
-    else:
-        compiled = torch.compile(model, backend="sla", options=INNER)
+    for block in model.blocks:  # diffusers' own hooks of the whole model break the graph, outside the blocks
+        block.compile(backend="sla", options=INNER, fullgraph=True)
     with torch.no_grad():
-        assert_close("validation", compiled(*inputs, **PLAIN)[0], expected["output"], 1e-12)
-    found = outcome(compiled, model, inputs)
+        assert_close("validation", model(*inputs, **PLAIN)[0], expected["output"], 1e-12)
+    found = outcome(model, model, inputs)
     assert [site.path for site in sla_compile.report(model).sites if site.rewritten] == ["blocks.0.attn1"]
     assert sla_compile.gates(model)[path].call_site == call_site, "a file of many GPUs fits one"
     summed(found)
@@ -285,3 +288,11 @@ def holds_a_group(rank: int, folder: Path) -> None:
     if rank == 0:
         sla_compile.prepare(model, (TOKENS,), config=OPTIONS)
         assert len(sla_compile.gates(model)) == 2
+
+
+def gate_in_fully_shard(rank: int, folder: Path) -> None:
+    """A gate is never called, so that nothing would gather it: refused with the reason."""
+    model = prepared()
+    fully_shard(model.blocks[0].attention.sla)
+    with pytest.raises(ValueError, match=r"attention\.sla: the gate itself is in fully_shard, .*; accepted: "):
+        torch.compile(model, backend="sla", options=INNER)(TOKENS)
