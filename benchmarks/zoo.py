@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.zoo [names ...] [--date 2026-11-24] [--write]
 
 For each example of tests/zoo/, in a process of its own: at topk=1 the compiled model must equal the eager
-one, at a smaller topk every gate must get a gradient, and no graph break may be there that plain Dynamo does not also
-have.
+one, at a smaller topk every gate must get a gradient, no graph break may be there that plain Dynamo does not also have,
+and none of our warnings may be given.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ OPTIONS: dict[str, Any] = {"min_tokens": 32, "block_q": 16, "block_k": 16}
 DENSE = {**OPTIONS, "inner": "aot_eager", "topk": 1.0, "bottomk": 0.0}
 SPARSE = {**OPTIONS, "inner": "eager", "topk": 0.25, "bottomk": 0.1}  # a joint graph of each class takes minutes
 BUDGET = 1e-4
+ALARMS = (sla_compile.DenseAttentionWarning, sla_compile.LateGatesWarning, sla_compile.UnmatchedPatternWarning)
+"""Errors here: nothing in these models asks for them."""
 PAGE = Path(__file__).parent.parent / "docs" / "diffusers.md"
 
 
@@ -147,6 +149,8 @@ def _fresh() -> None:
 
 def _child(name: str, pipe: Connection) -> None:
     warnings.simplefilter("ignore")
+    for alarm in ALARMS:
+        warnings.simplefilter("error", alarm)
     try:
         pipe.send(examine(name))
     except Exception as error:

@@ -90,14 +90,18 @@ def nan_fresh_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
-    """Nothing is compiled yet, counters and seed are at zero, and user warnings are not shown."""
+    """Nothing is compiled yet, counters and seed are at zero; user warnings are not shown, but two are errors."""
     from torch._dynamo.utils import counters
+
+    import sla_compile
 
     torch.manual_seed(0)
     torch._dynamo.reset()
     counters.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
+        for mistaken in (sla_compile.LateGatesWarning, sla_compile.UnmatchedPatternWarning):
+            warnings.simplefilter("error", mistaken)  # as in pyproject.toml
         yield
 
 

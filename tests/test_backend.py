@@ -228,9 +228,10 @@ def test_a_refused_option_is_told_where_errors_are_suppressed(options: dict[str,
     sla_compile.prepare(model, (x,), config=OPTIONS)
     with torch._dynamo.config.patch(suppress_errors=True):
         run = torch.compile(model.blocks[0].attention, backend="sla", options=options)
-        with pytest.warns(
-            UserWarning, match=f"suppress_errors lets this run .* dense: .*{next(iter(options))}"
-        ) as told:
+        with (
+            pytest.warns(sla_compile.DenseAttentionWarning, match="blocks.0.attention: its attention runs dense"),
+            pytest.warns(UserWarning, match=f"suppress_errors lets this run .* dense: .*{next(iter(options))}") as told,
+        ):
             assert torch.equal(run(x), model.blocks[0].attention(x))
     assert any(warning.filename == __file__ for warning in told)
 
