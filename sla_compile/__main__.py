@@ -1,25 +1,21 @@
 """Command line: ``python -m sla_compile explain package.module:factory``; ``atlas``, ``doctor``, ``show`` and ``tune``.
 
-In this order: the parser, the commands with what they print, what imports and calls a factory. A command imports
-what it needs when it runs.
+In this order: the parser, the commands with what they print. A command imports what it needs when it runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import importlib.util
 import inspect
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from torch import nn
-
 from sla_compile.common.limits import BLOCK_SIZES, MAX_HEAD_DIM, MIN_HEAD_DIM
+from sla_compile.factories import UsageError, call_factory, error_line, key_values, model_and_inputs
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -52,10 +48,6 @@ time launches of the Triton kernels on this GPU, for each head dimension and dty
 Those that are faster than the shipped ones are written to FILE, beside what it has for other GPUs. They are in force
   where SLA_COMPILE_LAUNCHES=FILE is set.
 """
-
-
-class UsageError(Exception):
-    """A mistake in the command line or in what it names; `main` prints it in one line."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -166,11 +158,11 @@ def _explain(options: argparse.Namespace) -> str:
     from sla_compile.reporting.model_report import explain
 
     config = _config(options.config)
-    model, args, kwargs = _model_and_inputs(options.factory, _call_factory(options.factory, options.args))
+    model, args, kwargs = model_and_inputs(options.factory, call_factory(options.factory, options.args))
     try:
         report = explain(model, args, kwargs, config=config)
     except Exception as error:
-        raise UsageError(f"{options.factory}: cannot be traced: {_error_line(error)}") from error
+        raise UsageError(f"{options.factory}: cannot be traced: {error_line(error)}") from error
     report = report.without_diffs() if options.no_diff else report
     return report.to_json() if options.json else _print(report, options.width)
 
@@ -179,7 +171,7 @@ def _config(given: Sequence[str]) -> SLAConfig | None:
     from sla_compile.config import SLAConfig
 
     try:
-        return SLAConfig.from_options(_key_values("--config", given)) if given else None
+        return SLAConfig.from_options(key_values("--config", given)) if given else None
     except ValueError as error:
         raise UsageError(f"--config: {error}") from error
 
@@ -188,7 +180,7 @@ def _atlas(options: argparse.Namespace) -> str:
     from sla_compile.inspection.atlas import atlas
 
     config = _config(options.config)
-    model, args, kwargs = _model_and_inputs(options.factory, _call_factory(options.factory, options.args))
+    model, args, kwargs = model_and_inputs(options.factory, call_factory(options.factory, options.args))
     try:
         named = inspect.signature(model.forward).bind_partial(*args).arguments if args and kwargs else {}
         found = atlas(model, [{**named, **kwargs} if kwargs else args], config)
@@ -196,7 +188,7 @@ def _atlas(options: argparse.Namespace) -> str:
         for path in options.out:
             found.save(path, options.site)
     except Exception as error:
-        raise UsageError(f"{options.factory}: {_error_line(error)}") from error
+        raise UsageError(f"{options.factory}: {error_line(error)}") from error
     return found.to_json(indent=2, maps=options.site is not None) if options.json else _print(view, options.width)
 
 
@@ -315,86 +307,6 @@ def _print(view: Any, width: int | None) -> str:
 
     Console(width=width).print(view)
     return ""
-
-
-def _call_factory(name: str, given: Sequence[str]) -> Any:
-    """What the factory ``package.module:name`` returns, called with the ``--args`` that were ``given``."""
-    factory = _import_factory(name)
-    positional = [_json_or_text(text) for text in given if "=" not in text]
-    keywords = _key_values("--args", [text for text in given if "=" in text])
-    try:
-        return factory(*positional, **keywords)
-    except Exception as error:
-        raise UsageError(f"{name} raised {_error_line(error)}") from error
-
-
-def _import_factory(name: str) -> Any:
-    module_name, colon, path = name.partition(":")
-    if not (module_name and colon and path):
-        raise UsageError(f"FACTORY: got {name!r}; accepted: package.module:factory")
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        where = "" if f"{module_name}.".startswith(f"{error.name}.") else f", needed by {module_name!r}"
-        raise UsageError(f"no module {error.name!r}{where} (searched from {os.getcwd()})") from error
-    except Exception as error:
-        raise UsageError(f"import of {module_name!r} raised {_error_line(error)}") from error
-    for part in path.split("."):
-        if not hasattr(found, part):
-            import difflib
-
-            close = difflib.get_close_matches(part, dir(found), 1)
-            nearest = f"; nearest known: {close[0]!r}" if close else ""
-            raise UsageError(f"no factory {path!r} in {module_name!r}{nearest}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise UsageError(f"{name} is a {type(found).__name__}; accepted: a callable")
-    return found
-
-
-def _model_and_inputs(name: str, made: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """Model, args and kwargs, from what the factory ``name`` returned (``made``)."""
-    if isinstance(made, nn.Module) and hasattr(made, "example_inputs"):
-        inputs: Any = made.example_inputs
-        made = (made, (), inputs) if isinstance(inputs, Mapping) else (made, inputs)
-    if isinstance(made, tuple) and len(made) in (2, 3) and isinstance(made[0], nn.Module):
-        model, args, kwargs = (*made, {})[:3]
-        if isinstance(args, tuple | list) and isinstance(kwargs, Mapping):
-            return model, tuple(args), dict(kwargs)
-    kinds = type(made).__name__
-    if isinstance(made, tuple):
-        kinds = f"a tuple of ({', '.join(type(item).__name__ for item in made)})"
-    raise UsageError(
-        f"{name} returned {kinds}; accepted: (model, args tuple), (model, args tuple, kwargs dict), "
-        f"or a model with an attribute example_inputs"
-    )
-
-
-def _key_values(option: str, texts: Sequence[str]) -> dict[str, Any]:
-    pairs = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not (key and equals):
-            raise UsageError(f"{option}: got {text!r}; accepted: KEY=VALUE")
-        pairs[key] = _json_or_text(value)
-    return pairs
-
-
-def _json_or_text(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def _error_line(error: Exception) -> str:
-    """Class, first line of the message, and file and line that raised, in one line."""
-    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    place = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else ""
-    return f"{type(error).__name__}: {message}{place}"
 
 
 if __name__ == "__main__":

@@ -20,19 +20,15 @@ from sla_compile.backend import sla
 from sla_compile.compat import current_frame, throw_away_compile
 from sla_compile.compiler.preparation import unwrapped
 from sla_compile.config import SLAConfig
-from sla_compile.fitting.calibration import gather
-from sla_compile.fitting.observer import Arguments, GatedCall, no_gated_call_message
+from sla_compile.fitting.observer import Arguments, GatedCall, gated_calls, no_gated_call_message
 from sla_compile.fitting.output_error import OutputError
-from sla_compile.fitting.regression import SiteStatistics
 from sla_compile.gate import gates
-from sla_compile.inspection.trial import dense_copy, read_batches, trial_copy
+from sla_compile.inspection.trial import Statistics, best_gate, dense_copy, read_batches, statistics_of, trial_copy
 from sla_compile.reporting.model_report import explain
 from sla_compile.user_warnings import UntrainedGatesWarning
 
 __all__ = ["ComparisonReport", "Errors", "Forward", "SiteComparison", "compare"]
 
-_RIDGE = 1e-2
-"""That of ``calibrate``."""
 _OUTPUT_BATCHES = 4
 """How many batches, the first ones, errors of the model's output are measured on."""
 
@@ -42,7 +38,7 @@ class Errors:
     """||O - dense|| / ||dense|| with three gates."""
 
     sparse_only: float
-    """With gates of zero."""
+    """With gates of zero; for ``linear="taylor"`` not the sparse branch alone, but shifts of zero."""
     now: float
     """With the gates that the model has; those of one without gates are zero."""
     fitted: float
@@ -169,20 +165,20 @@ def compare(
     model = unwrapped(model)
     data = read_batches(batches, max_batches)
     student = trial_copy(model, data[0], config)
-    count, found = gather(student, data)
+    found = _measure(student, data)
     if not found:
         raise ValueError(no_gated_call_message(model, data[0], config))
     for path, site in found.items():
         if not site.is_finite():
             raise ValueError(f"{path}: attention, dense or sparse, is not finite on these batches")
-    fitted = {path: site.solve(_RIDGE) for path, site in found.items()}
+    fitted = {path: best_gate(site) for path, site in found.items()}
     sites = tuple(_site(path, site, fitted[path]) for path, site in found.items())
     settings = next(iter(gates(student).values())).model_config
     timed = (None, None) if inner is None else _time(dense_copy(model), student, data[0], settings, inner, repeats)
     return ComparisonReport(
         model=type(model).__name__,
-        batches=count,
-        device=str(next(iter(found.values())).gram.device),
+        batches=len(data),
+        device=str(next(iter(found.values())).dense_square.device),
         output=_output_errors(student, data[:_OUTPUT_BATCHES], fitted),
         sites=sites,
         kept={s.path: f"{s.reason}: {s.value}" for s in explain(student, *data[0]).sites if not s.rewritten},
@@ -192,7 +188,24 @@ def compare(
     )
 
 
-def _site(path: str, site: SiteStatistics, fitted: tuple[Tensor, ...]) -> SiteComparison:
+@torch.no_grad()
+def _measure(model: nn.Module, batches: Iterable[Arguments]) -> dict[str, Statistics]:
+    """By gate path, what is summed at each gated attention of the dense model."""
+    sites: dict[str, Statistics] = {}
+
+    def observe(call: GatedCall) -> Tensor:
+        if call.path not in sites:
+            sites[call.path] = statistics_of(call.gate, call.dense.device)
+        sites[call.path].add(call)
+        return call.dense
+
+    with gated_calls(model, observe):
+        for args, kwargs in batches:
+            model(*args, **kwargs)
+    return sites
+
+
+def _site(path: str, site: Statistics, fitted: tuple[Tensor, ...]) -> SiteComparison:
     errors = Errors(site.sparse_only_error(), site.error(*site.gate.parameters()), site.error(*fitted))
     return SiteComparison(path, site.calls, errors)
 
@@ -209,7 +222,7 @@ def _output_errors(model: nn.Module, batches: Sequence[Arguments], fitted: Mappi
     return Errors(
         sparse_only=with_gates(lambda call: [torch.zeros_like(x) for x in call.gate.parameters()]),
         now=with_gates(lambda call: call.gate.parameters()),
-        fitted=with_gates(lambda call: (x.to(call.gate.weight.dtype) for x in fitted[call.path])),
+        fitted=with_gates(lambda call: (x.to(call.gate.dtype) for x in fitted[call.path])),
     )
 
 

@@ -40,7 +40,7 @@ class RunCounters:
 
     def reset(self) -> None:
         """Count from zero again."""
-        devices = {path: gate.weight.device for path, gate in self._gates.items()}
+        devices = {path: gate.device for path, gate in self._gates.items()}
         devices[OTHER] = next(iter(devices.values()))
         # Made here, outside any capture of a CUDA graph.
         with torch.inference_mode(False):
@@ -100,9 +100,10 @@ class RunCounters:
 
     def _site(self, inputs: AttentionInputs) -> str:
         """The path of the gate whose tensors these are."""
-        given = {x.data_ptr() for x in (inputs.weight, inputs.bias, inputs.sparsity) if x is not None and x.numel()}
+        tensors = (inputs.weight, inputs.bias, inputs.shift, inputs.sparsity)
+        given = {x.data_ptr() for x in tensors if x is not None}
         for path, gate in self._gates.items():
-            own = (x for x in (gate.weight, gate.bias, gate.sparsity) if x is not None)
+            own = (x for x in (gate.weight, gate.bias, gate.shift, gate.sparsity) if x is not None)
             if any(x.data_ptr() in given for x in own):
                 return path
         return OTHER

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,7 @@ def sheet(atlas: Atlas) -> Any:
     mass.set(title="true attention by class of block", ylabel="%")
     # the sum of an untrained gate is the sparse branch: it lies inside the wide line
     for field, colour, width in (("sparse", SPARSE, 5.0), ("linear", DENSE, 1.5), ("sum", NOW, 1.5)):
-        values = [getattr(site.errors, field) for site in atlas.sites]
+        values = [math.nan if (e := getattr(site.errors, field)) is None else e for site in atlas.sites]
         errors.plot(places, values, "o-", color=colour, label=field, linewidth=width, markersize=4 + width)
     errors.plot(places, [site.fitted for site in atlas.sites], "o-", color=FITTED, label="fitted gate")
     errors.set(title="relative error against dense", ylim=(0, None))

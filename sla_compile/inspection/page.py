@@ -65,7 +65,7 @@ def _site_row(site: SiteAtlas) -> list[str]:
         _percent(site.topk),
         suggested,
         *map(_percent, shares),
-        *(f"{error:.4f}" for error in errors),
+        *map(_error, errors),
     ]
 
 
@@ -73,7 +73,7 @@ def _site(site: SiteAtlas) -> str:
     columns = ["head", *_CLASSES, "best choice", "recall", "above 1/n", "below 1/(100 n)", "rank of the rest", *_ERRORS]
     heads = [_head_row(number, head) for number, head in enumerate(site.heads)]
     topks, errors = zip(*site.curve, strict=True)
-    curve = _table(["topk", *map(_percent, topks)], [["error", *(f"{error:.4f}" for error in errors)]])
+    curve = _table(["topk", *map(_percent, topks)], [["error", *map(_error, errors)]])
     times = [
         [str(b.batch), "" if b.time is None else f"{b.time:.4g}", _percent(b.critical_mass), f"{b.error:.4f}"]
         for b in site.batches
@@ -87,7 +87,7 @@ def _site(site: SiteAtlas) -> str:
 def _head_row(number: int, head: HeadAtlas) -> list[str]:
     shares = (*head.mass.values(), head.best_mass, head.recall, head.above_mean, head.tiny)
     errors = (head.errors.sparse, head.errors.linear, head.errors.sum)
-    return [str(number), *map(_percent, shares), f"{head.rest_rank:.1f}", *(f"{error:.4f}" for error in errors)]
+    return [str(number), *map(_percent, shares), f"{head.rest_rank:.1f}", *map(_error, errors)]
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> str:
@@ -101,6 +101,10 @@ def _image(figure: Any, text: str) -> str:
     figure.savefig(buffer, format="svg")
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{escape(text)}" src="data:image/svg+xml;base64,{data}">'
+
+
+def _error(error: float | None) -> str:
+    return "none" if error is None else f"{error:.4f}"
 
 
 def _percent(share: float) -> str:

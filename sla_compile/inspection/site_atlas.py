@@ -11,25 +11,23 @@ import torch
 from torch import Tensor
 
 from sla_compile.fitting.observer import GatedCall
-from sla_compile.fitting.regression import TOKENS_PER_CHUNK, SiteStatistics
+from sla_compile.fitting.regression import TOKENS_PER_CHUNK
 from sla_compile.fitting.sensitivity import SiteSensitivity
 from sla_compile.gate import Gate
 from sla_compile.inspection.attention_map import HeadMap, HeadSums, measure_call
+from sla_compile.inspection.trial import Statistics, best_gate, statistics_of
 
 __all__ = ["BatchAtlas", "BranchErrors", "HeadAtlas", "SiteAtlas", "SiteSums"]
-
-_RIDGE = 1e-2
-"""That of ``calibrate``."""
 
 
 @dataclass(frozen=True)
 class BranchErrors:
     """||x - dense|| / ||dense||, of outputs of one head or of all, for these x."""
 
-    sparse: float
-    """O^s, attention over the critical blocks."""
-    linear: float
-    """O^l, linear attention over the marginal blocks, before the gate; nan without that branch."""
+    sparse: float | None
+    """O^s, attention over the critical blocks; None with ``linear="taylor"``, whose one softmax has no branches."""
+    linear: float | None
+    """O^l, linear attention over the marginal blocks, before the gate; None without that branch."""
     sum: float
     """The output with the gate as it is: with an untrained one, O^s."""
 
@@ -117,7 +115,7 @@ class SiteSums:
     shape: tuple[int, int, int, int, int]
     """B, H, N, L, D."""
     sums: list[HeadSums]
-    statistics: SiteStatistics
+    statistics: Statistics
     calls: int = 0
     maps: list[HeadMap] = field(default_factory=list)
     squares: dict[str, Tensor] = field(default_factory=dict)
@@ -131,7 +129,7 @@ class SiteSums:
         batch, heads, queries, dim = call.query.shape
         shape = (batch, heads, queries, call.key.shape[2], dim)
         sums = [HeadSums() for _ in range(heads)]
-        return cls(call.gate, shape, sums, SiteStatistics(call.gate, call.dense.device))
+        return cls(call.gate, shape, sums, statistics_of(call.gate, call.dense.device))
 
     def add(self, call: GatedCall, batch: int) -> None:
         """Measure ``call``, of the batch with this number."""
@@ -139,10 +137,12 @@ class SiteSums:
         self.maps = self.maps or maps
         for mine, found in zip(self.sums, sums, strict=True):
             mine.add(found)
-        sparse, linear = call.branches()
-        self.statistics.add_part(call, (sparse, linear), slice(None), 0, call.dense.shape[2])
-        outputs = {"sparse": sparse, "linear": linear, "sum": call.output_with_gate(*call.gate.parameters())}
-        squares = {name: _squares(x, call.dense) for name, x in outputs.items() if x is not None}
+        self.statistics.add(call)
+        outputs = {"sum": call.output_with_gate(*call.gate.parameters())}
+        if call.gate.shift is None:
+            sparse, linear = call.branches()
+            outputs |= {"sparse": sparse} if linear is None else {"sparse": sparse, "linear": linear}
+        squares = {name: _squares(x, call.dense) for name, x in outputs.items()}
         squares["dense"] = _squares(torch.zeros_like(call.dense), call.dense)
         for name, value in squares.items():
             self.squares[name] = self.squares.get(name, 0) + value
@@ -168,7 +168,7 @@ class SiteSums:
             block_shape=(self.gate.config.block_q, self.gate.config.block_k),
             heads=tuple(self._head(i) for i in range(len(self.sums))),
             errors=self._errors(slice(None)),
-            fitted=self.statistics.error(*self.statistics.solve(_RIDGE)),
+            fitted=self.statistics.error(*best_gate(self.statistics)),
             curve=tuple((topk, math.sqrt(loss)) for topk, loss in losses),
             batches=tuple(batches),
             topk=sensitivity.topk_before,
@@ -191,11 +191,8 @@ class SiteSums:
 
     def _errors(self, heads: slice) -> BranchErrors:
         dense = self.squares["dense"][heads].sum().item()
-        found = {
-            name: math.sqrt(_over(self.squares[name][heads].sum().item(), dense)) if name in self.squares else math.nan
-            for name in ("sparse", "linear", "sum")
-        }
-        return BranchErrors(**found)
+        found = {name: math.sqrt(_over(square[heads].sum().item(), dense)) for name, square in self.squares.items()}
+        return BranchErrors(found.get("sparse"), found.get("linear"), found["sum"])
 
 
 def _over(part: float, whole: float) -> float:

@@ -149,7 +149,7 @@ class AtlasView:
                 topk += f" -> {100 * site.suggested:.3g}%"
             mass = f"{_percent(site.mean('mass', 'critical'))} of {_percent(site.mean('best_mass'))}"
             errors = (site.errors.sparse, site.errors.linear, site.errors.sum, site.fitted)
-            rows.append((site.path, topk, mass, _percent(site.mean("recall")), *(f"{error:.3f}" for error in errors)))
+            rows.append((site.path, topk, mass, _percent(site.mean("recall")), *map(_error, errors)))
         columns = ("attention", "topk", "critical mass", "recall", "sparse", "linear", "sum", "fitted")
         title = "attention in critical blocks, of the best choice's; relative errors of branches, sum and fitted gate"
         yield from rows_of(title, columns, rows, width)
@@ -209,8 +209,8 @@ def _head(number: int, head: HeadAtlas, width: int) -> Iterator[RenderableType]:
     yield Text(f"\nhead {number}", style="bold", overflow="fold").append(
         f": attention in {mass}; recall {_percent(head.recall)}, best choice {_percent(head.best_mass)}; weights above "
         f"1/n {_percent(head.above_mean)}, below 1/(100 n) {_percent(head.tiny)}; stable rank of the rest "
-        f"{head.rest_rank:.1f}; error sparse {head.errors.sparse:.3f}, linear {head.errors.linear:.3f}, sum "
-        f"{head.errors.sum:.3f}",
+        f"{head.rest_rank:.1f}; error sparse {_error(head.errors.sparse)}, linear {_error(head.errors.linear)}, sum "
+        f"{_error(head.errors.sum)}",
         style="not bold",
     )
     columns = len(head.map.mass[0])
@@ -259,6 +259,10 @@ def _legend(least: str, most: str) -> Text:
     for i in range(len(_SHADES)):
         text.append_text(_shade(i / (len(_SHADES) - 1), 1))
     return text.append(f" {most}", style="default")
+
+
+def _error(error: float | None) -> str:
+    return "none" if error is None else f"{error:.3f}"
 
 
 def _percent(share: float) -> str:

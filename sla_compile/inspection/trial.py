@@ -6,15 +6,23 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sla_compile.compiler.model_copy import traceable_copy
 from sla_compile.compiler.preparation import prepare, unwrapped
 from sla_compile.config import SLAConfig
 from sla_compile.fitting.observer import Arguments, no_gated_call_message, peek_first
-from sla_compile.gate import gates, model_config
+from sla_compile.fitting.regression import SiteStatistics
+from sla_compile.fitting.shift_search import ShiftStatistics
+from sla_compile.gate import Gate, gates, model_config
 
-__all__ = ["dense_copy", "read_batches", "trial_copy"]
+__all__ = ["Statistics", "best_gate", "dense_copy", "read_batches", "statistics_of", "trial_copy"]
+
+Statistics = SiteStatistics | ShiftStatistics
+"""What is summed at an attention to fit its gate."""
+
+_RIDGE = 1e-2
+"""That of ``calibrate``."""
 
 
 def read_batches(batches: Iterable[Any], max_batches: int | None) -> list[Arguments]:
@@ -59,3 +67,15 @@ def trial_copy(model: nn.Module, example: Arguments, config: SLAConfig | Mapping
                 if config is None and gate.sparsity is not None and sparsity is not None:
                     gate.sparsity.copy_(sparsity)
     return copied
+
+
+def statistics_of(gate: Gate, device: torch.device) -> Statistics:
+    """Nothing summed yet, for a gate of this form."""
+    return SiteStatistics(gate, device) if gate.shift is None else ShiftStatistics(gate, device)
+
+
+def best_gate(statistics: Statistics) -> tuple[Tensor, ...]:
+    """Values of the gate's parameters, in their order, fitted to what was summed."""
+    if isinstance(statistics, ShiftStatistics):
+        return (statistics.solve(),)
+    return statistics.solve(_RIDGE)

@@ -143,7 +143,7 @@ def test_the_allocation_is_that_of_allocate_and_the_model_stays() -> None:
     assert [site.suggested for site in found.sites] == [site.topk for site in report.sites]
     for site, allocated in zip(found.sites, report.sites, strict=True):
         assert dict(site.curve)[uneven_model.BUDGET] == pytest.approx(allocated.uniform)
-        assert site.fitted < site.errors.sparse
+        assert site.fitted < site.errors.sum
     easy, hard = found.sites[:2]
     assert easy.mean("mass", "critical") > 0.9 > 0.5 > hard.mean("mass", "critical")
 
@@ -218,3 +218,18 @@ def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkey
     assert json.loads(capsys.readouterr().out)["sites"][0]["path"] == "blocks.0.attention.sla"
     assert main([*command, "--out", str(tmp_path / "a.doc")]) == 2
     assert "accepted: a name that ends in one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("linear", ["none", "all", "taylor"])
+def test_every_form_of_the_rest(linear: str) -> None:
+    model, data = made(Model(1), linear=linear, bottomk=0.0, topk_by="head", max_topk=0.6), batches(1)
+    (site,) = sla_compile.atlas(model, data).sites
+    (call,) = recorded(model, data)[site.path]
+    out = call.output_with_gate(*call.gate.parameters())
+    assert site.errors.sum == pytest.approx(relative_error(out, call.dense), rel=1e-6)
+    assert site.fitted <= site.errors.sum * (1 + 1e-9)
+    assert (site.errors.sparse is None, site.errors.linear is None) == (linear == "taylor", linear != "all")
+    assert_fits(site)
+    compared = sla_compile.compare(model, data, inner=None).sites[0].errors
+    assert compared.now == pytest.approx(site.errors.sum)
+    assert compared.fitted == pytest.approx(site.fitted)

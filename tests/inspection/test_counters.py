@@ -51,7 +51,15 @@ def test_counts_are_those_of_the_block_maps() -> None:
     assert counters.read()["blocks.0.attention.sla"]["calls"] == 0
 
 
-@pytest.mark.parametrize("changes", [{"linear": "none"}, {"max_topk": 0.5, "sparse_scale": True}, {"gate": "per_head"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"linear": "none"},
+        {"linear": "taylor", "bottomk": 0.0},
+        {"max_topk": 0.5, "sparse_scale": True},
+        {"gate": "per_head"},
+    ],
+)
 def test_sites_of_every_form_of_gate(changes: dict[str, Any]) -> None:
     run = compiled(made(**changes))
     with sla_compile.RunCounters(run) as counters:
