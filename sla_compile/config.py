@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from sla_compile.common.limits import FEATURE_MAPS, GATE_FORMS, LINEAR_BRANCHES, TAYLOR, TOPK_OWNERS
+from sla_compile.common.limits import FEATURE_MAPS, GATE_FORMS, LINEAR_BRANCHES, TOPK_OWNERS
 from sla_compile.common.token_orders import ORDERS, RASTER
-from sla_compile.config_shares import check_shares, default_bottomk, with_bottomk
+from sla_compile.config_shares import check_forms, check_shares, default_bottomk, with_bottomk
 from sla_compile.config_values import (
     BLOCK_SIZE,
     BOOLEAN,
@@ -168,16 +168,7 @@ class SLAConfig:
                 value = default_bottomk(self.topk, self.linear)
             object.__setattr__(self, f.name, f.metadata["validator"].check(f"SLAConfig.{f.name}", value))
         check_shares("SLAConfig", self.topk, self.bottomk, self.max_topk)
-        if self.topk_by == "head" and self.max_topk is None:
-            raise ValueError(
-                "SLAConfig: got topk_by='head' without max_topk; accepted: max_topk too, the most that the topk of a "
-                "head may be, several times topk"
-            )
-        if self.sparse_scale and self.linear == TAYLOR:
-            raise ValueError(
-                f"SLAConfig: got sparse_scale=True with linear={self.linear!r}; accepted: sparse_scale with another "
-                f"linear: virtual keys are normalised together with the critical ones"
-            )
+        check_forms("SLAConfig", self.linear, self.sparse_scale, self.topk_by, self.max_topk)
         _check_grid_start("SLAConfig", self.grid, self.grid_start)
         object.__setattr__(self, "inductor", _frozen_inductor(self.inductor))
         if self.inductor and self.inner != "inductor":

@@ -1,4 +1,4 @@
-"""The shares topk, bottomk and max_topk: what they may be together, and the bottomk of who names topk alone."""
+"""The shares topk, bottomk and max_topk: what they, and forms of gates, may be together; a default bottomk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from sla_compile.common.blocks import exact_fraction
 from sla_compile.common.limits import TAYLOR
 
-__all__ = ["check_shares", "default_bottomk", "with_bottomk"]
+__all__ = ["check_forms", "check_shares", "default_bottomk", "with_bottomk"]
 
 
 def default_bottomk(topk: float, linear: str) -> float:
@@ -36,3 +36,17 @@ def check_shares(name: str, topk: float, bottomk: float, max_topk: float | None)
         raise ValueError(f"{name}: got topk={topk!r}, bottomk={bottomk!r}; accepted: topk + bottomk up to 1")
     if max_topk is not None and topk > max_topk:
         raise ValueError(f"{name}: got topk={topk!r}; accepted: topk up to max_topk={max_topk!r}")
+
+
+def check_forms(name: str, linear: str, sparse_scale: bool, topk_by: str, max_topk: float | None) -> None:
+    """Raise ValueError, its text prefixed by ``name``, for forms of gates that do not go together."""
+    if topk_by == "head" and max_topk is None:
+        raise ValueError(
+            f"{name}: got topk_by='head' without max_topk; accepted: max_topk too, the most that the topk of a head "
+            f"may be, several times topk"
+        )
+    if sparse_scale and linear == TAYLOR:
+        raise ValueError(
+            f"{name}: got sparse_scale=True with linear={linear!r}; accepted: sparse_scale with another linear: virtual "
+            f"keys are normalised together with the critical ones"
+        )

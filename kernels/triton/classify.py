@@ -146,6 +146,7 @@ def share_of(size, numerator, denominator):
         "list_width",
         "stride_tiers",
         "stride_sparsity",
+        "stride_share",
         "topk",
         "topk_whole",
         "bottomk",
@@ -166,6 +167,7 @@ def classify_with_options_kernel(
     list_width,
     stride_tiers,
     stride_sparsity,
+    stride_share,
     topk,
     topk_whole,
     bottomk,
@@ -205,7 +207,7 @@ def classify_with_options_kernel(
         of_head = sparsity + row // num_rows % num_heads * stride_sparsity
         wanted = tl.maximum(tl.load(of_head), 0)
         critical = tl.minimum(critical, share_of(size, tl.minimum(wanted, WHOLE), WHOLE))
-        dropped = tl.minimum(tl.maximum(tl.load(of_head + 1), 0), WHOLE)
+        dropped = tl.minimum(tl.maximum(tl.load(of_head + stride_share), 0), WHOLE)
         negligible = share_of(size, dropped, WHOLE)
     candidate = scope & live & ~forced
     candidates = tl.sum(candidate.to(tl.int32), 0)
@@ -351,14 +353,15 @@ def classify_rows_with_options(
         lists,
         counts,
         tiers if tiers is not None else block_map,
-        sparsity.contiguous() if sparsity is not None else block_map,
+        sparsity if sparsity is not None else block_map,
         queries,
         rows,
         columns,
         heads,
         width,
         batch_stride(tiers),
-        0 if sparsity is None or sparsity.dim() == 1 else 2,
+        0 if sparsity is None or sparsity.dim() == 1 else sparsity.stride(0),
+        1 if sparsity is None else sparsity.stride(-1),
         critical.numerator,
         critical.denominator,
         negligible.numerator,

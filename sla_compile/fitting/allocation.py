@@ -11,7 +11,7 @@ import dataclasses
 import glob
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -150,9 +150,8 @@ def allocate(
       measured on the first four batches, which should differ in their diffusion times, at a forward per attention.
     - ``objective="attention"`` minimises the sum over attentions of the squared relative error.
 
-    With ``topk_by="head"`` each head gets a topk. With ``max_topk`` the topks go to the gates' buffers, as by
-    `set_sparsity`. Otherwise the model is prepared again with an override for each module, whose attentions then get
-    one topk, and recompiles at its next call.
+    With ``max_topk`` the topks, one for each head with ``topk_by="head"``, go to the gates' buffers. Otherwise the
+    model is prepared again with overrides, one topk for each module, and recompiles at its next call.
 
     Args:
         model: any module, prepared, compiled, or neither; without gates it is prepared with the first batch.
@@ -179,12 +178,10 @@ def allocate(
         count = measure_sites(model, chain(first_batches, stream), known)
         if not (reached := {path: site for path, site in known.items() if site.calls}):
             raise ValueError(no_gated_call_message(model, first))
-        uniform: dict[str, Topk] = dict.fromkeys(reached, budget)
-        outputs = OutputErrors(model, first_batches, reached)
+        uniform, outputs = dict.fromkeys(reached, budget), OutputErrors(model, first_batches, reached)
         if objective == "output":
             outputs.measure_effects(budget)
-        by_head = {path for path, gate in gates(model).items() if gate.config.topk_by == "head"}
-        chosen = _water_fill(list(reached.values()), budget, at_run_time, by_head)
+        chosen: Mapping[str, Topk] = _water_fill(list(reached.values()), budget, at_run_time)
         losses = outputs.relative_loss(uniform), outputs.relative_loss(chosen)
         if objective == "output" and losses[1] > losses[0]:
             chosen, losses = uniform, (losses[0], losses[0])
@@ -248,19 +245,17 @@ def _check_arguments(budget: float, ladder: Sequence[float], objective: str, max
         raise ValueError(f"max_batches: got {max_batches}; accepted: an integer of at least 1, or None")
 
 
-def _water_fill(
-    sites: list[SiteSensitivity], budget: float, at_run_time: bool, by_head: Collection[str] = ()
-) -> dict[str, Topk]:
+def _water_fill(sites: list[SiteSensitivity], budget: float, at_run_time: bool) -> dict[str, Topk]:
     """topk by gate path: the raises that remove most loss per cost, from the lowest rungs up to the budget's cost.
 
-    Attentions of one module get one topk, unless it is set ``at_run_time``, in the buffer of each gate; those of the
-    paths ``by_head`` one for each head.
+    Attentions of one module get one topk, unless it is set ``at_run_time``, in the buffer of each gate; those of
+    a site with ``by_head`` one for each head.
     """
     by_key: dict[str, list[SiteSensitivity]] = {}
     for site in sites:
-        if site.path not in by_head:
+        if not site.by_head:
             by_key.setdefault(site.path if at_run_time else owner_path(site.path), []).append(site)
-    heads = {site.path: _SharedTopk.of_heads(site) for site in sites if site.path in by_head}
+    heads = {site.path: _SharedTopk.of_heads(site) for site in sites if site.by_head}
     groups = [*map(_SharedTopk.of, by_key.values()), *chain.from_iterable(heads.values())]
     total = sum(group.cost[group.rungs.index(budget)] for group in groups)
     room = total * (1 + _ROUNDING) - sum(group.cost[0] for group in groups)

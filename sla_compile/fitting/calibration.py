@@ -152,8 +152,8 @@ def calibrate(
     The model runs eagerly and dense, in the mode (train or eval) it is in, and at each attention that has a gate sums
     of products of O^l and dense - O^s are gathered: about 2 D^2 numbers per site (per head for per-head gates), never
     N x N. With ``linear="taylor"`` attention is computed at nine shifts instead, and each head gets the best. With
-    ``sparse_scale`` the scales are fitted too, from H (D + 1) D numbers more. All gates change together,
-    at the end; an exception before leaves the model, its hooks and its gates as they were.
+    ``sparse_scale`` the scales are fitted too, from H (D + 1) D numbers more. All gates change together, at the end; an
+    exception before leaves the model, its hooks and its gates as they were.
 
     A part of the batches is held back: every fourth, the last of fewer, or the last quarter of a single one. On it each
     gate is shrunk, or left as it was, until neither its attention nor the model's output is worse than before (see
@@ -169,8 +169,7 @@ def calibrate(
 
     Args:
         model: any module, prepared, compiled, or neither; without gates it is prepared with the first batch.
-        batches: an iterable of tuples of positional, or mappings of keyword, arguments of the model, on its
-            device.
+        batches: an iterable of tuples of positional, or mappings of keyword, arguments of the model, on its device.
         config: settings for ``prepare``; by default those the model has been prepared with.
         ridge: penalty of the weight in units of the mean variance of O^l; at least 0. The bias has none.
         max_batches: how many batches to use at most; None: all of them.

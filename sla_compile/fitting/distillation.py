@@ -141,9 +141,8 @@ def distill(
     model = unwrapped(model)
     measured, source = _first_and_all(batches, min(_MEASURED_BATCHES, steps))
     with torch.inference_mode(False), torch.enable_grad(), over_ranks(model, group) as model:
-        _refuse_sharded(model, loss)
         with prepared_or_rolled_back(model, measured[0], config):
-            _refuse_shifts(model)
+            _refuse_gates(model, loss)
             sites = _gather_finite(model, measured)
         before = {path: _error(statistics) for path, statistics in sites.items()}
         with _only_gates_trainable(model):
@@ -157,17 +156,13 @@ def distill(
     return _report(model, loss, losses, len(measured), sites, before, outputs)
 
 
-def _refuse_shifts(model: nn.Module) -> None:
+def _refuse_gates(model: nn.Module, loss: str) -> None:
     for path, gate in gates(model).items():
         if gate.shift is not None:
             raise ValueError(
                 f"{path}: got a gate for linear='taylor', one number for each head; accepted: gates with a weight. "
                 f"calibrate finds the numbers, and training the model trains them"
             )
-
-
-def _refuse_sharded(model: nn.Module, loss: str) -> None:
-    for path, gate in gates(model).items():
         if loss == "output" and is_sharded(gate.weight):  # outside its forward it has no gradient to ask for
             raise ValueError(f"loss: got 'output' with a gate that is sharded, {path}; accepted: 'attention'")
 

@@ -39,6 +39,8 @@ class SiteSensitivity:
     critical: list[float] = field(default_factory=list)
     """For each rung, how much of ``work`` lies in critical blocks."""
     calls: int = 0
+    by_head: bool = False
+    """Whether each head gets a topk."""
     effect: float | None = None
     """Relative squared error of the model's output per unit of this attention's; None: not measured."""
 
@@ -55,7 +57,9 @@ class SiteSensitivity:
         wanted = {round(rung * budget * MILLION) / MILLION for rung in ladder}
         rungs = sorted({rung for rung in wanted if 0 < rung <= most} | {topk, budget})
         zeros = torch.zeros(len(rungs), gate.heads, dtype=torch.float64, device=gate.device)
-        return cls(path, topk, bottomk, tuple(rungs), zeros, gate.config.block_k, critical=[0.0] * len(rungs))
+        by_head = gate.config.topk_by == "head"
+        none = [0.0] * len(rungs)
+        return cls(path, topk, bottomk, tuple(rungs), zeros, gate.config.block_k, critical=none, by_head=by_head)
 
     def add(self, call: GatedCall) -> None:
         """Measure ``call`` at every rung."""

@@ -60,35 +60,30 @@ def sparse_linear_attention(
 ) -> Tensor:
     """Attention (B, H, Lq, D): exact on critical blocks, linear on marginal, none on negligible.
 
-    O^s + O^l weight^T + bias (arXiv 2509.24006, section 4), or with ``linear="taylor"`` one softmax over the keys of
-    critical blocks and a virtual key for each marginal one; in q's dtype, a view of (B, Lq, H, D) memory.
-    Differentiable once, in reverse mode, in q, k, v, weight, bias and shift. On CPU and CUDA; autocast casts q, k, v.
-    Raises TypeError or ValueError for an argument that is not accepted.
+    O^s + O^l weight^T + bias (arXiv 2509.24006, section 4), or with ``linear="taylor"`` one softmax over critical keys
+    and a virtual key for each marginal block; in q's dtype, a view of (B, Lq, H, D) memory. Differentiable once, in
+    reverse mode, in q, k, v, weight, bias and shift. On CPU and CUDA; autocast casts q, k, v. Raises TypeError or
+    ValueError for an argument that is not accepted.
 
     Args:
         q, k, v: (B, H, Lq, D) and twice (B, H, Lk, D), any strides, one dtype and device; D from 16 to 256;
             float32, float16 or bfloat16, on the CPU float64 too.
         weight: the gate, (D, D) shared by the heads or (H, D, D), any floating dtype; None: no linear branch.
         bias: (D) or (H, D), any floating dtype; None: zero.
-        key_mask: (B, Lk) or (1, Lk), bool (true: attend) or additive, which gets no gradient; key j gets no weight in
-            any branch, or the weight exp(b_j); 64 or more below its row's largest is masked. A query without a key
-            gets O^s = 0.
-        sparsity: int64 (2,), or (H, 2) for each head: topk (at most the one below) and bottomk in millionths, read
-            when the op runs.
+        key_mask: (B, Lk) or (1, Lk), bool (true: attend) or additive, which gets no gradient: key j's weight is 0 or
+            exp(b_j), and 64 or more below its row's largest is masked. A query without a key gets O^s = 0.
+        sparsity: int64 (2,) or (H, 2): topk (at most the one below) and bottomk in millionths, read when it runs.
         shift: with "taylor", (H), any floating dtype: added to the logits of virtual keys; None: zero.
         scale: factor of the logits; None: 1 / sqrt(D).
-        topk, bottomk: share of a row's key blocks that is critical, in (0, 1], at least one block, and that is
-            negligible, in [0, 1); topk + bottomk <= 1.
+        topk, bottomk: shares of a row's key blocks: critical, in (0, 1], at least one block; negligible, in [0, 1).
         block_q, block_k: tokens in a block, a power of two from 16 to 256.
         feature_map: phi of the linear branch: "softmax" over the head axis, "elu" (elu(x) + 1) or "relu".
-        linear: key blocks that the linear branch sums: "marginal" (the paper), "all" (the authors' code), "none";
-            or "taylor", without weight and bias.
+        linear: linear branch over the "marginal" blocks (the paper), "all" (the authors' code), "none"; or "taylor".
         causal: key j for queries from j on; blocks on the diagonal are critical, shares are of those below it.
-        always_critical: token ranges [start, stop, start, stop, ...] of k, as in slices, whose blocks are critical
-            beside the topk share.
+        always_critical: token ranges [start, stop, ...] of k, as in slices, whose blocks are critical besides.
     """
-    tensors: dict[str, Any] = {"q": q, "k": k, "v": v, "weight": weight, "bias": bias}
-    tensors |= {"key_mask": key_mask, "sparsity": sparsity, "shift": shift}
+    tensors: dict[str, Any] = {"q": q, "k": k, "v": v, "weight": weight, "bias": bias, "key_mask": key_mask}
+    tensors |= {"sparsity": sparsity, "shift": shift}
     options: dict[str, Any] = {"scale": scale, "topk": topk, "bottomk": bottomk, "block_q": block_q, "block_k": block_k}
     options |= {"feature_map": feature_map, "linear": linear, "causal": causal, "always_critical": always_critical}
     check_types(tensors, options)

@@ -26,7 +26,7 @@ from sla_compile.kernels.triton.compile_process import GPU, CompileJob, OpCall, 
 from tests.support.capture import Caller, Capture
 from tests.support.models import OPTIONS
 from tests.support.paths import ROOT
-from tests.support.triton_cases import Case, inputs, run_kernels
+from tests.support.triton_cases import Case, call_of, inputs, run_kernels
 
 HOPPER = GPU((9, 0), 132)
 
@@ -52,8 +52,8 @@ def logged() -> Iterator[list[str]]:
 
 def job_of(case: Case, tensors: Sequence[torch.Tensor | None], *, backward: bool = True) -> CompileJob:
     """What the call of ``case`` on ``tensors`` is ahead of time."""
-    *operands, _ = (None if x is None else TensorForm.of(x) for x in tensors)
-    return CompileJob(HOPPER, (OpCall((*operands, None, None), case.attention_options, backward),))
+    forms = tuple(None if x is None else TensorForm.of(x) for x in call_of(case, tensors))
+    return CompileJob(HOPPER, (OpCall(forms, case.attention_options, backward),))
 
 
 def compiled(folder: Path) -> set[tuple[str, str]]:
@@ -81,6 +81,7 @@ def launch_for_hopper(monkeypatch: pytest.MonkeyPatch, *, gluon: bool) -> list[s
     [
         Case(tokens=200, weight="per_head", gate_dtype=torch.float32),
         Case(tokens=200, head_dim=24, causal=True, weight="none"),
+        Case(tokens=200, head_dim=32, linear="taylor"),
     ],
     ids=str,
 )
