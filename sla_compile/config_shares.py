@@ -47,6 +47,6 @@ def check_forms(name: str, linear: str, sparse_scale: bool, topk_by: str, max_to
         )
     if sparse_scale and linear == TAYLOR:
         raise ValueError(
-            f"{name}: got sparse_scale=True with linear={linear!r}; accepted: sparse_scale with another linear: virtual "
-            f"keys are normalised together with the critical ones"
+            f"{name}: got sparse_scale=True with linear={linear!r}; accepted: sparse_scale with another linear: "
+            f"virtual keys are normalised together with the critical ones"
         )
