@@ -23,16 +23,19 @@ _FRESH = (
 
 
 LONGEST = (
+    "kernels/triton/test_compiles.py",
     "examples/test_examples.py",
-    "kernels/triton/test_attention.py",
     "flows/test_diffusers.py",
-    "compiler/test_cache_key.py",
-    "test_docs.py",
-    "flows/test_dynamic.py",
-    "compiler/test_precompile.py",
     "compiler/test_exporting.py",
-    "flows/test_distributed.py",
+    "flows/test_dynamic.py",
+    "compiler/test_cache_key.py",
+    "kernels/triton/test_attention.py",
+    "test_docs.py",
     "benchmarks/test_quality.py",
+    "compiler/test_precompile.py",
+    "test_backend.py",
+    "benchmarks/test_wan.py",
+    "flows/test_distributed.py",
     "flows/test_sparse_scale.py",
 )
 """The files that take longest, the longest first; of all in `tests`."""
