@@ -86,13 +86,14 @@ def test_a_folder_is_known_unknown_or_none() -> None:
 def test_everything_goes_with_its_key() -> None:
     weak = (weakref.WeakKeyDictionary, weakref.WeakSet)
     registries: dict[str, Any] = {name: value for name, value in vars(memory).items() if isinstance(value, weak)}
-    assert len(registries) == 15
+    assert len(registries) == 16
     gc.collect()
     before = {name: len(registry) for name, registry in registries.items()}
     owner, code = type("Owner", (nn.Module,), {})(), a_code()
     memory.await_marker(owner, 0)
     memory.remember_dense(owner, code)
     memory.remember_injected(owner)
+    memory.remember_unproven(code, owner, owner, 0)
     memory.remember_site(owner, 0, NumberedSite("forward+1", True))
     memory.remember_limit_callback(code, print)
     assert memory.settings_of_last_compile(code, "{}") == ""
