@@ -216,7 +216,7 @@ def test_calls_of_a_graph() -> None:
     (scaled,) = calls_of(rewritten(sparse_scale=True))[torch.device("cpu")]
     # divided by the scale of each head
     gate = (TensorForm((2, 16, 16), (256, 16, 1), "float32"), TensorForm((2, 16), (16, 1), "float32"))
-    assert scaled == replace(call, inputs=(q, k, v, *gate, None, None))
+    assert scaled == replace(call, inputs=(q, k, v, *gate, None, None, None))
     job = CompileJob(replace(HOPPER, assembler="ptxas 1.2"), (call, cast))
     assert CompileJob.from_json(job.to_json()) == job
 
