@@ -81,7 +81,6 @@ def launch_for_hopper(monkeypatch: pytest.MonkeyPatch, *, gluon: bool) -> list[s
     [
         Case(tokens=200, weight="per_head", gate_dtype=torch.float32),
         Case(tokens=200, head_dim=24, causal=True, weight="none"),
-        Case(tokens=200, head_dim=32, linear="taylor"),
     ],
     ids=str,
 )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from sla_compile import UnmatchedPatternWarning
 from sla_compile.passes.decide import Keep, Rewrite
 from tests.support.capture import HEAD_DIM, HEADS, Caller, Capture, Wrapper, qkv, run
 
@@ -94,7 +95,8 @@ def test_include_and_exclude() -> None:
     capture, _ = run(call, *qkv(), exclude=["inner"])
     assert capture.rewritten == 0
     assert "exclude pattern 'inner'" in str(capture.sites[0].decision)
-    assert run(call, *qkv(), include=["other.*"])[0].rewritten == 0
+    with pytest.warns(UnmatchedPatternWarning, match=r"include pattern 'other\.\*' matches no attention"):
+        assert run(call, *qkv(), include=["other.*"])[0].rewritten == 0
     assert run(call, *qkv(), include=["inn*"])[0].rewritten == 1
 
 

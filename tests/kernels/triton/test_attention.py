@@ -128,7 +128,7 @@ else:
     def test_options(case: Case) -> None:
         check_smaller(case)
 
-    @pytest.mark.parametrize("case", VIRTUAL[::2], ids=str)
+    @pytest.mark.parametrize("case", VIRTUAL[::3], ids=str)
     def test_virtual(case: Case) -> None:
         check_smaller(case)
 

@@ -76,7 +76,6 @@ CASES = [
     Case(tokens=70, head_dim=32, feature_map="relu", bias="none"),
     Case(tokens=70, head_dim=32, weight="none", causal=True, mask="bool", sparsity=(100_000, 100_000)),
     Case(tokens=70, linear="taylor", head_dim=72, mask="moderate"),
-    Case(tokens=70, linear="taylor", head_dim=32),
 ]
 """Each branch of each kernel in one of them, and not every combination."""
 
