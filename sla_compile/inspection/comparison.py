@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sla_compile.backend import sla
 from sla_compile.compat import current_frame, throw_away_compile
 from sla_compile.compiler.preparation import unwrapped
 from sla_compile.config import SLAConfig
@@ -231,6 +230,8 @@ def _time(
 ) -> tuple[Forward, Forward]:
     """Both forwards, compiled by ``inner`` and run in turn; what is compiled is thrown away."""
     from torch._dynamo import lookup_backend
+
+    from sla_compile.backend import sla  # imports Triton, by way of PyTorch's FLOP counter
 
     options = dataclasses.replace(config, inner=inner)
 
