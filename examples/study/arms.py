@@ -75,6 +75,8 @@ ARMS |= {
     "dense-long": Arm("dense, trained on four times as long", "dense", longer=4),
     "sla-scaled": Arm("SLA, sparse branch scaled", scaled=True),
     "calibrated-scaled": Arm("SLA, sparse branch scaled, calibrated only", scaled=True, calibrated=True, trained=False),
+    "taylor": Arm("virtual keys", branch="taylor"),
+    "calibrated-taylor": Arm("virtual keys, calibrated only", branch="taylor", calibrated=True, trained=False),
     "calibrated-tuned-scaled": Arm("SLA, sparse branch scaled, calibrated, trained", scaled=True, calibrated=True),
 }
 
@@ -176,7 +178,7 @@ class Student:
         settings = self.settings
         config = sla_compile.SLAConfig(
             topk=round(1 - (sparsity or 0.0), 6),
-            bottomk=settings.bottomk,
+            bottomk=settings.bottomk if arm.branch != "taylor" else 0.0,  # all blocks have a virtual key
             block_q=arm.wide * settings.block,
             block_k=arm.wide * settings.block,
             linear=arm.branch,

@@ -28,7 +28,7 @@ from sla_compile.fitting.observer import (
     prepared_or_rolled_back,
 )
 from sla_compile.fitting.ranks import every_site, from_first_rank, over_ranks, total
-from sla_compile.fitting.regression import SiteStatistics
+from sla_compile.fitting.statistics import statistics_of
 from sla_compile.gate import gates
 from sla_compile.sharded import fill, reshard
 
@@ -224,13 +224,13 @@ def _report(
 
 
 @torch.no_grad()
-def gather(model: nn.Module, batches: Iterable[Arguments]) -> tuple[int, dict[str, SiteStatistics]]:
-    """How many batches there were; and, by gate path, the statistics of each gated attention in the dense model."""
-    sites: dict[str, SiteStatistics] = {}
+def gather(model: nn.Module, batches: Iterable[Arguments]) -> tuple[int, dict[str, Any]]:
+    """How many batches there were; and, by gate path, the `Statistics` of each gated attention in the dense model."""
+    sites: dict[str, Any] = {}
 
     def observe(call: GatedCall) -> Tensor:
         if call.path not in sites:
-            sites[call.path] = SiteStatistics(call.gate, call.dense.device)
+            sites[call.path] = statistics_of(call.gate, call.dense.device)
         sites[call.path].add(call)
         return call.dense
 
@@ -240,7 +240,7 @@ def gather(model: nn.Module, batches: Iterable[Arguments]) -> tuple[int, dict[st
             model(*args, **kwargs)
             count += 1
     reshard(model)
-    sites = every_site(model, sites, lambda path: SiteStatistics(gates(model)[path], _device(model)))
+    sites = every_site(model, sites, lambda path: statistics_of(gates(model)[path], _device(model)))
     for statistics in sites.values():
         statistics.sum_over_ranks()
     return count, sites

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from sla_compile.fitting.observer import Arguments, GatedCall
 from sla_compile.fitting.output_error import OutputError
-from sla_compile.fitting.regression import SiteStatistics
 from sla_compile.fitting.shift_search import ShiftStatistics
+from sla_compile.fitting.statistics import Statistics, statistics_of
 from sla_compile.gate import Gate
 from sla_compile.sharded import whole
 
@@ -60,9 +60,8 @@ class SplitStatistics:
     """The sums of one site, apart for the tokens that are ``fitted`` and those ``held`` back."""
 
     def __init__(self, gate: Gate, device: torch.device) -> None:
-        kind = SiteStatistics if gate.shift is None else ShiftStatistics
-        self.fitted: Any = kind(gate, device)
-        self.held: Any = kind(gate, device)
+        self.fitted: Any = statistics_of(gate, device)
+        self.held: Any = statistics_of(gate, device)
 
     def add(self, call: GatedCall, share: float) -> None:
         """Add ``call``: the last ``share`` of its items, of one item of its query tokens, to those held back."""
@@ -92,7 +91,7 @@ class FittedSite:
 
     path: str
     gate: Gate
-    total: SiteStatistics | ShiftStatistics
+    total: Statistics
     """Over all tokens."""
     old: Values
     trials: Mapping[float, Values]
@@ -149,7 +148,7 @@ class FittedSite:
         return self.finals[self.factor] if self.refitted and self.factor is not None else self.trial
 
 
-def _shrunk(statistics: SiteStatistics | ShiftStatistics, ridge: float, old: Values) -> dict[float, Values]:
+def _shrunk(statistics: Statistics, ridge: float, old: Values) -> dict[float, Values]:
     """By factor, the gate between ``old`` (0) and the best one (1); without a scale 0 is ``old`` and left out.
 
     Of shifts the best alone: between two of them is no error that was measured.

@@ -21,8 +21,9 @@ from sla_compile.compiler.preparation import unwrapped
 from sla_compile.config import SLAConfig
 from sla_compile.fitting.observer import Arguments, GatedCall, gated_calls, no_gated_call_message
 from sla_compile.fitting.output_error import OutputError
+from sla_compile.fitting.statistics import Statistics, statistics_of
 from sla_compile.gate import gates
-from sla_compile.inspection.trial import Statistics, best_gate, dense_copy, read_batches, statistics_of, trial_copy
+from sla_compile.inspection.trial import best_gate, dense_copy, read_batches, trial_copy
 from sla_compile.reporting.model_report import explain
 from sla_compile.user_warnings import UntrainedGatesWarning
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from sla_compile.fitting.observer import GatedCall
 from sla_compile.fitting.regression import TOKENS_PER_CHUNK
 from sla_compile.fitting.sensitivity import SiteSensitivity
+from sla_compile.fitting.statistics import Statistics, statistics_of
 from sla_compile.gate import Gate
 from sla_compile.inspection.attention_map import HeadMap, HeadSums, measure_call
-from sla_compile.inspection.trial import Statistics, best_gate, statistics_of
+from sla_compile.inspection.trial import best_gate
 
 __all__ = ["BatchAtlas", "BranchErrors", "HeadAtlas", "SiteAtlas", "SiteSums"]
 

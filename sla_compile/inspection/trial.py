@@ -12,14 +12,11 @@ from sla_compile.compiler.model_copy import traceable_copy
 from sla_compile.compiler.preparation import prepare, unwrapped
 from sla_compile.config import SLAConfig
 from sla_compile.fitting.observer import Arguments, no_gated_call_message, peek_first
-from sla_compile.fitting.regression import SiteStatistics
 from sla_compile.fitting.shift_search import ShiftStatistics
-from sla_compile.gate import Gate, gates, model_config
+from sla_compile.fitting.statistics import Statistics
+from sla_compile.gate import gates, model_config
 
-__all__ = ["Statistics", "best_gate", "dense_copy", "read_batches", "statistics_of", "trial_copy"]
-
-Statistics = SiteStatistics | ShiftStatistics
-"""What is summed at an attention to fit its gate."""
+__all__ = ["best_gate", "dense_copy", "read_batches", "trial_copy"]
 
 _RIDGE = 1e-2
 """That of ``calibrate``."""
@@ -67,11 +64,6 @@ def trial_copy(model: nn.Module, example: Arguments, config: SLAConfig | Mapping
                 if config is None and gate.sparsity is not None and sparsity is not None:
                     gate.sparsity.copy_(sparsity)
     return copied
-
-
-def statistics_of(gate: Gate, device: torch.device) -> Statistics:
-    """Nothing summed yet, for a gate of this form."""
-    return SiteStatistics(gate, device) if gate.shift is None else ShiftStatistics(gate, device)
 
 
 def best_gate(statistics: Statistics) -> tuple[Tensor, ...]:
