@@ -93,7 +93,7 @@ def nan_fresh_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
-    """Nothing is compiled yet, counters and seed are at zero; user warnings are not shown, but two are errors."""
+    """Nothing is compiled yet, counters and seed are at zero; user warnings are not shown, but three are errors."""
     from torch._dynamo.utils import counters
 
     import sla_compile
@@ -103,8 +103,8 @@ def fresh_dynamo() -> Iterator[None]:
     counters.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        for mistaken in (sla_compile.LateGatesWarning, sla_compile.UnmatchedPatternWarning):
-            warnings.simplefilter("error", mistaken)  # as in pyproject.toml
+        for name in ("DenseAttentionWarning", "LateGatesWarning", "UnmatchedPatternWarning"):
+            warnings.simplefilter("error", getattr(sla_compile, name))  # as in pyproject.toml
         yield
 
 

@@ -210,7 +210,8 @@ class TwoForms(nn.Module):
 
 def test_of_calls_that_no_one_gate_can_serve_the_others_stay_dense() -> None:
     model = nn.Sequential(TwoForms())
-    compiled(model, **OPTIONS)(random_input())
+    with pytest.warns(sla_compile.DenseAttentionWarning, match="its call site has a gate of another form"):
+        compiled(model, **OPTIONS)(random_input())
     assert [tuple(gate.weight.shape) for gate in sla_compile.gates(model).values()] == [(16, 16)]
     kept = [site for site in sla_compile.report(model).sites if not site.rewritten]
     assert [(site.reason, site.value) for site in kept] == [

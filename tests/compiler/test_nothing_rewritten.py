@@ -43,7 +43,8 @@ def test_silent_where_it_is_as_asked_or_not_all() -> None:
     for block in blocks.blocks:  # another part may have longer sequences
         block.compile(backend="sla", options={"inner": "eager"})
     _quiet(blocks, x)
-    _quiet(torch.compile(BrokenAttention(), backend="sla", options=EAGER), x)
+    with pytest.warns(sla_compile.DenseAttentionWarning):  # that says it
+        _quiet(torch.compile(BrokenAttention(), backend="sla", options=EAGER), x)
     several = torch.compile(Model(), backend="sla", options=EAGER | {"min_tokens": 80}, dynamic=False)
     _quiet(several, x)
     _quiet(several, random_input(tokens=50))
