@@ -78,6 +78,7 @@ def backward(
     tiles = grad_slopes.shape[2] // block_map.shape[2]
     if tiles > 1:
         mixture = mixture.repeat_interleave(tiles, dim=1)
+    # of gradients alone, so the user's TF32 may round them; classes and logits are made by products of our own
     of_spans = by_rows.of_spans.mT @ blocks.queries
     of_spans[0] += of_keys
     moment_gradients = MomentGradients(

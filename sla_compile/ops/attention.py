@@ -101,7 +101,6 @@ def sparse_linear_attention(
 
 
 _NUM_INPUTS = 17  # of sla::forward
-_NUM_AFTER_BIAS = 12  # of sla::backward
 
 
 def _refuse_tangents(*tensors: Tensor | None) -> None:
@@ -274,9 +273,26 @@ def _backward(
 
 @_backward.register_fake
 def _backward_fake(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    out: Tensor,
+    linear_out: Tensor,
+    lse: Tensor,
+    block_map: Tensor,
+    scale: float,
+    block_q: int,
+    block_k: int,
+    feature_map: str,
+    linear: str,
+    causal: bool = False,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gate = (weight, bias, rest[-1] if len(rest) == _NUM_AFTER_BIAS else None)
+    gate = (weight, bias, shift)
     dweight, dbias, dshift = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in gate)
     return _token_major(q), _token_major(k), _token_major(v), dweight, dbias, dshift
 
