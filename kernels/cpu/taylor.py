@@ -64,9 +64,10 @@ def forward(inputs: AttentionInputs, options: AttentionOptions) -> ForwardResult
         for part in _chunks(rows, keys, lists, block_q):
             span = slice(part.start * block_q, min(part.stop * block_q, tokens))
             queries = blocks_of(q[group][:, span], block_q, work)
-            chunk = _Chunk.of(queries * options.scale, keys, moments, rows, lists, part)
+            scaled = queries * options.scale
+            chunk = _Chunk.of(scaled, keys, moments, rows, lists, part)
             values = chunk.p_exact @ chunk.values + (chunk.p_virtual @ moments.value.unsqueeze(1)).flatten(0, 1)
-            values += chunk.share * chunk.first_order
+            values += chunk.share * (scaled @ chunk.slope).flatten(0, 1)
             out[group][:, span] = values.view(queries.shape).flatten(1, 2)[:, : span.stop - span.start]
             lse[group][:, span] = chunk.lse.view(queries.shape[:3]).flatten(1, 2)[:, : span.stop - span.start]
     return ForwardResult(out, q.new_empty(0), lse, block_map)
@@ -99,7 +100,8 @@ def backward(grad_out: Tensor, inputs: AttentionInputs, result: ForwardResult, o
             chunk = _Chunk.of(scaled, keys, moments, rows, lists, part)
             g, flat = upstream.flatten(0, 1), scaled.flatten(0, 1)
             # dO.v of every key, then dl = p (dO.v - sum of p dO.v)
-            gained = (g * chunk.first_order).sum(dim=-1, keepdim=True)
+            along = upstream @ chunk.slope.mT
+            gained = (along * scaled).sum(dim=-1, keepdim=True).flatten(0, 1)
             of_exact, of_virtual = g @ chunk.values.mT, (upstream @ moments.value.mT.unsqueeze(1)).flatten(0, 1)
             p_virtual = chunk.p_virtual.flatten(0, 1)
             of_virtual += gained
@@ -112,10 +114,10 @@ def backward(grad_out: Tensor, inputs: AttentionInputs, result: ForwardResult, o
             grads.value += (chunk.p_virtual.flatten(1, 2).mT) @ upstream.flatten(1, 2)
             grads.mean += d_virtual.flatten(1, 2).mT @ scaled.flatten(1, 2)
             dscaled = (d_exact @ chunk.keys).view(queries.shape) + d_virtual @ moments.mean.unsqueeze(1)
-            # of t = scaled S, which the share of the virtual keys weighs
-            d_first = (chunk.share * g).view(queries.shape)
-            dscaled += d_first @ chunk.slope.mT
-            grad_slope = (scaled.mT @ d_first).flatten(2)
+            # of scaled S, which the share of the virtual keys weighs
+            share = chunk.share.view(*queries.shape[:3], 1)
+            dscaled += share * along
+            grad_slope = (scaled.mT @ (share * upstream)).flatten(2)
             mixture = rows.mixture[:, part]
             grads.slope += (mixture.mT @ grad_slope).view(grads.slope.shape)
             d_mixture = grad_slope @ moments.slope.flatten(2).mT
@@ -242,8 +244,6 @@ class _Chunk:
     """(R, block_q)."""
     slope: Tensor
     """S (G, C, D, D)."""
-    first_order: Tensor
-    """scale S^T q (R, block_q, D)."""
 
     @classmethod
     def of(cls, scaled: Tensor, keys: Keys, moments: Moments, rows: _Rows, lists: Lists, part: slice) -> _Chunk:
@@ -263,7 +263,6 @@ class _Chunk:
             p_virtual.sum(dim=-1, keepdim=True),
             scores.logsumexp(dim=-1),
             slope,
-            (scaled @ slope).flatten(0, 1),
         )
 
 

@@ -17,6 +17,7 @@ from sla_compile.common.options import AttentionOptions
 from sla_compile.kernels.cpu import attention as cpu
 from sla_compile.passes.cost import (
     BATCH,
+    CRITICAL_BLOCKS,
     ELEMENT_BYTES,
     HEAD_DIM,
     HEADS,
@@ -26,6 +27,7 @@ from sla_compile.passes.cost import (
     dense_cost,
     evaluate,
     readable,
+    sla_backward_cost,
     sla_cost,
     substitute,
 )
@@ -84,6 +86,19 @@ def test_sla_equals_what_the_cpu_kernels_multiply(
 ) -> None:
     flops = evaluate(sla_cost(topk, block_q, block_k, linear).flops, sizes(2, 3, tokens, 16))
     assert flops == run_cpu(tokens, topk, block_q, block_k, linear)
+
+
+@pytest.mark.parametrize("linear", ["none", "taylor"])
+def test_a_backward_equals_what_the_cpu_kernels_multiply(linear: str) -> None:
+    torch.manual_seed(0)
+    q, k, v, grad_out = (torch.randn(2, 3, 128, 16) for _ in range(4))
+    options = AttentionOptions(
+        scale=0.25, topk=0.25, bottomk=0.0, block_q=32, block_k=16, feature_map="softmax", linear=linear
+    )
+    call = AttentionInputs(q, k, v, None, None)
+    result = cpu.forward(call, options)
+    cost = sla_backward_cost(32, 16, linear).flops.subs({**sizes(2, 3, 128, 16), CRITICAL_BLOCKS: 2})
+    assert cost == counted(lambda: cpu.backward(grad_out, call, result, options))
 
 
 @pytest.mark.parametrize("linear", ["marginal", "none", "taylor"])
