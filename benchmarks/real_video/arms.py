@@ -4,17 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from benchmarks.real_video.data import Batch
 from benchmarks.real_video.fitting import allocate, calibrate, even_masses, install, layer_errors
-from benchmarks.real_video.forms import Budget, FormSpec
+from benchmarks.real_video.forms import Budget, Form, FormSpec
 from benchmarks.real_video.model import RotaryVideoDiT
+from benchmarks.real_video.package_arms import PACKAGE_ARMS
 
-__all__ = ["ARMS", "CLOSED", "Arm"]
+__all__ = ["ARMS", "CLOSED", "AnyArm", "Arm"]
 
 TILE = (4, 4, 4)
 LEAST = 0.03
 """The share of blocks that every row keeps where rows differ (SpargeAttention2)."""
+
+
+class AnyArm(Protocol):
+    """What the study asks of an arm: a form of this folder (``Arm``), or the package as it is (``PackageArm``)."""
+
+    @property
+    def title(self) -> str:
+        """As the tables have it."""
+
+    @property
+    def teacher(self) -> bool:
+        """Whether it is fine-tuned on the dense checkpoint's velocity."""
+
+    @property
+    def sparsity(self) -> str:
+        """As the tables have it."""
+
+    def small(self) -> AnyArm:
+        """The same for a tiny study."""
+
+    def put_into(self, model: RotaryVideoDiT, tokens: int, batches: Sequence[Batch]) -> RotaryVideoDiT:
+        """Give the dense ``model`` this attention, fitted on ``batches``, and compile it on a GPU."""
+
+    def gates(self, model: RotaryVideoDiT) -> list[Tensor]:
+        """What was added to the model's own parameters."""
+
+    def budgets(self, model: RotaryVideoDiT) -> list[Any]:
+        """Of each layer: "dense", or how many blocks are critical."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +73,28 @@ class Arm:
         assert self.spec is not None
         return max(1, int(self.topk * (tokens // self.spec.block)))
 
+    @property
+    def sparsity(self) -> str:
+        """As the tables have it."""
+        return "-" if self.spec is None else f"{1 - self.topk:.0%}"
+
+    def small(self) -> Arm:
+        """The same with small blocks, three times as many of them critical."""
+        return self if self.spec is None else replace(self, spec=replace(self.spec, block=16), topk=3 * self.topk)
+
+    def gates(self, model: RotaryVideoDiT) -> list[Tensor]:
+        """What was added to the model's own parameters."""
+        return [p for block in model.attentions() if block.form is not None for p in block.form.parameters()]
+
+    def budgets(self, model: RotaryVideoDiT) -> list[Any]:
+        """Of each layer: "dense", or how many blocks are critical and the mass of a row's prefix."""
+        forms = [block.form for block in model.attentions()]
+        return [[form.budget.count, form.budget.mass] if isinstance(form, Form) else "dense" for form in forms]
+
     def put_into(self, model: RotaryVideoDiT, tokens: int, batches: Sequence[Batch]) -> RotaryVideoDiT:
         """Give the dense ``model`` the attention of this arm, its budgets and gates fitted on ``batches``."""
+        if model.head.weight.is_cuda:
+            model.compile_blocks()
         model.tile = TILE if self.tiles else None
         if self.spec is None:
             return model
@@ -86,7 +138,7 @@ def fitted(title: str, spec: FormSpec, per_head: bool = False) -> Arm:
     return Arm(title, replace(spec, gated=True, scaled=True, per_head=per_head), calibrated=True)
 
 
-ARMS: dict[str, Arm] = {
+_FORMS: dict[str, Arm] = {
     "dense": Arm("dense", None),
     "sparse": Arm("sparse only", SPARSE),
     "sla": Arm("SLA, the paper's", LINEAR),
@@ -122,21 +174,24 @@ ARMS: dict[str, Arm] = {
     ),
     "mass-hbar": Arm("virtual keys, w, Hbar, ranked by mass", replace(HBAR, route="mass")),
 }
-_VARIED = [name for name in ARMS if name.startswith("mass")]
+_VARIED = [name for name in _FORMS if name.startswith("mass")]
 for _name in ("sparse", "sla-scale-cal", "virtual-w", "virtual-w-row", "virtual-w-row-gate", *_VARIED):
-    _arm = ARMS[_name]
+    _arm = _FORMS[_name]
     for _spread in ("layers", "heads", "rows"):
-        ARMS[f"{_name}-{_spread}"] = replace(_arm, title=f"{_arm.title}, spread over {_spread}", spread=_spread)
-    ARMS[f"{_name}-tiles"] = replace(_arm, title=f"{_arm.title}, tokens in tiles", tiles=True)
-    ARMS[f"{_name}-ends"] = replace(_arm, title=f"{_arm.title}, first and last layer dense", dense=(0, -1))
-CLOSED: list[str] = [name for name in ARMS if name != "sla"]
+        _FORMS[f"{_name}-{_spread}"] = replace(_arm, title=f"{_arm.title}, spread over {_spread}", spread=_spread)
+    _FORMS[f"{_name}-tiles"] = replace(_arm, title=f"{_arm.title}, tokens in tiles", tiles=True)
+    _FORMS[f"{_name}-ends"] = replace(_arm, title=f"{_arm.title}, first and last layer dense", dense=(0, -1))
+CLOSED: list[str] = [name for name in _FORMS if name != "sla"]
 """The arms that are measured right after the switch; the paper's is sparse only then."""
 
-for _name in list(ARMS)[1:]:
+for _name in list(_FORMS)[1:]:
     for _topk in (0.1, 0.03):
-        ARMS[f"{_name}@{1 - _topk:.0%}"] = replace(ARMS[_name], topk=_topk)
-for _name in list(ARMS):
-    ARMS[f"{_name}+teacher"] = replace(ARMS[_name], title=f"{ARMS[_name].title}, teacher's velocity", teacher=True)
+        _FORMS[f"{_name}@{1 - _topk:.0%}"] = replace(_FORMS[_name], topk=_topk)
+for _name in list(_FORMS):
+    _arm = _FORMS[_name]
+    _FORMS[f"{_name}+teacher"] = replace(_arm, title=f"{_arm.title}, teacher's velocity", teacher=True)
 
 _OTHER = ("sparse", "sla-scale-cal", "virtual-w", "virtual-w-row", "virtual-w-row-gate", "mass-gate-heads")
 CLOSED += [f"{name}@{sparsity}" for sparsity in ("90%", "97%") for name in _OTHER]
+
+ARMS: dict[str, AnyArm] = {**_FORMS, **PACKAGE_ARMS}

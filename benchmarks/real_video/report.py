@@ -24,12 +24,6 @@ def above(row: Mapping[str, Any], dense: Mapping[str, Any]) -> list[float]:
     return [100 * (mine / wanted - 1) for mine, wanted in zip(row["loss"], dense["loss"], strict=True)]
 
 
-def sparsity(name: str) -> str:
-    """As the arm has it."""
-    spec = ARMS[name].spec
-    return "-" if spec is None else f"{1 - ARMS[name].topk:.0%}"
-
-
 def cells(values: Sequence[float], form: str = "+.2f") -> str:
     """Joined for a table."""
     return " | ".join(format(value, form) for value in values)
@@ -42,12 +36,10 @@ def closed_table(results: Results) -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     names = [name for name in ARMS if name in results and name != "dense"]
-    for name in sorted(names, key=lambda name: ("95% 90% 97%".index(sparsity(name)), list(ARMS).index(name))):
+    for name in sorted(names, key=lambda name: ("95% 90% 97%".index(ARMS[name].sparsity), list(ARMS).index(name))):
         row = results[name]
-        lines.append(
-            f"| {ARMS[name].title} | {sparsity(name)} | {cells(above(row, results['dense']))} | {row['psnr']:.1f} | "
-            f"{row['features']:.3f} |"
-        )
+        measured = f"{cells(above(row, results['dense']))} | {row['psnr']:.1f} | {row['features']:.3f}"
+        lines.append(f"| {ARMS[name].title} | {ARMS[name].sparsity} | {measured} |")
     return lines
 
 
@@ -68,7 +60,7 @@ def tuned_table(results: Results) -> list[str]:
         means = [statistics.mean(values) for values in zip(*after, strict=True)]
         psnr, features = (statistics.mean(row[key] for row, _ in pairs) for key in ("psnr", "features"))
         lines.append(
-            f"| {ARMS[name].title} | {sparsity(name)} | {len(pairs)} | {statistics.mean(before):+.2f} | "
+            f"| {ARMS[name].title} | {ARMS[name].sparsity} | {len(pairs)} | {statistics.mean(before):+.2f} | "
             f"{means[0]:+.2f} ({each}) | {cells(means[1:])} | {psnr:.1f} | {features:.3f} |"
         )
     return lines

@@ -15,17 +15,15 @@ import math
 import re
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.real_video.arms import ARMS, CLOSED, Arm
+from benchmarks.real_video.arms import ARMS, CLOSED, AnyArm
 from benchmarks.real_video.clips import load
 from benchmarks.real_video.data import Windows
-from benchmarks.real_video.forms import Form
 from benchmarks.real_video.measuring import Sampler, autocast, feature_distance, held_out_loss, psnr
 from benchmarks.real_video.model import CONFIG, RotaryVideoDiT, fast_attention
 from benchmarks.real_video.train import FRAMES, STAGES, TINY_CONFIG, TINY_FRAMES, TINY_STAGES, load_weights, update
@@ -53,7 +51,7 @@ class Study:
         self.device, self.tiny, self.folder = device, tiny, options.out
         self.folder.mkdir(parents=True, exist_ok=True)
         self.base = load_weights(RotaryVideoDiT(config).to(device), options.weights).requires_grad_(False)
-        self.dense = self.fresh()
+        self.dense = ARMS["dense"].put_into(self.fresh(), self.tokens, [])
         self.file = self.folder / "results.json"
         self.results: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.wanted = self.sampler(self.dense)
@@ -62,21 +60,17 @@ class Study:
         self.picture("real", torch.cat(self.sampler.real))
 
     def fresh(self) -> RotaryVideoDiT:
-        """The dense checkpoint, its blocks compiled on a GPU."""
-        model = copy.deepcopy(self.base).requires_grad_(True)
-        return model.compile_blocks() if self.device.type == "cuda" else model
+        """The dense checkpoint."""
+        return copy.deepcopy(self.base).requires_grad_(True)
 
     def add(self, key: str, row: dict[str, Any]) -> None:
         """Keep a result."""
         self.results[key] = row
         self.file.write_text(json.dumps(self.results, indent=1))
 
-    def arm(self, name: str) -> Arm:
+    def arm(self, name: str) -> AnyArm:
         """An arm; with small blocks in a tiny study."""
-        arm = ARMS[name]
-        if self.tiny and arm.spec is not None:
-            arm = replace(arm, spec=replace(arm.spec, block=16), topk=3 * arm.topk)
-        return arm
+        return ARMS[name].small() if self.tiny else ARMS[name]
 
     def measure(self, model: RotaryVideoDiT, sample: bool = True) -> dict[str, Any]:
         """Loss, and how far the samples are from the dense checkpoint's and from the real videos."""
@@ -93,7 +87,7 @@ class Study:
         began, arm = time.monotonic(), self.arm(name)
         model = arm.put_into(self.fresh(), self.tokens, self.calibration)
         row = self.measure(model)
-        row["seconds"], row["budgets"] = time.monotonic() - began, budgets(model)
+        row["seconds"], row["budgets"] = time.monotonic() - began, arm.budgets(model)
         self.add(name, row)
         self.picture(name, self.samples)
         self.say(name, row, "dense")
@@ -102,8 +96,8 @@ class Study:
         """An arm, fine-tuned."""
         began, arm = time.monotonic(), self.arm(name)
         model = arm.put_into(self.fresh(), self.tokens, self.calibration)
-        row: dict[str, Any] = {"before": held_out_loss(model, self.held_out)}
-        gates = [p for block in model.attentions() if block.form is not None for p in block.form.parameters()]
+        row: dict[str, Any] = {"before": held_out_loss(model, self.held_out), "budgets": arm.budgets(model)}
+        gates = arm.gates(model)
         known = {id(gate) for gate in gates}
         groups = [
             {"params": [p for p in model.parameters() if id(p) not in known], "peak": self.lr, "weight_decay": 0.01}
@@ -157,15 +151,6 @@ class Study:
         rows = shown.permute(0, 3, 2, 4, 1).flatten(0, 1).flatten(1, 2)
         pixels = ((rows + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
         Image.fromarray(pixels).save(self.folder / f"{re.sub('[^a-z0-9]+', '-', name.strip('%'))}.png")
-
-
-def budgets(model: RotaryVideoDiT) -> list[Any]:
-    """Of each layer: dense, or how many blocks are critical."""
-    found: list[Any] = []
-    for block in model.attentions():
-        form = block.form
-        found.append("dense" if not isinstance(form, Form) else [form.budget.count, form.budget.mass])
-    return found
 
 
 def main() -> None:

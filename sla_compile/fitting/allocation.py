@@ -329,11 +329,9 @@ def _set_topks(model: nn.Module, first: Arguments, chosen: Mapping[str, Topk], a
         with torch.no_grad():
             for path, topk in chosen.items():
                 sparsity = found[path].sparsity
-                if sparsity is not None:
-                    own = topk if isinstance(topk, tuple) else (topk,)
-                    sparsity[..., 0] = sparsity.new_tensor([to_millionths(one) for one in own]).view(
-                        sparsity.shape[:-1]
-                    )
+                if sparsity is not None:  # one topk goes to all heads
+                    own = [to_millionths(one) for one in topk] if isinstance(topk, tuple) else to_millionths(topk)
+                    sparsity[..., 0] = sparsity.new_tensor(own)
         return
     assert config is not None  # a gate has one
     overrides = {pattern: dict(fields) for pattern, fields in config.overrides.items()}

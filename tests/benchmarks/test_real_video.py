@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.real_video import report, study, train
-from benchmarks.real_video.arms import ARMS
+from benchmarks.real_video.arms import ARMS, Arm
 from benchmarks.real_video.clips import segments, split
 from benchmarks.real_video.data import Windows
 from benchmarks.real_video.fitting import allocate, calibrate, head_errors, install, walk
@@ -122,7 +122,9 @@ def test_calibration_brings_every_attention_nearer(name: str) -> None:
     torch.manual_seed(0)
     windows = Windows(clips()[0], (4, 16), 2)
     model = shaken(RotaryVideoDiT(dataclasses.replace(train.TINY_CONFIG, head_dim=WIDTH)))
-    spec = ARMS[name].spec
+    arm = ARMS[name]
+    assert isinstance(arm, Arm)
+    spec = arm.spec
     assert spec is not None
     # without w virtual keys weigh too little, so that there is a shift to find
     install(model, dataclasses.replace(spec, block=8, variance=not spec.shifted), [Budget(2)] * 2)
@@ -198,13 +200,17 @@ def test_from_pretraining_to_the_table(tmp_path: Path, monkeypatch: pytest.Monke
     train.main()  # nothing is left to do, and the state is as it was
     again = torch.load(tmp_path / "state/state.pt", weights_only=True)
     assert all(torch.equal(again["model"][name], value) for name, value in state["model"].items())
-    tasks = ["--closed", "sparse", "mass-gate-heads", "--tune", "dense", "mass-gate-heads+teacher", "--steps", "2"]
+    mine, theirs = "mass-gate-heads", "package-taylor-heads-cal"
+    tasks = ["--closed", "sparse", mine, theirs, "--tune", "dense", f"{mine}+teacher", theirs, "--steps", "2"]
     monkeypatch.setattr(sys, "argv", ["study", *common, "--out", str(out), *tasks])
     study.main()
     results = json.loads((out / "results.json").read_text())
-    assert set(results) == {"dense", "sparse", "mass-gate-heads", "dense/0", "mass-gate-heads+teacher/0"}
-    counts = [sum(layer[0]) for layer in results["mass-gate-heads"]["budgets"]]
+    assert set(results) == {"dense", "sparse", mine, theirs, "dense/0", f"{mine}+teacher/0", f"{theirs}/0"}
+    counts = [sum(layer[0]) for layer in results[mine]["budgets"]]
     assert sum(counts) <= 2 * 2 * 2  # layers, heads, 15% of 16 blocks
+    topks = torch.tensor(results[theirs]["budgets"])
+    assert topks.shape == (2, 2)
+    assert (16 * topks).int().clamp(min=1).sum() <= 2 * 2 * 2
     table = "\n".join(report.tables(results))
     assert "| virtual keys, w, S of the row, ranked by mass, gate, spread over heads | 95% |" in table
     assert (out / "mass-gate-heads-teacher-tuned.png").exists()

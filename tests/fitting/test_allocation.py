@@ -12,7 +12,7 @@ from torch import Tensor
 
 import sla_compile
 from sla_compile.common.blocks import num_critical
-from sla_compile.fitting.allocation import _water_fill
+from sla_compile.fitting.allocation import _set_topks, _water_fill
 from sla_compile.fitting.sensitivity import SiteSensitivity
 from tests.support.allocation import BLOCK, BUDGET, TOKENS, batches, errors, prepared, topks, uneven
 from tests.support.models import OPTIONS, WIDTH, CalledTwice, Model, TwoAttentions, assert_follows_definition
@@ -159,3 +159,15 @@ def test_an_exception_leaves_an_unprepared_model_without_gates() -> None:
     assert not sla_compile.gates(model)
     with refused("no attention with a gate was reached"):
         sla_compile.allocate(prepared(uneven()), [(torch.randn(1, 8, WIDTH),)], budget=0.1, config={"min_tokens": 64})
+
+
+def test_one_topk_goes_to_all_heads() -> None:
+    """What an allocation that finds nothing better than the budget everywhere sets."""
+    model = prepared(uneven(2), topk_by="head", max_topk=0.5)
+    paths = list(sla_compile.gates(model))
+    heads = sla_compile.gates(model)[paths[0]].heads
+    own = tuple(0.1 + 0.1 * head / heads for head in range(heads))
+    _set_topks(model, ((batches()[0][0],), {}), {paths[0]: BUDGET, paths[1]: own}, at_run_time=True)
+    found = [gate.sparsity[..., 0] for gate in sla_compile.gates(model).values() if gate.sparsity is not None]
+    assert found[0].tolist() == [round(1e6 * BUDGET)] * heads
+    assert found[1].tolist() == [round(1e6 * topk) for topk in own]

@@ -1,0 +1,99 @@
+"""The arms that are the package as its users have it: prepare, allocate, calibrate, and each block compiled by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sla_compile
+from benchmarks.real_video.data import Batch
+from benchmarks.real_video.measuring import autocast
+from benchmarks.real_video.model import RotaryVideoDiT
+
+__all__ = ["PACKAGE_ARMS", "PackageArm"]
+
+
+@dataclass(frozen=True)
+class PackageArm:
+    """Settings of the package, and what is fitted before the model is trained or sampled from."""
+
+    title: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    topk: float = 0.05
+    heads: bool = False
+    """Whether each head gets a topk of its own, by ``allocate``."""
+    calibrated: bool = False
+    teacher: bool = False
+    """Fine-tuned on the dense checkpoint's velocity."""
+    tile: tuple[int, int, int] | None = None
+    """The model's tokens stand in tiles of this shape."""
+
+    @property
+    def sparsity(self) -> str:
+        """As the tables have it."""
+        return f"{1 - self.topk:.0%}"
+
+    def small(self) -> PackageArm:
+        """The same with small blocks, three times as many of them critical, and no Inductor."""
+        settings = {**self.settings, "block_q": 16, "block_k": 16, "min_tokens": 0, "inner": "eager"}
+        return replace(self, settings=settings, topk=3 * self.topk)
+
+    def put_into(self, model: RotaryVideoDiT, tokens: int, batches: Sequence[Batch]) -> RotaryVideoDiT:
+        """Prepare the dense ``model``, fit it on ``batches``, and have its blocks compiled one by one."""
+        model.tile = self.tile
+        calls = [(video, time) for video, time, _ in batches]
+        by_head = {"topk_by": "head", "max_topk": min(1.0, 5 * self.topk)} if self.heads else {}
+        with autocast(model.head.weight.device):
+            sla_compile.prepare(model, calls[0], config={"topk": self.topk, **by_head, **self.settings})
+            if self.heads:
+                print(sla_compile.allocate(model, calls, budget=self.topk).title, flush=True)
+            if self.calibrated:
+                sla_compile.calibrate(model, calls)
+        torch._dynamo.config.recompile_limit = 64  # every arm has its settings, so its graphs
+        for block in model.blocks:
+            block.compile(backend="sla", dynamic=False)
+        return model
+
+    def gates(self, model: RotaryVideoDiT) -> list[Tensor]:
+        """The gates' parameters."""
+        return list(sla_compile.gate_parameters(model))
+
+    def budgets(self, model: RotaryVideoDiT) -> list[Any]:
+        """Of each layer: the topk, of each head where they differ."""
+        found: list[Any] = []
+        for gate in sla_compile.gates(model).values():
+            found.append(gate.shares()[0] if gate.sparsity is None else (gate.sparsity[..., 0] / 1e6).tolist())
+        return found
+
+
+_TAYLOR = {"linear": "taylor"}
+PACKAGE_ARMS = {
+    "package-sparse": PackageArm("the package, sparse only", {"linear": "none"}),
+    "package-marginal": PackageArm("the package, SLA, scaled, calibrated", {"sparse_scale": True}, calibrated=True),
+    "package-taylor": PackageArm("the package, taylor", _TAYLOR),
+    "package-taylor-cal": PackageArm("the package, taylor, calibrated", _TAYLOR, calibrated=True),
+    "package-taylor-heads": PackageArm("the package, taylor, a topk for each head", _TAYLOR, heads=True),
+    "package-taylor-heads-cal": PackageArm(
+        "the package, taylor, a topk for each head, calibrated", _TAYLOR, heads=True, calibrated=True
+    ),
+}
+_BEST = PACKAGE_ARMS["package-taylor-heads-cal"]
+for _tile in ((1, 8, 8), (2, 4, 8), (4, 4, 4)):
+    _shape = "x".join(map(str, _tile))
+    PACKAGE_ARMS[f"package-taylor-heads-cal-{_shape}"] = replace(
+        _BEST, title=f"{_BEST.title}, tokens in tiles of {_shape}", tile=_tile
+    )
+for _name in ("package-taylor-heads-cal", "package-taylor-heads-cal-1x8x8"):
+    _arm = PACKAGE_ARMS[_name]
+    _settings = {**_arm.settings, "block_k": 32}
+    PACKAGE_ARMS[f"{_name}-k32"] = replace(_arm, title=f"{_arm.title}, key blocks of 32", settings=_settings)
+for _name in list(PACKAGE_ARMS):
+    for _topk in (0.1, 0.03):
+        PACKAGE_ARMS[f"{_name}@{1 - _topk:.0%}"] = replace(PACKAGE_ARMS[_name], topk=_topk)
+for _name in list(PACKAGE_ARMS):
+    _arm = PACKAGE_ARMS[_name]
+    PACKAGE_ARMS[f"{_name}+teacher"] = replace(_arm, title=f"{_arm.title}, teacher's velocity", teacher=True)
