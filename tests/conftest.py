@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import warnings
@@ -14,7 +15,11 @@ import pytest
 os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")  # read at import; processes of tests take it over
 
 import torch
+import torch._dynamo.guards
 from torch.utils._device import _device_constructors
+
+# Each compile times its guards, with the CPU's caches emptied before: more than all else that a small compile does.
+torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 
 _FRESH = (
     (torch, ("empty", "empty_like", "empty_strided")),
@@ -56,19 +61,26 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return LoadFileScheduling(config, log)
 
 
+def _hide_from_collections() -> None:
+    """What is alive now is no garbage: a collection, and who asks for all objects, need not look at it any more."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """The modules of torch and of the tests stay."""
+    _hide_from_collections()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """After each file, hide what Dynamo keeps for good from the garbage collector.
-
-    A collection looks at all that is alive: with the graphs of a thousand tests behind it, every compile waits for it.
-    """
+    """After each file, what Dynamo keeps for good: the graphs of a thousand tests, or every compile waits for them."""
     if nextitem is None or nextitem.path != item.path:
-        gc.collect()
-        gc.freeze()
+        _hide_from_collections()
 
 
-def pytest_sessionfinish() -> None:
-    gc.unfreeze()  # or libraries that look at exit report what they find as leaks
+atexit.register(gc.unfreeze)  # or libraries that look at exit report what they find as leaks
 
 
 @pytest.fixture
