@@ -15,11 +15,9 @@ import pytest
 os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")  # read at import; processes of tests take it over
 
 import torch
-import torch._dynamo.guards
 from torch.utils._device import _device_constructors
 
-# Each compile times its guards, with the CPU's caches emptied before: more than all else that a small compile does.
-torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
+from tests.support.processes import leave_guards_untimed
 
 _FRESH = (
     (torch, ("empty", "empty_like", "empty_strided")),
@@ -71,6 +69,10 @@ def _hide_from_collections() -> None:
 def pytest_collection_finish() -> None:
     """The modules of torch and of the tests stay."""
     _hide_from_collections()
+
+
+def pytest_runtest_setup() -> None:
+    leave_guards_untimed()
 
 
 @pytest.hookimpl(trylast=True)

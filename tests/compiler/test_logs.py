@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.paths import ROOT
 
 MODEL = """\
@@ -16,48 +18,64 @@ import logging, sys, torch
 from tests.support.models import OPTIONS, Model, random_input
 
 torch.set_default_dtype(torch.float64)
-if "set_logs" in sys.argv:
-    torch._logging.set_logs(modules={"sla_compile": logging.INFO})
 options = {**OPTIONS, "inner": "eager", "exclude": ("blocks.1.*",)}
-torch.compile(Model(), backend="sla", options=options)(random_input(64))
+for turn in sys.argv[1:]:
+    if turn == "set_logs":
+        torch._logging.set_logs(modules={"sla_compile": logging.INFO})
+    torch._dynamo.reset()
+    torch.compile(Model(), backend="sla", options=options)(random_input(64))
+    print("-- next turn --", file=sys.stderr)
 """
 
 
-def run(*arguments: str, **environment: str) -> str:
-    """What a process that compiles a model of two blocks, one of them excluded, prints to standard error."""
+def run(*turns: str, **environment: str) -> list[str]:
+    """What a process prints to standard error that compiles a model of two blocks, one of them excluded, each turn."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, "-W", "ignore", "-c", MODEL, *arguments]
+    command = [sys.executable, "-W", "ignore", "-c", MODEL, *turns]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    return done.stderr
+    return done.stderr.split("-- next turn --")[:-1]
+
+
+@pytest.fixture(scope="module")
+def unasked_and_asked() -> list[str]:
+    """Of one process: first without a word about logs, then after ``set_logs``."""
+    return run("unasked", "set_logs")
+
+
+@pytest.fixture(scope="module")
+def by_environment(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What is logged, and the folder of a trace, where variables ask for both."""
+    folder = tmp_path_factory.mktemp("trace")
+    (text,) = run("once", TORCH_LOGS="+sla_compile", TORCH_TRACE=str(folder))
+    return text, folder
 
 
 REWRITTEN = "blocks.0.attention: rewritten, 2 x 2 heads x 64 tokens x 16, topk=0.3"
 KEPT = "blocks.1.attention: kept dense, excluded by exclude pattern 'blocks.1.*'"
 
 
-def test_torch_logs_show_each_site_and_with_a_plus_the_graph() -> None:
-    text = run(TORCH_LOGS="+sla_compile")
+def test_torch_logs_show_each_site_and_with_a_plus_the_graph(by_environment: tuple[str, Path]) -> None:
+    text, _ = by_environment
     assert REWRITTEN in text
     assert KEPT in text
     # the op's node has the name of its gate, which Inductor's code repeats beside its kernels
     assert "blocks_0_attention_sla = torch.ops.sla.forward.default(" in text
 
 
-def test_set_logs_shows_the_sites_alone() -> None:
-    text = run("set_logs")
+def test_set_logs_shows_the_sites_alone(unasked_and_asked: list[str]) -> None:
+    _, text = unasked_and_asked
     assert REWRITTEN in text
     assert KEPT in text
     assert "torch.ops.sla.forward" not in text
 
 
-def test_nothing_is_said_unasked() -> None:
-    assert "rewritten" not in run()
+def test_nothing_is_said_unasked(unasked_and_asked: list[str]) -> None:
+    assert "rewritten" not in unasked_and_asked[0]
 
 
-def test_a_trace_for_tlparse_has_sites_and_graph(tmp_path: Path) -> None:
-    run(TORCH_TRACE=str(tmp_path))
-    (file,) = tmp_path.iterdir()
+def test_a_trace_for_tlparse_has_sites_and_graph(by_environment: tuple[str, Path]) -> None:
+    (file,) = by_environment[1].iterdir()
     content = file.read_bytes()
     lines = (gzip.decompress(content) if file.suffix == ".gz" else content).decode().splitlines()
     payloads: dict[str, str] = {}

@@ -17,13 +17,13 @@ from torch import nn
 
 import sla_compile
 from tests.support.models import OPTIONS, Model, random_input, randomize_gates
+from tests.support.processes import FRESH
 
 STEPS, KILLED_AT = 6, 4
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # a fork of a process with threads
 
 fork = multiprocessing.get_context("fork")
-spawn = multiprocessing.get_context("spawn")
 
 
 def prepared() -> nn.Module:
@@ -153,7 +153,7 @@ def test_resume_after_a_kill(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
     expected = train(tmp_path / "whole", 0, STEPS)
     # autograd does not run in a fork of a process that has used it
-    killed(spawn, train, tmp_path / "killed", 0, STEPS, KILLED_AT)
+    killed(FRESH, train, tmp_path / "killed", 0, STEPS, KILLED_AT)
     assert not (tmp_path / "killed" / f"gates-{KILLED_AT + 1}.safetensors").exists()
     resumed = train(tmp_path / "killed", KILLED_AT, STEPS)
     assert all(torch.equal(a, b) for a, b in zip(resumed, expected, strict=True))

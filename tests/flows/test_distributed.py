@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import FileStore, checkpoint
-from torch.multiprocessing import spawn
 
 import sla_compile
 from tests.support.closeness import assert_close
 from tests.support.models import OPTIONS, Model, randomize_gates
+from tests.support.processes import launch
 
 WORLD = 2
 
@@ -76,9 +75,7 @@ WRAPPERS: dict[str, Callable[[Model], Any]] = {
 
 
 def work(rank: int, wrapper: str, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="localhost", RANK=str(rank), WORLD_SIZE=str(WORLD))
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     store = FileStore(f"{folder}/store", WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
     try:
@@ -106,7 +103,7 @@ def _whole(tensor: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_two_processes_give_the_gradients_of_one(wrapper: str, tmp_path: Path) -> None:
-    spawn(work, args=(wrapper, str(tmp_path)), nprocs=WORLD)
+    launch(work, wrapper, str(tmp_path), ranks=WORLD)
     result = torch.load(tmp_path / "result.pt")
     if wrapper == "fsdp2":
         assert set(result["kinds"]) == {"DTensor"}, "gates are sharded like any parameter"

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.distributed import FileStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.multiprocessing import spawn
 
 import sla_compile
 from tests.support.closeness import assert_close
 from tests.support.models import OPTIONS
+from tests.support.processes import launch
 
 WIDTH, HEAD_DIM = 32, 16
 
@@ -53,7 +53,6 @@ def seeded(world: int) -> tuple[Any, Tensor]:
 
 def parallel_on(rank: int, world: int, folder: str) -> None:
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", store=FileStore(f"{folder}/store", world), rank=rank, world_size=world)
     try:
         model, x = seeded(world)
@@ -76,7 +75,7 @@ def test_projections_of_a_parallel_plan_are_of_one_tensor(world: int, tmp_path: 
     if world == 1:
         parallel_on(0, world, str(tmp_path))
     else:
-        spawn(parallel_on, args=(world, str(tmp_path)), nprocs=world)
+        launch(parallel_on, world, str(tmp_path), ranks=world)
     result = torch.load(tmp_path / "0.pt")
     assert result["site"] == (True, "self-attention", "96 tokens", "")
     assert result["gates"] == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import time
 import traceback
 import warnings
@@ -14,9 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import FileStore
-from torch.multiprocessing import spawn
 
-__all__ = ["WORLD", "Case", "failures", "whole"]
+from tests.support.processes import launch
+
+__all__ = ["WORLD", "Case", "failures", "of_rank_0", "whole"]
 
 WORLD = 2
 Case = Callable[[int, Path], None]
@@ -25,7 +25,7 @@ Case = Callable[[int, Path], None]
 
 def failures(cases: Mapping[str, Case], folder: Path) -> dict[str, str]:
     """Run ``cases`` in turn on `WORLD` processes; by name what each failed with, empty where it did not."""
-    spawn(_work, args=(dict(cases), str(folder)), nprocs=WORLD)
+    launch(_work, dict(cases), str(folder), ranks=WORLD)
     found = [torch.load(folder / f"failures.{rank}.pt") for rank in range(WORLD)]
     return {
         name: "\n".join(f"rank {rank}: {one[name]}" for rank, one in enumerate(found) if one[name]) for name in cases
@@ -33,9 +33,7 @@ def failures(cases: Mapping[str, Case], folder: Path) -> dict[str, str]:
 
 
 def _work(rank: int, cases: dict[str, Case], folder: str) -> None:
-    os.environ.update(MASTER_ADDR="localhost", RANK=str(rank), WORLD_SIZE=str(WORLD))
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=60)
+    limit = datetime.timedelta(seconds=120)
     store = FileStore(f"{folder}/store", WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=limit)
     found = {}
@@ -64,3 +62,10 @@ def _work(rank: int, cases: dict[str, Case], folder: str) -> None:
 def whole(tensor: Any) -> torch.Tensor:
     """All of ``tensor``, gathered where it is sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def of_rank_0(make: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``make(*arguments)`` returns on rank 0, on every rank; the others wait for it."""
+    found = [make(*arguments) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
