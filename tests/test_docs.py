@@ -10,7 +10,7 @@ import runpy
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,10 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "argv", arguments[1:] if arguments[0] == "-m" else arguments)
+    module = arguments[0] == "-m"
+    start = partial(runpy.run_module, arguments[1]) if module else partial(runpy.run_path, arguments[0])
     with pytest.raises(SystemExit) as end:
-        if arguments[0] == "-m":
-            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(arguments[0], run_name="__main__")
+        start(run_name="__main__")
     assert not end.value.code, capsys.readouterr()
     return capsys.readouterr().out
 
