@@ -122,7 +122,7 @@ def _problems(
     for test in tests:
         if not test.passed:
             wrong = test.message or f"relative error {test.error:.2g}, accepted up to {test.budget:g}"
-            yield f"self-test on {test.device}, {test.dtype}, mask {test.mask}: {wrong}"
+            yield f"self-test on {test.call}: {wrong}"
     for name, state in caches.items():
         folder, colon, wrong = state.partition(": ")
         if colon:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sla_compile.common.limits import DTYPES
+from sla_compile.common.limits import DTYPES, TAYLOR
 
 # The one import of the definition outside tests: a self-test is a test.
 from sla_compile.kernels import reference
@@ -22,7 +22,7 @@ BUDGETS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.
 
 _TOKENS, _HEADS, _DIM = 200, 2, 64  # the last blocks are short
 _OPTIONS: dict[str, Any] = {"topk": 0.3, "bottomk": 0.2, "block_q": 64, "block_k": 32}
-_MASKS = ("none", "keys", "causal")
+_FORMS, _MASKS = ("marginal", TAYLOR), ("none", "keys", "causal")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class SelfTest:
 
     device: str
     dtype: str
+    linear: str
     mask: str
     error: float
     """Largest relative error ||actual - expected|| / ||expected|| of the output and all gradients; nan if it raised."""
@@ -43,51 +44,52 @@ class SelfTest:
     def passed(self) -> bool:
         return not self.message and self.error <= self.budget
 
+    @property
+    def call(self) -> str:
+        """What was called, in words."""
+        return f"{self.device}, {self.dtype}, linear {self.linear}, mask {self.mask}"
+
 
 def self_tests(device: torch.device, masks: Sequence[str] = _MASKS) -> list[SelfTest]:
-    """A test for each dtype that ``device`` takes, and each of ``masks``; the random state stays as it was."""
-    return [_run(device, dtype, mask) for dtype in DTYPES[device.type] for mask in masks]
+    """A test for each dtype that ``device`` takes, form of ``linear`` and one of ``masks``; the random state stays."""
+    return [_run(device, dtype, linear, mask) for dtype in DTYPES[device.type] for linear in _FORMS for mask in masks]
 
 
-def _run(device: torch.device, dtype: torch.dtype, mask: str) -> SelfTest:
+def _run(device: torch.device, dtype: torch.dtype, linear: str, mask: str) -> SelfTest:
     start, error, message = time.perf_counter(), float("nan"), ""
     try:
-        error = _error(device, dtype, mask)
+        error = _error(device, dtype, linear, mask)
     except Exception as raised:  # whatever a broken set-up raises belongs into the report
         message = f"{type(raised).__name__}: {next(iter(str(raised).splitlines()), '')}"
     seconds = time.perf_counter() - start
     name = str(dtype).removeprefix("torch.")
-    return SelfTest(str(device), name, mask, error, BUDGETS[dtype], seconds, message)
+    return SelfTest(str(device), name, linear, mask, error, BUDGETS[dtype], seconds, message)
 
 
-def _error(device: torch.device, dtype: torch.dtype, mask: str) -> float:
+def _error(device: torch.device, dtype: torch.dtype, linear: str, mask: str) -> float:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float32).to(device, dtype)
 
-    inputs = [random(1, _HEADS, _TOKENS, _DIM) for _ in range(3)]
-    inputs += [random(_DIM, _DIM) / _DIM**0.5, random(_DIM)]
+    inputs = {name: random(1, _HEADS, _TOKENS, _DIM) for name in "qkv"}
+    if linear == TAYLOR:
+        inputs["shift"] = random(_HEADS)
+    else:
+        inputs |= {"weight": random(_DIM, _DIM) / _DIM**0.5, "bias": random(_DIM)}
     upstream = random(1, _HEADS, _TOKENS, _DIM)
-    options: dict[str, Any] = {**_OPTIONS, "scale": _DIM**-0.5, "causal": mask == "causal"}
     key_mask = torch.arange(_TOKENS, device=device)[None] < _TOKENS - 20 if mask == "keys" else None
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    arguments = {"key_mask": key_mask, "sparsity": None, "feature_map": "softmax", "linear": "marginal", **options}
+    options: dict[str, Any] = {**_OPTIONS, "scale": _DIM**-0.5, "causal": mask == "causal", "linear": linear}
+    options["key_mask"] = key_mask
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    absent = dict.fromkeys(("weight", "bias", "shift", "sparsity"))
     with torch.enable_grad():
-        out, _, _, block_map = torch.ops.sla.forward.default(*leaves, **arguments)
-        actual = (out, *torch.autograd.grad(out, leaves, upstream))
-        exact = [x.double().requires_grad_() for x in inputs]
+        out, _, _, block_map = torch.ops.sla.forward.default(**{**absent, **leaves}, feature_map="softmax", **options)
+        actual = (out, *torch.autograd.grad(out, list(leaves.values()), upstream))
+        exact = {name: x.double().requires_grad_() for name, x in inputs.items()}
         # With the op's own classes: two scores that rounding makes equal are no mistake.
-        expected_out = reference.sparse_linear_attention(
-            *exact,
-            scale=options["scale"],
-            block_q=options["block_q"],
-            block_k=options["block_k"],
-            causal=options["causal"],
-            key_mask=key_mask,
-            block_map=block_map,
-        )
-        expected = (expected_out, *torch.autograd.grad(expected_out, exact, upstream.double()))
+        expected_out = reference.sparse_linear_attention(**exact, **options, block_map=block_map)
+        expected = (expected_out, *torch.autograd.grad(expected_out, list(exact.values()), upstream.double()))
     return max(_relative(a, e) for a, e in zip(actual, expected, strict=True))
 
 

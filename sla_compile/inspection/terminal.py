@@ -31,7 +31,7 @@ _COLOURS = ("grey39", "dodger_blue2", "dark_cyan", "green4", "dark_orange3", "re
 def rows_of(
     title: str, columns: tuple[str, ...], rows: list[tuple[Text | str, ...]], width: int
 ) -> Iterator[RenderableType]:
-    """A table of ``rows`` under ``title``; on a narrow terminal each row as lines, "name: value"."""
+    """A table of ``rows`` under ``title``; on a narrow terminal each row as a heading and a line "name: value; name: value"."""
     yield Text(f"\n{title}", style="bold", overflow="fold")
     if width >= TABLE_WIDTH:
         table = Table()
@@ -43,9 +43,11 @@ def rows_of(
         return
     for row in rows:
         text = Text(overflow="fold").append(row[0] if isinstance(row[0], Text) else Text(row[0], style="bold"))
+        separator = "\n  "
         for name, cell in zip(columns[1:], row[1:], strict=True):
             if str(cell):
-                text.append(f"\n  {name}: ").append(cell if isinstance(cell, Text) else Text(cell))
+                text.append(f"{separator}{name}: ").append(cell if isinstance(cell, Text) else Text(cell))
+                separator = "; "
         yield text
 
 
@@ -97,7 +99,7 @@ class DoctorView:
         for test in self.report.tests:
             verdict = Text("passed", style="green") if test.passed else Text("failed", style="red")
             error = test.message or f"{test.error:.1e} of {test.budget:.0e}"
-            rows.append((f"{test.device}, {test.dtype}, mask {test.mask}", verdict, error, f"{test.seconds:.2f} s"))
+            rows.append((test.call, verdict, error, f"{test.seconds:.2f} s"))
         title = "self-test: output and gradients against the definition"
         yield from rows_of(title, ("call", "result", "relative error", "time"), rows, width)
 

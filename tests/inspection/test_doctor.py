@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,8 +28,9 @@ def test_this_machine_is_healthy() -> None:
     assert report.problems == ()
     assert report.healthy
     assert report.versions["torch"] == torch.__version__
-    tested = {(test.dtype, test.mask) for test in report.tests if test.device == "cpu"}
-    assert tested == {(d, m) for d in ("float32", "float16", "bfloat16", "float64") for m in ("none", "keys", "causal")}
+    tested = [(test.dtype, test.linear, test.mask) for test in report.tests if test.device == "cpu"]
+    dtypes = "float32", "float16", "bfloat16", "float64"
+    assert tested == list(itertools.product(dtypes, ("marginal", "taylor"), ("none", "keys", "causal")))
     assert {path.path for path in report.paths if path.device == "cpu"} == {"cpu"}
     data = json.loads(report.to_json())
     assert data["healthy"] is True
@@ -49,9 +51,10 @@ def test_wrong_numbers_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return result._replace(out=result.out * 1.001)
 
     monkeypatch.setattr(cpu, "forward", wrong)
-    found = {(test.dtype, test.passed) for test in self_tests(CPU, ("none",))}
-    assert ("float32", False) in found
-    assert ("bfloat16", True) in found  # its own rounding is larger
+    found = {(test.dtype, test.linear, test.passed) for test in self_tests(CPU, ("none",))}
+    for linear in ("marginal", "taylor"):
+        assert ("float32", linear, False) in found
+        assert ("bfloat16", linear, True) in found  # its own rounding is larger
 
 
 def test_what_raises_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -64,7 +67,7 @@ def test_what_raises_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setenv("SLA_COMPILE_LAUNCHES", str(tmp_path / "missing.json"))
     report = sla_compile.doctor()
     text = "\n".join(report.problems)
-    assert "self-test on cpu, float32, mask none: RuntimeError: no kernel image" in text
+    assert "self-test on cpu, float32, linear taylor, mask none: RuntimeError: no kernel image" in text
     assert 'torch.compile knows no backend "sla"' in text
     assert "the cache of Inductor cannot be written: " in text
     assert "Permission denied" in text
