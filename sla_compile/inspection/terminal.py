@@ -31,7 +31,7 @@ _COLOURS = ("grey39", "dodger_blue2", "dark_cyan", "green4", "dark_orange3", "re
 def rows_of(
     title: str, columns: tuple[str, ...], rows: list[tuple[Text | str, ...]], width: int
 ) -> Iterator[RenderableType]:
-    """A table of ``rows`` under ``title``; on a narrow terminal each row as a heading and a line "name: value; name: value"."""
+    """A table of ``rows`` under ``title``; on a narrow terminal each row as a heading and a line "name: value; ..."."""
     yield Text(f"\n{title}", style="bold", overflow="fold")
     if width >= TABLE_WIDTH:
         table = Table()
