@@ -36,12 +36,14 @@ __all__ = [
     "clear_dense_run",
     "count_run",
     "dense_run",
+    "eager_runs_are_measured",
     "forget_awaited",
     "gate_folder",
     "is_awaited",
     "is_our_backend",
     "last_start",
     "limit_callbacks",
+    "ran_since_eager_start",
     "ran_since_start",
     "remember_backend",
     "remember_break",
@@ -49,6 +51,7 @@ __all__ = [
     "remember_code_accounts",
     "remember_dense",
     "remember_dense_run",
+    "remember_eager_start",
     "remember_gate_folder",
     "remember_injected",
     "remember_limit_callback",
@@ -99,8 +102,12 @@ _backends: weakref.WeakSet[Any] = weakref.WeakSet()
 # The modules that were called from Python within a compiled call, which is where Dynamo starts: when, as a running
 # number, and how often the op had run by then.
 _starts: weakref.WeakKeyDictionary[nn.Module, tuple[int, int]] = weakref.WeakKeyDictionary()
-# Owners whose last call from Python within a compiled call ran no attention of theirs in a graph of ours; when.
-_dense_runs: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+# How often the op had run when an owner was last called with no compile around it.
+_eager_starts: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+# Owners whose last call from Python ran no attention of theirs in a graph of ours: when, and whether that call was
+# within a compiled one.
+_dense_runs: weakref.WeakKeyDictionary[nn.Module, tuple[int, bool]] = weakref.WeakKeyDictionary()
+_measuring = [0]  # how many contexts now run models eagerly to measure them
 _clock = itertools.count(1)
 _runs = [0]  # of the op sla::forward in this process
 
@@ -281,9 +288,30 @@ def ran_since_start(module: nn.Module) -> bool:
     return _runs[0] > _starts.get(module, (0, 0))[1]
 
 
-def remember_dense_run(owner: nn.Module) -> None:
-    """The call of ``owner`` that just ended ran its attention outside every graph of ours."""
-    _dense_runs[owner] = next(_clock)
+def remember_eager_start(owner: nn.Module) -> None:
+    """``owner`` is called, and nothing around it is compiled."""
+    _eager_starts[owner] = _runs[0]
+
+
+def ran_since_eager_start(owner: nn.Module) -> bool:
+    """True if the op ran since then, or nobody saw that start."""
+    return _runs[0] > _eager_starts.get(owner, -1)
+
+
+@contextlib.contextmanager
+def eager_runs_are_measured() -> Iterator[None]:
+    """Within this context, calls of models that are not compiled are ours, and nothing to remember."""
+    _measuring[0] += 1
+    try:
+        yield
+    finally:
+        _measuring[0] -= 1
+
+
+def remember_dense_run(owner: nn.Module, *, compiled: bool) -> None:
+    """The call of ``owner`` that just ended, ``compiled`` or not, ran its attention outside every graph of ours."""
+    if compiled or not _measuring[0]:
+        _dense_runs[owner] = next(_clock), compiled
 
 
 def clear_dense_run(owner: nn.Module) -> None:
@@ -291,9 +319,9 @@ def clear_dense_run(owner: nn.Module) -> None:
     _dense_runs.pop(owner, None)
 
 
-def dense_run(owner: nn.Module) -> int:
-    """When ``owner`` last ran so, if its last call from Python did; else 0."""
-    return _dense_runs.get(owner, 0)
+def dense_run(owner: nn.Module) -> tuple[int, bool]:
+    """When ``owner`` last ran so, if its last call from Python did, else 0; and whether that call was compiled."""
+    return _dense_runs.get(owner, (0, False))
 
 
 def count_run() -> None:

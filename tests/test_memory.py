@@ -86,7 +86,7 @@ def test_a_folder_is_known_unknown_or_none() -> None:
 def test_everything_goes_with_its_key() -> None:
     weak = (weakref.WeakKeyDictionary, weakref.WeakSet)
     registries: dict[str, Any] = {name: value for name, value in vars(memory).items() if isinstance(value, weak)}
-    assert len(registries) == 16
+    assert len(registries) == 17
     gc.collect()
     before = {name: len(registry) for name, registry in registries.items()}
     owner, code = type("Owner", (nn.Module,), {})(), a_code()
@@ -106,7 +106,8 @@ def test_everything_goes_with_its_key() -> None:
     memory.remember_gate_folder(owner, "folder")
     memory.remember_backend(nothing := lambda: None)
     memory.remember_start(owner)
-    memory.remember_dense_run(owner)
+    memory.remember_eager_start(owner)
+    memory.remember_dense_run(owner, compiled=True)
     assert all(len(registry) == before[name] + 1 for name, registry in registries.items())
     del owner, code, nothing
     gc.collect()
@@ -140,10 +141,26 @@ def test_a_run_after_the_start_of_a_call() -> None:
     assert not memory.ran_since_start(module)
     memory.count_run()
     assert memory.ran_since_start(module)
-    memory.remember_dense_run(module)
-    assert memory.dense_run(module) > first
+    memory.remember_dense_run(module, compiled=True)
+    when, compiled = memory.dense_run(module)
+    assert when > first
+    assert compiled
     memory.clear_dense_run(module)
-    assert memory.dense_run(module) == 0
+    assert memory.dense_run(module) == (0, False)
+
+
+def test_an_eager_run_is_remembered_unless_it_is_measured() -> None:
+    module = nn.Linear(2, 2)
+    assert memory.ran_since_eager_start(module)  # of a start that nobody saw, nothing is told
+    memory.remember_eager_start(module)
+    assert not memory.ran_since_eager_start(module)
+    with memory.eager_runs_are_measured():
+        memory.remember_dense_run(module, compiled=False)
+    assert memory.dense_run(module) == (0, False)
+    memory.remember_dense_run(module, compiled=False)
+    assert memory.dense_run(module)[0] > 0
+    memory.count_run()
+    assert memory.ran_since_eager_start(module)
 
 
 def test_a_module_is_told_once() -> None:

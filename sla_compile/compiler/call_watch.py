@@ -2,7 +2,8 @@
 
 The owner of a gate and the modules around it have two hooks. While Dynamo traces they do nothing and leave nothing in
 the graph. They run in Python only where Dynamo starts at their module, or could not trace the call of it: there they
-note the call for `report`, and warn once where a gate was not used or is untrained.
+note the call for `report`, and warn once where a gate was not used or is untrained. Where nothing is compiled they note
+for `report` that the attention of an owner ran dense.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ __all__ = ["CallEnd", "CallStart", "watch"]
 
 
 class CallStart(Hook):
-    """Forward pre-hook: notes that the module is called from Python within a compiled call of ours."""
+    """Forward pre-hook: notes that the module is called from Python, within a compiled call of ours or of none."""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_dynamo_compiling():
@@ -41,9 +42,16 @@ def _before_call(callback: Any, module: nn.Module) -> None:
     if callable(callback) and memory.is_our_backend(backend_function(callback)):
         memory.remember_start(module)
         remark_children(module)
+    elif callback is None and own_gates(module):
+        memory.remember_eager_start(module)
 
 
 def _after_call(callback: Any, module: nn.Module) -> None:
+    if callback is None and own_gates(module):
+        if memory.ran_since_eager_start(module):  # a part of it is compiled by itself
+            memory.clear_dense_run(module)
+        else:
+            memory.remember_dense_run(module, compiled=False)
     if not (callable(callback) and memory.is_our_backend(backend_function(callback))):
         return
     ran = memory.ran_since_start(module)

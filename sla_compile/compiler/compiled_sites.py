@@ -16,6 +16,7 @@ from sla_compile.compiler.site_report import (
     graph_break,
     not_used,
     prepared_only,
+    ran_dense,
     with_sparsity_of,
 )
 from sla_compile.compiler.sites import Site
@@ -26,7 +27,8 @@ from sla_compile.module_paths import module_paths
 
 __all__ = ["compiled_breaks", "compiled_sites", "remember"]
 
-RAN_DENSE = "the last compiled call ran it outside every graph"
+_NOT_TRACED = "outside every graph", "a graph that holds the attention and its owner"
+_NOT_COMPILED = "it was not compiled", "a call of what torch.compile returned"
 
 
 def remember(gm: fx.GraphModule, sites: Sequence[Site], unused: Sequence[UnusedGate], frame: Frame) -> None:
@@ -75,13 +77,14 @@ def compiled_sites(model: nn.Module) -> list[SiteReport]:
         for code, ownerless in memory.accounts_by_code():
             if runs_forward_of(code, owner):
                 found += [_moved(report, full, report.ordinal) for report in ownerless]
-        dense = memory.dense_run(owner) > (0 if start is None else memory.last_start(modules[start]))
+        when, compiled = memory.dense_run(owner)
+        dense = when > (0 if start is None else memory.last_start(modules[start]))
         for ordinal, history in sorted(accounts.items()):
             gate_now = own.get(gate_name(ordinal))
             for report, current in _reports(history):
                 report = _moved(with_sparsity_of(report, gate_now), full, ordinal)
-                if dense and gate_now is not None and (report.rewritten or not report.compiled):
-                    report = not_used(gate_now, owner, RAN_DENSE, "a graph that holds the attention and its owner")
+                if dense and gate_now is not None and (report.rewritten or (compiled and not report.compiled)):
+                    report = ran_dense(report, *(_NOT_TRACED if compiled else _NOT_COMPILED))
                 found.append(dataclasses.replace(report, current=current))
     return found
 

@@ -43,7 +43,7 @@ def note_dense_run(owner: nn.Module) -> None:
     on_gpu = any(gate.device.type == "cuda" for gate in own_gates(owner).values())
     if any(report.by_settings or (report.rewritten and on_gpu) for report in known):
         return  # short at this size; or a CUDA graph, which replays the op without calling it
-    memory.remember_dense_run(owner)
+    memory.remember_dense_run(owner, compiled=True)
     if not memory.was_told(owner, _DENSE):
         kept = [report for report in known if not report.rewritten]
         reason = f"{kept[-1].reason}: {kept[-1].value}" if kept else "no graph of this call holds its attention"

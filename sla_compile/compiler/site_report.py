@@ -35,7 +35,16 @@ from sla_compile.passes.decide import Keep, Rewrite, Shape, example_shape
 from sla_compile.passes.operands import example
 from sla_compile.passes.token_order import TokenOrder
 
-__all__ = ["GraphBreak", "SiteReport", "describe", "graph_break", "not_used", "prepared_only", "with_sparsity_of"]
+__all__ = [
+    "GraphBreak",
+    "SiteReport",
+    "describe",
+    "graph_break",
+    "not_used",
+    "prepared_only",
+    "ran_dense",
+    "with_sparsity_of",
+]
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,8 @@ class SiteReport:
     """Guard under which this holds, for a symbolic number of tokens."""
     compiled: bool = True
     """False for a gate whose attention no compile has reached yet."""
+    ran_dense: bool = False
+    """True for one that was compiled, but ran dense in the last call of its owner."""
     current: bool = True
     """False for what was compiled for other sizes before, and may still serve those."""
     mask: str = ""
@@ -260,6 +271,28 @@ def prepared_only(gate: Gate, owner: nn.Module) -> SiteReport:
     """The report of a gate whose attention no compile has reached."""
     accepted = 'torch.compile(model, backend="sla") and a call'
     return dataclasses.replace(not_used(gate, owner, "prepared, not compiled yet", accepted), compiled=False)
+
+
+def ran_dense(report: SiteReport, value: str, accepted: str) -> SiteReport:
+    """``report`` of an attention that ran dense in the last call of its owner, for the reason ``value``."""
+    return dataclasses.replace(
+        report,
+        rewritten=False,
+        compiled=True,
+        ran_dense=True,
+        reason="compiled, but the last call ran dense",
+        value=value,
+        accepted=accepted,
+        condition="",
+        order={},
+        critical_tokens=(),
+        flops_after=report.flops_before,
+        bytes_after=report.bytes_before,
+        formula_after="",
+        expression_after=report.expression_before,
+        where=(),
+        diff=(),
+    )
 
 
 def not_used(gate: Gate, owner: nn.Module, reason: str, accepted: str) -> SiteReport:

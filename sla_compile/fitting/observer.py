@@ -29,6 +29,7 @@ from sla_compile.compiler.sites import requirements
 from sla_compile.config import SLAConfig
 from sla_compile.gate import Gate, detach, gate_name, gates, model_config, own_gates
 from sla_compile.gate_settings import CALLED
+from sla_compile.memory import eager_runs_are_measured
 from sla_compile.ops.reorder import reorder
 from sla_compile.passes.decide import Rewrite, decide
 from sla_compile.passes.find_attention import SDPA_TARGETS, attention_call
@@ -150,7 +151,7 @@ def gated_calls(model: nn.Module, handler: Handler) -> Iterator[None]:
             handles.append(module.register_forward_pre_hook(mode.begin, prepend=True))
             handles.append(module.register_forward_hook(mode.end, always_call=True))
         # Blocks that are compiled by themselves would run sparse, and the mode would not see their calls.
-        with torch.compiler.set_stance("force_eager"), mode:
+        with torch.compiler.set_stance("force_eager"), eager_runs_are_measured(), mode:
             yield
     finally:
         for handle in handles:

@@ -86,7 +86,7 @@ def _error(device: torch.device, dtype: torch.dtype, linear: str, mask: str) -> 
     with torch.enable_grad():
         out, _, _, block_map = torch.ops.sla.forward.default(**{**absent, **leaves}, feature_map="softmax", **options)
         actual = (out, *torch.autograd.grad(out, list(leaves.values()), upstream))
-        exact = {name: x.double().requires_grad_() for name, x in inputs.items()}
+        exact: dict[str, Any] = {name: x.double().requires_grad_() for name, x in inputs.items()}
         # With the op's own classes: two scores that rounding makes equal are no mistake.
         expected_out = reference.sparse_linear_attention(**exact, **options, block_map=block_map)
         expected = (expected_out, *torch.autograd.grad(expected_out, list(exact.values()), upstream.double()))

@@ -24,6 +24,16 @@ __all__ = ["Report", "Totals", "explain", "report"]
 VERSION = 1
 """Version of the dictionary form."""
 
+STATUSES = EXPLAINED, NOT_COMPILED, PREPARED, COMPILED_IN_PART, COMPILED, RAN_DENSE = (
+    "explained",
+    "not compiled",
+    "prepared, not compiled",
+    "compiled in part",
+    "compiled",
+    "compiled, but the last call ran dense",
+)
+"""What `Report.status` can be; the first is of `explain` alone."""
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -36,6 +46,8 @@ class Totals:
     kept: int
     not_compiled: int
     """Prepared, but not compiled yet."""
+    ran_dense: int
+    """Of those kept: compiled, but dense in the last call."""
     sizes_unknown: int
     """In none of the sums below."""
     flops_before: int
@@ -61,6 +73,18 @@ class Report:
     """Module paths of the model's gates that are still zero."""
 
     @property
+    def status(self) -> str:
+        """What became of this very model, as one of `STATUSES`."""
+        totals = self.totals
+        if not self.compiled:
+            return EXPLAINED
+        if totals.ran_dense:
+            return RAN_DENSE
+        if totals.not_compiled:
+            return PREPARED if totals.not_compiled == totals.attentions else COMPILED_IN_PART
+        return COMPILED if totals.attentions else NOT_COMPILED
+
+    @property
     def totals(self) -> Totals:
         """Sums over all sites."""
         sites = [site for site in self.sites if site.current]
@@ -74,6 +98,7 @@ class Report:
             rewritten=sum(site.rewritten for site in sites),
             kept=sum(site.compiled and not site.rewritten for site in sites),
             not_compiled=sum(not site.compiled for site in sites),
+            ran_dense=sum(site.ran_dense for site in sites),
             sizes_unknown=len(sites) - len(known),
             gate_parameters=sum({site.gate_path: site.gate_parameters for site in self.sites}.values()),
             **sums,
@@ -85,11 +110,12 @@ class Report:
         return dataclasses.replace(self, sites=sites)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types: version, model, compiled, sites, totals, graph_breaks, untrained_gates."""
+        """Plain JSON types: version, model, compiled, status, sites, totals, graph_breaks, untrained_gates."""
         return {
             "version": VERSION,
             "model": self.model,
             "compiled": self.compiled,
+            "status": self.status,
             "sites": [site.to_dict() for site in self.sites],
             "totals": dataclasses.asdict(self.totals),
             "graph_breaks": [dataclasses.asdict(found) for found in self.graph_breaks],

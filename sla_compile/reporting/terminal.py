@@ -131,6 +131,8 @@ class ReportView:
         text = f": {totals.rewritten} of {totals.attentions} attentions {verb} sparse-linear"
         if totals.not_compiled:
             text += f", {totals.not_compiled} not compiled yet"
+        if totals.ran_dense:
+            text += f", {totals.ran_dense} compiled, but dense in the last call"
         return title.append(text, style="not bold")
 
     def _table(self, width: int) -> Table:

@@ -88,6 +88,53 @@ def test_untrained_gates_are_named_until_they_are_trained() -> None:
     assert "untrained" not in str(report)
 
 
+def test_the_status_is_that_of_this_very_model() -> None:
+    def told(model: Any) -> tuple[str, list[bool]]:
+        found = sla_compile.report(model)
+        assert found.to_dict()["status"] == found.status
+        return found.status, [site.ran_dense for site in found.sites]
+
+    model, x = Model().double(), random_input()
+    assert told(model) == ("not compiled", [])
+    sla_compile.prepare(model, (x,), config=OPTIONS)
+    model(x)
+    assert told(model) == ("prepared, not compiled", [False, False])
+    run: Any = torch.compile(model, backend="sla", options={"inner": "eager"})
+    run(x)
+    assert told(run) == ("compiled", [False, False])
+    model(x)
+    dense = sla_compile.report(run)
+    assert told(run) == ("compiled, but the last call ran dense", [True, True])
+    assert (dense.totals.rewritten, dense.totals.kept, dense.totals.ran_dense) == (0, 2, 2)
+    assert dense.totals.flops_after == dense.totals.flops_before > 0
+    assert "2 compiled, but dense in the last call" in str(dense)
+    assert "it was not compiled (accepted: a call of what torch.compile returned)" in flat(str(dense).replace("|", " "))
+    copied = copy.deepcopy(model)
+    copied(x)
+    assert told(copied) == ("prepared, not compiled", [False, False])
+    run(x)
+    assert told(run) == ("compiled", [False, False])
+    sla_compile.calibrate(model, [(x,)])  # runs it dense, and that is no call of the user's
+    assert told(run) == ("compiled", [False, False])
+    with torch.compiler.set_stance("force_eager"):
+        run(x)
+    assert told(run)[0] == "compiled, but the last call ran dense"
+    assert explain(model, x).status == "explained"
+
+
+def test_the_status_of_blocks_compiled_by_themselves() -> None:
+    model, x = Model().double(), random_input()
+    sla_compile.prepare(model, (x,), config=OPTIONS)
+    model.blocks[0].compile(backend="sla", options={"inner": "eager"})
+    model(x)
+    report = sla_compile.report(model)
+    assert report.status == "compiled in part"
+    assert [(site.rewritten, site.compiled) for site in report.sites] == [(True, True), (False, False)]
+    with torch.compiler.set_stance("force_eager"):
+        model(x)
+    assert [site.ran_dense for site in sla_compile.report(model).sites] == [True, False]
+
+
 class Lengths(Model):
     """Reads a number after a graph break: tokens that a mask leaves, or ones that only a run of a layer gives."""
 
@@ -147,7 +194,7 @@ def test_dictionary_is_json_and_complete() -> None:
     data = json.loads(report.to_json())
     assert data == report.to_dict()
     assert set(data) == {
-        "version", "model", "compiled", "sites", "totals", "graph_breaks", "untrained_gates",
+        "version", "model", "compiled", "status", "sites", "totals", "graph_breaks", "untrained_gates",
     }  # fmt: skip
     assert len(data["sites"]) == 4
     assert {"path", "rewritten", "reason", "value", "accepted", "flops_before", "diff"} <= set(data["sites"][0])
