@@ -11,10 +11,8 @@ memory is the peak resident set of a process of its own for each arm.
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,22 +24,21 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout comes before what is installed
 
-from sla_compile.kernels import reference
+from sla_compile.inspection.self_test import errors_by_definition
+from sla_compile.inspection.timing import time_in_turn
 from sla_compile.ops.attention import sparse_linear_attention
 
 ARMS = ("dense", "sla")
 PASSES = ("forward", "forward+backward")
+CPU = torch.device("cpu")
 
 
-def make_inputs(arguments: argparse.Namespace, tokens: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def make_inputs(arguments: argparse.Namespace, tokens: int) -> list[Tensor]:
     """q, k, v (1, H, N, D), views of (1, N, H, D) as models pass them, weight (D, D), bias (D)."""
     torch.manual_seed(0)
     shape = (1, tokens, arguments.heads, arguments.dim)
-    q, k, v = (torch.randn(shape, dtype=dtype).transpose(1, 2) for _ in range(3))
-    weight, bias = (
-        torch.randn(arguments.dim, arguments.dim, dtype=dtype),
-        torch.randn(arguments.dim, dtype=dtype),
-    )
+    q, k, v = (torch.randn(shape).transpose(1, 2) for _ in range(3))
+    weight, bias = torch.randn(arguments.dim, arguments.dim), torch.randn(arguments.dim)
     return [x.requires_grad_() for x in (q, k, v, weight, bias)]
 
 
@@ -68,29 +65,12 @@ def make_arm(name: str, what: str, arguments: argparse.Namespace, tokens: int) -
 
 def verify(arguments: argparse.Namespace) -> float:
     """Largest relative error of output and gradients against the definition, in float64; stops over 1e-10."""
-    leaves = make_inputs(arguments, 1000, torch.float64)
-    grad_out = torch.randn_like(leaves[0])
-    options = {"topk": arguments.topk, "bottomk": arguments.bottomk}
-    results = []
-    for function in (sparse_linear_attention, reference.sparse_linear_attention):
-        out = function(*leaves, **options)
-        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad_out)])
-    worst = max(float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
+    options = {"topk": arguments.topk, "bottomk": arguments.bottomk, "block_q": 64, "block_k": 64}
+    sizes = {"tokens": 1000, "heads": arguments.heads, "dim": arguments.dim}
+    worst = max(errors_by_definition(CPU, torch.float64, **sizes, **options).values())
     if not worst < 1e-10:
         sys.exit(f"the op is wrong: relative error {worst:.1e} against the definition; nothing was timed")
     return worst
-
-
-def interleaved(runs: list[Callable[[], None]], repeats: int) -> list[list[float]]:
-    """Milliseconds of each call, the calls taking turns; the first round is not counted."""
-    times: list[list[float]] = [[] for _ in runs]
-    for turn in range(repeats + 1):
-        for index, run in enumerate(runs):
-            start = time.perf_counter()
-            run()
-            if turn:
-                times[index].append((time.perf_counter() - start) * 1e3)
-    return times
 
 
 def peak_mebibytes() -> float:
@@ -116,10 +96,6 @@ def measure_memory(name: str, what: str) -> tuple[float, float]:
     return float(before), float(peak)
 
 
-def spread(times: list[float]) -> str:
-    return f"{statistics.median(times):.1f} ({min(times):.1f} to {max(times):.1f})"
-
-
 def compare(arguments: argparse.Namespace, console: Console) -> None:
     shape = f"B1 H{arguments.heads} N{arguments.tokens} D{arguments.dim}"
     table = Table(title=f"{shape} float32, topk {arguments.topk:.0%}, bottomk {arguments.bottomk:.0%}")
@@ -136,17 +112,19 @@ def compare(arguments: argparse.Namespace, console: Console) -> None:
         table.add_column(heading, justify="left" if heading == "pass" else "right")
     for what in PASSES:
         memory = [measure_memory(name, what) for name in ARMS]
-        times = interleaved([make_arm(name, what, arguments, arguments.tokens) for name in ARMS], arguments.repeats)
-        dense, sla = (statistics.median(t) for t in times)
+        calls = {name: make_arm(name, what, arguments, arguments.tokens) for name in ARMS}
+        times = time_in_turn(calls, CPU, seconds=arguments.seconds)
         table.add_row(
             what,
-            *map(spread, times),
-            f"{dense / sla:.2f}x",
+            *map(str, times.values()),
+            f"{times['dense'].median / times['sla'].median:.2f}x",
             *(f"{peak:.0f}" for _, peak in memory),
             *(f"{peak - before:.0f}" for before, peak in memory),
         )
     console.print(table)
-    console.print("ms: median (least to most). MiB: peak resident set; work: of it, what the libraries did not take.")
+    console.print(
+        "ms: median (20th to 80th percentile). MiB: peak resident set; work: of it, what the libraries did not take."
+    )
 
 
 def crossover(arguments: argparse.Namespace, console: Console) -> None:
@@ -158,8 +136,9 @@ def crossover(arguments: argparse.Namespace, console: Console) -> None:
         for dim in (64, 128):
             sized = argparse.Namespace(**vars(arguments) | {"dim": dim})
             for what in PASSES:
-                runs = [make_arm(name, what, sized, tokens) for name in ARMS]
-                dense, sla = (statistics.median(t) for t in interleaved(runs, 5 * arguments.repeats))
+                calls = {name: make_arm(name, what, sized, tokens) for name in ARMS}
+                times = time_in_turn(calls, CPU, seconds=arguments.seconds / 10)
+                dense, sla = (times[name].median for name in ARMS)
                 cells.append(f"{dense / sla:.2f}x ({dense:.2f} / {sla:.2f} ms)")
         table.add_row(str(tokens), *cells)
     console.print(table)
@@ -172,7 +151,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--topk", type=float, default=0.05)
     parser.add_argument("--bottomk", type=float, default=0.10)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of timing for each arm; a tenth with --crossover")
     parser.add_argument("--crossover", action="store_true", help="sweep N instead of timing one size")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

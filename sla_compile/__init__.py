@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sla_compile.fitting.sparsity import anneal, set_sparsity
     from sla_compile.gate import Gate, detach, gate_parameters, gates
     from sla_compile.inspection.atlas import Atlas, atlas
+    from sla_compile.inspection.benchmark import BenchReport, bench
     from sla_compile.inspection.comparison import ComparisonReport, compare
     from sla_compile.inspection.counters import RunCounters
     from sla_compile.inspection.doctor import DoctorReport, doctor
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AllocationReport",
     "Atlas",
+    "BenchReport",
     "CalibrationReport",
     "ComparisonReport",
     "DenseAttentionWarning",
@@ -56,6 +58,7 @@ __all__ = [
     "allocate",
     "anneal",
     "atlas",
+    "bench",
     "calibrate",
     "compare",
     "detach",
@@ -77,6 +80,7 @@ __all__ = [
 _HOMES = {
     "AllocationReport": "fitting.allocation",
     "Atlas": "inspection.atlas",
+    "BenchReport": "inspection.benchmark",
     "CalibrationReport": "fitting.calibration",
     "ComparisonReport": "inspection.comparison",
     "DenseAttentionWarning": "user_warnings",
@@ -94,6 +98,7 @@ _HOMES = {
     "allocate": "fitting.allocation",
     "anneal": "fitting.sparsity",
     "atlas": "inspection.atlas",
+    "bench": "inspection.benchmark",
     "calibrate": "fitting.calibration",
     "compare": "inspection.comparison",
     "detach": "gate",

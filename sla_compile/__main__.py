@@ -1,4 +1,5 @@
-"""Command line: ``python -m sla_compile explain package.module:factory``; ``atlas``, ``doctor``, ``show`` and ``tune``.
+"""Command line: ``python -m sla_compile explain package.module:factory``; ``atlas``, ``bench``, ``doctor``, ``show``,
+``tune``.
 
 In this order: the parser, the commands with what they print. A command imports what it needs when it runs.
 """
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sla_compile.common.limits import BLOCK_SIZES, MAX_HEAD_DIM, MIN_HEAD_DIM
+from sla_compile.common.limits import BLOCK_SIZES, LINEAR_BRANCHES, MAX_HEAD_DIM, MIN_HEAD_DIM
 from sla_compile.factories import UsageError, call_factory, error_line, key_values, model_and_inputs
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ errors, the error against topk, and the topks that allocate would choose. Nothin
 
 FACTORY is as for explain.
 """
+
+_BENCH = (
+    "time one attention on this machine, dense and SLA, forward and with its backward; its numbers are checked first"
+)
 
 _TUNE = """\
 time launches of the Triton kernels on this GPU, for each head dimension and dtype.
@@ -85,21 +90,7 @@ def _parser() -> _Parser:
     show = commands.add_parser("show", help="the gates in a file that sla_compile.save wrote")
     show.add_argument("file", metavar="FILE")
     show.set_defaults(run=_show)
-    tune = commands.add_parser(
-        "tune",
-        help="choose launches of the Triton kernels for this GPU",
-        description=_TUNE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    tune.add_argument("file", metavar="FILE")
-    tune.add_argument(
-        "--head-dim", nargs="+", type=_integer(MIN_HEAD_DIM, MAX_HEAD_DIM), default=[64, 128], help="of each, 16 to 256"
-    )
-    tune.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["bfloat16", "float32"])
-    tune.add_argument("--tokens", type=_integer(1), default=16384, help="of the attention that is timed")
-    tune.add_argument("--heads", type=_integer(1), default=12)
-    tune.add_argument("--blocks", type=int, choices=BLOCK_SIZES, default=64, help="block_q and block_k")
-    tune.set_defaults(run=_tune)
+    tune, bench = _add_tune(commands), _add_bench(commands)
     atlas = commands.add_parser(
         "atlas",
         help="where the attention of a model goes, and which topk each site needs",
@@ -114,11 +105,54 @@ def _parser() -> _Parser:
     doctor = commands.add_parser("doctor", help="what a report of a bug should hold: this machine, and a self-test")
     doctor.add_argument("--no-self-test", action="store_true", help="leave out the seconds of computing")
     doctor.set_defaults(run=_doctor)
-    for command in (explain, show, doctor, atlas):
+    for command in (explain, atlas, bench):
+        command.add_argument(
+            "--config",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="a field of SLAConfig, its value as JSON (or text); repeatable",
+        )
+    for command in (explain, show, doctor, atlas, bench):
         command.add_argument("--json", action="store_true", help="print JSON")
-    for command in (explain, show, tune, doctor, atlas):
+    for command in (explain, show, tune, doctor, atlas, bench):
         command.add_argument("--width", type=_integer(20), default=None, help="columns, at least 20")
     return parser
+
+
+def _add_tune(commands: Any) -> _Parser:
+    """The parser of ``tune``, added to those of ``commands``."""
+    tune: _Parser = commands.add_parser(
+        "tune",
+        help="choose launches of the Triton kernels for this GPU",
+        description=_TUNE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tune.add_argument("file", metavar="FILE")
+    tune.add_argument(
+        "--head-dim", nargs="+", type=_integer(MIN_HEAD_DIM, MAX_HEAD_DIM), default=[64, 128], help="of each, 16 to 256"
+    )
+    tune.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["bfloat16", "float32"])
+    tune.add_argument("--tokens", type=_integer(1), default=16384, help="of the attention that is timed")
+    tune.add_argument("--heads", type=_integer(1), default=12)
+    tune.add_argument("--blocks", type=int, choices=BLOCK_SIZES, default=64, help="block_q and block_k")
+    tune.set_defaults(run=_tune)
+    return tune
+
+
+def _add_bench(commands: Any) -> _Parser:
+    """The same of ``bench``."""
+    bench: _Parser = commands.add_parser(
+        "bench", help="one attention on this machine: dense against SLA", description=_BENCH
+    )
+    bench.add_argument("--shape", nargs=4, type=_integer(1), metavar=("B", "H", "N", "D"), help="by default a video's")
+    bench.add_argument("--linear", nargs="+", choices=LINEAR_BRANCHES, help="the forms to time, by default one")
+    bench.add_argument("--dtype", choices=_DTYPES, help="by default bfloat16 on a GPU, float32 on a CPU")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="by default the GPU if there is one")
+    bench.add_argument("--seconds", type=float, default=1.0, help="of timing for each arm and direction")
+    bench.add_argument("--out", nargs="+", default=[], metavar="FILE", help=".png, .svg, .pdf or .json")
+    bench.set_defaults(run=_bench)
+    return bench
 
 
 def _add_factory(command: argparse.ArgumentParser) -> None:
@@ -129,13 +163,6 @@ def _add_factory(command: argparse.ArgumentParser) -> None:
         default=[],
         metavar="ARG",
         help="arguments of the factory, VALUE or NAME=VALUE; a VALUE is JSON, or else text",
-    )
-    command.add_argument(
-        "--config",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a field of SLAConfig, its value as JSON (or text); repeatable",
     )
 
 
@@ -176,12 +203,21 @@ def _config(given: Sequence[str]) -> SLAConfig | None:
         raise UsageError(f"--config: {error}") from error
 
 
+def _check_endings(paths: Sequence[str], *kinds: str) -> None:
+    """Raise ValueError, before anything is run, for a file of which it is not known what to write there."""
+    from sla_compile.inspection.figures import checked_kind
+
+    for path in paths:
+        checked_kind(path, ("figure", *kinds))
+
+
 def _atlas(options: argparse.Namespace) -> str:
     from sla_compile.inspection.atlas import atlas
 
     config = _config(options.config)
     model, args, kwargs = model_and_inputs(options.factory, call_factory(options.factory, options.args))
     try:
+        _check_endings(options.out, "html", "json")
         named = inspect.signature(model.forward).bind_partial(*args).arguments if args and kwargs else {}
         found = atlas(model, [{**named, **kwargs} if kwargs else args], config)
         view = found if options.site is None else found.site(options.site)
@@ -190,6 +226,32 @@ def _atlas(options: argparse.Namespace) -> str:
     except Exception as error:
         raise UsageError(f"{options.factory}: {error_line(error)}") from error
     return found.to_json(indent=2, maps=options.site is not None) if options.json else _print(view, options.width)
+
+
+def _bench(options: argparse.Namespace) -> str:
+    import torch
+
+    from sla_compile.inspection.benchmark import bench
+
+    config = _config(options.config)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("bench: no GPU is available to torch")
+    try:
+        _check_endings(options.out, "json")
+        report = bench(
+            options.shape,
+            linear=options.linear,
+            config=config,
+            dtype=dtype,
+            device=options.device,
+            seconds=options.seconds,
+        )
+        for path in options.out:
+            report.save(path)
+    except Exception as error:
+        raise UsageError(f"bench: {error_line(error)}") from error
+    return report.to_json() if options.json else _print(report, options.width)
 
 
 def _doctor(options: argparse.Namespace) -> str:

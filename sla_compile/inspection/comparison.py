@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sla_compile.fitting.observer import Arguments, GatedCall, gated_calls, no_g
 from sla_compile.fitting.output_error import OutputError
 from sla_compile.fitting.statistics import Statistics, statistics_of
 from sla_compile.gate import gates
+from sla_compile.inspection.timing import peak_bytes
 from sla_compile.inspection.trial import best_gate, dense_copy, read_batches, trial_copy
 from sla_compile.reporting.model_report import explain
 from sla_compile.user_warnings import UntrainedGatesWarning
@@ -249,14 +251,14 @@ def _time(
 
             return compile_frame
 
-        devices = sorted({p.device.index or 0 for p in dense.parameters() if p.is_cuda})
+        gpus = {p.device for p in dense.parameters() if p.is_cuda}
         runs = [
             torch.compile(dense, backend=noting(plain), dynamic=False),
             torch.compile(student, backend=noting(lambda gm, inputs: sla(gm, inputs, options=options)), dynamic=False),
         ]
         times: list[list[float]] = [[], []]
         peaks: list[int | None] = [None, None]
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(sorted(gpu.index for gpu in gpus)):
             for _ in range(2):
                 for run in runs:
                     _milliseconds(run, example)
@@ -264,7 +266,7 @@ def _time(
                 for i, run in enumerate(runs):
                     times[i].append(_milliseconds(run, example))
             for i, run in enumerate(runs):
-                peaks[i] = _peak_bytes(run, example, devices)
+                peaks[i] = peak_bytes(partial(run, *example[0], **example[1]), gpus)
     before, after = (Forward(statistics.median(t), max(t), peak) for t, peak in zip(times, peaks, strict=True))
     return before, after
 
@@ -275,16 +277,6 @@ def _milliseconds(run: Callable[..., Any], example: Arguments) -> float:
     run(*example[0], **example[1])
     _wait()
     return 1000 * (time.perf_counter() - start)
-
-
-def _peak_bytes(run: Callable[..., Any], example: Arguments, devices: Sequence[int]) -> int | None:
-    if not devices:
-        return None
-    before = {device: torch.cuda.memory_allocated(device) for device in devices}
-    for device in devices:
-        torch.cuda.reset_peak_memory_stats(device)
-    _milliseconds(run, example)
-    return sum(torch.cuda.max_memory_allocated(device) - before[device] for device in devices)
 
 
 def _wait() -> None:

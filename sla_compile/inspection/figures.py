@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sla_compile.inspection.atlas import Atlas
+    from sla_compile.inspection.benchmark import BenchReport
     from sla_compile.inspection.comparison import ComparisonReport
     from sla_compile.inspection.site_atlas import HeadAtlas, SiteAtlas
 
-__all__ = ["comparison_figure", "new_figure", "sheet", "site_page", "write"]
+__all__ = ["bench_figure", "checked_kind", "comparison_figure", "new_figure", "sheet", "site_page", "write"]
 
 DRAWN = (".png", ".svg", ".pdf")
 DENSE, SPARSE, NOW, FITTED = "0.6", "#cc6677", "#332288", "#44aa99"
@@ -33,16 +34,25 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def checked_kind(path: str | Path, kinds: Collection[str]) -> str:
+    """Which of ``kinds`` the ending of ``path`` asks for: "figure" for .png, .svg and .pdf, else the ending itself.
+
+    Raises ValueError for one that is not among them.
+    """
+    suffix = Path(path).suffix
+    kind = "figure" if suffix in DRAWN else suffix.removeprefix(".")
+    if kind not in kinds:
+        accepted = ", ".join([*DRAWN, *(f".{name}" for name in kinds if name != "figure")])
+        raise ValueError(f"path: got {str(path)!r}; accepted: a name that ends in one of {accepted}")
+    return kind
+
+
 def write(path: str | Path, makers: Mapping[str, Callable[[], Any]]) -> None:
-    """Write to ``path`` what one of ``makers`` gives: "figure" for .png, .svg and .pdf, else by the ending itself.
+    """Write to ``path`` what the one of ``makers`` gives that `checked_kind` names.
 
     Raises ValueError, before anything is made, for another ending.
     """
-    path = Path(path)
-    kind = "figure" if path.suffix in DRAWN else path.suffix.removeprefix(".")
-    if kind not in makers:
-        accepted = ", ".join([*DRAWN, *(f".{name}" for name in makers if name != "figure")])
-        raise ValueError(f"path: got {str(path)!r}; accepted: a name that ends in one of {accepted}")
+    path, kind = Path(path), checked_kind(path, makers)
     made = makers[kind]()
     if kind == "figure":
         made.savefig(path, dpi=150)
@@ -85,6 +95,31 @@ def _error_bars(axes: Any, report: ComparisonReport) -> None:
     axes.set_yticks(places, names)
     axes.set_xlabel("relative error against dense")
     axes.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
+
+
+def bench_figure(report: BenchReport) -> Any:
+    """Bars of a forward, and of one with its backward, by arm, with their spread."""
+    figure = new_figure(9, 1.3 + 0.45 * len(report.arms))
+    for place, (what, title) in zip(
+        figure.subplots(1, 2, sharey=True), (("forward", "forward"), ("both", "forward and backward")), strict=True
+    ):
+        times = [getattr(arm, what) for arm in report.arms]
+        medians = [time.median for time in times]
+        spread = [
+            [time.median - time.low for time in times],
+            [time.high - time.median for time in times],
+        ]
+        colours = [DENSE if arm.is_dense else NOW for arm in report.arms]
+        bars = place.barh([arm.name for arm in report.arms], medians, xerr=spread, color=colours, capsize=3)
+        ratios = (report.speedup(arm, what) for arm in report.arms)
+        labels = [f"{time.median:.3g} ms, {ratio:.2g}x" for time, ratio in zip(times, ratios, strict=True)]
+        place.bar_label(bars, labels, padding=6, fontsize="small")
+        place.set_title(title, fontsize="medium")
+        place.set(xlabel="ms", xlim=(0, 1.5 * max(medians)))
+    place.invert_yaxis()  # dense on top; the axes share it
+    figure.get_layout_engine().set(wspace=0.05)
+    figure.suptitle(report.title, fontsize="small", wrap=True)
+    return figure
 
 
 def sheet(atlas: Atlas) -> Any:

@@ -16,11 +16,12 @@ from sla_compile.reporting.terminal import TABLE_WIDTH, quantity
 if TYPE_CHECKING:
     from sla_compile.inspection.atlas import Atlas
     from sla_compile.inspection.attention_map import HeadMap
+    from sla_compile.inspection.benchmark import BenchReport
     from sla_compile.inspection.comparison import ComparisonReport, Errors, Forward
     from sla_compile.inspection.doctor import DoctorReport
     from sla_compile.inspection.site_atlas import HeadAtlas, SiteAtlas
 
-__all__ = ["AtlasView", "ComparisonView", "DoctorView", "SiteView"]
+__all__ = ["AtlasView", "BenchView", "ComparisonView", "DoctorView", "SiteView"]
 
 _SHADES = " .:-=+*#%@"
 """From nothing to all, so that a map reads without colours too."""
@@ -131,8 +132,39 @@ def _errors(errors: Errors) -> tuple[str, str, str]:
 
 
 def _forward(forward: Forward) -> tuple[str, str, str]:
-    memory = "not counted on a CPU" if forward.peak_bytes is None else f"{quantity(forward.peak_bytes)}B"
-    return f"{forward.milliseconds:.4g} ms", f"{forward.slowest:.4g} ms", memory
+    return f"{forward.milliseconds:.4g} ms", f"{forward.slowest:.4g} ms", _bytes(forward.peak_bytes)
+
+
+class BenchView:
+    """A ``BenchReport`` for rich to draw."""
+
+    def __init__(self, report: BenchReport) -> None:
+        self.report = report
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        report = self.report
+        yield Text(report.title, style="bold", overflow="fold")
+        errors = ", ".join(f"{form} {error:.1e}" for form, error in report.errors.items())
+        yield Text(f"torch {report.torch}, sla-compile {report.sla_compile}; errors first checked: {errors}")
+        columns = ["", "forward, ms", "x dense", "with backward, ms", "x dense"]
+        memory = any(arm.both_bytes is not None for arm in report.arms)
+        rows: list[tuple[Text | str, ...]] = []
+        for arm in report.arms:
+            row: list[Text | str] = [Text(arm.name, style="" if arm.is_dense else "bold")]
+            for what in ("forward", "both"):
+                row += [str(getattr(arm, what)), _faster(report.speedup(arm, what))]
+            rows.append((*row, *((_bytes(arm.forward_bytes), _bytes(arm.both_bytes)) if memory else ())))
+        columns += ["peak", "peak, with backward"] if memory else []
+        title = "median (20th to 80th percentile); x dense: times as fast as the fastest dense one"
+        yield from rows_of(title, tuple(columns), rows, options.max_width)
+
+
+def _faster(ratio: float) -> Text:
+    return Text(f"{ratio:.2f}", style="" if ratio == 1 else "green" if ratio > 1 else "red")
+
+
+def _bytes(count: int | None) -> str:
+    return "not counted on a CPU" if count is None else f"{quantity(count)}B"
 
 
 class AtlasView:
