@@ -3,8 +3,8 @@
     python benchmarks/attention.py [--json FILE] [--figure FILE] [--tokens 32760] [--quick]
 
 First a correctness gate against the definition in float64; no time is printed where it fails. All arms are
-timed in turn in one process, by CUDA events, with the L2 cache flushed before each run: median, and the 10th
-and 90th percentile. Inputs are (B, N, H, D) memory seen as (B, H, N, D), as video models pass them. Ours
+timed in turn in one process, by CUDA events, with the L2 cache flushed before each run: median, and the 20th
+and 80th percentile. Inputs are (B, N, H, D) memory seen as (B, H, N, D), as video models pass them. Ours
 counts everything: classification, block states, attention, gate. FlexAttention is the sparse part only, over
 as many random blocks. The sweep over tokens is done twice: eager, where a short call waits for the host, and
 replayed from a CUDA graph, where it does not. The roof is the sparse part's products at the rate of a large matrix
@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout comes before what is installed
 
 import sla_compile
-from sla_compile.kernels import reference
+from sla_compile.inspection.self_test import errors_by_definition
+from sla_compile.inspection.timing import Times, peak_bytes, time_in_turn
 from sla_compile.ops.attention import sparse_linear_attention
 
 BATCH, HEADS, HEAD_DIM = 1, 12, 128
@@ -43,21 +42,13 @@ SWEEP = (1024, 2048, 3072, 4096, 6144, 8192, 16384, 32768, 65536, 131072)
 EAGER = 16384
 """Tokens from which the host is ahead of the device in any case."""
 FLEX_FROM = 8192
+CUDA = torch.device("cuda")
 DENSE, FLEX = ("cuDNN SDPA", "flash SDPA"), "FlexAttention 128x128, sparse part only"
 SLA_BLOCKS = ((64, 64), (128, 64), (128, 128))
 SWEPT_BLOCKS = ((64, 64), (128, 128))
 
 Call = Callable[[], Any]
-Sweep = dict[int, dict[str, dict[str, "Times"]]]
-
-
-@dataclass(frozen=True)
-class Times:
-    """Milliseconds of one call."""
-
-    median: float
-    low: float
-    high: float
+Sweep = dict[int, dict[str, dict[str, Times]]]
 
 
 def make_inputs(tokens: int) -> dict[str, Tensor]:
@@ -79,42 +70,13 @@ def make_inputs(tokens: int) -> dict[str, Tensor]:
 
 def gate_on_correctness(tokens: int = 2008) -> dict[str, float]:
     """Relative errors of out and every gradient against the definition; exit where one is over its budget."""
-    tensors = make_inputs(tokens)
-    names = ("q", "k", "v", "weight", "bias")
-    arguments = [tensors[name] for name in names]
-    out, _, _, block_map = torch.ops.sla.forward.default(
-        *arguments, None, None, HEAD_DIM**-0.5, TOPK, BOTTOMK, 64, 64, "softmax", "marginal"
-    )
-    gradients = torch.autograd.grad(out, arguments, tensors["grad_out"])
-    doubles = [x.detach().double().requires_grad_() for x in arguments]
-    expected = reference.sparse_linear_attention(*doubles, topk=TOPK, bottomk=BOTTOMK, block_map=block_map)
-    wanted = torch.autograd.grad(expected, doubles, tensors["grad_out"].double())
-    pairs = zip(("out", *(f"d{n}" for n in names)), (out, *gradients), (expected, *wanted), strict=True)
-    errors = {name: ((a.double() - b).norm() / b.norm()).item() for name, a, b in pairs}
+    sizes: dict[str, Any] = {"tokens": tokens, "heads": HEADS, "dim": HEAD_DIM}
+    options: dict[str, Any] = {"topk": TOPK, "bottomk": BOTTOMK, "block_q": 64, "block_k": 64}
+    errors = errors_by_definition(CUDA, torch.bfloat16, **sizes, **options)
     failed = {name: e for name, e in errors.items() if not e < (1e-2 if name == "out" else 2e-2)}
     if failed:
         sys.exit(f"correctness gate failed, nothing timed: {failed}")
     return errors
-
-
-def time_in_turn(calls: dict[str, Call], rounds: int) -> dict[str, Times]:
-    """Each call once a round, so that a drift of the clock meets all alike; the host may run ahead."""
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
-    marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
-    for call in calls.values():
-        for _ in range(min(3, rounds)):
-            call()
-    torch.cuda.synchronize()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
-            start.record()
-            call()
-            end.record()
-            marks[name].append((start, end))
-    torch.cuda.synchronize()
-    return {name: _summary([a.elapsed_time(b) for a, b in pairs]) for name, pairs in marks.items()}
 
 
 def in_cuda_graph(call: Call) -> Call:
@@ -125,11 +87,6 @@ def in_cuda_graph(call: Call) -> Call:
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         call()
     return graph.replay
-
-
-def _summary(values: list[float]) -> Times:
-    deciles = statistics.quantiles(values, n=10)
-    return Times(statistics.median(values), deciles[0], deciles[-1])
 
 
 def random_block_mask(tokens: int, block: int = 128) -> BlockMask:
@@ -204,20 +161,19 @@ def peak_share(tokens: int, block_q: int, block_k: int) -> float:
     tensors = make_inputs(tokens)
     leaves = [tensors[name] for name in ("q", "k", "v", "weight", "bias")]
     activations = 4 * tensors["q"].numel() * tensors["q"].element_size()
-    for _ in range(2):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+
+    def call() -> None:
         out = sparse_linear_attention(*leaves, topk=TOPK, bottomk=BOTTOMK, block_q=block_q, block_k=block_k)
         torch.autograd.grad(out, leaves, tensors["grad_out"])
-        del out
-    return (torch.cuda.max_memory_allocated() - before) / activations
+
+    call()
+    return (peak_bytes(call, [CUDA]) or 0) / activations
 
 
 def matrix_rate() -> float:
     """Floating-point operations a second of an 8192^3 bfloat16 matrix product."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    time = time_in_turn({"matmul": lambda: a @ b}, 10)["matmul"]
+    time = time_in_turn({"matmul": lambda: a @ b}, CUDA, seconds=0.1)["matmul"]
     return 2 * 8192**3 / (time.median / 1e3)
 
 
@@ -244,7 +200,7 @@ def crossover(rows: Sweep, arm: str) -> dict[str, int | None]:
 
 def measure(
     tokens: int,
-    rounds: int,
+    seconds: float,
     *,
     flex: bool = False,
     graphs: bool = False,
@@ -257,20 +213,20 @@ def measure(
         calls = {name: pair[index] for name, pair in found.items()}
         if graphs:
             calls = {name: in_cuda_graph(call) for name, call in calls.items()}
-        for name, summary in time_in_turn(calls, rounds).items():
-            times[name][direction] = summary
+        for name, found_times in time_in_turn(calls, CUDA, seconds=seconds).items():
+            times[name][direction] = found_times
     return times
 
 
 def print_arms(console: Console, tokens: int, times: dict[str, dict[str, Times]]) -> None:
-    title = f"B{BATCH} H{HEADS} N{tokens} D{HEAD_DIM} bf16, topk {TOPK}, bottomk {BOTTOMK}; median (p10-p90) ms"
+    title = f"B{BATCH} H{HEADS} N{tokens} D{HEAD_DIM} bf16, topk {TOPK}, bottomk {BOTTOMK}; median (20th to 80th) ms"
     table = Table("arm", "forward", "x cuDNN", "x flash", "backward", "x cuDNN", "x flash", title=title)
     for name, row in times.items():
         cells = [name]
         for direction in ("forward", "backward"):
             t = row[direction]
             cells += [
-                f"{t.median:.3f} ({t.low:.3f}-{t.high:.3f})",
+                str(t),
                 *(f"{times[name][direction].median / t.median:.1f}" for name in DENSE),
             ]
         table.add_row(*cells)
@@ -337,7 +293,7 @@ def main() -> None:
 
     # a stream of its own, because a backward can be captured only on the stream of its forward
     with torch.cuda.stream(torch.cuda.Stream()):
-        times = measure(options.tokens, 30, flex=not options.quick)
+        times = measure(options.tokens, 0.5, flex=not options.quick)
         print_arms(console, options.tokens, times)
         peaks = {f"{q}x{k}": peak_share(options.tokens, q, k) for q, k in SLA_BLOCKS}
         console.print("peak of forward + backward above inputs, of q, k, v and out together:", peaks)
@@ -375,9 +331,8 @@ def sweep(*, graphs: bool) -> Sweep:
     rows: Sweep = {}
     for tokens in SWEEP:
         if graphs or tokens <= EAGER:
-            rounds = max(2, min(20, 2**19 // tokens))
             flex = graphs and tokens >= FLEX_FROM
-            rows[tokens] = measure(tokens, rounds, graphs=graphs, flex=flex, blocks=SWEPT_BLOCKS)
+            rows[tokens] = measure(tokens, 0.1, graphs=graphs, flex=flex, blocks=SWEPT_BLOCKS)
             torch.cuda.empty_cache()
     return rows
 

@@ -21,12 +21,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from triton.testing import do_bench, do_bench_cudagraph
+from triton.testing import do_bench_cudagraph
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout comes before what is installed
 
 from sla_compile.common.kernel_interface import AttentionInputs, ForwardResult
 from sla_compile.common.options import AttentionOptions
+from sla_compile.inspection.timing import Times, time_in_turn
 from sla_compile.kernels.hopper import support as hopper
 from sla_compile.kernels.triton import attention as triton_attention
 
@@ -34,8 +35,7 @@ BATCH, HEADS, HEAD_DIM = 1, 12, 128
 
 
 def milliseconds(call: Callable[[], Any]) -> str:
-    median, low, high = do_bench(call, warmup=10, rep=60, quantiles=[0.5, 0.2, 0.8])
-    return f"{median:.3f} ({low:.3f}-{high:.3f})"
+    return str(time_in_turn({"": call}, torch.device("cuda"), seconds=0.06, turns=1)[""])
 
 
 @contextmanager
@@ -120,8 +120,7 @@ def forms(inputs: list[torch.Tensor], blocks: list[tuple[int, int]], console: Co
     table = Table("linear", "forward, ms", "backward, ms", title=f"{torch.cuda.get_device_name()}, in CUDA graphs")
 
     def graphed(call: Callable[[], Any]) -> str:
-        median, low, high = do_bench_cudagraph(call, rep=60, quantiles=[0.5, 0.2, 0.8])
-        return f"{median:.3f} ({low:.3f}-{high:.3f})"
+        return str(Times.of(do_bench_cudagraph(call, rep=60, return_mode="all")))
 
     for block_q, block_k in blocks:
         for name, (call, topk) in calls.items():

@@ -14,6 +14,7 @@ and cuDNN's dense kernel. Milliseconds by CUDA events, L2 flushed before each ca
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -27,12 +28,12 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout comes before what is installed
 
 from sla_compile.common.kernel_interface import AttentionInputs, ForwardResult
 from sla_compile.common.options import AttentionOptions
+from sla_compile.inspection.timing import Times, time_in_turn
 from sla_compile.kernels.hopper import support as hopper
 from sla_compile.kernels.steps import BlockLists, KernelInputs, Steps
 from sla_compile.kernels.triton import attention as triton_attention
@@ -46,12 +47,10 @@ SHAPES = [
 """Head dimension, heads and type; the first is what the others are compared with."""
 
 Call = Callable[[], Any]
-Times = tuple[float, float, float]
 
 
 def milliseconds(call: Call) -> Times:
-    median, low, high = do_bench(call, warmup=20, rep=100, quantiles=[0.5, 0.2, 0.8])
-    return median, low, high
+    return time_in_turn({"": call}, torch.device("cuda"), seconds=0.1, turns=1)[""]
 
 
 def activations(count: int, heads: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
@@ -170,7 +169,7 @@ def sparse_part(console: Console) -> dict[str, dict[str, Times]]:
             if max(errors) > 2e-2:
                 sys.exit(f"{name}: differs from ours by {errors}, nothing timed")
             rows[name] = {"forward": milliseconds(forward), "backward": milliseconds(backward)}
-            table.add_row(name, *(f"{m:.3f} ({low:.3f}-{high:.3f})" for m, low, high in rows[name].values()))
+            table.add_row(name, *map(str, rows[name].values()))
     console.print(table)
     return rows
 
@@ -188,8 +187,7 @@ def popular(console: Console) -> dict[str, dict[str, Any]]:
             over_mean = (chosen.max() / chosen.float().mean()).item()
             name = f"{block}x{block}, sigma {sigma:g}"
             rows[name] = {"over_mean": over_mean, "backward": milliseconds(backward), "key": key_milliseconds(backward)}
-            median, low, high = rows[name]["backward"]
-            table.add_row(name, f"{over_mean:.1f}", f"{median:.3f} ({low:.3f}-{high:.3f})", f"{rows[name]['key']:.3f}")
+            table.add_row(name, f"{over_mean:.1f}", str(rows[name]["backward"]), f"{rows[name]['key']:.3f}")
     console.print(table)
     return rows
 
@@ -229,10 +227,10 @@ def head_dims(console: Console) -> dict[str, dict[str, Any]]:
         base = next(iter(rows.values()))
         cells = [name]
         for direction, time in zip(("forward", "backward"), dense, strict=True):
-            median, low, high = rows[name][direction]
-            share = median / rows[name]["size"] / (base[direction][0] / base["size"])
+            found = rows[name][direction]
+            share = found.median / rows[name]["size"] / (base[direction].median / base["size"])
             rows[name][f"dense {direction}"] = time
-            cells += [f"{median:.3f} ({low:.3f}-{high:.3f})", f"{share:.2f}", f"{time / median:.1f}" if time else "-"]
+            cells += [str(found), f"{share:.2f}", f"{time / found.median:.1f}" if time else "-"]
         table.add_row(*cells)
     console.print(table)
     return rows
@@ -245,16 +243,11 @@ def dense_times(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> tuple[floa
     try:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             out = sdpa(q, k, v)
-            forward = do_bench(lambda: sdpa(q, k, v), warmup=5, rep=40, return_mode="median")
-            backward = do_bench(
-                lambda: torch.autograd.grad(out, leaves, grad_out, retain_graph=True),
-                warmup=5,
-                rep=60,
-                return_mode="median",
-            )
+            forward = milliseconds(lambda: sdpa(q, k, v))
+            backward = milliseconds(lambda: torch.autograd.grad(out, leaves, grad_out, retain_graph=True))
     except RuntimeError:
         return None, None
-    return float(forward), float(backward)
+    return forward.median, backward.median
 
 
 def main() -> None:
@@ -271,7 +264,7 @@ def main() -> None:
     if not options.no_head_dims:
         results["head dims"] = head_dims(console)
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+        options.json.write_text(json.dumps(results, indent=1, default=dataclasses.asdict))
 
 
 if __name__ == "__main__":
