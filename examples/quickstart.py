@@ -1,4 +1,4 @@
-"""One video transformer through sla-compile: compile, inspect, time, fine-tune, save and load.
+"""One video transformer through sla-compile: compile, inspect, compare, fine-tune, save and load.
 
     python examples/quickstart.py
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout co
 import sla_compile
 from examples.study.progress import Steps
 
-Velocity = Callable[[Callable[..., Any], Tensor, Tensor], Tensor]
-"""The velocity that a model, compiled or not, predicts for latents at a noise level."""
+Inputs = Callable[[Tensor, Tensor], dict[str, Any]]
+"""The arguments of a model for latents at a noise level."""
 console = Console()
 
 
-def build_wan(device: torch.device) -> tuple[nn.Module, Velocity]:
-    """diffusers' own Wan transformer, small and with random weights, and how to call it."""
+def build_wan(device: torch.device) -> tuple[nn.Module, Inputs]:
+    """diffusers' own Wan transformer, small and with random weights, and its arguments."""
     from diffusers import WanTransformer3DModel
 
     heads, head_dim, layers = (12, 128, 4) if device.type == "cuda" else (2, 64, 2)
@@ -49,14 +48,14 @@ def build_wan(device: torch.device) -> tuple[nn.Module, Velocity]:
         nn.init.normal_(block.scale_shift_table, std=0.5)
     text = torch.randn(1, 64, 128, device=device)
 
-    def velocity(model: Callable[..., Any], latents: Tensor, noise_level: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return model(latents, noise_level * 1000, text, return_dict=False)[0]
+    def inputs(latents: Tensor, noise_level: Tensor) -> dict[str, Any]:
+        conditions = {"timestep": noise_level * 1000, "encoder_hidden_states": text}
+        return {"hidden_states": latents, **conditions, "return_dict": False}
 
-    return model.to(device), velocity
+    return model.to(device), inputs
 
 
-def build_video_dit(device: torch.device) -> tuple[nn.Module, Velocity]:
+def build_video_dit(device: torch.device) -> tuple[nn.Module, Inputs]:
     """The transformer of examples/study/video_dit.py, for when diffusers is not installed."""
     from examples.study.video_dit import VideoDiT, VideoDiTConfig
 
@@ -66,11 +65,19 @@ def build_video_dit(device: torch.device) -> tuple[nn.Module, Velocity]:
         if name.endswith("modulation.bias"):  # fresh from its constructor, each block is the identity
             nn.init.normal_(parameter, std=0.5)
 
-    def velocity(model: Callable[..., Any], latents: Tensor, noise_level: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return model(latents, noise_level)
+    return model.to(device), lambda latents, noise_level: {"video": latents, "time": noise_level}
 
-    return model.to(device), velocity
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on a GPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def velocity(model: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
+    """What ``model``, compiled or not, predicts."""
+    with autocast(inputs[next(iter(inputs))].device):
+        output = model(**inputs)
+    return output[0] if isinstance(output, tuple) else output
 
 
 def sample(shape: tuple[int, ...], seed: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,19 +88,6 @@ def sample(shape: tuple[int, ...], seed: int, like: Tensor) -> tuple[Tensor, Ten
     data = F.interpolate(coarse, size=shape[2:], mode="trilinear")
     noise = torch.randn(shape, generator=generator)
     return ((1 - noise_level) * data + noise_level * noise).to(like), noise_level.to(like.device)
-
-
-@torch.no_grad()
-def milliseconds(*calls: Callable[[], Tensor], repeats: int = 7) -> list[float]:
-    """The fastest time of each call; they take turns, so that a busy machine is unfair to none."""
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(repeats):
-        for call, record in zip(calls, times, strict=True):
-            began = time.perf_counter()
-            if call().is_cuda:
-                torch.cuda.synchronize()
-            record.append(1000 * (time.perf_counter() - began))
-    return [min(record) for record in times]
 
 
 def fine_tune(model: nn.Module, call: Callable[[], Tensor], target: Tensor, steps: int) -> list[float]:
@@ -108,14 +102,15 @@ def fine_tune(model: nn.Module, call: Callable[[], Tensor], target: Tensor, step
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 5, 1 - step / steps))
     losses = []
     bar = Steps("fine-tune", 0, steps, console)
-    for _ in bar:
-        loss = F.mse_loss(call().float(), target) / target.square().mean()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        bar.show(losses[-1])
+    with sla_compile.RunCounters(model) as counters:  # what its attentions do while it trains
+        for _ in bar:
+            loss = F.mse_loss(call().float(), target) / target.square().mean()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            bar.show(losses[-1], counters)
     return losses
 
 
@@ -141,34 +136,30 @@ def main(given: list[str] | None = None) -> None:
         build, name = build_wan, f"diffusers {diffusers.__version__} WanTransformer3DModel"
     except ImportError:
         build, name = build_video_dit, "the VideoDiT of examples/study/video_dit.py (diffusers is not installed)"
-    model, velocity = build(device)
-    latents, noise_level = sample(shape, seed=0, like=next(model.parameters()))
+    model, inputs_of = build(device)
+    inputs = inputs_of(*sample(shape, seed=0, like=next(model.parameters())))
     console.print(f"[bold]Model[/] {name}, random weights, latents {tuple(shape)} on {device}")
 
     console.rule("1. compile")
     teacher = build(device)[0].requires_grad_(False)  # the same weights, to stay dense
-    dense = torch.compile(teacher)
     compiled = torch.compile(model, backend="sla")  # this is all there is to it
     with torch.no_grad():
-        velocity(dense, latents, noise_level)
-        velocity(compiled, latents, noise_level)
+        velocity(compiled, inputs)
 
     console.rule("2. inspect")
     console.print(sla_compile.report(model))
     if not sla_compile.gates(model):
         raise SystemExit("nothing was rewritten, for the reasons above: choose larger --latents")
 
-    console.rule("3. time a forward")
-    before, after = milliseconds(
-        lambda: velocity(dense, latents, noise_level), lambda: velocity(compiled, latents, noise_level)
-    )
-    console.print(f"whole model, fastest of 7: dense {before:.1f} ms, SLA {after:.1f} ms, {before / after:.2f} times")
+    console.rule("3. compare with dense attention")
+    with autocast(device):
+        console.print(sla_compile.compare(model, [inputs]))
 
     console.rule("4. fine-tune against the dense model")
     with torch.no_grad():
-        target = velocity(dense, latents, noise_level).float()
+        target = velocity(teacher, inputs).float()
     # on one sample: with random weights there is nothing to learn that holds for others
-    losses = fine_tune(model, lambda: velocity(compiled, latents, noise_level), target, options.steps)
+    losses = fine_tune(model, lambda: velocity(compiled, inputs), target, options.steps)
     console.print("relative squared distance from the dense model's velocity, at each step:")
     console.print(" ".join(f"{loss:.4f}" for loss in losses))
 
@@ -183,8 +174,8 @@ def main(given: list[str] | None = None) -> None:
     fresh.load_state_dict(torch.load(options.output / "weights.pt"))
     sla_compile.load(fresh, path)  # gives the fresh model its gates
     with torch.no_grad():
-        tuned_output = velocity(compiled, latents, noise_level)
-        loaded_output = velocity(torch.compile(fresh, backend="sla"), latents, noise_level)
+        tuned_output = velocity(compiled, inputs)
+        loaded_output = velocity(torch.compile(fresh, backend="sla"), inputs)
     difference = (loaded_output - tuned_output).abs().max().item()
     console.print(f"{len(sla_compile.gates(fresh))} gates, {path.stat().st_size} bytes in {path}")
     console.print(f"largest difference between the fine-tuned and the loaded model: {difference:.1e}")

@@ -29,7 +29,6 @@ from examples.study.frechet import FeatureNet, Moments, distance, moments, train
 from examples.study.settings import Settings
 from examples.study.training import OutOfTime, Trainer, write
 from examples.study.videos import Data
-from sla_compile.fitting.calibration import gather
 
 __all__ = ["Experiment", "Job", "jobs_of"]
 
@@ -261,9 +260,9 @@ class Experiment:
         measured this way.
         """
         with torch.no_grad(), student.autocast():
-            _, sites = gather(student.model, [(batch[:2], {}) for batch in self.held_out[: self.settings.measured]])
-        gated = [site.error(*site.gate.parameters()) for site in sites.values()]
-        sparse = [site.sparse_only_error() for site in sites.values()]
+            measured = [batch[:2] for batch in self.held_out[: self.settings.measured]]
+            errors = [site.errors for site in sla_compile.compare(student.model, measured, inner=None).sites]
+        sparse, gated = [error.sparse_only for error in errors], [error.now for error in errors]
         return {"error_sparse": sum(sparse) / len(sparse), "error_gated": sum(gated) / len(gated)}
 
     def _samples(self, student: Student) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
@@ -17,6 +18,7 @@ from torch import Tensor
 from examples.study.arms import Student
 from examples.study.cuda_graph import GraphedCallable
 from examples.study.progress import Steps
+from sla_compile import RunCounters, gates
 
 __all__ = ["OutOfTime", "Trainer", "TrainingState", "write"]
 
@@ -69,14 +71,18 @@ class Trainer:
             return loss.detach()
 
         run = GraphedCallable(update, student.graphed)
+        # A graph replays what it captured, and counting each step would be in its time: each tenth step, where it runs.
+        counters = RunCounters(student.model) if gates(student.model) and not student.graphed else None
         bar = Steps(key, at.step, steps, self.console)
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"].fill_(group["peak_lr"] * rate(step, steps))
-            loss = run(*draw(step))
             at.step = step + 1
-            if at.step % CHECK_EVERY == 0 or at.step == steps:
-                bar.show(at.look(loss))
+            checked = at.step % CHECK_EVERY == 0 or at.step == steps
+            with counters if checked and counters is not None else contextlib.nullcontext():
+                loss = run(*draw(step))
+            if checked:
+                bar.show(at.look(loss), counters)
                 if at.step < steps and time.monotonic() > self.deadline:
                     self.save(at, student, optimizer)
                     raise OutOfTime

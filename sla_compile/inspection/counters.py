@@ -17,15 +17,19 @@ __all__ = ["OTHER", "RunCounters"]
 OTHER = "other"
 """Stands for calls whose site is not known: of another model, or with a gate that is computed from its parameters."""
 
+_captured: dict[int, Tensor] = {}
+"""Totals that CUDA graphs write to, kept for as long as the process may replay them."""
+
 _COUNTS = ("calls", "blocks", "critical", "rows", "rows_without_marginal", "outputs", "non_finite")
 
 
 class RunCounters:
     """Counts, for each gate of a model, the runs of the op within this context: ``with RunCounters(model) as found``.
 
-    Nothing waits for the device until `read`. What a CUDA graph replays that was captured before is not counted, and a
-    run that activation checkpointing repeats is counted twice. A gate with ``sparse_scale`` and without ``max_topk`` is
-    not told from others: its runs are under ``"other"``, as are those of other models.
+    Nothing waits for the device until `read`. What a CUDA graph replays is counted, even later, if it was captured within
+    this context, and not if before; a run that activation checkpointing repeats is counted twice. A gate with
+    ``sparse_scale`` and without ``max_topk`` is not told from others: its runs are under ``"other"``, as are those of
+    other models.
 
     Raises TypeError where ``model`` is no module, and ValueError where it has no gates.
     """
@@ -35,18 +39,18 @@ class RunCounters:
         self._gates: dict[str, Gate] = gates(model)
         if not self._gates:
             raise ValueError(f"{type(model).__name__} has no gates; accepted: a model that was prepared or compiled")
-        self._totals: dict[str, Tensor] = {}
-        self.reset()
-
-    def reset(self) -> None:
-        """Count from zero again."""
         devices = {path: gate.device for path, gate in self._gates.items()}
         devices[OTHER] = next(iter(devices.values()))
         # Made here, outside any capture of a CUDA graph.
         with torch.inference_mode(False):
-            self._totals = {
+            self._totals: dict[str, Tensor] = {
                 path: torch.zeros(len(_COUNTS), dtype=torch.int64, device=device) for path, device in devices.items()
             }
+
+    def reset(self) -> None:
+        """Count from zero again."""
+        for total in self._totals.values():  # in place: a CUDA graph may write to it
+            total.zero_()
 
     def __enter__(self) -> RunCounters:
         watch_runs(self._count)
@@ -86,6 +90,8 @@ class RunCounters:
         total = self._totals[self._site(inputs)]
         if total.device != result.out.device:  # the model was moved since
             total = self._totals[self._site(inputs)] = total.to(result.out.device)
+        if total.is_cuda and torch.cuda.is_current_stream_capturing():
+            _captured[id(total)] = total
         block_map = result.block_map
         known = (1, block_map.numel(), block_map.shape[:-1].numel(), result.out.numel())
         for name, value in zip(("calls", "blocks", "rows", "outputs"), known, strict=True):
