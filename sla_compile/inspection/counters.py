@@ -26,8 +26,8 @@ _COUNTS = ("calls", "blocks", "critical", "rows", "rows_without_marginal", "outp
 class RunCounters:
     """Counts, for each gate of a model, the runs of the op within this context: ``with RunCounters(model) as found``.
 
-    Nothing waits for the device until `read`. What a CUDA graph replays is counted, even later, if it was captured within
-    this context, and not if before; a run that activation checkpointing repeats is counted twice. A gate with
+    Nothing waits for the device until `read`. What a CUDA graph replays is counted, even later, if it was captured
+    within this context, and not if before; a run that activation checkpointing repeats is counted twice. A gate with
     ``sparse_scale`` and without ``max_topk`` is not told from others: its runs are under ``"other"``, as are those of
     other models.
 
