@@ -27,7 +27,7 @@ from sla_compile.fitting.ranks import over_ranks
 from sla_compile.fitting.sensitivity import OutputErrors, SiteSensitivity, measure_sites
 from sla_compile.gate import gates, model_config, owner_path
 
-__all__ = ["AllocationReport", "SiteAllocation", "allocate"]
+__all__ = ["LADDER", "AllocationReport", "SiteAllocation", "allocate", "choose"]
 
 OBJECTIVES = ("output", "attention")
 _OUTPUT_BATCHES = 4
@@ -47,9 +47,10 @@ class SiteAllocation:
     path: str
     """Module path of the gate."""
     topk_before: float
+    """Of heads with their own the mean."""
     topk: float
     before: float
-    """Error with ``topk_before``."""
+    """Error with the topk, or topks, it had."""
     uniform: float
     """Error with the budget as the topk of every attention."""
     after: float
@@ -62,6 +63,8 @@ class SiteAllocation:
     """Relative squared error of the model's output per unit of this attention's; None for objective="attention"."""
     topks: tuple[float, ...] | None = None
     """Of each head with ``topk_by="head"``; ``topk`` is then their mean."""
+    topks_before: tuple[float, ...] | None = None
+    """The same before."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -173,21 +176,43 @@ def allocate(
     first, stream = peek_first(batches, max_batches)
     first_batches = list(islice(stream, _OUTPUT_BATCHES))
     with over_ranks(model, group) as model, prepared_or_rolled_back(model, first, config):
-        at_run_time = all(gate.sparsity is not None for gate in gates(model).values())
         known = {path: SiteSensitivity.of_gate(path, gate, budget, ladder) for path, gate in gates(model).items()}
         count = measure_sites(model, chain(first_batches, stream), known)
-        if not (reached := {path: site for path, site in known.items() if site.calls}):
+        if not any(site.calls for site in known.values()):
             raise ValueError(no_gated_call_message(model, first))
-        uniform, outputs = dict.fromkeys(reached, budget), OutputErrors(model, first_batches, reached)
-        if objective == "output":
-            outputs.measure_effects(budget)
-        chosen: Mapping[str, Topk] = _water_fill(list(reached.values()), budget, at_run_time)
-        losses = outputs.relative_loss(uniform), outputs.relative_loss(chosen)
-        if objective == "output" and losses[1] > losses[0]:
-            chosen, losses = uniform, (losses[0], losses[0])
-        report = _report(model, count, budget, objective, losses, reached, chosen, known)
-        _set_topks(model, first, chosen, at_run_time)
+        report, chosen = choose(model, first_batches, known, count, budget, objective)
+        _set_topks(model, first, chosen)
     return report
+
+
+def choose(
+    model: nn.Module,
+    first_batches: Sequence[Arguments],
+    known: Mapping[str, SiteSensitivity],
+    count: int,
+    budget: float,
+    objective: str = "output",
+) -> tuple[AllocationReport, Mapping[str, Topk]]:
+    """What `allocate` does with the measured ``known`` of ``count`` batches: its report, and a topk by gate path.
+
+    It changes nothing but the effects in ``known``. Of ``first_batches`` those are used that errors of the output are
+    measured on.
+    """
+    reached = {path: site for path, site in known.items() if site.calls}
+    uniform = dict.fromkeys(reached, budget)
+    outputs = OutputErrors(model, first_batches[:_OUTPUT_BATCHES], reached)
+    if objective == "output":
+        outputs.measure_effects(budget)
+    chosen: Mapping[str, Topk] = _water_fill(list(reached.values()), budget, _at_run_time(model))
+    losses = outputs.relative_loss(uniform), outputs.relative_loss(chosen)
+    if objective == "output" and losses[1] > losses[0]:
+        chosen, losses = uniform, (losses[0], losses[0])
+    return _report(model, count, budget, objective, losses, reached, chosen, known), chosen
+
+
+def _at_run_time(model: nn.Module) -> bool:
+    """Whether the topk of every gate is in its buffer."""
+    return all(gate.sparsity is not None for gate in gates(model).values())
 
 
 @dataclass
@@ -291,7 +316,7 @@ def _report(
         topk = chosen[path]
         uniform += site.critical_work(budget) / total
         critical += site.critical_work(topk) / total
-        before, even, after = (math.sqrt(site.relative_loss(own)) for own in (site.topk_before, budget, topk))
+        before, even, after = map(math.sqrt, (site.loss_before(), *map(site.relative_loss, (budget, topk))))
         topks = topk if isinstance(topk, tuple) else None
         mean = sum(topk) / len(topk) if isinstance(topk, tuple) else topk
         sites.append(
@@ -306,6 +331,7 @@ def _report(
                 calls=site.calls,
                 effect=site.effect,
                 topks=topks,
+                topks_before=site.topks_before,
             )
         )
     return AllocationReport(
@@ -322,10 +348,10 @@ def _report(
     )
 
 
-def _set_topks(model: nn.Module, first: Arguments, chosen: Mapping[str, Topk], at_run_time: bool) -> None:
-    """Give each gate its chosen topk: in its buffer if ``at_run_time``, else by overrides of the settings."""
+def _set_topks(model: nn.Module, first: Arguments, chosen: Mapping[str, Topk]) -> None:
+    """Give each gate its chosen topk: in its buffer where all have one, else by overrides of the settings."""
     found, config = gates(model), model_config(model)
-    if at_run_time:
+    if _at_run_time(model):
         with torch.no_grad():
             for path, topk in chosen.items():
                 sparsity = found[path].sparsity

@@ -26,6 +26,7 @@ class SiteSensitivity:
     path: str
     """Module path of the gate."""
     topk_before: float
+    """That of the gate; of heads with their own the mean."""
     bottomk: float
     rungs: tuple[float, ...]
     """The topks, ascending."""
@@ -41,12 +42,16 @@ class SiteSensitivity:
     calls: int = 0
     by_head: bool = False
     """Whether each head gets a topk."""
+    topks_before: tuple[float, ...] | None = None
+    """Of each head, where they have their own."""
+    own_errors: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    """float64 (H): ||O - dense||^2 of each head with ``topks_before``, where there are any."""
     effect: float | None = None
     """Relative squared error of the model's output per unit of this attention's; None: not measured."""
 
     @classmethod
     def of_gate(cls, path: str, gate: Gate, budget: float, ladder: Sequence[float]) -> SiteSensitivity:
-        """Nothing measured yet. The rungs are ``ladder`` times ``budget``, the budget, and the topk of the gate.
+        """Nothing measured yet. The rungs are ``ladder`` times ``budget``, the budget, and the one topk of the gate.
 
         Raises ValueError if ``budget`` is above the gate's ``max_topk`` or what its bottomk leaves.
         """
@@ -55,11 +60,21 @@ class SiteSensitivity:
         if budget > most:
             raise ValueError(f"{path}: got budget={budget}; accepted: up to {most}, for its max_topk and bottomk")
         wanted = {round(rung * budget * MILLION) / MILLION for rung in ladder}
-        rungs = sorted({rung for rung in wanted if 0 < rung <= most} | {topk, budget})
-        zeros = torch.zeros(len(rungs), gate.heads, dtype=torch.float64, device=gate.device)
-        by_head = gate.config.topk_by == "head"
-        none = [0.0] * len(rungs)
-        return cls(path, topk, bottomk, tuple(rungs), zeros, gate.config.block_k, critical=none, by_head=by_head)
+        topks = gate.topks()
+        rungs = sorted({rung for rung in wanted if 0 < rung <= most} | {budget} | ({topk} if topks is None else set()))
+        zeros = torch.zeros(len(rungs) + 1, gate.heads, dtype=torch.float64, device=gate.device)
+        return cls(
+            path=path,
+            topk_before=topk,
+            topks_before=topks,
+            bottomk=bottomk,
+            rungs=tuple(rungs),
+            squared_errors=zeros[1:],
+            own_errors=zeros[0],
+            block_k=gate.config.block_k,
+            critical=[0.0] * len(rungs),
+            by_head=gate.config.topk_by == "head",
+        )
 
     def add(self, call: GatedCall) -> None:
         """Measure ``call`` at every rung."""
@@ -70,13 +85,15 @@ class SiteSensitivity:
             out = call.output_with_sparsity(rung, min(self.bottomk, 1 - rung))
             self.squared_errors[i] += _squared_distance(out, call.dense)
             self.critical[i] += work * num_critical(rung, blocks) / blocks
+        if self.topks_before is not None:
+            self.own_errors += _squared_distance(call.output_with_gate(*call.gate.parameters()), call.dense)
         self.dense_square += _squared_distance(call.dense, None).sum().item()
         self.work += work
         self.calls += 1
 
     def sum_over_ranks(self) -> None:
         """Make these the sums over the calls of all ranks that measure together."""
-        sum_tensors([self.squared_errors])
+        sum_tensors([self.squared_errors, self.own_errors])
         self.dense_square, self.work, self.calls = total(self.dense_square), total(self.work), int(total(self.calls))
         self.critical = [total(work) for work in self.critical]
 
@@ -94,6 +111,12 @@ class SiteSensitivity:
         if not isinstance(topk, tuple):
             return self.relative_losses()[self.rungs.index(topk)]
         return sum(self.relative_losses(head)[self.rungs.index(own)] for head, own in enumerate(topk))
+
+    def loss_before(self) -> float:
+        """The same with the topk, or topks, of the gate."""
+        if self.topks_before is None:
+            return self.relative_loss(self.topk_before)
+        return self.own_errors.sum().item() / max(self.dense_square, torch.finfo(torch.float64).tiny)
 
     def critical_work(self, topk: Topk) -> float:
         """How much of ``work`` lies in critical blocks with these topks."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sla_compile.compiler.preparation import unwrapped
 from sla_compile.config import SLAConfig
-from sla_compile.fitting.allocation import LADDER, AllocationReport, allocate
+from sla_compile.fitting.allocation import LADDER, AllocationReport, choose
 from sla_compile.fitting.observer import Arguments, GatedCall, gated_calls, no_gated_call_message
 from sla_compile.fitting.sensitivity import SiteSensitivity
 from sla_compile.gate import gates
@@ -130,7 +130,8 @@ def atlas(
         config: an ``SLAConfig`` or a mapping of its fields; by default the settings of the model's gates. Its ``topk``
             is the budget of the allocation.
         max_batches: how many batches to use at most; None: all of them. They are held in memory.
-        allocation: also run ``allocate`` on the copy, for the topks that it would choose; it measures again.
+        allocation: also find the topks that ``allocate`` would choose: one more run for each attention, of at most four
+            batches, for what its error does to the model's output.
 
     Raises:
         TypeError: ``model`` is no module, or a batch is neither a tuple nor a mapping.
@@ -148,8 +149,7 @@ def atlas(
         raise ValueError(no_gated_call_message(model, data[0], config))
     for path in sites:
         sensitivities[path].relative_losses()  # refuses what is not finite
-    # It sets the topks of the copy too, which is not needed any more.
-    suggestion = allocate(copied, [kwargs or args for args, kwargs in data], budget=budget) if allocation else None
+    suggestion = choose(copied, data, sensitivities, len(data), budget)[0] if allocation else None
     topks = {} if suggestion is None else {site.path: site.topk for site in suggestion.sites}
     times = [_time_of(model, batch) for batch in data]
     return Atlas(

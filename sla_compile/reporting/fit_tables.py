@@ -108,7 +108,10 @@ class AllocationView(_SitesView):
     columns = ("topk", "before", "budget", "now")
 
     def cells(self, site: SiteAllocation) -> tuple[str, ...]:
-        topk = f"{100 * site.topk_before:.3g}% -> {100 * site.topk:.3g}%"
+        topk = " -> ".join(
+            f"{100 * mean:.3g}%" + ("" if heads is None else f" ({100 * min(heads):.3g} to {100 * max(heads):.3g}%)")
+            for mean, heads in ((site.topk_before, site.topks_before), (site.topk, site.topks))
+        )
         return topk, f"{site.before:.4f}", f"{site.uniform:.4f}", f"{site.after:.4f}"
 
     def sentence(self, site: SiteAllocation) -> str:

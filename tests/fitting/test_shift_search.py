@@ -99,6 +99,10 @@ def test_allocated_to_heads(linear: str) -> None:
     compiled(*batches[0])
     for site in report.sites:
         assert site.after == pytest.approx(wanted[site.path], rel=1e-6)
+    again = sla_compile.allocate(model, batches, budget=0.4, objective="attention")
+    for site, before in zip(again.sites, report.sites, strict=True):
+        assert site.topks_before == before.topks  # what each head had, and not their mean alone
+        assert site.before == pytest.approx(before.after, rel=1e-6)
     sla_compile.set_sparsity(model, topk=0.3)
     assert all(bool((sparsity[:, 0] == 300_000).all()) for sparsity in sparsities if sparsity is not None)
 
