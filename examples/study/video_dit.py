@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +131,23 @@ class VideoDiT(nn.Module):
         return torch.cat(parts, dim=-1).flatten(0, 2)
 
 
+@torch.no_grad()
 def example() -> tuple[VideoDiT, tuple[Tensor, Tensor]]:
-    """A model and the arguments of a call, for ``python -m sla_compile explain examples.study.video_dit:example``."""
-    return VideoDiT(), (torch.zeros(1, 3, 16, 48, 48), torch.zeros(1))
+    """A model and the arguments of a call, for ``python -m sla_compile explain examples.study.video_dit:example``.
+
+    Weights are random, but such that there is something to see: in half of the heads tokens attend to what is like
+    them, and attention is the sharper the earlier the block. The video is one of examples/study/videos.py, with noise.
+    """
+    from examples.study.videos import parameters, render
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = VideoDiT()
+        for sharpness, block in zip((6.0, 3.0, 1.5, 1.0), cast("list[Block]", list(model.blocks)), strict=True):
+            nn.init.normal_(block.modulation.bias, std=0.5)  # no longer the identity
+            for part in (block.attn.qkv.weight, block.attn.qkv.bias):
+                query, key, _ = part.unflatten(0, (3, model.config.heads, -1))
+                key[::2] = query[::2]
+            block.attn.norm_q.weight.fill_(sharpness)
+        video, time = render(parameters(1, seed=0), (16, 32, 32)), torch.tensor([0.3])
+        return model, (0.7 * video + 0.3 * torch.randn_like(video), time)

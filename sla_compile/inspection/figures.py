@@ -18,7 +18,7 @@ __all__ = ["bench_figure", "checked_kind", "comparison_figure", "new_figure", "s
 DRAWN = (".png", ".svg", ".pdf")
 DENSE, SPARSE, NOW, FITTED = "0.6", "#cc6677", "#332288", "#44aa99"
 """Colours that are told apart by the colour-blind too."""
-CLASSES = {"critical": "#cc6677", "marginal": "#88ccee", "negligible": "0.85"}
+CLASSES = {"critical": "#cc3355", "marginal": "#88ccee", "negligible": "0.9"}
 _HEADS_PER_ROW = 6
 
 
@@ -55,7 +55,7 @@ def write(path: str | Path, makers: Mapping[str, Callable[[], Any]]) -> None:
     path, kind = Path(path), checked_kind(path, makers)
     made = makers[kind]()
     if kind == "figure":
-        made.savefig(path, dpi=150)
+        made.savefig(path, dpi=120)
     else:
         path.write_text(made, encoding="utf-8")
 
@@ -74,7 +74,7 @@ def comparison_figure(report: ComparisonReport) -> Any:
     _error_bars(axes[0], report)
     for place, (label, values) in zip(axes[1:], costs, strict=True):
         bars = place.bar(["dense", "SLA"], values, color=[DENSE, NOW])
-        place.bar_label(bars, fmt="%.3g")
+        place.bar_label(bars, fmt="%.4g", fontsize="small")
         place.set_title(label, fontsize="medium")
         place.margins(y=0.15)
     figure.suptitle(f"{report.model} on {report.device}", fontsize="medium")
@@ -167,6 +167,8 @@ def _curves(axes: Any, atlas: Atlas) -> None:
 
 def site_page(site: SiteAtlas) -> Any:
     """One page for an attention: for each head its attention by blocks, and under it the classes of the blocks."""
+    from matplotlib.patches import Patch
+
     columns = min(_HEADS_PER_ROW, len(site.heads))
     lines = -(-len(site.heads) // columns)
     figure = new_figure(max(5.0, 2.3 * columns), 1 + 4.6 * lines)
@@ -179,8 +181,9 @@ def site_page(site: SiteAtlas) -> Any:
         else:
             for place in pair:
                 place.set_axis_off()
-    title = f"{site.path}: attention by block (logarithmic), and critical, marginal, negligible blocks"
-    figure.suptitle(title, fontsize="medium", wrap=True)
+    figure.suptitle(f"{site.path}: attention by block (logarithmic), and its class", fontsize="medium", wrap=True)
+    patches = [Patch(color=colour, label=kind) for kind, colour in CLASSES.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=3, fontsize="small", frameon=False)
     return figure
 
 
@@ -193,15 +196,22 @@ def _head_maps(pair: tuple[Any, Any], number: int, head: HeadAtlas) -> None:
     colours = [to_rgb(colour) for colour in CLASSES.values()]
     mixed = [
         [
-            tuple(sum(w * c[i] for w, c in zip((a, 1 - a - n, n), colours, strict=True)) for i in range(3))
-            for a, n in zip(*rows, strict=True)
+            [sum(w * c[i] for w, c in zip(_weights(*cell), colours, strict=True)) for i in range(3)]
+            for cell in zip(*rows, strict=True)
         ]
         for rows in zip(head.map.critical, head.map.negligible, strict=True)
     ]
-    pair[1].imshow([[[min(max(x, 0.0), 1.0) for x in cell] for cell in row] for row in mixed], interpolation="nearest")
+    pair[1].imshow(mixed, interpolation="nearest")
     pair[0].set_title(f"head {number}: recall {100 * head.recall:.0f}%", fontsize="small")
     held = f"{100 * head.mass['critical']:.0f}% of attention critical\nerror {head.errors.sum:.3f}"
     pair[1].set_xlabel(held, fontsize="small")
     for place in pair:
         place.set_xticks([])
         place.set_yticks([])
+
+
+def _weights(critical: float, negligible: float) -> tuple[float, float, float]:
+    """How much of each class's colour a cell gets, for its shares: of a cell of many blocks, few critical ones show."""
+    red = math.sqrt(min(max(critical, 0.0), 1.0))
+    grey = (1 - red) * math.sqrt(min(max(negligible, 0.0), 1.0))
+    return red, 1 - red - grey, grey

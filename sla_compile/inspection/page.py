@@ -21,7 +21,8 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem
 table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0; }
 th, td { border-bottom: 1px solid #8886; padding: .25rem .7rem; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-img { background: white; max-width: 100%; }
+div { overflow-x: auto; }
+img { background: white; width: 100%; min-width: 40rem; }
 summary { cursor: pointer; font-weight: 600; margin: .4rem 0; }
 """
 
@@ -43,7 +44,7 @@ def page(atlas: Atlas) -> str:
     columns = ["attention", "topk", "suggested", "critical mass", "best choice", "recall", *_ERRORS, "fitted"]
     parts = [
         f"<h1>{escape(atlas.model)}</h1><p>{escape(atlas.title)}.</p>",
-        _image(sheet(atlas), "attention by class, errors, curves and topks"),
+        _image(_untitled(sheet(atlas)), "attention by class, errors, curves and topks"),
         _table(columns, rows),
         f"<p>{escape(_WORDS)}</p>",
         *(_site(site) for site in atlas.sites),
@@ -57,12 +58,12 @@ def page(atlas: Atlas) -> str:
 
 
 def _site_row(site: SiteAtlas) -> list[str]:
-    suggested = "" if site.suggested is None else _percent(site.suggested)
+    suggested = "" if site.suggested is None else _topk(site.suggested)
     shares = (site.mean("mass", "critical"), site.mean("best_mass"), site.mean("recall"))
     errors = (site.errors.sparse, site.errors.linear, site.errors.sum, site.fitted)
     return [
         site.path,
-        _percent(site.topk),
+        _topk(site.topk),
         suggested,
         *map(_percent, shares),
         *map(_error, errors),
@@ -73,7 +74,7 @@ def _site(site: SiteAtlas) -> str:
     columns = ["head", *_CLASSES, "best choice", "recall", "above 1/n", "below 1/(100 n)", "rank of the rest", *_ERRORS]
     heads = [_head_row(number, head) for number, head in enumerate(site.heads)]
     topks, errors = zip(*site.curve, strict=True)
-    curve = _table(["topk", *map(_percent, topks)], [["error", *map(_error, errors)]])
+    curve = _table(["topk", *map(_topk, topks)], [["error", *map(_error, errors)]])
     times = [
         [str(b.batch), "" if b.time is None else f"{b.time:.4g}", _percent(b.critical_mass), f"{b.error:.4f}"]
         for b in site.batches
@@ -100,7 +101,13 @@ def _image(figure: Any, text: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{escape(text)}" src="data:image/svg+xml;base64,{data}">'
+    return f'<div><img alt="{escape(text)}" src="data:image/svg+xml;base64,{data}"></div>'
+
+
+def _untitled(figure: Any) -> Any:
+    """Without its title, which the page has above it."""
+    figure.suptitle("")
+    return figure
 
 
 def _error(error: float | None) -> str:
@@ -108,4 +115,8 @@ def _error(error: float | None) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g}%"
+    return f"{100 * share:.1f}%"
+
+
+def _topk(topk: float) -> str:
+    return f"{100 * topk:.3g}%"
