@@ -15,7 +15,15 @@ from typing import Any
 
 from sla_compile.common.limits import FEATURE_MAPS, GATE_FORMS, LINEAR_BRANCHES, TOPK_OWNERS
 from sla_compile.common.token_orders import ORDERS, RASTER
-from sla_compile.config_shares import check_forms, check_shares, default_bottomk, with_bottomk
+from sla_compile.config_inductor import frozen_inductor, inductor_name
+from sla_compile.config_shares import (
+    check_all_read,
+    check_forms,
+    check_shares,
+    default_bottomk,
+    with_bottomk,
+    without_unread,
+)
 from sla_compile.config_values import (
     BLOCK_SIZE,
     BOOLEAN,
@@ -99,7 +107,8 @@ class SLAConfig:
     """Key tokens in a block. Range: 16, 32, 64, 128 or 256."""
 
     feature_map: str = _setting("softmax", one_of(*FEATURE_MAPS))
-    """Feature map of the linear branch. Range: "softmax" (over the head dimension), "elu" (+ 1), "relu"."""
+    """Feature map of the linear branch. Range: "softmax" (over the head dimension), "elu" (+ 1), "relu". There is none
+    with linear="taylor"."""
 
     linear: str = _setting("marginal", one_of(*LINEAR_BRANCHES))
     """What stands for the key blocks that are not critical. Range: a linear branch over the "marginal" ones (paper) or
@@ -108,7 +117,7 @@ class SLAConfig:
 
     gate: str = _setting("shared", one_of(*GATE_FORMS))
     """Gate of a site. Range: "shared" by its heads, (D, D) and (D), or "per_head", (H, D, D) and (H, D). With
-    linear="taylor" it is one number for each head in either case."""
+    linear="taylor" it is one number for each head, and this has no other value than "shared"."""
 
     sparse_scale: bool = _setting(False, BOOLEAN)
     """Whether each head's sparse branch has a trainable scale: O = exp(log_scale) O^s + O^l W^T + b. Range: True or
@@ -170,13 +179,14 @@ class SLAConfig:
         check_shares("SLAConfig", self.topk, self.bottomk, self.max_topk)
         check_forms("SLAConfig", self.linear, self.sparse_scale, self.topk_by, self.max_topk)
         _check_grid_start("SLAConfig", self.grid, self.grid_start)
-        object.__setattr__(self, "inductor", _frozen_inductor(self.inductor))
+        object.__setattr__(self, "inductor", frozen_inductor(self.inductor))
         if self.inductor and self.inner != "inductor":
             raise ValueError(
                 f"SLAConfig.inductor: got {dict(self.inductor)!r} with inner={self.inner!r}; "
                 f"accepted: Inductor options (torch.compile's mode gives some too) only with inner='inductor'"
             )
         object.__setattr__(self, "overrides", _frozen_overrides(self.overrides, self))
+        check_all_read(self.linear, {"feature_map": self.feature_map, "gate": self.gate}, self.overrides)
 
     @classmethod
     def check_value(cls, name: str, value: Any) -> Any:
@@ -200,14 +210,17 @@ class SLAConfig:
     def for_site(self, path: str) -> SLAConfig:
         """The settings of the site at module path ``path``: its overrides applied, and ``overrides`` empty.
 
-        Raises ValueError where overrides that match together ask for topk + bottomk above 1, or topk above max_topk.
+        Raises ValueError where overrides that match together ask for topk + bottomk above 1, topk above max_topk, or
+        a feature map or form of gate with linear="taylor".
         """
         matching = [pattern for pattern in self.overrides if fnmatchcase(path, pattern)]
         changes: dict[str, Any] = {}
         for pattern in matching:
             changes.update(self.overrides[pattern])
         changes = with_bottomk(self.topk, self.bottomk, self.linear, changes)
-        _check_changed_shares(f"SLAConfig.overrides {short(matching)} at {short(path)}", self, changes)
+        where = f"SLAConfig.overrides {short(matching)} at {short(path)}"
+        _check_changed_shares(where, self, changes)
+        changes = without_unread(where, self.linear, changes)
         return dataclasses.replace(self, overrides={}, **changes)
 
     def changed(self, fields: Mapping[str, Any]) -> SLAConfig:
@@ -326,49 +339,6 @@ def _frozen_overrides(overrides: Mapping[str, Any], config: SLAConfig) -> Frozen
     return FrozenMapping(frozen)
 
 
-def _inductor_name(key: Any) -> str | None:
-    """The Inductor option that ``key`` names ("-" read as "_"), or None."""
-    from torch._inductor import list_options
-
-    name = key.replace("-", "_") if isinstance(key, str) else None
-    return name if name in list_options() else None
-
-
-def _frozen_inductor(options: Mapping[str, Any]) -> FrozenMapping:
-    """``options`` sorted by name, their names and types checked as ``torch.compile`` does for Inductor."""
-    if not options:
-        return FrozenMapping({})
-    from torch._inductor import config, list_options
-
-    checked: dict[str, Any] = {}
-    for key, value in options.items():
-        name = _inductor_name(key)
-        shown = f"Inductor option {short(key)}"
-        if name is None:
-            hint = nearest_hint(key, tuple(list_options()), always=True)
-            raise value_error(f"unknown {shown}", value, "torch._inductor.list_options()", hint)
-        if name in checked:
-            raise value_error(shown, value, f"{name!r} once")
-        if type(value) is list and type(getattr(config, name)) is tuple:
-            value = tuple(value)  # JSON has no tuples
-        _check_inductor_value(shown, value, config.get_type(name))  # type: ignore[attr-defined]
-        checked[name] = value
-    return FrozenMapping(dict(sorted(checked.items())))
-
-
-def _check_inductor_value(shown: str, value: Any, accepted: Any) -> None:
-    try:
-        fits = isinstance(value, accepted)
-    except TypeError:  # a generic such as list[str] takes no isinstance; torch leaves it unchecked too
-        fits = True
-    if not fits:
-        raise value_error(shown, value, getattr(accepted, "__name__", str(accepted)))
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise value_error(shown, value, "a value that JSON can hold, so that it can be saved") from error
-
-
 def _from_mapping(options: Mapping[str, Any] | None) -> SLAConfig:
     if options is None:
         return SLAConfig()
@@ -383,7 +353,7 @@ def _from_mapping(options: Mapping[str, Any] | None) -> SLAConfig:
             if name in fields:
                 raise value_error(f"option {key!r}", value, f"{name!r} once")
             fields[name] = value
-        elif _inductor_name(key) is not None:
+        elif inductor_name(key) is not None:
             extra[key] = value
         else:
             from torch._inductor import list_options

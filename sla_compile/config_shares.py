@@ -1,4 +1,4 @@
-"""The shares topk, bottomk and max_topk: what they, and forms of gates, may be together; a default bottomk."""
+"""What fields may be together: the shares topk, bottomk and max_topk, and forms of gates; a default bottomk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 from sla_compile.common.blocks import exact_fraction
 from sla_compile.common.limits import TAYLOR
 
-__all__ = ["check_forms", "check_shares", "default_bottomk", "with_bottomk"]
+__all__ = ["check_all_read", "check_forms", "check_shares", "default_bottomk", "with_bottomk", "without_unread"]
+
+_UNREAD_BY_TAYLOR = {"feature_map": "softmax", "gate": "shared"}
+"""Fields of the linear branch and its weight, by their defaults: with ``linear="taylor"`` there is neither."""
 
 
 def default_bottomk(topk: float, linear: str) -> float:
@@ -50,3 +53,39 @@ def check_forms(name: str, linear: str, sparse_scale: bool, topk_by: str, max_to
             f"{name}: got sparse_scale=True with linear={linear!r}; accepted: sparse_scale with another linear: "
             f"virtual keys are normalised together with the critical ones"
         )
+
+
+def check_all_read(linear: str, said: Mapping[str, Any], overrides: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ValueError for a feature map or form of gate that no site reads, as all that may have it are "taylor".
+
+    ``said`` are the top-level fields besides ``linear``. Where sites differ in ``linear``, an inherited field is read
+    by some; then only an override that names both is refused here.
+    """
+    if all(changes.get("linear", linear) == linear for changes in overrides.values()):
+        _check_read("SLAConfig", linear, said)
+        inherited = linear
+    else:
+        inherited = ""
+    for pattern, changes in overrides.items():
+        _check_read(f"SLAConfig.overrides[{pattern!r}]", changes.get("linear", inherited), changes)
+
+
+def without_unread(name: str, linear: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``changes`` to the settings of a site, with what the site's ``linear`` does not read back at its default.
+
+    So a site with virtual keys may inherit a feature map. One that ``changes`` name themselves is a ValueError.
+    """
+    linear = changes.get("linear", linear)
+    _check_read(name, linear, changes)
+    return {**changes, **_UNREAD_BY_TAYLOR} if linear == TAYLOR else dict(changes)
+
+
+def _check_read(name: str, linear: str, said: Mapping[str, Any]) -> None:
+    if linear != TAYLOR:
+        return
+    for field, default in _UNREAD_BY_TAYLOR.items():
+        if said.get(field, default) != default:
+            raise ValueError(
+                f"{name}: got {field}={said[field]!r} with linear={linear!r}; accepted: {field}={default!r}, or "
+                f"another linear: virtual keys have no feature map, and a number for each head as the gate"
+            )

@@ -163,6 +163,35 @@ def test_overrides_are_checked() -> None:
         meeting.for_site("a.b")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "default"), [("feature_map", "elu", "softmax"), ("gate", "per_head", "shared")]
+)
+def test_what_virtual_keys_do_not_read_is_refused_where_it_is_said(field: str, value: str, default: str) -> None:
+    problem = f"got {field}='{value}' with linear='taylor'; accepted: {field}='{default}', or another linear"
+    with fails_with(f"SLAConfig: {problem}"):
+        SLAConfig.from_options({"linear": "taylor", field: value})
+    with fails_with(f"SLAConfig.overrides['a.*']: {problem}"):
+        SLAConfig(overrides={"a.*": {"linear": "taylor", field: value}})
+    with fails_with(f"SLAConfig.overrides['a.*']: {problem}"):
+        SLAConfig(linear="taylor", overrides={"a.*": {field: value}})
+
+    said: dict[str, Any] = {field: value}
+    assert getattr(SLAConfig.from_options({"linear": "taylor", field: default}), field) == default
+
+    # inherited, and read by other sites: a site of virtual keys has it at its default
+    mixed = SLAConfig(**said, overrides={"a.*": {"linear": "taylor"}})
+    assert getattr(mixed.for_site("a.b"), field) == default
+    assert getattr(mixed.for_site("b"), field) == value
+    assert mixed.for_site("a.b").for_site("a.b") == mixed.for_site("a.b")
+    reverse = SLAConfig(linear="taylor", **said, overrides={"a.*": {"linear": "all"}})
+    assert getattr(reverse.for_site("a.b"), field) == value
+    assert getattr(reverse.for_site("b"), field) == default
+    meeting = SLAConfig(overrides={"a.*": {"linear": "taylor"}, "*.b": said})
+    assert getattr(meeting.for_site("c.b"), field) == value
+    with fails_with(f"SLAConfig.overrides ['a.*', '*.b'] at 'a.b': {problem}"):
+        meeting.for_site("a.b")
+
+
 def test_a_mode_is_options_of_inductor() -> None:
     """How ``docs/settings.md`` says to have both, which ``torch.compile`` refuses."""
     from torch._inductor import list_mode_options

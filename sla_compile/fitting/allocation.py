@@ -158,7 +158,7 @@ def allocate(
 
     Args:
         model: any module, prepared, compiled, or neither; without gates it is prepared with the first batch.
-        batches: an iterable of tuples of positional, or mappings of keyword, arguments of the model.
+        batches: an iterable of tuples of positional, or mappings of keyword, arguments of the model; or one such batch.
         budget: mean topk, weighted by each attention's work (its pairs of tokens).
         config: settings for ``prepare``; by default those the model has been prepared with.
         max_batches: how many batches to use at most; None: all of them.

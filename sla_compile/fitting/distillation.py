@@ -21,7 +21,13 @@ from torch import Tensor, nn
 from sla_compile.compiler.preparation import unwrapped
 from sla_compile.config import SLAConfig
 from sla_compile.fitting.calibration import SiteError, gather, mean_error, sites_dict
-from sla_compile.fitting.observer import Arguments, batch_arguments, no_gated_call_message, prepared_or_rolled_back
+from sla_compile.fitting.observer import (
+    Arguments,
+    as_batches,
+    batch_arguments,
+    no_gated_call_message,
+    prepared_or_rolled_back,
+)
 from sla_compile.fitting.output_error import at_least_float32, floating_tensors
 from sla_compile.fitting.ranks import over_ranks, sum_tensors, total
 from sla_compile.fitting.regression import SiteStatistics
@@ -224,6 +230,7 @@ def _refuse_not_finite(sites: Mapping[str, SiteStatistics], where: str) -> None:
 
 def _first_and_all(batches: Iterable[Any], count: int) -> tuple[list[Arguments], Iterable[Any]]:
     """The arguments in the first ``count`` batches; and all batches, those included, also where it is an iterator."""
+    batches = as_batches(batches)
     iterator = iter(batches)
     first = list(islice(iterator, count))
     arguments = [batch_arguments(batch, i) for i, batch in enumerate(first)]

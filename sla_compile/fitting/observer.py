@@ -39,6 +39,7 @@ from sla_compile.reporting.model_report import explain
 __all__ = [
     "Arguments",
     "GatedCall",
+    "as_batches",
     "batch_arguments",
     "gated_calls",
     "no_gated_call_message",
@@ -229,8 +230,23 @@ def batch_arguments(batch: Any, position: int) -> Arguments:
     )
 
 
+def as_batches(batches: Any) -> Iterable[Any]:
+    """``batches``, or a list of it where it is one batch: a mapping, or a tuple that begins with a tensor.
+
+    No batch of several is a tensor or a mapping's key, so that is no guess. TypeError for a tensor alone.
+    """
+    if isinstance(batches, Tensor):
+        raise TypeError(
+            "batches: got a Tensor; accepted: an iterable of batches, or one batch: a tuple of the model's positional "
+            "arguments, or a mapping of its keyword arguments"
+        )
+    is_tuple = isinstance(batches, tuple) and len(batches) > 0 and isinstance(batches[0], Tensor)
+    return [batches] if is_tuple or isinstance(batches, Mapping) else batches
+
+
 def peek_first(batches: Iterable[Any], count: int | None) -> tuple[Arguments, Iterator[Arguments]]:
     """The first batch; and the first ``count`` batches, that one included (None: all). ValueError if there is none."""
+    batches = as_batches(batches)
     stream = (batch_arguments(batch, i) for i, batch in enumerate(islice(batches, count)))
     first = next(stream, None)
     if first is None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sla_compile
-from sla_compile.fitting.observer import GatedCall, gated_calls
+from sla_compile.fitting.observer import GatedCall, as_batches, gated_calls
 from tests.support.calibration import DIM, Failed, batches, defined_error, made, recorded
 from tests.support.closeness import relative_error
 from tests.support.models import HEADS, OPTIONS, WIDTH, Attention, Model, TwoAttentions, random_input, randomize_gates
@@ -93,6 +93,21 @@ def test_prepares_takes_compiled_models_and_keyword_batches() -> None:
     assert len(list(seen)) == 3
     assert len(sla_compile.gates(model)) == 2
     assert all(gate.trained() for gate in sla_compile.gates(model).values())
+
+
+def test_one_batch_alone_is_taken_as_one() -> None:
+    """A tuple or a mapping by itself, as from a user with a single video; the same as a list of it."""
+    x = random_input()
+    for one in ((x,), {"x": x}):
+        assert as_batches(one) == [one]
+        assert as_batches(several := [one]) is several
+    assert as_batches(()) == ()
+    model = made(max_topk=1.0)
+    report = sla_compile.calibrate(model, (x,))
+    assert (report.batches, report.held_back, len(report.sites)) == (1, 0.25, 2)
+    assert sla_compile.allocate(model, {"x": x}, budget=0.25, ladder=(1.0, 2.0)).batches == 1
+    with pytest.raises(TypeError, match="batches: got a Tensor; accepted: an iterable of batches, or one batch"):
+        sla_compile.calibrate(model, x)
 
 
 def test_blocks_compiled_one_by_one_run_dense_meanwhile() -> None:
