@@ -1,0 +1,84 @@
+"""Time and memory of a training step of a Wan transformer with random weights: no checkpoint, no videos."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import sla_compile
+from benchmarks.wan import MODELS
+from examples.wan.draws import Draw
+from examples.wan.student import Student, settings_of
+
+__all__ = ["benchmark"]
+
+
+def benchmark(options: Mapping[str, Any], console: Console) -> dict[str, dict[str, float]]:
+    """Step by step: dense, SLA on the flow loss, SLA towards the teacher, each with its optimizer; printed too."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student = _student(options, device)
+    draw = _draw(options, student)
+    found: dict[str, dict[str, float]] = {}
+    if options["dense"] and student.parameters():
+        student.compile_dense()
+        found["dense, flow loss"] = _measured(student, draw, "flow", options)
+        torch.compiler.reset()
+    student.prepare(draw, settings_of(options))
+    student.switch()
+    for loss in ("flow", "teacher"):
+        found[f"SLA, {'flow loss' if loss == 'flow' else 'teacher'}"] = _measured(student, draw, loss, options)
+    rewritten = sla_compile.report(student.model).totals.rewritten
+    tokens = draw.noisy[0, 0].numel() // 4
+    of = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    title = f"Wan {options['model']}, {tokens} tokens, {options['train']}, {rewritten} attentions SLA; {of}"
+    table = Table("step", "ms", "peak GiB", "first step, s", title=f"{title}, torch {torch.__version__}")
+    for name, row in found.items():
+        table.add_row(name, f"{row['ms']:.1f}", f"{row.get('peak_gib', 0):.1f}", f"{row['first_s']:.1f}")
+    console.print(table)
+    return found
+
+
+def _student(options: Mapping[str, Any], device: torch.device) -> Student:
+    from diffusers import WanTransformer3DModel
+
+    config = MODELS[options["model"]] | ({"num_layers": options["layers"]} if options["layers"] else {})
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = WanTransformer3DModel(patch_size=(1, 2, 2), text_dim=4096, freq_dim=256, **config)
+    dtype = torch.bfloat16 if device.type == "cuda" and options["train"] != "all" else torch.float32
+    how = {"rank": options["rank"], "inner": options["inner"], "checkpointing": options["checkpointing"]}
+    return Student(model.to(dtype).eval(), options["train"], **how)
+
+
+def _draw(options: Mapping[str, Any], student: Student) -> Draw:
+    shape = (options["batch"], 16, (options["frames"] - 1) // 4 + 1, options["height"] // 8, options["width"] // 8)
+    random = {"device": student.device}
+    return Draw(
+        torch.randn(shape, **random),
+        torch.full(shape[:1], 0.5, **random),
+        torch.randn(shape[0], 512, 4096, **random),
+        torch.randn(shape, **random),
+    )
+
+
+def _measured(student: Student, draw: Draw, loss: str, options: Mapping[str, Any]) -> dict[str, float]:
+    """Median milliseconds of a step, its peak memory, and the seconds of the first one, which compiles."""
+    optimizer = student.optimizer(1e-5, 1e-5)
+    is_cuda, times = student.device.type == "cuda", []
+    for repeat in range(2 + options["repeats"]):
+        if is_cuda and repeat == 2:
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        student.loss(draw, loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    found = {"ms": 1000 * sorted(times[2:])[options["repeats"] // 2], "first_s": times[0]}
+    return found | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if is_cuda else {})

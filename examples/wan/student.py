@@ -1,0 +1,176 @@
+"""The Wan transformer that is trained: its form (gates, LoRA, all weights), its teacher, and how it is compiled."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sla_compile
+from examples.wan.draws import Draw
+
+__all__ = ["LORA", "TRAINED", "Student", "load_result", "settings_of", "transformer_of"]
+
+TRAINED = ("lora", "gates", "all")
+LORA = ("to_q", "to_k", "to_v", "to_out.0")
+"""The layers of a block that LoRA adapts, of self- and cross-attention."""
+LORA_FILE, WEIGHTS = "pytorch_lora_weights.safetensors", "transformer"
+
+
+def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of SLA for the command line's ``options``.
+
+    A head may have up to ``max_topk`` blocks, so that ``allocate`` can spread the budget and a fine-tune begin denser.
+    """
+    settings = {
+        "linear": options["linear"],
+        "topk": options["topk"],
+        "max_topk": max(options["topk"], options["max_topk"]),
+        "topk_by": options["topk_by"],
+        "block_q": options["block"],
+        "block_k": options["block"],
+        "min_tokens": options["min_tokens"],
+    }
+    if options["linear"] != "taylor":
+        settings["sparse_scale"] = True
+    return settings | dict(options["sla"])
+
+
+class Student:
+    """A Wan transformer in the form that is trained, in place.
+
+    model: on its device, weights in bf16 or float32; its attention stays dense until ``switch``.
+    trained: "lora" and "gates" leave the weights as they are, "all" trains them in float32.
+    inner: what compiles the blocks.
+    teacher: the dense model, where "all" changes the weights; otherwise it is this model, uncompiled and unadapted.
+    """
+
+    def __init__(
+        self, model: Any, trained: str, *, rank: int, inner: str, checkpointing: bool, teacher: nn.Module | None = None
+    ) -> None:
+        self.model, self.trained, self.inner, self.other_teacher = model, trained, inner, teacher
+        self.device = next(model.parameters()).device
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        model.requires_grad_(trained == "all")
+        if trained == "lora":
+            from peft import LoraConfig
+
+            model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA)))
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        self._as_float32()
+
+    def compile_dense(self) -> None:
+        """Compile the blocks as they are."""
+        self.model.compile_repeated_blocks(backend=self.inner)
+
+    def prepare(self, example: Draw, settings: Mapping[str, Any]) -> None:
+        """Give the attentions their gates."""
+        sla_compile.prepare(self.model, kwargs=example.arguments(self.dtype), config=dict(settings))
+        self._with_gates()
+
+    def load_gates(self, folder: Path) -> None:
+        """The same with gates that were saved."""
+        sla_compile.load(self.model, folder)
+        self._with_gates()
+
+    def switch(self) -> None:
+        """Compile the blocks with sparse-linear attention."""
+        self.model.compile_repeated_blocks(backend="sla", options={"inner": self.inner})
+
+    def _with_gates(self) -> None:
+        for parameter in sla_compile.gate_parameters(self.model):
+            parameter.requires_grad_(True)
+        self._as_float32()
+
+    def _as_float32(self) -> None:
+        """What is trained is held in float32: steps in bf16 are lost to rounding."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def optimizer(self, lr: float, gate_lr: float) -> torch.optim.AdamW:
+        """AdamW, the gates with a rate of their own and no decay."""
+        gates = set(map(id, sla_compile.gate_parameters(self.model)))
+        weights = [p for p in self.parameters().values() if id(p) not in gates]
+        groups: list[dict[str, Any]] = [{"params": weights, "lr": lr, "peak_lr": lr}] if weights else []
+        own = [p for p in self.parameters().values() if id(p) in gates]
+        if own:
+            groups.append({"params": own, "lr": gate_lr, "peak_lr": gate_lr, "weight_decay": 0.0})
+        return torch.optim.AdamW(groups)
+
+    def autocast(self) -> Any:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype == torch.bfloat16)
+
+    def velocity(self, draw: Draw, model: Any = None) -> Tensor:
+        """The velocity that the model, as it is compiled, gives: (B, C, T, H, W), float32. ``model``: it, wrapped."""
+        with self.autocast():
+            return (self.model if model is None else model)(**draw.arguments(self.dtype))[0].float()
+
+    @torch.no_grad()
+    def dense_velocity(self, draw: Draw) -> Tensor:
+        """The teacher's: of the model before it was switched and trained. Nothing of it is held in memory twice,
+        unless all weights are trained."""
+        if self.other_teacher is not None:
+            with self.autocast():
+                return self.other_teacher(**draw.arguments(self.dtype))[0].float()
+        with self.dense():
+            return self.velocity(draw)
+
+    @contextlib.contextmanager
+    def dense(self) -> Iterator[None]:
+        """Within this the model computes what it did before it was switched and, but for "all", trained."""
+        if self.trained == "lora":
+            self.model.disable_adapters()
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            if self.trained == "lora":
+                self.model.enable_adapters()
+
+    def loss(self, draw: Draw, towards: str, model: Any = None) -> Tensor:
+        """Mean squared error to the velocity of the "teacher" or of the data ("flow")."""
+        target = self.dense_velocity(draw) if towards == "teacher" else draw.velocity
+        return F.mse_loss(self.velocity(draw, model), target)
+
+    def save_result(self, folder: Path) -> None:
+        """Gates, and the adapter or the weights if they were trained, for ``load_result``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        sla_compile.save(self.model, folder)
+        if self.trained == "lora":
+            from diffusers import WanPipeline
+            from peft import get_peft_model_state_dict
+
+            WanPipeline.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(self.model))
+        elif self.trained == "all":
+            self.model.save_pretrained(folder / WEIGHTS)
+
+
+def load_result(pipe: Any, folder: Path, *, inner: str = "inductor") -> None:
+    """Give the transformer of a Wan pipeline what ``save_result`` wrote, and compile its blocks.
+
+    Weights that were all trained are loaded by the pipeline itself: see ``transformer_of``.
+    """
+    if (folder / LORA_FILE).is_file():
+        pipe.load_lora_weights(str(folder), weight_name=LORA_FILE)
+    sla_compile.load(pipe.transformer, folder)
+    pipe.transformer.compile_repeated_blocks(backend="sla", options={"inner": inner})
+
+
+def transformer_of(checkpoint: str, folder: Path | None, dtype: torch.dtype) -> Any:
+    """The transformer of ``checkpoint``, or the one that was trained in all its weights, where ``folder`` has one."""
+    from diffusers import WanTransformer3DModel
+
+    if folder is not None and (folder / WEIGHTS).is_dir():
+        return WanTransformer3DModel.from_pretrained(folder / WEIGHTS, torch_dtype=dtype)
+    return WanTransformer3DModel.from_pretrained(checkpoint, subfolder="transformer", torch_dtype=dtype)
