@@ -31,14 +31,11 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout comes before what is installed
 
-from examples.study.training import write
 from examples.wan import Refused
 from examples.wan.student import TRAINED
 
 RATES = {"lora": 1e-4, "gates": 1e-4, "all": 1e-5}
 """Learning rates of the weights."""
-FREE = ("save_every", "validate_every", "command", "run")
-"""What another start of a run may change."""
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -146,25 +143,6 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         options.lr = RATES[options.train] if options.lr is None else options.lr
 
 
-def remember(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings of a run, in its settings.json; Refused where another run is there."""
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    settings = json.loads(json.dumps(settings))  # as it comes back
-    path = options.run / "settings.json"
-    if path.exists():
-        known = json.loads(path.read_text())
-        changed = sorted(key for key in settings if key not in FREE and known.get(key) != settings[key])
-        if changed:
-            raise Refused(
-                f"--run: {options.run} holds a run with other settings of {', '.join(changed)}; accepted: the same "
-                f"settings, to go on with it, or another folder"
-            )
-        return settings
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=1)))
-    return settings
-
-
 def main(given: Sequence[str] | None = None) -> None:
     """One of the commands."""
     from sla_compile import UntrainedGatesWarning
@@ -184,7 +162,7 @@ def main(given: Sequence[str] | None = None) -> None:
         else:
             from examples.wan.run import Run
 
-            Run(remember(options), options.run).all()
+            Run(vars(options), options.run).all()
     except Refused as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -70,7 +70,12 @@ def time_of_step(loss: Callable[[], Tensor], parameters: Sequence[Tensor], repea
 class Report:
     """The figures of a run, in ``path`` as they are found, so that a run that goes on has those of before."""
 
-    ROWS = ("dense", "switched", "calibrated", "trained")
+    ROWS: ClassVar = {
+        "dense": "dense",
+        "switched": "SLA, switched",
+        "calibrated": "SLA, calibrated",
+        "trained": "SLA, fine-tuned",
+    }
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -87,23 +92,17 @@ class Report:
         table = Table(title=title)
         names = ("attention", "held-out loss", "above dense", "output error", "ms/step", "peak GiB")
         for name in names:
-            table.add_column(name, justify="left" if name == names[0] else "right")
+            table.add_column(name, justify="left" if name == names[0] else "right", no_wrap=name == names[0])
         dense = self.found.get("dense", {}).get("loss")
-        for key in self.ROWS:
+        for key, name in self.ROWS.items():
             if row := self.found.get(key):
                 above = f"{row['loss'] / dense - 1:+.1%}" if dense and "loss" in row and key != "dense" else ""
-                cells = [f"{row[name]:{form}}" if name in row else "" for name, form in _FORMS.items()]
-                table.add_row(_TITLES[key], cells[0], above, *cells[1:])
+                cells = [f"{row[of]:{form}}" if of in row else "" for of, form in _FORMS.items()]
+                table.add_row(name, cells[0], above, *cells[1:])
         return table
 
 
 _FORMS = {"loss": ".5f", "error": ".4f", "ms": ".1f", "peak_gib": ".1f"}
-_TITLES = {
-    "dense": "dense",
-    "switched": "SLA, right after the switch",
-    "calibrated": "SLA, allocated and calibrated",
-    "trained": "SLA, fine-tuned",
-}
 
 
 class Sampler:

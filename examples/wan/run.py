@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 import sla_compile
+from examples.study.training import write
 from examples.wan import Refused
 from examples.wan.clips import Clip, clips_in
 from examples.wan.draws import Draw, Draws, as_batches
@@ -22,6 +24,8 @@ from examples.wan.training import Schedule, Training
 
 __all__ = ["Run"]
 
+_FREE = ("save_every", "validate_every", "command", "run")
+"""Settings that another start of a run may change."""
 _TIMED = 5
 """Steps whose median is the time of a step."""
 
@@ -32,7 +36,6 @@ class Run:
     def __init__(self, settings: Mapping[str, Any], folder: Path) -> None:
         from accelerate import Accelerator
 
-        check_checkpoint(settings["checkpoint"])
         # autocast is the student's own: accelerate's would stay on the model that the pipeline gets
         self.accelerator = Accelerator(mixed_precision="no")
         if self.accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
@@ -40,10 +43,29 @@ class Run:
                 f"accelerate is set to {self.accelerator.distributed_type.value}; accepted: one process, or several "
                 f"with a model each (MULTI_GPU). For FSDP see docs/many-gpus.md"
             )
-        self.settings, self.folder = settings, folder
-        self.is_main = self.accelerator.is_main_process
+        self.is_main, self.folder = self.accelerator.is_main_process, folder
+        self.settings = self._remembered(settings)
+        check_checkpoint(self.settings["checkpoint"])
         self.console = Console(quiet=not self.is_main)
         self.report = Report(folder / "report.json")
+
+    def _remembered(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings in JSON types, in settings.json; Refused where another run is there."""
+        plain = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
+        settings, path = dict(json.loads(json.dumps(plain))), self.folder / "settings.json"
+        known = json.loads(path.read_text()) if path.exists() else settings
+        if changed := sorted(key for key in settings if key not in _FREE and known.get(key) != settings[key]):
+            raise Refused(
+                f"--run: {self.folder} holds a run with other settings of {', '.join(changed)}; accepted: the same "
+                f"settings, to go on with it, or another folder"
+            )
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            write(
+                _made(self.folder) / path.name, lambda temporary: temporary.write_text(json.dumps(settings, indent=1))
+            )
+        self.accelerator.wait_for_everyone()
+        return settings
 
     def all(self) -> None:
         """Encode, fit, train, and tell."""
@@ -175,7 +197,7 @@ class Run:
         with training.averaged():
             draws = self.draws.measuring(settings["measure"])
             row = held_out(self.student, draws, self.folder / "dense", self.accelerator)
-            self._tell("trained", row | {"training_step_ms": milliseconds})
+            self._tell("trained", row | ({"training_step_ms": milliseconds} if milliseconds else {}))
             self._sample("result")
             if self.is_main:
                 unfinished = _made(self.folder / "result.tmp")

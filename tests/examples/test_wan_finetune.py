@@ -1,0 +1,290 @@
+"""examples/wan_finetune.py on a tiny random checkpoint: offline, through the real loading code of diffusers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sla_compile
+from examples import wan_finetune
+from examples.wan import clips, generating
+from examples.wan.clips import Clip, clips_in, read_frames
+from examples.wan.draws import Draws, shifted
+from examples.wan.encoding import Cache, VideoSize
+from examples.wan.student import Student, settings_of
+from examples.wan.training import Training
+from tests.support.closeness import assert_close
+from tests.support.tiny_wan import CAPTIONS, save_clips, save_tiny_wan
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+
+SIZE = VideoSize(frames=9, height=64, width=96, fps=16.0)
+SMALL = ["--frames", "9", "--height", "64", "--width", "96", "--inner", "eager", "--min-tokens", "0", "--block", "16"]
+STUDENT = [*SMALL, "--topk", "0.25", "--max-topk", "0.75", "--rank", "2"]
+SHORT = ["--steps", "4", "--save-every", "1", "--fit", "2", "--measure", "2"]
+SAMPLED = ["--samples", "1", "--sampling-steps", "1", "--validate-every", "3", "--guidance", "1"]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch_dtype:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+class Killed(BaseException):
+    """Ends a run as a signal would, but in this process: importing everything again takes longer than the test."""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint ``wan`` and videos ``clips``."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny_wan(folder / "wan")
+    save_clips(folder / "clips")
+    return folder
+
+
+def train(tiny: Path, run: Path, *more: str) -> None:
+    torch.compiler.reset()
+    torch.manual_seed(torch.seed() % 2**31)  # as in another process: nothing may follow from it
+    data = ["--checkpoint", str(tiny / "wan"), "--videos", str(tiny / "clips"), "--run", str(run)]
+    wan_finetune.main(["train", *data, *STUDENT, *SHORT, *more])
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Path) -> Iterator[Path]:
+    """A run that nothing interrupted."""
+    train(tiny, tiny / "whole", *SAMPLED)
+    yield tiny / "whole"
+    torch.compiler.reset()
+
+
+def test_a_run_leaves_what_it_promises(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = json.loads((whole / "report.json").read_text())
+    assert list(report) == ["dense", "switched", "calibrated", "trained"]
+    assert report["dense"]["error"] == 0 < report["trained"]["error"] < 1
+    assert {"ms", "loss"} <= set(report["dense"]) & set(report["calibrated"])
+    assert report["trained"]["training_step_ms"] > 0
+    names = {path.name for path in (whole / "validation").iterdir() if path.suffix in (".gif", ".mp4")}
+    assert {name.rpartition(".")[0] for name in names} == {"step-0-0", "step-3-0", "result-0"}
+    lora = load_file(whole / "result/pytorch_lora_weights.safetensors")
+    assert len(lora) == 2 * 2 * 2 * 4  # A and B of four layers, of two attentions in two blocks
+    assert all(value.any() for name, value in lora.items() if "lora_B" in name)
+    assert len(load_file(whole / "result/sla_gates.safetensors")) == 4  # shift and topks
+    train(whole.parent, whole, *SAMPLED, "--save-every", "2")  # nothing is left to do
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "SLA, fine-tuned" in printed
+    assert f"python examples/wan_finetune.py generate --run {whole}" in printed
+    assert "fine-tuning" not in printed
+
+
+def test_it_goes_on_after_a_kill(tiny: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a step behind the last checkpoint, which is then done again; the result is the same to the last bit."""
+    update, run = Training._update, tmp_path / "run"
+
+    def killed(self: Training, step: int) -> Any:
+        if step == 3:
+            raise Killed
+        return update(self, step)
+
+    more = ["--samples", "0", "--save-every", "2"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Training, "_update", killed)
+        with pytest.raises(Killed):
+            train(tiny, run, *more)
+    assert torch.load(run / "running.pt", weights_only=True)["step"] == 2
+    assert not (run / "result").exists()
+    train(tiny, run, *more)
+    for name in ("pytorch_lora_weights.safetensors", "sla_gates.safetensors"):
+        ours, theirs = load_file(run / "result" / name), load_file(whole / "result" / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    ours, theirs = (json.loads((path / "report.json").read_text()) for path in (run, whole))
+    assert all(ours[row][name] == theirs[row][name] for row in theirs for name in ("loss", "error"))
+
+
+def test_latents_and_text_are_the_pipelines(tiny: Path, whole: Path) -> None:
+    pipe = diffusers.WanPipeline.from_pretrained(tiny / "wan")
+    clip = clips_in(tiny / "clips")[2]
+    assert clip == Clip(tiny / "clips/clip2.gif", CAPTIONS[2])
+    cache = Cache(whole / "cache", str(tiny / "wan"), SIZE)
+    with torch.no_grad():
+        text, empty = pipe.encode_prompt(CAPTIONS[2], "", max_sequence_length=512)
+        frames = read_frames(clip.path, 9, (64, 96), 16)
+        assert frames is not None
+        raw = pipe.vae.encode(frames[None]).latent_dist.mode()
+    assert_close("text", cache.text(CAPTIONS[2]), text[0], 1e-6)
+    assert_close("no text", cache.text(""), empty[0], 1e-6)
+    latents = cache.latents(clip)[None]
+    assert latents.shape == (1, 16, 3, 8, 12)
+    mean, std = (
+        torch.tensor(values).view(1, 16, 1, 1, 1)
+        for values in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
+    )
+    assert_close("latents", latents * std + mean, raw, 1e-5)  # as the pipeline takes them back before it decodes
+
+
+def generated(run: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> tuple[np.ndarray, Any]:
+    """The video that ``generate`` writes, and the transformer it came from."""
+    kept: list[Any] = []
+    from_pretrained = diffusers.WanPipeline.from_pretrained
+
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        kept.append(from_pretrained(*args, **kwargs))
+        return kept[-1]
+
+    monkeypatch.setattr(diffusers.WanPipeline, "from_pretrained", keep)
+    monkeypatch.setattr(generating, "save_video", lambda video, path, fps: kept.append(video) or path)
+    few = ["--prompt", CAPTIONS[0], "--sampling-steps", "2", "--guidance", "1", "--seed", "3"]
+    torch.compiler.reset()
+    wan_finetune.main(["generate", "--run", str(run), *few, *more])
+    return kept[1], kept[0].transformer
+
+
+def test_generate(tiny: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the result its attentions are sparse-linear; --dense gives the checkpoint's own video."""
+    with monkeypatch.context() as patched:
+        video, transformer = generated(whole, patched)
+    assert video.shape == (9, 64, 96, 3)
+    assert sla_compile.report(transformer).totals.rewritten == 2
+    assert any("lora" in name for name, _ in transformer.named_parameters())
+    with monkeypatch.context() as patched:
+        dense, _ = generated(whole, patched, "--dense")
+    pipe = diffusers.WanPipeline.from_pretrained(tiny / "wan")
+    size = {"height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 2, "guidance_scale": 1.0}
+    expected = pipe(prompt=CAPTIONS[0], generator=torch.Generator().manual_seed(3), **size).frames[0]
+    np.testing.assert_allclose(dense, expected, atol=1e-5)
+    assert np.abs(video - dense).max() > 1e-5
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        ["--train", "all", "--loss", "teacher", "--linear", "marginal", "--anneal", "2", "--accumulate", "2"],
+        ["--train", "gates", "--loss", "flow", "--topk-by", "site", "--ema", "0", "--fit", "0", "--no-checkpointing"],
+    ],
+    ids=["all", "gates"],
+)
+def test_other_forms(form: list[str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is trained changes, and nothing else; the result is found by ``generate``."""
+    run = tmp_path / "run"
+    train(tiny, run, *form, "--samples", "0", "--steps", "3", "--lr", "1e-3")
+    gates, fitted = (load_file(run / part / "sla_gates.safetensors") for part in ("result", "fitted"))
+    trained = [name for name in gates if not name.endswith("sparsity")]
+    assert not any(torch.equal(gates[name], fitted[name]) for name in trained if "bias" not in name)
+    assert all(torch.equal(gates[name], fitted[name]) for name in gates if name not in trained)  # annealing has ended
+    assert (run / "result/transformer").is_dir() == ("all" in form)
+    _, transformer = generated(run, monkeypatch)
+    before = diffusers.WanTransformer3DModel.from_pretrained(tiny / "wan/transformer").state_dict()
+    after = transformer.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items()) == ("gates" in form)
+
+
+def test_the_student_is_its_own_teacher(tiny: Path) -> None:
+    """Adapted, switched and changed, its dense velocity is that of the checkpoint."""
+    torch.compiler.reset()
+    plain, model = (diffusers.WanTransformer3DModel.from_pretrained(tiny / "wan/transformer") for _ in range(2))
+    latents, text = torch.randn(2, 16, 3, 8, 12), torch.randn(2, 512, 32)
+    data = list(zip(latents, text, strict=True))
+    draw = Draws(data, data, batch=2, device=torch.device("cpu"), shift=3.0, seed=0).training(0)
+    options = vars(wan_finetune.arguments(["benchmark", *STUDENT]))
+    student = Student(model, "lora", rank=2, inner="eager", checkpointing=True)
+    student.prepare(draw, settings_of(options))
+    student.switch()
+    trained = student.parameters()
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        expected = plain(**draw.arguments(torch.float32))[0]
+        assert_close("teacher", student.dense_velocity(draw), expected, 1e-5)
+        assert (student.velocity(draw) - expected).norm() > 1e-3 * expected.norm()
+    student.loss(draw, "teacher").backward()
+    assert list(student.parameters()) == list(trained)  # taking the adapters off and on leaves them trainable
+    assert all(parameter.grad is not None for parameter in trained.values())
+    assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
+
+
+def draws(count: int, **options: Any) -> Draws:
+    data: Sequence[Any] = [(torch.full((1, 2, 4, 4), float(i)), torch.full((3, 2), float(i))) for i in range(count)]
+    return Draws(data, data[:1], device=torch.device("cpu"), seed=1, **{"shift": 1.0, "batch": 2, **options})
+
+
+def test_draws_are_functions_of_their_position() -> None:
+    """Every video once before any comes again; the noisy latents are the flow's; captions are dropped."""
+    stream = draws(3)
+    seen = [int(text[0, 0]) for position in range(6) for text in stream.training(position).text]
+    assert all(Counter(seen[i : i + 3]) == Counter(range(3)) for i in range(0, 12, 3))
+    assert len({tuple(seen[i : i + 3]) for i in range(0, 12, 3)}) > 1
+    one, again, next_one = (stream.training(position) for position in (4, 4, 5))
+    assert torch.equal(one.noisy, again.noisy)
+    assert not torch.equal(one.velocity, next_one.velocity)
+    clean = one.noisy - one.time.view(-1, 1, 1, 1, 1) * one.velocity
+    assert_close("latents", clean, one.text[:, :1, :1, None, None].expand_as(clean), 1e-6)
+    without = draws(3, empty=torch.full((3, 2), -1.0), drop=0.5)
+    texts = [float(text[0, 0]) for position in range(40) for text in without.training(position).text]
+    assert 20 < texts.count(-1.0) < 60
+
+
+def test_times_are_shifted_as_the_sampler_shifts_them() -> None:
+    scheduler = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=5.0)
+    scheduler.set_timesteps(10)
+    plain = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=1.0)
+    plain.set_timesteps(10)
+    assert_close("times", shifted(plain.sigmas[:-1], 5.0), scheduler.sigmas[:-1], 1e-3)
+    times = torch.cat([draws(3, shift=3.0).training(position).time for position in range(50)])
+    assert ((times > 0) & (times <= 1)).all()
+    assert 0.6 < times.mean() < 0.75  # 0.676 is the mean of 3 u / (1 + 2 u)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        wan_finetune.main(command)
+    assert end.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_what_cannot_be_done_is_told(
+    tiny: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(checkpoint: Path, videos: Path, *more: str, run: Path = tmp_path / "run") -> str:
+        data = ["--checkpoint", str(checkpoint), "--videos", str(videos), "--run", str(run)]
+        return refusal(capsys, "train", *data, *STUDENT, *SHORT, *SAMPLED, *more)
+
+    wan, videos = tiny / "wan", tiny / "clips"
+    assert "other settings of lr, steps; accepted: the same settings" in told(
+        wan, videos, "--steps", "9", "--lr", "1", run=whole
+    )
+    assert "--frames: got 10; accepted: 4 k + 1" in told(wan, videos, "--frames", "10")
+    assert "--max-topk: got 0.1; accepted: more than --topk 0.25" in told(wan, videos, "--max-topk", "0.1")
+    assert "have 401 frames at 16 fps; accepted: at least 2" in told(wan, videos, "--frames", "401")
+    bare = save_clips(tmp_path / "bare")
+    (bare / "clip3.txt").unlink()
+    assert "have no caption (clip3.gif); accepted: a .txt" in told(wan, bare, run=tmp_path / "other")
+    (tmp_path / "two").mkdir()
+    index = json.loads((wan / "model_index.json").read_text())
+    index["transformer_2"] = index["transformer"]
+    (tmp_path / "two/model_index.json").write_text(json.dumps(index))
+    assert "a WanPipeline with transformer_2; accepted" in told(tmp_path / "two", videos, run=tmp_path / "third")
+    monkeypatch.setattr(clips, "_optional", lambda name: None)
+    with pytest.raises(ValueError, match=r"nothing that decodes \.mp4 is installed; accepted: one of the packages av"):
+        read_frames(tmp_path / "clip.mp4", 9, (64, 96), 16)
+    assert "has no result yet" in refusal(capsys, "generate", "--run", str(tmp_path / "run"), "--prompt", "a ball")
+
+
+def test_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.compiler.reset()
+    wan_finetune.main(["benchmark", "--model", "tiny", *STUDENT, "--repeats", "1"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "1 attentions SLA" in printed
+    assert all(re.search(rf"{name} │ +[\d.]+", printed) for name in ("dense, flow loss", "SLA, flow loss", "teacher"))
