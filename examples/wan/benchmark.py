@@ -13,7 +13,7 @@ from rich.table import Table
 import sla_compile
 from benchmarks.wan import MODELS
 from examples.wan.draws import Draw
-from examples.wan.student import Student, settings_of
+from examples.wan.student import Student, dtype_of, settings_of
 
 __all__ = ["benchmark"]
 
@@ -50,8 +50,9 @@ def _student(options: Mapping[str, Any], device: torch.device) -> Student:
     torch.manual_seed(0)
     with torch.device(device):
         model = WanTransformer3DModel(patch_size=(1, 2, 2), text_dim=4096, freq_dim=256, **config)
-    dtype = torch.bfloat16 if device.type == "cuda" and options["train"] != "all" else torch.float32
-    how = {"rank": options["rank"], "inner": options["inner"], "checkpointing": options["checkpointing"]}
+    low = dtype_of(options, device)
+    dtype = torch.float32 if options["train"] == "all" else low
+    how = {"dtype": low, "rank": options["rank"], "inner": options["inner"], "checkpointing": options["checkpointing"]}
     return Student(model.to(dtype).eval(), options["train"], **how)
 
 

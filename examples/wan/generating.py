@@ -13,7 +13,7 @@ from rich.console import Console
 
 from examples.wan import Refused
 from examples.wan.clips import save_video
-from examples.wan.student import load_result, transformer_of
+from examples.wan.student import dtype_of, load_result, transformer_of
 
 __all__ = ["generate", "with_shift"]
 
@@ -30,14 +30,18 @@ def generate(options: Mapping[str, Any], console: Console) -> Path:
     run = json.loads((folder / "settings.json").read_text())
     checkpoint, result = options["checkpoint"] or run["checkpoint"], None if options["dense"] else folder / "result"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = dtype_of(run, device)
     vae = AutoencoderKLWan.from_pretrained(checkpoint, subfolder="vae", torch_dtype=torch.float32)
     pipe = WanPipeline.from_pretrained(
         checkpoint, vae=vae, transformer=transformer_of(checkpoint, result, dtype), torch_dtype=dtype
     )
     if result is not None:
         load_result(pipe, result, inner=run["inner"])
-    with_shift(pipe, run["shift"]).to(device)
+    with_shift(pipe, run["shift"])
+    if options["offload"]:
+        pipe.enable_model_cpu_offload()
+    else:
+        pipe.to(device)
     video = pipe(
         prompt=options["prompt"],
         negative_prompt=options["negative_prompt"],

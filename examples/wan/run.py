@@ -19,7 +19,7 @@ from examples.wan.clips import Clip, clips_in
 from examples.wan.draws import Draw, Draws, as_batches
 from examples.wan.encoding import Cache, Encoded, VideoSize, check_checkpoint
 from examples.wan.measuring import Report, Sampler, held_out, time_of_step
-from examples.wan.student import Student, settings_of, transformer_of
+from examples.wan.student import Student, dtype_of, settings_of, transformer_of
 from examples.wan.training import Schedule, Training
 
 __all__ = ["Run"]
@@ -125,12 +125,17 @@ class Run:
     def build(self) -> None:
         """The student, and a teacher where it cannot be its own."""
         settings, device = self.settings, self.accelerator.device
-        low = torch.bfloat16 if device.type == "cuda" else torch.float32
+        low = dtype_of(settings, device)
         load = partial(transformer_of, settings["checkpoint"], None)
         everything = settings["train"] == "all"
         teacher = load(low).to(device).requires_grad_(False) if everything and settings["loss"] == "teacher" else None
         model = load(torch.float32 if everything else low).to(device)
-        how = {"rank": settings["rank"], "inner": settings["inner"], "checkpointing": settings["checkpointing"]}
+        how = {
+            "dtype": low,
+            "rank": settings["rank"],
+            "inner": settings["inner"],
+            "checkpointing": settings["checkpointing"],
+        }
         torch.manual_seed(settings["seed"])  # of the LoRA: the same on every process, and after a kill
         self.student = Student(model, settings["train"], **how, teacher=teacher)
 
@@ -151,6 +156,8 @@ class Run:
             raise Refused(f"no attention would be sparse-linear at this size:\n{why}")
         student.switch()
         self._tell("switched", measured())
+        rewritten = sla_compile.report(student.model).totals.rewritten
+        self.console.print(f"{rewritten} of {len(student.model.blocks)} self-attentions are sparse-linear")
         if self.settings["fit"]:
             self._allocate_and_calibrate()
         self._tell("calibrated", measured() | self._time())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import sla_compile
 from examples.wan.draws import Draw
 
-__all__ = ["LORA", "TRAINED", "Student", "load_result", "settings_of", "transformer_of"]
+__all__ = ["LORA", "TRAINED", "Student", "dtype_of", "load_result", "settings_of", "transformer_of"]
 
 TRAINED = ("lora", "gates", "all")
 LORA = ("to_q", "to_k", "to_v", "to_out.0")
@@ -41,21 +41,36 @@ def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
     return settings | dict(options["sla"])
 
 
+def dtype_of(options: Mapping[str, Any], device: torch.device) -> torch.dtype:
+    """What a run computes in: as the command line says, or bf16 on a GPU and float32 on a CPU."""
+    by_device = "bf16" if device.type == "cuda" else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[options["precision"] or by_device]
+
+
 class Student:
     """A Wan transformer in the form that is trained, in place.
 
     model: on its device, weights in bf16 or float32; its attention stays dense until ``switch``.
     trained: "lora" and "gates" leave the weights as they are, "all" trains them in float32.
+    dtype: of its inputs, and what autocast computes in.
     inner: what compiles the blocks.
     teacher: the dense model, where "all" changes the weights; otherwise it is this model, uncompiled and unadapted.
     """
 
     def __init__(
-        self, model: Any, trained: str, *, rank: int, inner: str, checkpointing: bool, teacher: nn.Module | None = None
+        self,
+        model: Any,
+        trained: str,
+        *,
+        dtype: torch.dtype,
+        rank: int,
+        inner: str,
+        checkpointing: bool,
+        teacher: nn.Module | None = None,
     ) -> None:
         self.model, self.trained, self.inner, self.other_teacher = model, trained, inner, teacher
         self.device = next(model.parameters()).device
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.dtype = dtype
         model.requires_grad_(trained == "all")
         if trained == "lora":
             from peft import LoraConfig
@@ -67,11 +82,12 @@ class Student:
 
     def compile_dense(self) -> None:
         """Compile the blocks as they are."""
-        self.model.compile_repeated_blocks(backend=self.inner)
+        self.model.compile_repeated_blocks(backend=self.inner, dynamic=False)
 
     def prepare(self, example: Draw, settings: Mapping[str, Any]) -> None:
         """Give the attentions their gates."""
-        sla_compile.prepare(self.model, kwargs=example.arguments(self.dtype), config=dict(settings))
+        with self.autocast():
+            sla_compile.prepare(self.model, kwargs=example.arguments(self.dtype), config=dict(settings))
         self._with_gates()
 
     def load_gates(self, folder: Path) -> None:
@@ -81,7 +97,7 @@ class Student:
 
     def switch(self) -> None:
         """Compile the blocks with sparse-linear attention."""
-        self.model.compile_repeated_blocks(backend="sla", options={"inner": self.inner})
+        _switch(self.model, self.inner)
 
     def _with_gates(self) -> None:
         for parameter in sla_compile.gate_parameters(self.model):
@@ -164,7 +180,12 @@ def load_result(pipe: Any, folder: Path, *, inner: str = "inductor") -> None:
     if (folder / LORA_FILE).is_file():
         pipe.load_lora_weights(str(folder), weight_name=LORA_FILE)
     sla_compile.load(pipe.transformer, folder)
-    pipe.transformer.compile_repeated_blocks(backend="sla", options={"inner": inner})
+    _switch(pipe.transformer, inner)
+
+
+def _switch(model: Any, inner: str) -> None:
+    # Not dynamic: training and sampling differ in their batches, and each has a graph of its own.
+    model.compile_repeated_blocks(backend="sla", options={"inner": inner}, dynamic=False)
 
 
 def transformer_of(checkpoint: str, folder: Path | None, dtype: torch.dtype) -> Any:

@@ -79,9 +79,9 @@ def test_a_run_leaves_what_it_promises(whole: Path, capsys: pytest.CaptureFixtur
     names = {path.name for path in (whole / "validation").iterdir() if path.suffix in (".gif", ".mp4")}
     assert {name.rpartition(".")[0] for name in names} == {"step-0-0", "step-3-0", "result-0"}
     lora = load_file(whole / "result/pytorch_lora_weights.safetensors")
-    assert len(lora) == 2 * 2 * 2 * 4  # A and B of four layers, of two attentions in two blocks
+    assert len(lora) == 2 * 2 * 4  # A and B of the four layers of each of two attentions
     assert all(value.any() for name, value in lora.items() if "lora_B" in name)
-    assert len(load_file(whole / "result/sla_gates.safetensors")) == 4  # shift and topks
+    assert len(load_file(whole / "result/sla_gates.safetensors")) == 2  # shift and topks
     train(whole.parent, whole, *SAMPLED, "--save-every", "2")  # nothing is left to do
     printed = " ".join(capsys.readouterr().out.split())
     assert "SLA, fine-tuned" in printed
@@ -145,7 +145,7 @@ def generated(run: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> tuple[n
         return kept[-1]
 
     monkeypatch.setattr(diffusers.WanPipeline, "from_pretrained", keep)
-    monkeypatch.setattr(generating, "save_video", lambda video, path, fps: kept.append(video) or path)
+    monkeypatch.setattr(generating, "save_video", lambda video, *_: kept.append(video))
     few = ["--prompt", CAPTIONS[0], "--sampling-steps", "2", "--guidance", "1", "--seed", "3"]
     torch.compiler.reset()
     wan_finetune.main(["generate", "--run", str(run), *few, *more])
@@ -157,7 +157,7 @@ def test_generate(tiny: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with monkeypatch.context() as patched:
         video, transformer = generated(whole, patched)
     assert video.shape == (9, 64, 96, 3)
-    assert sla_compile.report(transformer).totals.rewritten == 2
+    assert sla_compile.report(transformer).totals.rewritten == 1
     assert any("lora" in name for name, _ in transformer.named_parameters())
     with monkeypatch.context() as patched:
         dense, _ = generated(whole, patched, "--dense")
@@ -171,7 +171,7 @@ def test_generate(tiny: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     "form",
     [
-        ["--train", "all", "--loss", "teacher", "--linear", "marginal", "--anneal", "2", "--accumulate", "2"],
+        [*("--train", "all", "--linear", "marginal", "--precision", "bf16", "--anneal", "2", "--accumulate", "2")],
         ["--train", "gates", "--loss", "flow", "--topk-by", "site", "--ema", "0", "--fit", "0", "--no-checkpointing"],
     ],
     ids=["all", "gates"],
@@ -199,7 +199,7 @@ def test_the_student_is_its_own_teacher(tiny: Path) -> None:
     data = list(zip(latents, text, strict=True))
     draw = Draws(data, data, batch=2, device=torch.device("cpu"), shift=3.0, seed=0).training(0)
     options = vars(wan_finetune.arguments(["benchmark", *STUDENT]))
-    student = Student(model, "lora", rank=2, inner="eager", checkpointing=True)
+    student = Student(model, "lora", dtype=torch.float32, rank=2, inner="eager", checkpointing=False)
     student.prepare(draw, settings_of(options))
     student.switch()
     trained = student.parameters()
@@ -284,7 +284,7 @@ def test_what_cannot_be_done_is_told(
 
 def test_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     torch.compiler.reset()
-    wan_finetune.main(["benchmark", "--model", "tiny", *STUDENT, "--repeats", "1"])
+    wan_finetune.main(["benchmark", "--model", "tiny", *STUDENT, "--train", "gates", "--repeats", "1"])
     printed = " ".join(capsys.readouterr().out.split())
     assert "1 attentions SLA" in printed
-    assert all(re.search(rf"{name} │ +[\d.]+", printed) for name in ("dense, flow loss", "SLA, flow loss", "teacher"))
+    assert all(re.search(rf"{name} │ +[\d.]+", printed) for name in ("SLA, flow loss", "SLA, teacher"))

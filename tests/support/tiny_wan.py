@@ -14,7 +14,7 @@ CAPTIONS = ["a ball moves left", "a ball moves right", "a ball moves up", "a bal
 
 
 def save_tiny_wan(folder: Path) -> Path:
-    """A WanPipeline: tokenizer of ten words, UMT5, VAE, transformer of two blocks, and the sampler of Wan2.1."""
+    """A WanPipeline: tokenizer of ten words, UMT5, VAE, transformer of one block, and the sampler of Wan2.1."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -26,12 +26,12 @@ def save_tiny_wan(folder: Path) -> Path:
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     text = UMT5Config(vocab_size=16, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     vae = {"base_dim": 4, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
-    blocks = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 32}
+    block = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 32}
     WanPipeline(
         tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokens, **special),
         text_encoder=UMT5EncoderModel(text).eval(),
         vae=AutoencoderKLWan(**vae, temperal_downsample=[False, True, True]).eval(),
-        transformer=WanTransformer3DModel(**blocks, text_dim=32, freq_dim=32),
+        transformer=WanTransformer3DModel(**block, text_dim=32, freq_dim=32),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
     ).save_pretrained(folder)
     return folder
