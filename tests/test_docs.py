@@ -185,7 +185,7 @@ def commands() -> list[str]:
     return list(dict.fromkeys(part for part in parts if part))
 
 
-TOOLS = ("torchrun", "pip", "pytest", "ruff", "mypy", "pre-commit", "python3", "source")
+TOOLS = ("accelerate", "torchrun", "pip", "pytest", "ruff", "mypy", "pre-commit", "python3", "source")
 
 
 def test_every_command_is_known() -> None:
