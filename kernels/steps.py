@@ -1,4 +1,4 @@
-"""The six steps of a call on a GPU that have kernels in Triton and, for Hopper, in Gluon: one signature for both.
+"""The steps of a call on a GPU that have kernels in Triton and, for Hopper, in Gluon: one signature for both.
 
 ``triton/steps.py`` and ``hopper/steps.py`` are the two `Steps`; ``triton/attention.py`` chooses one for each call.
 Axes: B batch, H heads, Lq queries, Lk keys, D head dimension, Tm and Tn query and key blocks.
@@ -12,7 +12,18 @@ from torch import Tensor
 
 from sla_compile.common.options import BackwardOptions
 
-__all__ = ["BlockLists", "KernelInputs", "LinearStates", "QueryGradients", "Steps", "Upstream", "VirtualKeys"]
+__all__ = [
+    "BlockLists",
+    "KernelInputs",
+    "KeyMoments",
+    "LinearStates",
+    "MomentGradients",
+    "QueryGradients",
+    "Steps",
+    "Upstream",
+    "VirtualKeys",
+    "VirtualQueryGradients",
+]
 
 
 class KernelInputs(NamedTuple):
@@ -46,6 +57,29 @@ class LinearStates(NamedTuple):
     """(B, H, T, D, D up to a multiple of 8); bfloat16 for 16-bit inputs, else float32."""
     normalizers: Tensor
     """float32 (B, H, T, D)."""
+
+
+class KeyMoments(NamedTuple):
+    """Of each key block; 0 where all weights are."""
+
+    sizes: Tensor
+    """ln n, float32 (B, H, Tn); -inf where n is 0."""
+    spans: Tensor
+    """kbar and var, float32 (2, B, H, Tn, D)."""
+    keys: Tensor
+    """kbar in the inputs' type, (B, H, Tn, D up to a multiple of 8)."""
+    values: Tensor
+    """vbar like ``keys``."""
+    slopes: Tensor
+    """C (B, H, Tn, D, D up to a multiple of 8), in the type of block states."""
+
+
+class MomentGradients(NamedTuple):
+    """Gradients of ``spans`` and of vbar, float32, and of ``slopes`` as these are."""
+
+    spans: Tensor
+    values: Tensor
+    slopes: Tensor
 
 
 class VirtualKeys(NamedTuple):
@@ -85,8 +119,21 @@ class QueryGradients(NamedTuple):
     """Whether ``dq`` holds a part."""
 
 
+class VirtualQueryGradients(NamedTuple):
+    """What the backward of an attention to critical and virtual keys gives on the queries' side."""
+
+    dq: Tensor
+    """(B, H, Lq, D), in memory (B, Lq, H, D)."""
+    statistics: Tensor
+    """As in `QueryGradients`, and complete."""
+    gains: Tensor
+    """dO.(scale S^T q) times the scale: float32 (B, H, Lq up to a multiple of block_q)."""
+    slopes: Tensor
+    """dS of each tile of queries, of which block_q is a multiple, (B, H, tiles, ...) like ``VirtualKeys.slopes``."""
+
+
 class Steps(Protocol):
-    """The steps in which they differ; a module with these six functions is one."""
+    """The steps in which they differ; a module with these functions is one."""
 
     def key_states(self, inputs: KernelInputs, options: BackwardOptions, *, pool: bool) -> tuple[LinearStates, Tensor]:
         """h and z of each key block, in one pass over k and v that are weighed by exp(key_bias), and the float32 means
@@ -137,3 +184,31 @@ class Steps(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """dK and dV (B, H, Lk, D), in memory (B, Lk, H, D), of the critical ``lists`` of the columns and, with a linear
         branch, of ``linear``: dh and dz, (B, H, Tn or 1, ...). Work begins in the ``order`` of `longest_first`."""
+
+    def virtual_backward_query(
+        self,
+        upstream: Upstream,
+        inputs: KernelInputs,
+        lists: BlockLists,
+        virtual: VirtualKeys,
+        options: BackwardOptions,
+    ) -> VirtualQueryGradients:
+        """The queries' side of the backward of `virtual_forward`, of the critical ``lists`` of the rows and of the
+        ``virtual`` keys; to dq what the moments of queries add is not yet added."""
+
+    def virtual_backward_key(
+        self,
+        upstream: Upstream,
+        inputs: KernelInputs,
+        lists: BlockLists,
+        order: Tensor,
+        statistics: Tensor,
+        moments: KeyMoments,
+        gradients: MomentGradients,
+        options: BackwardOptions,
+    ) -> tuple[Tensor, Tensor]:
+        """As `attention_backward_key`, with what ``gradients`` of the ``moments`` of key blocks make of dK and dV:
+
+        of dK_n (dkbar + 2 (k_n - kbar) dvar + dC (v_n - vbar)) / n, of dV_n (dvbar + dC^T (k_n - kbar)) / n, by the
+        weights of the keys.
+        """

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from sla_compile.common.options import BackwardOptions
 
-from ..steps import BlockLists, KernelInputs, LinearStates, Upstream
+from ..steps import BlockLists, KernelInputs, KeyMoments, LinearStates, MomentGradients, Upstream
 from ..triton.primitives import LOG2E
 from ..triton.tiles import ceil_div
 from .pairs import make_buffers, matrix_of, pair_producer, read_turn, split_pair, statistics_descriptor
@@ -37,7 +37,7 @@ from .primitives import (
     view_as,
 )
 
-__all__ = ["attention_backward_key"]
+__all__ = ["attention_backward_key", "virtual_backward_key"]
 
 
 @gluon.jit
@@ -45,6 +45,7 @@ def key_consumer(
     buffers,
     barriers,
     grad_normalizers,
+    moments,
     grad_k_desc,
     grad_v_desc,
     scale,
@@ -57,12 +58,15 @@ def key_consumer(
     PADDED_DIM: gl.constexpr,
     FEATURE_MAP: gl.constexpr,
     HAS_LINEAR: gl.constexpr,
+    HAS_MOMENTS: gl.constexpr,
     HAS_OUTPUTS: gl.constexpr,
 ):
-    """dK and dV of 64 keys: the linear branch's part from dh and dz, then one step for each tile of queries."""
+    """dK and dV of 64 keys: the linear branch's part from dh and dz, or the moments' part, then one step for each tile
+    of queries."""
     own_k, own_v, ring, statistics_ring, turns, out_buffers = buffers
-    own_full, own_empty, ring_full, ring_empty, _prior_full, _prior_empty = barriers
-    _num_columns, _total_tiles, tiles_per_head, num_heads, _list_width, matrix_rows = extents
+    own_full, own_empty, ring_full, ring_empty, _prior_full, _prior_empty, _joint = barriers
+    num_columns, total_tiles, tiles_per_head, num_heads, _list_width, matrix_rows, num_keys = extents
+    means, mean_values, grad_spans, grad_values = moments
     ROWS: gl.constexpr = 64
     STAGES: gl.constexpr = ring.type.shape[0]
     PARTS: gl.constexpr = BLOCK_Q // TILE_Q
@@ -110,6 +114,30 @@ def key_consumer(
             phi_operand = gl.convert_layout(phi.to(gl.bfloat16), operand_layout)
             value_accumulator = warpgroup_mma(phi_operand, grad_state, zero, use_acc=False, is_async=True)
             value_accumulator = warpgroup_mma_wait(0, deps=(value_accumulator,))
+            fence_async_shared()
+            mbarrier.arrive(ring_empty.index(index), count=1)
+            taken += 1
+        elif HAS_MOMENTS:
+            index = taken % STAGES
+            slot = (batch_head * num_columns + key_tile) * HEAD_DIM
+            mean_value = load_row(mean_values + slot, dims, HEAD_DIM, PADDED_DIM).to(gl.float32)
+            off_value = value.load(out_layout).to(gl.float32) - mean_value[None, :]
+            value_operand = gl.convert_layout(off_value.to(gl.bfloat16), operand_layout)
+            mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
+            grad_slope = matrix_of(ring.index(index), gl.bfloat16, matrix_layout).reshape([PADDED_DIM, PADDED_DIM])
+            along = warpgroup_mma(value_operand, grad_slope.permute((1, 0)), zero, use_acc=False, is_async=True)
+            mean = load_row(means + slot, dims, HEAD_DIM, PADDED_DIM)
+            off_key = key.load(out_layout).to(gl.float32) - mean[None, :]
+            along = warpgroup_mma_wait(0, deps=(along,))
+            of_mean = load_row(grad_spans + slot, dims, HEAD_DIM, PADDED_DIM)
+            of_variance = load_row(grad_spans + total_tiles * HEAD_DIM + slot, dims, HEAD_DIM, PADDED_DIM)
+            inverse = 1.0 / gl.minimum(num_keys - key_tile * TILE_K, TILE_K).to(gl.float32)
+            key_accumulator = (along + of_mean[None, :] + off_key * (2.0 * of_variance)[None, :]) * inverse
+            key_operand = gl.convert_layout(off_key.to(gl.bfloat16), operand_layout)
+            along = warpgroup_mma(key_operand, grad_slope, zero, use_acc=False, is_async=True)
+            of_value = load_row(grad_values + slot, dims, HEAD_DIM, PADDED_DIM)
+            along = warpgroup_mma_wait(0, deps=(along,))
+            value_accumulator = (along + of_value[None, :]) * inverse
             fence_async_shared()
             mbarrier.arrive(ring_empty.index(index), count=1)
             taken += 1
@@ -191,7 +219,7 @@ def key_consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["total_tiles", "list_width", "matrix_rows"])
+@gluon.jit(do_not_specialize=["total_tiles", "list_width", "matrix_rows", "num_keys"])
 def key_kernel(
     k_desc,
     v_desc,
@@ -205,12 +233,17 @@ def key_kernel(
     counts,
     order,
     grad_normalizers,
+    means,
+    mean_values,
+    grad_spans,
+    grad_values,
     scale,
     total_tiles,
     tiles_per_head,
     num_heads,
     list_width,
     matrix_rows,
+    num_keys,
     TILE_K: gl.constexpr,
     BLOCK_Q: gl.constexpr,
     TILE_Q: gl.constexpr,
@@ -219,23 +252,27 @@ def key_kernel(
     STAGES: gl.constexpr,
     FEATURE_MAP: gl.constexpr,
     HAS_LINEAR: gl.constexpr,
+    HAS_MOMENTS: gl.constexpr,
 ):
     CONSUMERS: gl.constexpr = TILE_K // 64
     # two programs side by side have no room for them
     HAS_OUTPUTS: gl.constexpr = CONSUMERS == 2
     buffers, barriers = make_buffers(k_desc, q_desc, statistics_desc, STAGES, CONSUMERS, True, HAS_OUTPUTS)
-    extents = (tiles_per_head, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows)
-    descriptors = (k_desc, v_desc, q_desc, grad_desc, matrix_desc, statistics_desc, k_desc)
+    extents = (tiles_per_head, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows, num_keys)
+    listed_descs = (q_desc, grad_desc)
+    descriptors = ((k_desc, v_desc), listed_descs, listed_descs, q_desc, matrix_desc, statistics_desc, k_desc)
+    moments = (means, mean_values, grad_spans, grad_values)
+    HAS_MATRIX: gl.constexpr = HAS_LINEAR or HAS_MOMENTS
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
                 (key_consumer, (
-                    buffers, barriers, grad_normalizers, grad_k_desc, grad_v_desc, scale, extents, 0,
-                    TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_OUTPUTS,
+                    buffers, barriers, grad_normalizers, moments, grad_k_desc, grad_v_desc, scale, extents, 0, TILE_K,
+                    BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS, HAS_OUTPUTS,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, order, extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
-                    HAS_LINEAR, True, True, False, False,
+                    HAS_MATRIX, True, True, False, False, False,
                 )),
             ],
             [1],
@@ -245,16 +282,16 @@ def key_kernel(
         gl.warp_specialize(
             [
                 (key_consumer, (
-                    buffers, barriers, grad_normalizers, grad_k_desc, grad_v_desc, scale, extents, 0,
-                    TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_OUTPUTS,
+                    buffers, barriers, grad_normalizers, moments, grad_k_desc, grad_v_desc, scale, extents, 0, TILE_K,
+                    BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS, HAS_OUTPUTS,
                 )),
                 (key_consumer, (
-                    buffers, barriers, grad_normalizers, grad_k_desc, grad_v_desc, scale, extents, 1,
-                    TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_OUTPUTS,
+                    buffers, barriers, grad_normalizers, moments, grad_k_desc, grad_v_desc, scale, extents, 1, TILE_K,
+                    BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS, HAS_OUTPUTS,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, order, extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
-                    HAS_LINEAR, True, True, False, False,
+                    HAS_MATRIX, True, True, False, False, False,
                 )),
             ],
             [4, 1],
@@ -272,6 +309,33 @@ def attention_backward_key(
     options: BackwardOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `Steps.attention_backward_key`; there is no key_bias. Tiles are blocks of keys."""
+    return _backward_key(upstream, inputs, lists, order, statistics, linear, None, options)
+
+
+def virtual_backward_key(
+    upstream: Upstream,
+    inputs: KernelInputs,
+    lists: BlockLists,
+    order: torch.Tensor,
+    statistics: torch.Tensor,
+    moments: KeyMoments,
+    gradients: MomentGradients,
+    options: BackwardOptions,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `Steps.virtual_backward_key`; there is no key_bias, so n is the number of keys."""
+    return _backward_key(upstream, inputs, lists, order, statistics, None, (moments, gradients), options)
+
+
+def _backward_key(
+    upstream: Upstream,
+    inputs: KernelInputs,
+    lists: BlockLists,
+    order: torch.Tensor,
+    statistics: torch.Tensor,
+    linear: LinearStates | None,
+    moments: tuple[KeyMoments, MomentGradients] | None,
+    options: BackwardOptions,
+) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = inputs.q, inputs.k, inputs.v
     block_k = options.block_k
     batch, heads, keys, head_dim = k.shape
@@ -281,12 +345,19 @@ def attention_backward_key(
     total = tiles_per_head * batch * heads
     programs = min(total, multiprocessors(q.device.index) * (2 if block_k == 64 else 1))
     grad_k, grad_v = (k.new_empty(batch, keys, heads, head_dim).transpose(1, 2) for _ in range(2))
+    # an absent tensor's place is taken by one that is there; the kernel does not touch it
+    matrices, vectors = q, (statistics, statistics, statistics, statistics)
+    if linear is not None:
+        matrices = linear.states
+    if moments is not None:
+        matrices = moments[1].slopes
+        vectors = (moments[0].spans, moments[0].values, moments[1].spans, moments[1].values)
     key_kernel[(programs,)](
         tile_descriptor(k, 64),
         tile_descriptor(v, 64),
         tile_descriptor(q, tile_q),
         tile_descriptor(upstream.grad_out, tile_q),
-        matrix_descriptor(linear.states if linear is not None else q, head_dim),
+        matrix_descriptor(matrices, head_dim),
         statistics_descriptor(statistics, tile_q),
         tile_descriptor(grad_k, 64),
         tile_descriptor(grad_v, 64),
@@ -294,12 +365,14 @@ def attention_backward_key(
         lists.counts,
         order,
         linear.normalizers if linear is not None else statistics,
+        *vectors,
         options.scale,
         total,
         tiles_per_head,
         heads,
         lists.blocks.shape[3],
-        linear.states.shape[2] if linear is not None else 1,
+        matrices.shape[2] if matrices is not q else 1,
+        keys,
         TILE_K=block_k,
         BLOCK_Q=options.block_q,
         TILE_Q=tile_q,
@@ -308,6 +381,7 @@ def attention_backward_key(
         STAGES=(4 if block_k == 128 else 2) * (128 // padded),
         FEATURE_MAP=options.feature_map,
         HAS_LINEAR=linear is not None,
+        HAS_MOMENTS=moments is not None,
         num_warps=4,
         maxnreg=168 if block_k == 128 else 128,
     )

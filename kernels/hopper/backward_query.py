@@ -1,11 +1,13 @@
 """dQ for Hopper, written in Gluon: one producer warp, one or two consumer warpgroups of 64 queries each.
 
 The arithmetic is that of ``triton/backward.py``; dS is made in the registers in which the next product reads it. The
-linear branch's part of dQ is in the output already.
+linear branch's part of dQ is in the output already. Virtual keys, of ``triton/virtual_keys.py``, come before the
+critical ones: their dQ joins the same sum, and what they need of the tile of queries is let go before the long loop.
 """
 
 from __future__ import annotations
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -18,19 +20,54 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from sla_compile.common.options import BackwardOptions
 
-from ..steps import BlockLists, KernelInputs, QueryGradients, Upstream
+from ..steps import BlockLists, KernelInputs, QueryGradients, Upstream, VirtualKeys, VirtualQueryGradients
 from ..triton.primitives import LOG2E
 from ..triton.tiles import ceil_div
-from .pairs import make_buffers, pair_producer, split_pair, statistics_descriptor
+from .pairs import make_buffers, matrix_of, pair_producer, split_pair, statistics_descriptor
 from .primitives import (
     locate_tile,
+    matrix_descriptor,
     multiprocessors,
     padded_dim,
     store_tile,
     tile_descriptor,
+    view_as,
 )
 
-__all__ = ["attention_backward_query"]
+__all__ = ["attention_backward_query", "fresh_gradients", "virtual_backward_query"]
+
+
+@gluon.jit
+def query_step(
+    accumulator, query, grad, unit, full, empty, phase, row_lse, delta, scale, added, share, TILE_K: gl.constexpr,
+    tile_layout: gl.constexpr, scores_layout: gl.constexpr, operand_layout: gl.constexpr, HAS_ADDED: gl.constexpr,
+):  # fmt: skip
+    """dQ of the pair of tiles in ``unit``, to whose logits in base 2 ``added`` is added, and the rows' sums of P."""
+    dtype: gl.constexpr = unit.dtype
+    ROWS: gl.constexpr = accumulator.shape[0]
+    PADDED_DIM: gl.constexpr = accumulator.shape[1]
+    key, value = split_pair(unit, TILE_K, tile_layout)
+    key = key.reshape([TILE_K, PADDED_DIM])
+    value = value.reshape([TILE_K, PADDED_DIM])
+    zero_scores = gl.zeros([ROWS, TILE_K], gl.float32, scores_layout)
+    mbarrier.wait(full, phase)
+    scores = warpgroup_mma(query, key.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+    grad_weights = warpgroup_mma(grad, value.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(1, deps=(scores,))
+    exponents = scores * (scale * LOG2E) - row_lse[:, None]
+    if HAS_ADDED:
+        exponents += added[None, :]
+    # at most 1 by the definition of lse; past the last key, where K is 0, it could be infinite
+    weights = gl.exp2(gl.minimum(exponents, 0.0))
+    if HAS_ADDED:
+        share += gl.sum(weights, 1)
+    grad_weights = warpgroup_mma_wait(0, deps=(grad_weights,))
+    grad_scores = weights * (grad_weights * scale - delta[:, None])
+    operand = gl.convert_layout(grad_scores.to(dtype), operand_layout)
+    accumulator = warpgroup_mma(operand, key, accumulator, is_async=True)
+    accumulator, _ = warpgroup_mma_wait(0, deps=(accumulator, operand))
+    mbarrier.arrive(empty, count=1)
+    return accumulator, share
 
 
 @gluon.jit
@@ -40,7 +77,10 @@ def query_consumer(
     counts,
     lse,
     statistics,
+    virtual_bias,
+    gains,
     out_desc,
+    grad_slope_desc,
     scale,
     num_queries,
     row_pitch,
@@ -53,33 +93,39 @@ def query_consumer(
     HEAD_DIM: gl.constexpr,
     PADDED_DIM: gl.constexpr,
     HAS_LINEAR: gl.constexpr,
+    HAS_VIRTUAL: gl.constexpr,
     MAKES_STATISTICS: gl.constexpr,
 ):
-    """dQ of 64 queries, to which the linear branch's part, which is there already, is added."""
+    """dQ of 64 queries, to which the linear branch's part, which is there already, is added; with virtual keys also its
+    share of the tile's dS."""
     own_q, own_grad, ring, _statistics_ring, _turns, out_buffers = buffers
-    own_full, own_empty, ring_full, ring_empty, prior_full, prior_empty = barriers
-    num_rows, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows = extents
+    own_full, own_empty, ring_full, ring_empty, prior_full, prior_empty, joint = barriers
+    num_rows, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows, num_virtual = extents
     ROWS: gl.constexpr = 64
     STAGES: gl.constexpr = ring.type.shape[0]
     PARTS: gl.constexpr = BLOCK_K // TILE_K
+    CONSUMERS: gl.constexpr = TILE_Q // ROWS
     tile_layout: gl.constexpr = own_q.layout
     dtype: gl.constexpr = ring.dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_K, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED_DIM, 16])
     operand_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
-    score_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, scores_layout))
+    row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
+    key_layout: gl.constexpr = gl.SliceLayout(0, scores_layout)
+    matrix_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, PADDED_DIM, PADDED_DIM], gl.bfloat16)
+    score_rows = gl.arange(0, ROWS, layout=row_layout)
     leaving = out_buffers.index(CONSUMER)
     staged = leaving.reshape([ROWS, PADDED_DIM])
     # its own rows stay in registers: products of 64 columns would take all that shared memory gives in a cycle
     own_layout: gl.constexpr = gl.DotOperandLayout(0, scores_layout, 2)
-    scale_log2 = scale * LOG2E
 
     taken = 0
     turn = 0
     for tile in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
         query_tile, batch, head = locate_tile(tile, tiles_per_head, num_heads)
         batch_head = (batch * num_heads + head).to(gl.int64)
-        count = gl.load(counts + batch_head * num_rows + query_tile * TILE_Q // BLOCK_Q)
+        line = batch_head * num_rows + query_tile * TILE_Q // BLOCK_Q
+        count = gl.load(counts + line)
         first = query_tile * TILE_Q + CONSUMER * ROWS
         row_statistics = statistics + batch_head * row_pitch * 2 + first
         if not MAKES_STATISTICS:
@@ -89,8 +135,9 @@ def query_consumer(
         mbarrier.wait(own_full, turn & 1)
         query = own_q.index(CONSUMER).reshape([ROWS, PADDED_DIM]).load(own_layout)
         grad = own_grad.index(CONSUMER).reshape([ROWS, PADDED_DIM]).load(own_layout)
-        fence_async_shared()
-        mbarrier.arrive(own_empty, count=1)
+        if not HAS_VIRTUAL:
+            fence_async_shared()
+            mbarrier.arrive(own_empty, count=1)
         # the output before has left
         tma.store_wait(0)
         if HAS_LINEAR:
@@ -108,32 +155,89 @@ def query_consumer(
             mbarrier.arrive(ring_empty.index(index), count=1)
             taken += 1
             delta = gl.sum(gl.convert_layout(grad, out_layout).to(gl.float32) * output, 1) * scale
-            delta = gl.convert_layout(delta, gl.SliceLayout(1, scores_layout))
+            delta = gl.convert_layout(delta, row_layout)
             gl.store(row_statistics + score_rows, row_lse)
             gl.store(row_statistics + row_pitch + score_rows, delta)
         accumulator = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
+        share = gl.zeros([ROWS], gl.float32, row_layout)
+        if HAS_VIRTUAL:
+            index = taken % STAGES
+            slope = matrix_of(ring.index(index), gl.bfloat16, matrix_layout).reshape([PADDED_DIM, PADDED_DIM])
+            grad_operand = gl.convert_layout(grad.to(gl.bfloat16), operand_layout)
+            mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
+            # dO S^T, again after the loop: there are no registers to keep it
+            along = warpgroup_mma(grad_operand, slope.permute((1, 0)), accumulator, use_acc=False, is_async=True)
+            along = warpgroup_mma_wait(0, deps=(along,))
+            mbarrier.arrive(ring_empty.index(index), count=1)
+            taken += 1
+            gain = gl.sum(along * gl.convert_layout(query, out_layout).to(gl.float32), 1) * (scale * scale)
+            gain = gl.convert_layout(gain, row_layout)
+            gl.store(gains + batch_head * row_pitch + first + score_rows, gain)
+            for start in range(0, num_virtual, TILE_K):
+                columns = start + gl.arange(0, TILE_K, layout=key_layout)
+                added = gl.load(
+                    virtual_bias + line * num_virtual + columns, mask=columns < num_virtual, other=float("-inf")
+                )
+                index = taken % STAGES
+                accumulator, share = query_step(
+                    accumulator, query, grad, ring.index(index), ring_full.index(index), ring_empty.index(index),
+                    taken // STAGES & 1, row_lse, delta - gain, scale, added * LOG2E, share, TILE_K, tile_layout,
+                    scores_layout, operand_layout, True,
+                )  # fmt: skip
+                taken += 1
+            factor = gl.convert_layout(share * scale, gl.SliceLayout(1, out_layout))
+            # read again: the compiler would keep what it made of the registers above, in memory
+            weighed = own_grad.index(CONSUMER).reshape([ROWS, PADDED_DIM]).load(out_layout)
+            weighed = weighed.to(gl.float32) * factor[:, None]
+            # what dS is made of lies where queries and gradients lay, in the type of the states
+            own_shape: gl.constexpr = [CONSUMERS, 1, 1, ROWS, PADDED_DIM]
+            queries = view_as(own_q, gl.bfloat16, own_shape, tile_layout)
+            shares = view_as(own_grad, gl.bfloat16, own_shape, tile_layout)
+            own_shares = shares.index(CONSUMER).reshape([ROWS, PADDED_DIM])
+            own_shares.store(weighed.to(gl.bfloat16))
+            if dtype != gl.bfloat16:
+                own_queries = queries.index(CONSUMER).reshape([ROWS, PADDED_DIM])
+                own_queries.store(gl.convert_layout(query, out_layout).to(gl.bfloat16))
+            fence_async_shared()
+            mbarrier.arrive(joint, count=1)
+            mbarrier.wait(joint, turn & 1)
+            index = taken % STAGES
+            slope = matrix_of(ring.index(index), gl.bfloat16, matrix_layout).reshape([PADDED_DIM, PADDED_DIM])
+            mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
+            accumulator = warpgroup_mma(own_shares, slope.permute((1, 0)), accumulator, is_async=True)
+            accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
+            mbarrier.arrive(ring_empty.index(index), count=1)
+            taken += 1
+            slope_shape: gl.constexpr = [1, ROWS, PADDED_DIM]
+            slope_layout: gl.constexpr = grad_slope_desc.layout
+            slope_leaving = view_as(leaving, gl.bfloat16, slope_shape, slope_layout)
+            # 64 rows of dS at a time
+            for part in gl.static_range(CONSUMER, PADDED_DIM // ROWS, CONSUMERS):
+                grad_slope = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
+                for consumer in gl.static_range(CONSUMERS):
+                    left = queries.index(consumer).reshape([ROWS, PADDED_DIM]).slice(part * ROWS, ROWS, dim=1)
+                    right = shares.index(consumer).reshape([ROWS, PADDED_DIM])
+                    # [dims, queries] x [queries, dims]
+                    grad_slope = warpgroup_mma(left.permute((1, 0)), right, grad_slope, is_async=True)
+                grad_slope = warpgroup_mma_wait(0, deps=(grad_slope,))
+                tma.store_wait(0)
+                slope_leaving.reshape([ROWS, PADDED_DIM]).store(grad_slope.to(gl.bfloat16))
+                fence_async_shared()
+                store_tile(grad_slope_desc, [tile, part * ROWS, 0], slope_leaving)
+            mbarrier.arrive(own_empty, count=1)
         for _step in range(count * PARTS):
             index = taken % STAGES
-            key, value = split_pair(ring.index(index), TILE_K, tile_layout)
-            key = key.reshape([TILE_K, PADDED_DIM])
-            value = value.reshape([TILE_K, PADDED_DIM])
-            zero_scores = gl.zeros([ROWS, TILE_K], gl.float32, scores_layout)
-            mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
-            scores = warpgroup_mma(query, key.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
-            grad_weights = warpgroup_mma(grad, value.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(1, deps=(scores,))
-            # at most 1 by the definition of lse; past the last key, where K is 0, it could be infinite
-            weights = gl.exp2(gl.minimum(scores * scale_log2 - row_lse[:, None], 0.0))
-            grad_weights = warpgroup_mma_wait(0, deps=(grad_weights,))
-            grad_scores = weights * (grad_weights * scale - delta[:, None])
-            operand = gl.convert_layout(grad_scores.to(dtype), operand_layout)
-            accumulator = warpgroup_mma(operand, key, accumulator, is_async=True)
-            accumulator, _ = warpgroup_mma_wait(0, deps=(accumulator, operand))
-            mbarrier.arrive(ring_empty.index(index), count=1)
+            accumulator, share = query_step(
+                accumulator, query, grad, ring.index(index), ring_full.index(index), ring_empty.index(index),
+                taken // STAGES & 1, row_lse, delta, scale, row_lse, share, TILE_K, tile_layout, scores_layout,
+                operand_layout, False,
+            )  # fmt: skip
             taken += 1
         if HAS_LINEAR:
             mbarrier.wait(prior_full, turn & 1)
             accumulator += staged.load(out_layout).to(gl.float32)
+        if HAS_VIRTUAL:
+            tma.store_wait(0)
         staged.store(accumulator.to(dtype))
         fence_async_shared()
         store_tile(out_desc, [batch, head, first, 0], leaving)
@@ -141,19 +245,25 @@ def query_consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_queries", "row_pitch", "num_rows", "total_tiles", "list_width"])
+@gluon.jit(do_not_specialize=["num_queries", "row_pitch", "num_rows", "total_tiles", "list_width", "num_virtual"])
 def query_kernel(
     q_desc,
     grad_desc,
     k_desc,
     v_desc,
+    virtual_k_desc,
+    virtual_v_desc,
     saved_desc,
+    slope_desc,
     statistics_desc,
     out_desc,
+    grad_slope_desc,
     lists,
     counts,
     lse,
     statistics,
+    virtual_bias,
+    gains,
     scale,
     num_queries,
     row_pitch,
@@ -162,6 +272,7 @@ def query_kernel(
     tiles_per_head,
     num_heads,
     list_width,
+    num_virtual,
     BLOCK_Q: gl.constexpr,
     TILE_Q: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -170,22 +281,27 @@ def query_kernel(
     PADDED_DIM: gl.constexpr,
     STAGES: gl.constexpr,
     HAS_LINEAR: gl.constexpr,
+    HAS_VIRTUAL: gl.constexpr,
     MAKES_STATISTICS: gl.constexpr,
 ):
     CONSUMERS: gl.constexpr = TILE_Q // 64
     buffers, barriers = make_buffers(q_desc, k_desc, statistics_desc, STAGES, CONSUMERS, False, True)
-    extents = (num_rows, total_tiles, tiles_per_head, num_heads, list_width, 1)
-    descriptors = (q_desc, grad_desc, k_desc, v_desc, saved_desc, statistics_desc, out_desc)
+    extents = (num_rows, total_tiles, tiles_per_head, num_heads, list_width, num_rows, num_virtual)
+    virtual_descs = (virtual_k_desc, virtual_v_desc)
+    descriptors = (
+        (q_desc, grad_desc), (k_desc, v_desc), virtual_descs, saved_desc, slope_desc, statistics_desc, out_desc
+    )  # fmt: skip
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
                 (query_consumer, (
-                    buffers, barriers, counts, lse, statistics, out_desc, scale, num_queries, row_pitch, extents, 0,
-                    BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM, HAS_LINEAR, MAKES_STATISTICS,
+                    buffers, barriers, counts, lse, statistics, virtual_bias, gains, out_desc, grad_slope_desc, scale,
+                    num_queries, row_pitch, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM,
+                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, lists, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
-                    False, False, False, MAKES_STATISTICS, HAS_LINEAR,
+                    HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL,
                 )),
             ],
             [1],
@@ -195,21 +311,32 @@ def query_kernel(
         gl.warp_specialize(
             [
                 (query_consumer, (
-                    buffers, barriers, counts, lse, statistics, out_desc, scale, num_queries, row_pitch, extents, 0,
-                    BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM, HAS_LINEAR, MAKES_STATISTICS,
+                    buffers, barriers, counts, lse, statistics, virtual_bias, gains, out_desc, grad_slope_desc, scale,
+                    num_queries, row_pitch, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM,
+                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS,
                 )),
                 (query_consumer, (
-                    buffers, barriers, counts, lse, statistics, out_desc, scale, num_queries, row_pitch, extents, 1,
-                    BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM, HAS_LINEAR, MAKES_STATISTICS,
+                    buffers, barriers, counts, lse, statistics, virtual_bias, gains, out_desc, grad_slope_desc, scale,
+                    num_queries, row_pitch, extents, 1, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM,
+                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, lists, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
-                    False, False, False, MAKES_STATISTICS, HAS_LINEAR,
+                    HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL,
                 )),
             ],
             [4, 1],
             [240, 24],
         )  # fmt: skip
+
+
+def fresh_gradients(q: torch.Tensor, block_q: int) -> QueryGradients:
+    """Neither complete nor started, for q (B, H, Lq, D)."""
+    batch, heads, tokens, head_dim = q.shape
+    dq = q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+    rows = ceil_div(tokens, block_q) * block_q
+    statistics = torch.empty((batch, heads, 2, rows), dtype=torch.float32, device=q.device)
+    return QueryGradients(dq, statistics, complete=False, started=False)
 
 
 def attention_backward_query(
@@ -221,6 +348,27 @@ def attention_backward_query(
 ) -> None:
     """As `Steps.attention_backward_query`; there is no key_bias. Statistics that are not complete, which is without
     linear branch and bias, are made here from the output and its lse."""
+    _backward_query(upstream, inputs, lists, gradients, None, options)
+
+
+def virtual_backward_query(
+    upstream: Upstream, inputs: KernelInputs, lists: BlockLists, virtual: VirtualKeys, options: BackwardOptions
+) -> VirtualQueryGradients:
+    """As `Steps.virtual_backward_query`: virtual keys come before the critical ones, in one kernel."""
+    gradients = fresh_gradients(inputs.q, options.block_q)
+    gains, slopes = _backward_query(upstream, inputs, lists, gradients, virtual, options)
+    return VirtualQueryGradients(gradients.dq, gradients.statistics, gains, slopes)
+
+
+def _backward_query(
+    upstream: Upstream,
+    inputs: KernelInputs,
+    lists: BlockLists,
+    gradients: QueryGradients,
+    virtual: VirtualKeys | None,
+    options: BackwardOptions,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fills ``gradients``; returns the gains and dS, of shape (0,) without ``virtual``."""
     q, k, v = inputs[:3]
     grad_out, statistics = upstream.grad_out, gradients.statistics
     block_q, makes_statistics = options.block_q, not gradients.complete
@@ -232,18 +380,29 @@ def attention_backward_query(
     tiles_per_head = ceil_div(statistics.shape[3] if makes_statistics else queries, tile_q)
     total = tiles_per_head * batch * heads
     programs = min(total, multiprocessors(q.device.index) * (2 if tile_q == 64 else 1))
+    gains, slopes = statistics.new_empty(0), q.new_empty(0)
+    if virtual is not None:
+        gains = statistics.new_empty(batch, heads, statistics.shape[3])
+        slopes = virtual.slopes.new_empty(batch, heads, tiles_per_head, *virtual.slopes.shape[3:])
+    # an absent tensor's place is taken by one that is there; the kernel does not touch it
     query_kernel[(programs,)](
         tile_descriptor(q, 64),
         tile_descriptor(grad_out, 64),
         tile_descriptor(k, tile_k),
         tile_descriptor(v, tile_k),
+        tile_descriptor(virtual.keys if virtual is not None else k, tile_k),
+        tile_descriptor(virtual.values if virtual is not None else v, tile_k),
         tile_descriptor(upstream.out if makes_statistics else q, 64),
+        matrix_descriptor(virtual.slopes if virtual is not None else q, head_dim),
         statistics_descriptor(statistics, tile_q),
         tile_descriptor(gradients.dq, 64),
+        matrix_descriptor(slopes if virtual is not None else q, head_dim, 64),
         lists.blocks,
         lists.counts,
         upstream.lse if makes_statistics else statistics,
         statistics,
+        virtual.bias if virtual is not None else statistics,
+        gains if virtual is not None else statistics,
         options.scale,
         queries,
         statistics.shape[3],
@@ -252,6 +411,7 @@ def attention_backward_query(
         tiles_per_head,
         heads,
         lists.blocks.shape[3],
+        virtual.bias.shape[3] if virtual is not None else 0,
         BLOCK_Q=block_q,
         TILE_Q=tile_q,
         BLOCK_K=options.block_k,
@@ -260,7 +420,9 @@ def attention_backward_query(
         PADDED_DIM=padded,
         STAGES=(4 if tile_q == 128 else 2) * (128 // padded),
         HAS_LINEAR=gradients.started,
+        HAS_VIRTUAL=virtual is not None,
         MAKES_STATISTICS=makes_statistics,
         num_warps=4,
         maxnreg=168 if tile_q == 128 else 128,
     )
+    return gains, slopes

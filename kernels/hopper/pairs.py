@@ -14,6 +14,43 @@ __all__ = ["make_buffers", "matrix_of", "pair_producer", "read_turn", "split_pai
 
 
 @gluon.jit
+def produce_matrix(desc, row, ring, ring_full, ring_empty, filled):
+    """The next stage of the ring: one matrix."""
+    STAGES: gl.constexpr = ring.type.shape[0]
+    dtype: gl.constexpr = desc.dtype
+    layout: gl.constexpr = desc.layout
+    index = filled % STAGES
+    mbarrier.wait(ring_empty.index(index), (filled // STAGES & 1) ^ 1)
+    mbarrier.expect(ring_full.index(index), desc.block_type.nbytes)
+    load_tile(desc, [row, 0, 0], ring_full.index(index), matrix_of(ring.index(index), dtype, layout))
+
+
+@gluon.jit
+def produce_pair(
+    a_desc, b_desc, statistics_desc, batch, head, batch_head, start, ring, statistics_ring, ring_full, ring_empty,
+    filled, HAS_STATISTICS: gl.constexpr,
+):  # fmt: skip
+    """The next stage of the ring: a pair of tiles (and their rows' statistics)."""
+    STAGES: gl.constexpr = ring.type.shape[0]
+    TILE: gl.constexpr = a_desc.block_type.shape[2]
+    layout: gl.constexpr = a_desc.layout
+    index = filled % STAGES
+    mbarrier.wait(ring_empty.index(index), (filled // STAGES & 1) ^ 1)
+    full = ring_full.index(index)
+    if HAS_STATISTICS:
+        mbarrier.expect(
+            full, a_desc.block_type.nbytes + b_desc.block_type.nbytes + 2 * statistics_desc.block_type.nbytes
+        )
+        for which in gl.static_range(2):
+            load_tile(statistics_desc, [batch_head * 2 + which, start], full, statistics_ring.index(index * 2 + which))
+    else:
+        mbarrier.expect(full, a_desc.block_type.nbytes + b_desc.block_type.nbytes)
+    tile_a, tile_b = split_pair(ring.index(index), TILE, layout)
+    load_tile(a_desc, [batch, head, start, 0], full, tile_a)
+    load_tile(b_desc, [batch, head, start, 0], full, tile_b)
+
+
+@gluon.jit
 def pair_producer(
     descriptors,
     buffers,
@@ -31,24 +68,27 @@ def pair_producer(
     HAS_ORDER: gl.constexpr,
     HAS_SAVED: gl.constexpr,
     HAS_PRIOR: gl.constexpr,
+    HAS_VIRTUAL: gl.constexpr,
 ):
-    """Load a pair of own tiles, then through the ring (a matrix or own tiles of saved outputs and) pairs of tiles (and
-    their rows' statistics) of the listed blocks; last, where there is one, what the output is to be added to.
+    """Load a pair of own tiles, then through the ring (own tiles of saved outputs, a matrix, pairs of tiles of virtual
+    keys and the matrix again, and) pairs of tiles (and their rows' statistics) of the listed blocks; last, where there
+    is one, what the output is to be added to.
 
     With ``order``, of `longest_first`, programs take the next tile in it whenever they are done with one, and the
     consumers learn from ``turns`` which that is, -1 at the end, and how many blocks it has; without, each has its own.
     """
-    own_a_desc, own_b_desc, listed_a_desc, listed_b_desc, leading_desc, statistics_desc, prior_desc = descriptors
+    own_descs, listed_descs, virtual_descs, saved_desc, matrix_desc, statistics_desc, prior_desc = descriptors
+    own_a_desc, own_b_desc = own_descs
+    listed_a_desc, listed_b_desc = listed_descs
+    virtual_a_desc, virtual_b_desc = virtual_descs
     own_a, own_b, ring, statistics_ring, turns, out_buffers = buffers
-    own_full, own_empty, ring_full, ring_empty, prior_full, prior_empty = barriers
-    num_lines, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows = extents
+    own_full, own_empty, ring_full, ring_empty, prior_full, prior_empty, _joint = barriers
+    num_lines, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows, num_virtual = extents
     STAGES: gl.constexpr = ring.type.shape[0]
     PARTS: gl.constexpr = LISTED_BLOCK // LISTED_TILE
     CONSUMERS: gl.constexpr = TILE // 64
     turn_layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     tile_layout: gl.constexpr = listed_a_desc.layout
-    matrix_dtype: gl.constexpr = leading_desc.dtype
-    matrix_layout: gl.constexpr = leading_desc.layout
 
     filled = 0
     turn = 0
@@ -77,52 +117,38 @@ def pair_producer(
             at = [batch, head, own_tile * TILE + consumer * 64, 0]
             load_tile(own_a_desc, at, own_full, own_a.index(consumer))
             load_tile(own_b_desc, at, own_full, own_b.index(consumer))
-        if HAS_MATRIX:
-            index = filled % STAGES
-            mbarrier.wait(ring_empty.index(index), (filled // STAGES & 1) ^ 1)
-            mbarrier.expect(ring_full.index(index), leading_desc.block_type.nbytes)
-            matrix_row = batch_head * matrix_rows + gl.minimum(block, matrix_rows - 1)
-            matrix = matrix_of(ring.index(index), matrix_dtype, matrix_layout)
-            load_tile(leading_desc, [matrix_row, 0, 0], ring_full.index(index), matrix)
-            filled += 1
         if HAS_SAVED:
             index = filled % STAGES
             mbarrier.wait(ring_empty.index(index), (filled // STAGES & 1) ^ 1)
-            mbarrier.expect(ring_full.index(index), CONSUMERS * leading_desc.block_type.nbytes)
+            mbarrier.expect(ring_full.index(index), CONSUMERS * saved_desc.block_type.nbytes)
             saved = split_pair(ring.index(index), 64, tile_layout)
             for consumer in gl.static_range(CONSUMERS):
                 at = [batch, head, own_tile * TILE + consumer * 64, 0]
-                load_tile(leading_desc, at, ring_full.index(index), saved[consumer])
+                load_tile(saved_desc, at, ring_full.index(index), saved[consumer])
+            filled += 1
+        matrix_row = batch_head * matrix_rows + gl.minimum(block, matrix_rows - 1)
+        if HAS_MATRIX:
+            produce_matrix(matrix_desc, matrix_row, ring, ring_full, ring_empty, filled)
             filled += 1
         turn += 1
+        if HAS_VIRTUAL:
+            for start in range(0, num_virtual, LISTED_TILE):
+                produce_pair(
+                    virtual_a_desc, virtual_b_desc, statistics_desc, batch, head, batch_head, start, ring,
+                    statistics_ring, ring_full, ring_empty, filled, False,
+                )  # fmt: skip
+                filled += 1
+            produce_matrix(matrix_desc, matrix_row, ring, ring_full, ring_empty, filled)
+            filled += 1
         for step in range(count):
             first = entry * LISTED_BLOCK
             # read one ahead
             entry = gl.load(listed + gl.minimum(step + 1, count - 1))
             for part in gl.static_range(PARTS):
-                start = first + part * LISTED_TILE
-                index = filled % STAGES
-                mbarrier.wait(ring_empty.index(index), (filled // STAGES & 1) ^ 1)
-                full = ring_full.index(index)
-                if HAS_STATISTICS:
-                    mbarrier.expect(
-                        full,
-                        listed_a_desc.block_type.nbytes
-                        + listed_b_desc.block_type.nbytes
-                        + 2 * statistics_desc.block_type.nbytes,
-                    )
-                    for which in gl.static_range(2):
-                        load_tile(
-                            statistics_desc,
-                            [batch_head * 2 + which, start],
-                            full,
-                            statistics_ring.index(index * 2 + which),
-                        )
-                else:
-                    mbarrier.expect(full, listed_a_desc.block_type.nbytes + listed_b_desc.block_type.nbytes)
-                tile_a, tile_b = split_pair(ring.index(index), LISTED_TILE, tile_layout)
-                load_tile(listed_a_desc, [batch, head, start, 0], full, tile_a)
-                load_tile(listed_b_desc, [batch, head, start, 0], full, tile_b)
+                produce_pair(
+                    listed_a_desc, listed_b_desc, statistics_desc, batch, head, batch_head, first + part * LISTED_TILE,
+                    ring, statistics_ring, ring_full, ring_empty, filled, HAS_STATISTICS,
+                )  # fmt: skip
                 filled += 1
         if HAS_PRIOR:
             mbarrier.wait(prior_empty, (turn & 1) ^ 1)
@@ -208,10 +234,12 @@ def make_buffers(
     ring_empty = make_barrier_ring(STAGES, CONSUMERS)
     prior_full = make_barrier_ring(1, 1)
     prior_empty = make_barrier_ring(1, CONSUMERS)
+    joint = make_barrier_ring(1, CONSUMERS)
     fence_async_shared()
     all_threads()
     buffers = (own_a, own_b, ring, statistics_ring, turns, out_buffers)
-    barriers = (own_full.index(0), own_empty.index(0), ring_full, ring_empty, prior_full.index(0), prior_empty.index(0))
+    prior = (prior_full.index(0), prior_empty.index(0))
+    barriers = (own_full.index(0), own_empty.index(0), ring_full, ring_empty, prior[0], prior[1], joint.index(0))
     return buffers, barriers
 
 

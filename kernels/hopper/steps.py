@@ -6,10 +6,9 @@ from sla_compile.common.options import BackwardOptions
 
 from ..steps import KernelInputs, LinearStates, QueryGradients, Upstream
 from ..triton import linear_backward as triton_linear_backward
-from ..triton.tiles import ceil_div
 from . import linear_backward as hopper_linear_backward
-from .backward_key import attention_backward_key
-from .backward_query import attention_backward_query
+from .backward_key import attention_backward_key, virtual_backward_key
+from .backward_query import attention_backward_query, fresh_gradients, virtual_backward_query
 from .forward import attention_forward, virtual_forward
 from .states import key_states
 
@@ -19,6 +18,8 @@ __all__ = [
     "attention_forward",
     "key_states",
     "linear_backward",
+    "virtual_backward_key",
+    "virtual_backward_query",
     "virtual_forward",
 ]
 
@@ -32,8 +33,4 @@ def linear_backward(
         return hopper_linear_backward.linear_backward(upstream, inputs, linear, options)
     if inputs.bias is not None:
         return triton_linear_backward.linear_backward(upstream, inputs, linear, options)
-    batch, heads, tokens, head_dim = inputs.q.shape
-    dq = inputs.q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
-    rows = ceil_div(tokens, options.block_q) * options.block_q
-    statistics = upstream.lse.new_empty(batch, heads, 2, rows)
-    return QueryGradients(dq, statistics, complete=False, started=False), None
+    return fresh_gradients(inputs.q, options.block_q), None

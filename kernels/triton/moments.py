@@ -7,13 +7,11 @@ block states, kbar and vbar are there in the inputs' type for products, the rest
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
-from ..steps import KernelInputs
+from ..steps import KernelInputs, KeyMoments, MomentGradients
 from .masks import batch_stride
 from .primitives import (
     head_pointer,
@@ -28,30 +26,7 @@ from .primitives import (
 from .states import state_dtype
 from .tiles import ceil_div, clamped, padded_dim, row_pitch, vector_strides, virtual_launch
 
-__all__ = ["KeyMoments", "MomentGradients", "add_key_gradients", "add_query_gradients", "key_moments", "query_moments"]
-
-
-class KeyMoments(NamedTuple):
-    """Of each key block; 0 where all weights are."""
-
-    sizes: torch.Tensor
-    """ln n, float32 (B, H, Tn); -inf where n is 0."""
-    spans: torch.Tensor
-    """kbar and var, float32 (2, B, H, Tn, D)."""
-    keys: torch.Tensor
-    """kbar in the inputs' type, (B, H, Tn, D up to a multiple of 8)."""
-    values: torch.Tensor
-    """vbar like ``keys``."""
-    slopes: torch.Tensor
-    """C (B, H, Tn, D, D up to a multiple of 8), in the type of block states."""
-
-
-class MomentGradients(NamedTuple):
-    """Gradients of ``spans`` and of vbar, float32, and of ``slopes`` as these are."""
-
-    spans: torch.Tensor
-    values: torch.Tensor
-    slopes: torch.Tensor
+__all__ = ["add_key_gradients", "add_query_gradients", "key_moments", "query_moments"]
 
 
 @triton.jit
@@ -217,7 +192,7 @@ def key_gradient_kernel(
     CHUNK: tl.constexpr,
     HAS_KEY_BIAS: tl.constexpr,
 ):
-    """To dK_n: (dkbar + 2 (k_n - kbar) dvar + dC (v_n - vbar)) / n; to dV_n: (dvbar + dC^T (k_n - kbar)) / n."""
+    """What `Steps.virtual_backward_key` says that the moments make of dK and dV."""
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
     PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
     tile, batch, head = locate_program(num_tiles, num_heads)

@@ -6,7 +6,7 @@ from .backward import attention_backward_key, attention_backward_query
 from .forward import attention_forward
 from .linear_backward import linear_backward
 from .states import key_states
-from .virtual_keys import virtual_forward
+from .virtual_keys import virtual_backward_key, virtual_backward_query, virtual_forward
 
 __all__ = [
     "attention_backward_key",
@@ -14,5 +14,7 @@ __all__ = [
     "attention_forward",
     "key_states",
     "linear_backward",
+    "virtual_backward_key",
+    "virtual_backward_query",
     "virtual_forward",
 ]

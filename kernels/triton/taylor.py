@@ -1,8 +1,8 @@
 """``linear="taylor"`` on the GPU: the sparse branch's kernels for critical keys, and around them those of virtual keys.
 
 forward:  moments -> logits of blocks -> classes, lists -> rows -> S -> attention to critical keys -> to virtual ones.
-backward: moments, rows and S again -> virtual keys' dQ, dS and dl -> their dK, dV -> of the rows and the moments ->
-critical keys' dQ, dK, dV -> what the moments' gradients add.
+backward: moments, rows and S again -> dQ of all keys and dS -> the virtual keys' gradients and dl -> those of rows and
+moments -> what they add to dQ; dK and dV of critical keys and moments.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from sla_compile.common.kernel_interface import AttentionInputs, ForwardResult, Gradients
 from sla_compile.common.options import AttentionOptions, BackwardOptions
 
-from ..steps import BlockLists, KernelInputs, Steps, Upstream, VirtualKeys
+from ..steps import BlockLists, KernelInputs, KeyMoments, MomentGradients, Steps, Upstream, VirtualKeys
 from . import virtual_keys
 from .classify import classes, critical_lists, longest_first
-from .moments import KeyMoments, MomentGradients, add_key_gradients, add_query_gradients, key_moments, query_moments
+from .moments import add_query_gradients, key_moments, query_moments
 from .states import sum_of_states
 
 __all__ = ["backward", "forward"]
@@ -63,42 +63,33 @@ def backward(
     steps: Steps,
 ) -> Gradients:
     """Gradients of the call with this ``block_map``, which is a constant."""
-    q, scale, block_q = operands.q, options.scale, options.block_q
+    q = operands.q
     blocks = _Blocks.of(operands, options)
     moments = blocks.moments
     virtual, mixture = blocks.virtual(block_map, shift)
-    gradients, gains, grad_bias, grad_slopes = virtual_keys.backward_query(upstream, operands, virtual, block_q, scale)
-    of_keys, of_values = virtual_keys.backward_key(
-        upstream, operands, virtual, gradients.statistics, gains, block_q, scale
-    )
+    rows = BlockLists(*critical_lists(block_map, by_column=False))
+    by_query = steps.virtual_backward_query(upstream, operands, rows, virtual, options)
+    of_keys, of_values, grad_bias = virtual_keys.virtual_key_gradients(upstream, operands, virtual, by_query, options)
     del virtual
     by_rows = virtual_keys.mixture_backward(
-        mixture, _of_mixture(grad_slopes, moments.slopes), grad_bias, blocks.spreads, moments, scale
+        mixture, _of_mixture(by_query.slopes, moments.slopes), grad_bias, blocks.spreads, moments, options.scale
     )
-    tiles = grad_slopes.shape[2] // block_map.shape[2]
+    tiles = by_query.slopes.shape[2] // block_map.shape[2]
     if tiles > 1:
         mixture = mixture.repeat_interleave(tiles, dim=1)
     # of gradients alone, so the user's TF32 may round them; classes and logits are made by products of our own
     of_spans = by_rows.of_spans.mT @ blocks.queries
     of_spans[0] += of_keys
-    moment_gradients = MomentGradients(
-        of_spans,
-        of_values,
-        sum_of_states(mixture, grad_slopes, transpose=True),
-    )
-    of_queries = by_rows.of_spans @ moments.spans
+    of_moments = MomentGradients(of_spans, of_values, sum_of_states(mixture, by_query.slopes, transpose=True))
+    add_query_gradients(q, by_rows.of_spans @ moments.spans, by_query.dq, options.block_q)
 
-    row_lists = BlockLists(*critical_lists(block_map, by_column=False))
     columns, lengths = critical_lists(block_map, by_column=True)
     order = longest_first(lengths, block_map.shape[2])
-    steps.attention_backward_query(upstream, operands, row_lists, gradients, options)
-    add_query_gradients(q, of_queries, gradients.dq, block_q)
-    dk, dv = steps.attention_backward_key(
-        upstream, operands, BlockLists(columns, lengths), order, gradients.statistics, None, options
+    dk, dv = steps.virtual_backward_key(
+        upstream, operands, BlockLists(columns, lengths), order, by_query.statistics, moments, of_moments, options
     )
-    add_key_gradients(operands, moments, moment_gradients, dk, dv, options.block_k)
     dshift = q.new_empty(0) if shift is None else by_rows.of_shift.sum(dim=(0, 2)).to(shift.dtype)
-    return Gradients(gradients.dq, dk, dv, q.new_empty(0), q.new_empty(0), dshift)
+    return Gradients(by_query.dq, dk, dv, q.new_empty(0), q.new_empty(0), dshift)
 
 
 def _of_mixture(grad_slopes: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:

@@ -20,9 +20,19 @@ import triton.language as tl
 
 from sla_compile.common.options import BackwardOptions
 
-from ..steps import BlockLists, KernelInputs, QueryGradients, Upstream, VirtualKeys
+from ..steps import (
+    BlockLists,
+    KernelInputs,
+    KeyMoments,
+    MomentGradients,
+    QueryGradients,
+    Upstream,
+    VirtualKeys,
+    VirtualQueryGradients,
+)
+from .backward import attention_backward_key, attention_backward_query
 from .forward import attention_forward
-from .moments import KeyMoments
+from .moments import add_key_gradients
 from .primitives import (
     LOG2E,
     head_pointer,
@@ -38,10 +48,11 @@ from .tiles import FULL_PRECISION, ceil_div, clamped, padded_dim, power_of_two, 
 __all__ = [
     "RowGradients",
     "VirtualRows",
-    "backward_key",
-    "backward_query",
     "mixture_backward",
+    "virtual_backward_key",
+    "virtual_backward_query",
     "virtual_forward",
+    "virtual_key_gradients",
     "virtual_logits",
     "virtual_rows",
 ]
@@ -244,7 +255,6 @@ def virtual_backward_query_kernel(
     grad_q,
     statistics,
     gains,
-    grad_bias,
     grad_slopes,
     stride_gb,
     stride_gh,
@@ -268,7 +278,7 @@ def virtual_backward_query_kernel(
     CHUNK: tl.constexpr,
 ):
     """Of one tile of queries: lse and D^s as `QueryGradients` has them, dO.(scale S^T q) times the scale, the virtual
-    keys' part of dQ, the tile's sums of dl, and dS."""
+    keys' part of dQ, and dS."""
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
     # there are registers for dO S^T, which is wanted before and after the loop
     WHOLE: tl.constexpr = CHUNK == PADDED_DIM
@@ -336,11 +346,6 @@ def virtual_backward_query_kernel(
         value = load_tile(value_base, first, keys, dims, PITCH // 8, num_virtual, PITCH, PADDED)
         grad_scores = tl.dot(grad, tl.trans(value), input_precision="ieee") * scale + against[:, None]
         grad_scores *= probability
-        tl.store(
-            grad_bias + slot * num_virtual + start + keys,
-            tl.sum(grad_scores, 0) / scale,
-            mask=start + keys < num_virtual,
-        )
         # [TILE_Q, TILE_K] x [TILE_K, PADDED_DIM]
         accumulator = tl.dot(grad_scores.to(key.dtype), key, accumulator, input_precision="ieee")
 
@@ -379,6 +384,7 @@ def virtual_backward_key_kernel(
     gains,
     grad_keys,
     grad_values,
+    grad_bias,
     stride_gb,
     stride_gh,
     stride_gn,
@@ -399,7 +405,8 @@ def virtual_backward_key_kernel(
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
-    """Gradients of one tile of virtual keys and their values, over one stretch of the queries."""
+    """Gradients of one tile of virtual keys and their values, over one stretch of the queries, and the sums of dl over
+    each tile of queries."""
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
     PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
     tile, batch, head = locate_program(num_tiles, num_heads)
@@ -436,6 +443,11 @@ def virtual_backward_key_kernel(
         value_accumulator = tl.dot(probability.to(grad.dtype), grad, value_accumulator, input_precision="ieee")
         grad_scores = tl.dot(value, tl.trans(grad), input_precision="ieee") * scale + (gain - delta)[None, :]
         grad_scores *= probability
+        tl.store(
+            grad_bias + (batch_head * num_query_tiles + query_tile) * num_virtual + first_key + keys,
+            tl.sum(grad_scores, 1) / scale,
+            mask=key_mask,
+        )
         key_accumulator = tl.dot(grad_scores.to(query.dtype), query, key_accumulator, input_precision="ieee")
     part = (split * (tl.num_programs(0) // num_tiles) + batch_head) * num_virtual * HEAD_DIM
     at = part + (first_key + keys)[:, None] * HEAD_DIM + dims[None, :]
@@ -444,20 +456,21 @@ def virtual_backward_key_kernel(
     tl.store(grad_values + at, value_accumulator, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_keys", "width", "parts"])
+@triton.jit(do_not_specialize=["num_rows", "num_keys", "width", "mixture_parts", "bias_parts"])
 def mixture_backward_kernel(
     mixture, grad_mixture, grad_bias, spreads, sizes, of_logits, of_spread, of_shift, scale, num_rows, num_keys, width,
-    parts, LANES: tl.constexpr,
+    mixture_parts, bias_parts, LANES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, LANES)
     valid = lanes < num_keys
     grad = tl.zeros([LANES], tl.float32)
     summed = tl.zeros([LANES], tl.float32)
-    for part in range(parts):
-        at = (row * parts + part) * num_keys + lanes
+    for part in range(mixture_parts):
+        at = (row * mixture_parts + part) * num_keys + lanes
         grad += tl.load(grad_mixture + at, mask=valid, other=0.0).to(tl.float32)
-        summed += tl.load(grad_bias + at, mask=valid, other=0.0)
+    for part in range(bias_parts):
+        summed += tl.load(grad_bias + (row * bias_parts + part) * num_keys + lanes, mask=valid, other=0.0)
     share = tl.load(mixture + row * width + lanes, mask=valid, other=0.0).to(tl.float32)
     grad = share * (grad - tl.sum(share * grad, 0))
     summed += grad
@@ -571,18 +584,12 @@ def virtual_forward(
     return out, lse
 
 
-def backward_query(
-    upstream: Upstream,
-    inputs: KernelInputs,
-    virtual: VirtualKeys,
-    block_q: int,
-    scale: float,
-) -> tuple[QueryGradients, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The virtual keys' part of dQ with the statistics of all keys; dO.(scale S^T q) times the scale (B, H, Lq up to a
-    multiple of block_q); and by tiles of queries, of which block_q is a multiple, the sums of dl (B, H, tiles, Tn) and
-    dS (B, H, tiles, ...)."""
+def virtual_backward_query(
+    upstream: Upstream, inputs: KernelInputs, lists: BlockLists, virtual: VirtualKeys, options: BackwardOptions
+) -> VirtualQueryGradients:
+    """As `Steps.virtual_backward_query`: the virtual keys, then by the sparse branch's kernel the rest of dQ."""
     grad_out, out, _, lse = upstream
-    q = inputs.q
+    q, block_q = inputs.q, options.block_q
     batch, heads, tokens, head_dim = q.shape
     count = virtual.bias.shape[3]
     launch = clamped(virtual_launch("backward_query", head_dim, q.dtype), head_dim, block_q, block_q)
@@ -590,7 +597,6 @@ def backward_query(
     dq = q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
     statistics = torch.empty((batch, heads, 2, tiles * launch.tile_q), dtype=torch.float32, device=q.device)
     gains = statistics.new_empty(batch, heads, tiles * launch.tile_q)
-    grad_bias = statistics.new_empty(batch, heads, tiles, count)
     grad_slopes = virtual.slopes.new_empty(batch, heads, tiles, *virtual.slopes.shape[3:])
     virtual_backward_query_kernel[(tiles * batch * heads,)](
         grad_out,
@@ -604,12 +610,11 @@ def backward_query(
         dq,
         statistics,
         gains,
-        grad_bias,
         grad_slopes,
         *vector_strides(grad_out),
         *vector_strides(q),
         *vector_strides(out),
-        scale,
+        options.scale,
         tokens,
         tiles,
         heads,
@@ -623,61 +628,81 @@ def backward_query(
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
-    return QueryGradients(dq, statistics, complete=True, started=True), gains, grad_bias, grad_slopes
+    started = QueryGradients(dq, statistics, complete=True, started=True)
+    attention_backward_query(upstream, inputs, lists, started, options)
+    return VirtualQueryGradients(dq, statistics, gains, grad_slopes)
+
+
+def virtual_backward_key(
+    upstream: Upstream,
+    inputs: KernelInputs,
+    lists: BlockLists,
+    order: torch.Tensor,
+    statistics: torch.Tensor,
+    moments: KeyMoments,
+    gradients: MomentGradients,
+    options: BackwardOptions,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `Steps.virtual_backward_key`: by the sparse branch's kernel first, then what the moments add."""
+    dk, dv = attention_backward_key(upstream, inputs, lists, order, statistics, None, options)
+    add_key_gradients(inputs, moments, gradients, dk, dv, options.block_k)
+    return dk, dv
 
 
 _PROGRAMS = 264
 """At least as many programs for the virtual keys' gradients, where there are queries enough."""
 
 
-def backward_key(
+def virtual_key_gradients(
     upstream: Upstream,
     inputs: KernelInputs,
     virtual: VirtualKeys,
-    statistics: torch.Tensor,
-    gains: torch.Tensor,
-    block_q: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the virtual keys and of their values by attention, float32 (B, H, Tn, D)."""
+    gradients: VirtualQueryGradients,
+    options: BackwardOptions,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the virtual keys and of their values by attention, float32 (B, H, Tn, D), and the sums of dl by
+    tiles of queries, of which block_q is a multiple, float32 (B, H, tiles, Tn)."""
     q, grad_out = inputs.q, upstream.grad_out
     batch, heads, tokens, head_dim = q.shape
     count = virtual.bias.shape[3]
-    launch = clamped(virtual_launch("backward_key", head_dim, q.dtype), head_dim, block_q, 256)
+    launch = clamped(virtual_launch("backward_key", head_dim, q.dtype), head_dim, options.block_q, 256)
     tiles = ceil_div(count, launch.tile_k)
-    query_tiles = ceil_div(tokens, launch.tile_q)
+    pitch = gradients.gains.shape[2]
+    query_tiles = pitch // launch.tile_q
     splits = max(1, min(query_tiles, ceil_div(_PROGRAMS, tiles * batch * heads)))
-    grads = statistics.new_empty(2, splits, batch, heads, count, head_dim)
+    grads = gradients.gains.new_empty(2, splits, batch, heads, count, head_dim)
+    grad_bias = grads.new_empty(batch, heads, query_tiles, count)
     virtual_backward_key_kernel[(tiles * batch * heads, splits)](
         grad_out,
         q,
         virtual.keys,
         virtual.values,
         virtual.bias,
-        statistics,
-        gains,
+        gradients.statistics,
+        gradients.gains,
         grads[0],
         grads[1],
+        grad_bias,
         *vector_strides(grad_out),
         *vector_strides(q),
-        scale,
+        options.scale,
         tokens,
         tiles,
         heads,
         count,
         query_tiles,
         splits,
-        gains.shape[2],
+        pitch,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim),
-        BLOCK_Q=block_q,
+        BLOCK_Q=options.block_q,
         TILE_Q=launch.tile_q,
         TILE_K=launch.tile_k,
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
     of_keys, of_values = grads.sum(dim=1)
-    return of_keys, of_values
+    return of_keys, of_values, grad_bias
 
 
 def mixture_backward(
@@ -688,7 +713,7 @@ def mixture_backward(
     moments: KeyMoments,
     scale: float,
 ) -> RowGradients:
-    """From the gradients of a (B*H, tiles, Tn) and the sums of dl (B, H, tiles, Tn) by tiles of queries."""
+    """From the gradients of a (B*H, tiles, Tn) and the sums of dl (B, H, tiles, Tn), each by tiles of its own."""
     batch, heads, rows, columns = spreads.shape
     lanes, warps = _lanes(columns)
     of_spans = spreads.new_empty(2, *spreads.shape)
@@ -706,6 +731,7 @@ def mixture_backward(
         rows,
         columns,
         mixture.stride(1),
+        grad_mixture.shape[1] // rows,
         grad_bias.shape[2] // rows,
         LANES=lanes,
         num_warps=warps,

@@ -119,6 +119,13 @@ VIRTUAL_KEYS = [
     Case(tokens=1003, heads=3, head_dim=128, topk=0.2, block_q=128, block_k=128, linear="taylor"),
     Case(tokens=1003, heads=3, head_dim=72, batch=2, topk=0.1, bottomk=0.0, linear="taylor"),
     Case(tokens=1003, keys=2050, heads=3, head_dim=64, topk=0.1, block_q=256, linear="taylor"),
+    Case(tokens=667, keys=1003, heads=3, head_dim=128, batch=2, topk=0.2, bottomk=0.0, linear="taylor"),
+    Case(tokens=1003, head_dim=96, block_q=128, sparsity=((90_000, 0), (300_000, 100_000)), linear="taylor"),
+    # more than two tiles for each of an H100's programs; a last block that has a tile without a query
+    Case(tokens=1003, heads=36, head_dim=128, topk=0.2, block_q=128, block_k=128, linear="taylor"),
+    Case(tokens=1003, heads=36, head_dim=128, topk=0.2, linear="taylor"),
+    Case(tokens=300, head_dim=128, block_q=256, block_k=128, topk=0.5, bottomk=0.0, linear="taylor"),
+    Case(tokens=999, head_dim=64, block_k=128, topk=1.0, bottomk=0.0, linear="taylor"),
 ]
 
 
