@@ -126,8 +126,8 @@ class VirtualQueryGradients(NamedTuple):
     """(B, H, Lq, D), in memory (B, Lq, H, D)."""
     statistics: Tensor
     """As in `QueryGradients`, and complete."""
-    gains: Tensor
-    """dO.(scale S^T q) times the scale: float32 (B, H, Lq up to a multiple of block_q)."""
+    virtual_statistics: Tensor
+    """Those of virtual keys: from D^s, dO.(scale S^T q) is taken off."""
     slopes: Tensor
     """dS of each tile of queries, of which block_q is a multiple, (B, H, tiles, ...) like ``VirtualKeys.slopes``."""
 
@@ -195,6 +195,18 @@ class Steps(Protocol):
     ) -> VirtualQueryGradients:
         """The queries' side of the backward of `virtual_forward`, of the critical ``lists`` of the rows and of the
         ``virtual`` keys; to dq what the moments of queries add is not yet added."""
+
+    def virtual_key_gradients(
+        self,
+        upstream: Upstream,
+        inputs: KernelInputs,
+        virtual: VirtualKeys,
+        statistics: Tensor,
+        options: BackwardOptions,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the ``virtual`` keys and of their values by attention, float32 (B, H, Tn, D), and the sums of dl
+        by tiles of queries, of which block_q is a multiple, float32 (B, H, tiles, Tn); from the ``statistics`` of
+        virtual keys."""
 
     def virtual_backward_key(
         self,

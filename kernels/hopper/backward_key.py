@@ -37,7 +37,105 @@ from .primitives import (
     view_as,
 )
 
-__all__ = ["attention_backward_key", "virtual_backward_key"]
+__all__ = ["attention_backward_key", "key_steps", "virtual_backward_key"]
+
+
+@gluon.jit
+def key_steps(
+    key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken, steps, scale,
+    bias, grad_bias, first_tile, line_pitch, num_keys, BLOCK_Q: gl.constexpr, TILE_Q: gl.constexpr,
+    AHEAD: gl.constexpr, tile_layout: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    """Add to dK and dV of 64 keys those of at least one tile of queries; and how many stages of the ring were taken.
+
+    ``bias`` (block rows, keys), where there is one, is added to the logits of these queries, which are tiles from
+    ``first_tile`` on, and its gradients go to ``grad_bias`` (tiles, keys); both begin at these keys.
+    """
+    STAGES: gl.constexpr = ring.type.shape[0]
+    ROWS: gl.constexpr = key_accumulator.shape[0]
+    PADDED_DIM: gl.constexpr = key_accumulator.shape[1]
+    dtype: gl.constexpr = ring.dtype
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
+    out_layout: gl.constexpr = key_accumulator.type.layout
+    operand_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    query_layout: gl.constexpr = gl.SliceLayout(0, scores_layout)
+    vector_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, scores_layout))
+    scale_log2 = scale * LOG2E
+    zero_scores = gl.zeros([ROWS, TILE_Q], gl.float32, scores_layout)
+    if HAS_BIAS:
+        line = first_tile * TILE_Q // BLOCK_Q * line_pitch
+        following_added = gl.load(bias + line + rows, mask=rows < num_keys, other=float("-inf"))
+    if AHEAD:
+        first = taken % STAGES
+        mbarrier.wait(ring_full.index(first), taken // STAGES & 1)
+        first_query = split_pair(ring.index(first), TILE_Q, tile_layout)[0].reshape([TILE_Q, PADDED_DIM])
+        scoring = warpgroup_mma(key, first_query.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+    for step in range(steps):
+        if HAS_BIAS:
+            added = following_added
+            # one tile ahead
+            line = (first_tile + gl.minimum(step + 1, steps - 1)) * TILE_Q // BLOCK_Q * line_pitch
+            following_added = gl.load(bias + line + rows, mask=rows < num_keys, other=float("-inf"))
+        index = taken % STAGES
+        tiles = split_pair(ring.index(index), TILE_Q, tile_layout)
+        query = tiles[0].reshape([TILE_Q, PADDED_DIM])
+        grad = tiles[1].reshape([TILE_Q, PADDED_DIM])
+        # [keys, dims] x [dims, queries]
+        if AHEAD:
+            scores = warpgroup_mma_wait(0, deps=(scoring,))
+            grad_weights = warpgroup_mma(value, grad.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+        else:
+            mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
+            scores = warpgroup_mma(key, query.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+            grad_weights = warpgroup_mma(value, grad.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(1, deps=(scores,))
+        lse = view_as(statistics_ring.index(index * 2), gl.float32, [TILE_Q], vector_layout)
+        exponents = scores * scale_log2 - lse.load(query_layout)[None, :]
+        if HAS_BIAS:
+            exponents += (added * LOG2E)[:, None]
+        weights = gl.exp2(exponents)
+        weights_operand = gl.convert_layout(weights.to(dtype), operand_layout)
+        # [keys, queries] x [queries, dims]
+        value_accumulator = warpgroup_mma(weights_operand, grad, value_accumulator, is_async=True)
+        grad_weights = warpgroup_mma_wait(1, deps=(grad_weights,))
+        delta = view_as(statistics_ring.index(index * 2 + 1), gl.float32, [TILE_Q], vector_layout)
+        grad_scores = weights * (grad_weights * scale - delta.load(query_layout)[None, :])
+        scores_operand = gl.convert_layout(grad_scores.to(dtype), operand_layout)
+        key_accumulator = warpgroup_mma(scores_operand, query, key_accumulator, is_async=True)
+        if HAS_BIAS:
+            line = (first_tile + step) * line_pitch
+            gl.store(grad_bias + line + rows, gl.sum(grad_scores, 1) / scale, mask=rows < num_keys)
+        if AHEAD:
+            # the last step makes its own scores again, which nobody reads
+            following = taken + gl.where(step + 1 < steps, 1, 0)
+            coming = following % STAGES
+            mbarrier.wait(ring_full.index(coming), following // STAGES & 1)
+            next_query = split_pair(ring.index(coming), TILE_Q, tile_layout)[0].reshape([TILE_Q, PADDED_DIM])
+            scoring = warpgroup_mma(key, next_query.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+        value_accumulator, key_accumulator, _weights, _scores = warpgroup_mma_wait(
+            AHEAD, deps=(value_accumulator, key_accumulator, weights_operand, scores_operand)
+        )
+        fence_async_shared()
+        mbarrier.arrive(ring_empty.index(index), count=1)
+        taken += 1
+    if AHEAD:
+        warpgroup_mma_wait(0, deps=(scoring,))
+    return key_accumulator, value_accumulator, taken
+
+
+@gluon.jit
+def spread(vector, buffer, INDEX: gl.constexpr, layout: gl.constexpr, THROUGH_BUFFER: gl.constexpr):
+    """A vector, a number a thread, in ``layout``, by way of a free tile in shared memory where there is little else."""
+    if THROUGH_BUFFER:
+        dims: gl.constexpr = vector.shape[0]
+        vector_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        place = view_as(buffer, gl.float32, [32, dims], vector_layout).index(INDEX)
+        place.store(vector)
+        found = place.load(layout)
+    else:
+        found = gl.convert_layout(vector, layout)
+    return found
 
 
 @gluon.jit
@@ -73,17 +171,16 @@ def key_consumer(
     # products in flight over the end of a step: the next S, but a lone consumer has no registers left for it
     AHEAD: gl.constexpr = 1 if TILE_K == 128 else 0
     dtype: gl.constexpr = ring.dtype
-    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_Q, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED_DIM, 16])
     operand_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
-    query_layout: gl.constexpr = gl.SliceLayout(0, scores_layout)
     tile_layout: gl.constexpr = own_k.layout
     matrix_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, PADDED_DIM, PADDED_DIM], gl.bfloat16)
-    vector_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, out_layout))
+    dim_layout: gl.constexpr = gl.SliceLayout(0, out_layout)
+    dims = gl.arange(0, PADDED_DIM, layout=dim_layout)
+    lanes = gl.arange(0, PADDED_DIM, layout=gl.BlockedLayout([1], [32], [4], [0]))
     key = own_k.index(CONSUMER).reshape([ROWS, PADDED_DIM])
     value = own_v.index(CONSUMER).reshape([ROWS, PADDED_DIM])
-    scale_log2 = scale * LOG2E
+    leaving = out_buffers.index(CONSUMER)
 
     taken = 0
     turn = 0
@@ -120,24 +217,33 @@ def key_consumer(
         elif HAS_MOMENTS:
             index = taken % STAGES
             slot = (batch_head * num_columns + key_tile) * HEAD_DIM
-            mean_value = load_row(mean_values + slot, dims, HEAD_DIM, PADDED_DIM).to(gl.float32)
+            # at once, a number a thread
+            mean_value = load_row(mean_values + slot, lanes, HEAD_DIM, PADDED_DIM).to(gl.float32)
+            mean = load_row(means + slot, lanes, HEAD_DIM, PADDED_DIM)
+            of_mean = load_row(grad_spans + slot, lanes, HEAD_DIM, PADDED_DIM)
+            of_variance = load_row(grad_spans + total_tiles * HEAD_DIM + slot, lanes, HEAD_DIM, PADDED_DIM)
+            of_value = load_row(grad_values + slot, lanes, HEAD_DIM, PADDED_DIM)
+            inverse = 1.0 / gl.minimum(num_keys - key_tile * TILE_K, TILE_K).to(gl.float32)
+            if HAS_OUTPUTS:
+                tma.store_wait(0)
+            mean_value = spread(mean_value, leaving, 0, dim_layout, HAS_OUTPUTS)
             off_value = value.load(out_layout).to(gl.float32) - mean_value[None, :]
             value_operand = gl.convert_layout(off_value.to(gl.bfloat16), operand_layout)
             mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
             grad_slope = matrix_of(ring.index(index), gl.bfloat16, matrix_layout).reshape([PADDED_DIM, PADDED_DIM])
             along = warpgroup_mma(value_operand, grad_slope.permute((1, 0)), zero, use_acc=False, is_async=True)
-            mean = load_row(means + slot, dims, HEAD_DIM, PADDED_DIM)
+            mean = spread(mean, leaving, 1, dim_layout, HAS_OUTPUTS)
             off_key = key.load(out_layout).to(gl.float32) - mean[None, :]
             along = warpgroup_mma_wait(0, deps=(along,))
-            of_mean = load_row(grad_spans + slot, dims, HEAD_DIM, PADDED_DIM)
-            of_variance = load_row(grad_spans + total_tiles * HEAD_DIM + slot, dims, HEAD_DIM, PADDED_DIM)
-            inverse = 1.0 / gl.minimum(num_keys - key_tile * TILE_K, TILE_K).to(gl.float32)
-            key_accumulator = (along + of_mean[None, :] + off_key * (2.0 * of_variance)[None, :]) * inverse
+            of_mean = spread(of_mean * inverse, leaving, 2, dim_layout, HAS_OUTPUTS)
+            key_accumulator = along * inverse + of_mean[None, :]
+            of_variance = spread(of_variance * (2.0 * inverse), leaving, 3, dim_layout, HAS_OUTPUTS)
+            key_accumulator += off_key * of_variance[None, :]
             key_operand = gl.convert_layout(off_key.to(gl.bfloat16), operand_layout)
             along = warpgroup_mma(key_operand, grad_slope, zero, use_acc=False, is_async=True)
-            of_value = load_row(grad_values + slot, dims, HEAD_DIM, PADDED_DIM)
             along = warpgroup_mma_wait(0, deps=(along,))
-            value_accumulator = (along + of_value[None, :]) * inverse
+            of_value = spread(of_value * inverse, leaving, 4, dim_layout, HAS_OUTPUTS)
+            value_accumulator = along * inverse + of_value[None, :]
             fence_async_shared()
             mbarrier.arrive(ring_empty.index(index), count=1)
             taken += 1
@@ -145,57 +251,15 @@ def key_consumer(
             key_accumulator = zero
             value_accumulator = zero
 
-        steps = count * PARTS
-        if steps > 0:
-            zero_scores = gl.zeros([ROWS, TILE_Q], gl.float32, scores_layout)
-            if AHEAD:
-                first = taken % STAGES
-                mbarrier.wait(ring_full.index(first), taken // STAGES & 1)
-                first_query = split_pair(ring.index(first), TILE_Q, tile_layout)[0].reshape([TILE_Q, PADDED_DIM])
-                scoring = warpgroup_mma(key, first_query.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
-            for step in range(steps):
-                index = taken % STAGES
-                tiles = split_pair(ring.index(index), TILE_Q, tile_layout)
-                query = tiles[0].reshape([TILE_Q, PADDED_DIM])
-                grad = tiles[1].reshape([TILE_Q, PADDED_DIM])
-                # [keys, dims] x [dims, queries]
-                if AHEAD:
-                    scores = warpgroup_mma_wait(0, deps=(scoring,))
-                    grad_weights = warpgroup_mma(value, grad.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
-                else:
-                    mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
-                    scores = warpgroup_mma(key, query.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
-                    grad_weights = warpgroup_mma(value, grad.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
-                    scores = warpgroup_mma_wait(1, deps=(scores,))
-                lse = view_as(statistics_ring.index(index * 2), gl.float32, [TILE_Q], vector_layout)
-                weights = gl.exp2(scores * scale_log2 - lse.load(query_layout)[None, :])
-                weights_operand = gl.convert_layout(weights.to(dtype), operand_layout)
-                # [keys, queries] x [queries, dims]
-                value_accumulator = warpgroup_mma(weights_operand, grad, value_accumulator, is_async=True)
-                grad_weights = warpgroup_mma_wait(1, deps=(grad_weights,))
-                delta = view_as(statistics_ring.index(index * 2 + 1), gl.float32, [TILE_Q], vector_layout)
-                grad_scores = weights * (grad_weights * scale - delta.load(query_layout)[None, :])
-                scores_operand = gl.convert_layout(grad_scores.to(dtype), operand_layout)
-                key_accumulator = warpgroup_mma(scores_operand, query, key_accumulator, is_async=True)
-                if AHEAD:
-                    # the last step makes its own scores again, which nobody reads
-                    following = taken + gl.where(step + 1 < steps, 1, 0)
-                    coming = following % STAGES
-                    mbarrier.wait(ring_full.index(coming), following // STAGES & 1)
-                    next_query = split_pair(ring.index(coming), TILE_Q, tile_layout)[0].reshape([TILE_Q, PADDED_DIM])
-                    scoring = warpgroup_mma(key, next_query.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
-                value_accumulator, key_accumulator, _weights, _scores = warpgroup_mma_wait(
-                    AHEAD, deps=(value_accumulator, key_accumulator, weights_operand, scores_operand)
-                )
-                fence_async_shared()
-                mbarrier.arrive(ring_empty.index(index), count=1)
-                taken += 1
-            if AHEAD:
-                warpgroup_mma_wait(0, deps=(scoring,))
+        if count > 0:
+            key_accumulator, value_accumulator, taken = key_steps(
+                key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken,
+                count * PARTS, scale, grad_normalizers, grad_normalizers, 0, 0, 0, TILE_Q, TILE_Q, AHEAD, tile_layout,
+                False,
+            )  # fmt: skip
         at = [batch, head, key_tile * TILE_K + CONSUMER * ROWS, 0]
         if HAS_OUTPUTS:
             mbarrier.arrive(own_empty, count=1)
-            leaving = out_buffers.index(CONSUMER)
             tma.store_wait(0)
             leaving.reshape([ROWS, PADDED_DIM]).store(value_accumulator.to(dtype))
             fence_async_shared()

@@ -78,7 +78,7 @@ def query_consumer(
     lse,
     statistics,
     virtual_bias,
-    gains,
+    virtual_statistics,
     out_desc,
     grad_slope_desc,
     scale,
@@ -114,6 +114,7 @@ def query_consumer(
     key_layout: gl.constexpr = gl.SliceLayout(0, scores_layout)
     matrix_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, PADDED_DIM, PADDED_DIM], gl.bfloat16)
     score_rows = gl.arange(0, ROWS, layout=row_layout)
+    lanes = gl.arange(0, TILE_K, layout=gl.BlockedLayout([1], [32], [4], [0]))
     leaving = out_buffers.index(CONSUMER)
     staged = leaving.reshape([ROWS, PADDED_DIM])
     # its own rows stay in registers: products of 64 columns would take all that shared memory gives in a cycle
@@ -142,6 +143,9 @@ def query_consumer(
         tma.store_wait(0)
         if HAS_LINEAR:
             mbarrier.arrive(prior_empty, count=1)
+        if HAS_VIRTUAL:
+            row_bias = virtual_bias + line * num_virtual
+            following = gl.load(row_bias + lanes, mask=lanes < num_virtual, other=float("-inf"))
         if MAKES_STATISTICS:
             rows = first + score_rows
             row_lse = gl.load(lse + batch_head * num_queries + rows, mask=rows < num_queries, other=float("inf"))
@@ -172,16 +176,19 @@ def query_consumer(
             taken += 1
             gain = gl.sum(along * gl.convert_layout(query, out_layout).to(gl.float32), 1) * (scale * scale)
             gain = gl.convert_layout(gain, row_layout)
-            gl.store(gains + batch_head * row_pitch + first + score_rows, gain)
+            against = delta - gain
+            row_statistics = virtual_statistics + batch_head * row_pitch * 2 + first
+            gl.store(row_statistics + score_rows, row_lse)
+            gl.store(row_statistics + row_pitch + score_rows, against)
             for start in range(0, num_virtual, TILE_K):
-                columns = start + gl.arange(0, TILE_K, layout=key_layout)
-                added = gl.load(
-                    virtual_bias + line * num_virtual + columns, mask=columns < num_virtual, other=float("-inf")
-                )
+                added = gl.convert_layout(following * LOG2E, key_layout)
+                # one tile ahead, a number a thread
+                columns = start + TILE_K + lanes
+                following = gl.load(row_bias + columns, mask=columns < num_virtual, other=float("-inf"))
                 index = taken % STAGES
                 accumulator, share = query_step(
                     accumulator, query, grad, ring.index(index), ring_full.index(index), ring_empty.index(index),
-                    taken // STAGES & 1, row_lse, delta - gain, scale, added * LOG2E, share, TILE_K, tile_layout,
+                    taken // STAGES & 1, row_lse, against, scale, added, share, TILE_K, tile_layout,
                     scores_layout, operand_layout, True,
                 )  # fmt: skip
                 taken += 1
@@ -263,7 +270,7 @@ def query_kernel(
     lse,
     statistics,
     virtual_bias,
-    gains,
+    virtual_statistics,
     scale,
     num_queries,
     row_pitch,
@@ -295,9 +302,9 @@ def query_kernel(
         gl.warp_specialize(
             [
                 (query_consumer, (
-                    buffers, barriers, counts, lse, statistics, virtual_bias, gains, out_desc, grad_slope_desc, scale,
-                    num_queries, row_pitch, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM,
-                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS,
+                    buffers, barriers, counts, lse, statistics, virtual_bias, virtual_statistics, out_desc,
+                    grad_slope_desc, scale, num_queries, row_pitch, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
+                    HEAD_DIM, PADDED_DIM, HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, lists, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
@@ -311,14 +318,14 @@ def query_kernel(
         gl.warp_specialize(
             [
                 (query_consumer, (
-                    buffers, barriers, counts, lse, statistics, virtual_bias, gains, out_desc, grad_slope_desc, scale,
-                    num_queries, row_pitch, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM,
-                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS,
+                    buffers, barriers, counts, lse, statistics, virtual_bias, virtual_statistics, out_desc,
+                    grad_slope_desc, scale, num_queries, row_pitch, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
+                    HEAD_DIM, PADDED_DIM, HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS,
                 )),
                 (query_consumer, (
-                    buffers, barriers, counts, lse, statistics, virtual_bias, gains, out_desc, grad_slope_desc, scale,
-                    num_queries, row_pitch, extents, 1, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM,
-                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS,
+                    buffers, barriers, counts, lse, statistics, virtual_bias, virtual_statistics, out_desc,
+                    grad_slope_desc, scale, num_queries, row_pitch, extents, 1, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
+                    HEAD_DIM, PADDED_DIM, HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, lists, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
@@ -356,8 +363,8 @@ def virtual_backward_query(
 ) -> VirtualQueryGradients:
     """As `Steps.virtual_backward_query`: virtual keys come before the critical ones, in one kernel."""
     gradients = fresh_gradients(inputs.q, options.block_q)
-    gains, slopes = _backward_query(upstream, inputs, lists, gradients, virtual, options)
-    return VirtualQueryGradients(gradients.dq, gradients.statistics, gains, slopes)
+    statistics, slopes = _backward_query(upstream, inputs, lists, gradients, virtual, options)
+    return VirtualQueryGradients(gradients.dq, gradients.statistics, statistics, slopes)
 
 
 def _backward_query(
@@ -368,7 +375,7 @@ def _backward_query(
     virtual: VirtualKeys | None,
     options: BackwardOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fills ``gradients``; returns the gains and dS, of shape (0,) without ``virtual``."""
+    """Fills ``gradients``; returns the statistics of virtual keys and dS, of shape (0,) without ``virtual``."""
     q, k, v = inputs[:3]
     grad_out, statistics = upstream.grad_out, gradients.statistics
     block_q, makes_statistics = options.block_q, not gradients.complete
@@ -380,9 +387,9 @@ def _backward_query(
     tiles_per_head = ceil_div(statistics.shape[3] if makes_statistics else queries, tile_q)
     total = tiles_per_head * batch * heads
     programs = min(total, multiprocessors(q.device.index) * (2 if tile_q == 64 else 1))
-    gains, slopes = statistics.new_empty(0), q.new_empty(0)
+    virtual_statistics, slopes = statistics.new_empty(0), q.new_empty(0)
     if virtual is not None:
-        gains = statistics.new_empty(batch, heads, statistics.shape[3])
+        virtual_statistics = torch.empty_like(statistics)
         slopes = virtual.slopes.new_empty(batch, heads, tiles_per_head, *virtual.slopes.shape[3:])
     # an absent tensor's place is taken by one that is there; the kernel does not touch it
     query_kernel[(programs,)](
@@ -402,7 +409,7 @@ def _backward_query(
         upstream.lse if makes_statistics else statistics,
         statistics,
         virtual.bias if virtual is not None else statistics,
-        gains if virtual is not None else statistics,
+        virtual_statistics if virtual is not None else statistics,
         options.scale,
         queries,
         statistics.shape[3],
@@ -425,4 +432,4 @@ def _backward_query(
         num_warps=4,
         maxnreg=168 if tile_q == 128 else 128,
     )
-    return gains, slopes
+    return virtual_statistics, slopes

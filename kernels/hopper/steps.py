@@ -11,6 +11,7 @@ from .backward_key import attention_backward_key, virtual_backward_key
 from .backward_query import attention_backward_query, fresh_gradients, virtual_backward_query
 from .forward import attention_forward, virtual_forward
 from .states import key_states
+from .virtual_keys import virtual_key_gradients
 
 __all__ = [
     "attention_backward_key",
@@ -21,6 +22,7 @@ __all__ = [
     "virtual_backward_key",
     "virtual_backward_query",
     "virtual_forward",
+    "virtual_key_gradients",
 ]
 
 

@@ -6,7 +6,7 @@ from .backward import attention_backward_key, attention_backward_query
 from .forward import attention_forward
 from .linear_backward import linear_backward
 from .states import key_states
-from .virtual_keys import virtual_backward_key, virtual_backward_query, virtual_forward
+from .virtual_keys import virtual_backward_key, virtual_backward_query, virtual_forward, virtual_key_gradients
 
 __all__ = [
     "attention_backward_key",
@@ -17,4 +17,5 @@ __all__ = [
     "virtual_backward_key",
     "virtual_backward_query",
     "virtual_forward",
+    "virtual_key_gradients",
 ]

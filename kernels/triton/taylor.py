@@ -69,7 +69,9 @@ def backward(
     virtual, mixture = blocks.virtual(block_map, shift)
     rows = BlockLists(*critical_lists(block_map, by_column=False))
     by_query = steps.virtual_backward_query(upstream, operands, rows, virtual, options)
-    of_keys, of_values, grad_bias = virtual_keys.virtual_key_gradients(upstream, operands, virtual, by_query, options)
+    of_keys, of_values, grad_bias = steps.virtual_key_gradients(
+        upstream, operands, virtual, by_query.virtual_statistics, options
+    )
     del virtual
     by_rows = virtual_keys.mixture_backward(
         mixture, _of_mixture(by_query.slopes, moments.slopes), grad_bias, blocks.spreads, moments, options.scale

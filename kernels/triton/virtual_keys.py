@@ -254,7 +254,7 @@ def virtual_backward_query_kernel(
     slopes,
     grad_q,
     statistics,
-    gains,
+    virtual_statistics,
     grad_slopes,
     stride_gb,
     stride_gh,
@@ -277,8 +277,7 @@ def virtual_backward_query_kernel(
     TILE_K: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Of one tile of queries: lse and D^s as `QueryGradients` has them, dO.(scale S^T q) times the scale, the virtual
-    keys' part of dQ, and dS."""
+    """Of one tile of queries: both statistics, the virtual keys' part of dQ, and dS."""
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
     # there are registers for dO S^T, which is wanted before and after the loop
     WHOLE: tl.constexpr = CHUNK == PADDED_DIM
@@ -326,12 +325,13 @@ def virtual_backward_query_kernel(
     gain *= scale * scale
     pitch = num_tiles * TILE_Q
     row_at = batch_head * 2 * pitch + first_query + rows
+    against = delta - gain
     tl.store(statistics + row_at, row_lse)
-    tl.store(statistics + row_at + pitch, tl.where(row_mask, delta, 0.0))
-    tl.store(gains + batch_head * pitch + first_query + rows, gain)
+    tl.store(statistics + row_at + pitch, delta)
+    tl.store(virtual_statistics + row_at, row_lse)
+    tl.store(virtual_statistics + row_at + pitch, against)
 
     scale_log2 = scale * LOG2E
-    against = gain - delta
     share = tl.zeros([TILE_Q], tl.float32)
     accumulator = tl.zeros([TILE_Q, PADDED_DIM], tl.float32)
     key_base = mean_keys + batch_head * num_virtual * PITCH
@@ -344,7 +344,7 @@ def virtual_backward_query_kernel(
         probability = tl.exp2(scores - row_lse[:, None])
         share += tl.sum(probability, 1)
         value = load_tile(value_base, first, keys, dims, PITCH // 8, num_virtual, PITCH, PADDED)
-        grad_scores = tl.dot(grad, tl.trans(value), input_precision="ieee") * scale + against[:, None]
+        grad_scores = tl.dot(grad, tl.trans(value), input_precision="ieee") * scale - against[:, None]
         grad_scores *= probability
         # [TILE_Q, TILE_K] x [TILE_K, PADDED_DIM]
         accumulator = tl.dot(grad_scores.to(key.dtype), key, accumulator, input_precision="ieee")
@@ -381,7 +381,6 @@ def virtual_backward_key_kernel(
     mean_values,
     bias,
     statistics,
-    gains,
     grad_keys,
     grad_values,
     grad_bias,
@@ -435,13 +434,12 @@ def virtual_backward_key_kernel(
         row_at = batch_head * 2 * row_pitch + start + rows
         row_lse = tl.load(statistics + row_at)
         delta = tl.load(statistics + row_at + row_pitch)
-        gain = tl.load(gains + batch_head * row_pitch + start + rows)
         # [TILE_K, PADDED_DIM] x [PADDED_DIM, TILE_Q]
         scores = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2 + (added * LOG2E)[:, None]
         probability = tl.exp2(scores - row_lse[None, :])
         grad = load_tile(grad_base, start, rows, dims, stride_gn, num_tokens, PITCH, PADDED)
         value_accumulator = tl.dot(probability.to(grad.dtype), grad, value_accumulator, input_precision="ieee")
-        grad_scores = tl.dot(value, tl.trans(grad), input_precision="ieee") * scale + (gain - delta)[None, :]
+        grad_scores = tl.dot(value, tl.trans(grad), input_precision="ieee") * scale - delta[None, :]
         grad_scores *= probability
         tl.store(
             grad_bias + (batch_head * num_query_tiles + query_tile) * num_virtual + first_key + keys,
@@ -596,7 +594,7 @@ def virtual_backward_query(
     tiles = ceil_div(tokens, block_q) * (block_q // launch.tile_q)
     dq = q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
     statistics = torch.empty((batch, heads, 2, tiles * launch.tile_q), dtype=torch.float32, device=q.device)
-    gains = statistics.new_empty(batch, heads, tiles * launch.tile_q)
+    virtual_statistics = torch.empty_like(statistics)
     grad_slopes = virtual.slopes.new_empty(batch, heads, tiles, *virtual.slopes.shape[3:])
     virtual_backward_query_kernel[(tiles * batch * heads,)](
         grad_out,
@@ -609,7 +607,7 @@ def virtual_backward_query(
         virtual.slopes,
         dq,
         statistics,
-        gains,
+        virtual_statistics,
         grad_slopes,
         *vector_strides(grad_out),
         *vector_strides(q),
@@ -630,7 +628,7 @@ def virtual_backward_query(
     )
     started = QueryGradients(dq, statistics, complete=True, started=True)
     attention_backward_query(upstream, inputs, lists, started, options)
-    return VirtualQueryGradients(dq, statistics, gains, grad_slopes)
+    return VirtualQueryGradients(dq, statistics, virtual_statistics, grad_slopes)
 
 
 def virtual_backward_key(
@@ -657,20 +655,19 @@ def virtual_key_gradients(
     upstream: Upstream,
     inputs: KernelInputs,
     virtual: VirtualKeys,
-    gradients: VirtualQueryGradients,
+    statistics: torch.Tensor,
     options: BackwardOptions,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the virtual keys and of their values by attention, float32 (B, H, Tn, D), and the sums of dl by
-    tiles of queries, of which block_q is a multiple, float32 (B, H, tiles, Tn)."""
+    """As `Steps.virtual_key_gradients`."""
     q, grad_out = inputs.q, upstream.grad_out
     batch, heads, tokens, head_dim = q.shape
     count = virtual.bias.shape[3]
     launch = clamped(virtual_launch("backward_key", head_dim, q.dtype), head_dim, options.block_q, 256)
     tiles = ceil_div(count, launch.tile_k)
-    pitch = gradients.gains.shape[2]
+    pitch = statistics.shape[3]
     query_tiles = pitch // launch.tile_q
     splits = max(1, min(query_tiles, ceil_div(_PROGRAMS, tiles * batch * heads)))
-    grads = gradients.gains.new_empty(2, splits, batch, heads, count, head_dim)
+    grads = statistics.new_empty(2, splits, batch, heads, count, head_dim)
     grad_bias = grads.new_empty(batch, heads, query_tiles, count)
     virtual_backward_key_kernel[(tiles * batch * heads, splits)](
         grad_out,
@@ -678,8 +675,7 @@ def virtual_key_gradients(
         virtual.keys,
         virtual.values,
         virtual.bias,
-        gradients.statistics,
-        gradients.gains,
+        statistics,
         grads[0],
         grads[1],
         grad_bias,

@@ -1,0 +1,214 @@
+"""Gradients of virtual keys for Hopper, written in Gluon: one producer warp, two consumer warpgroups of 64 keys each.
+
+The steps are those of ``backward_key.py``, but all queries count, and there are few virtual keys: each program takes a
+stretch of the queries, and what the stretches give is added up afterwards, in a fixed order.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from sla_compile.common.options import BackwardOptions
+
+from ..steps import KernelInputs, Upstream, VirtualKeys
+from ..triton.tiles import ceil_div
+from .backward_key import key_steps
+from .pairs import make_buffers, produce_pair, statistics_descriptor
+from .primitives import load_tile, multiprocessors, padded_dim, tile_descriptor
+
+__all__ = ["virtual_key_gradients"]
+
+
+@gluon.jit
+def locate_stretch(item, extents):
+    """(tile of virtual keys, batch, head, stretch, first tile of queries, their number); neighbours share queries."""
+    _total, tiles_per_head, num_heads, splits, query_tiles, _num_virtual = extents
+    stretch = item // tiles_per_head % splits
+    batch_head = item // tiles_per_head // splits
+    each = gl.cdiv(query_tiles, splits)
+    first = gl.minimum(stretch * each, query_tiles)
+    return (
+        item % tiles_per_head, batch_head // num_heads, batch_head % num_heads, stretch, first,
+        gl.minimum(each, query_tiles - first)
+    )  # fmt: skip
+
+
+@gluon.jit
+def stretch_producer(descriptors, buffers, barriers, extents, TILE_Q: gl.constexpr):
+    k_desc, v_desc, q_desc, grad_desc, statistics_desc = descriptors
+    own_k, own_v, ring, statistics_ring, _turns, _out_buffers = buffers
+    own_full, own_empty, ring_full, ring_empty, _prior_full, _prior_empty, _joint = barriers
+    total, _tiles_per_head, num_heads, _splits, _query_tiles, _num_virtual = extents
+    filled = 0
+    turn = 0
+    for item in range(gl.program_id(0), total, gl.num_programs(0)):
+        tile, batch, head, _stretch, first, steps = locate_stretch(item, extents)
+        mbarrier.wait(own_empty, (turn & 1) ^ 1)
+        mbarrier.expect(own_full, 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
+        for consumer in gl.static_range(2):
+            at = [batch, head, tile * 128 + consumer * 64, 0]
+            load_tile(k_desc, at, own_full, own_k.index(consumer))
+            load_tile(v_desc, at, own_full, own_v.index(consumer))
+        turn += 1
+        for step in range(steps):
+            produce_pair(
+                q_desc, grad_desc, statistics_desc, batch, head, batch * num_heads + head, (first + step) * TILE_Q,
+                ring, statistics_ring, ring_full, ring_empty, filled, True,
+            )  # fmt: skip
+            filled += 1
+
+
+@gluon.jit
+def stretch_consumer(
+    buffers,
+    barriers,
+    bias,
+    grad_keys,
+    grad_values,
+    grad_bias,
+    scale,
+    num_rows,
+    extents,
+    CONSUMER: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    TILE_Q: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    PADDED_DIM: gl.constexpr,
+):
+    own_k, own_v, ring, statistics_ring, _turns, _out_buffers = buffers
+    own_full, own_empty, ring_full, ring_empty, _prior_full, _prior_empty, _joint = barriers
+    total, _tiles_per_head, num_heads, splits, query_tiles, num_virtual = extents
+    ROWS: gl.constexpr = 64
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED_DIM, 16])
+    tile_layout: gl.constexpr = own_k.layout
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, out_layout))
+    dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, out_layout))
+    key = own_k.index(CONSUMER).reshape([ROWS, PADDED_DIM])
+    value = own_v.index(CONSUMER).reshape([ROWS, PADDED_DIM])
+    taken = 0
+    turn = 0
+    for item in range(gl.program_id(0), total, gl.num_programs(0)):
+        tile, batch, head, stretch, first, steps = locate_stretch(item, extents)
+        batch_head = (batch * num_heads + head).to(gl.int64)
+        first_key = tile * 128 + CONSUMER * ROWS
+        mbarrier.wait(own_full, turn & 1)
+        key_accumulator = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
+        value_accumulator = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
+        if steps > 0:
+            key_accumulator, value_accumulator, taken = key_steps(
+                key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken,
+                steps, scale, bias + batch_head * num_rows * num_virtual + first_key,
+                grad_bias + batch_head * query_tiles * num_virtual + first_key, first, num_virtual,
+                num_virtual - first_key, BLOCK_Q, TILE_Q, 1, tile_layout, True,
+            )  # fmt: skip
+        fence_async_shared()
+        mbarrier.arrive(own_empty, count=1)
+        turn += 1
+        line = (stretch * (total // (_tiles_per_head * splits)) + batch_head) * num_virtual + first_key
+        at = line * HEAD_DIM + rows[:, None] * HEAD_DIM + dims[None, :]
+        mask = (first_key + rows < num_virtual)[:, None] & (dims < HEAD_DIM)[None, :]
+        gl.store(grad_keys + at, key_accumulator, mask=mask)
+        gl.store(grad_values + at, value_accumulator, mask=mask)
+
+
+@gluon.jit(do_not_specialize=["num_rows", "total", "splits", "query_tiles", "num_virtual"])
+def virtual_key_kernel(
+    k_desc,
+    v_desc,
+    q_desc,
+    grad_desc,
+    statistics_desc,
+    bias,
+    grad_keys,
+    grad_values,
+    grad_bias,
+    scale,
+    num_rows,
+    total,
+    tiles_per_head,
+    num_heads,
+    splits,
+    query_tiles,
+    num_virtual,
+    BLOCK_Q: gl.constexpr,
+    TILE_Q: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    PADDED_DIM: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    buffers, barriers = make_buffers(k_desc, q_desc, statistics_desc, STAGES, 2, True, False)
+    extents = (total, tiles_per_head, num_heads, splits, query_tiles, num_virtual)
+    descriptors = (k_desc, v_desc, q_desc, grad_desc, statistics_desc)
+    gl.warp_specialize(
+        [
+            (stretch_consumer, (
+                buffers, barriers, bias, grad_keys, grad_values, grad_bias, scale, num_rows, extents, 0, BLOCK_Q,
+                TILE_Q, HEAD_DIM, PADDED_DIM,
+            )),
+            (stretch_consumer, (
+                buffers, barriers, bias, grad_keys, grad_values, grad_bias, scale, num_rows, extents, 1, BLOCK_Q,
+                TILE_Q, HEAD_DIM, PADDED_DIM,
+            )),
+            (stretch_producer, (descriptors, buffers, barriers, extents, TILE_Q)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+@functools.cache
+def _stretches(items: int, query_tiles: int, programs: int) -> int:
+    """In how many stretches to cut the queries, so that the programs end together."""
+    most = min(query_tiles, max(1, 2 * programs // items))
+    return min(
+        range(1, most + 1), key=lambda splits: ceil_div(items * splits, programs) * ceil_div(query_tiles, splits)
+    )
+
+
+def virtual_key_gradients(
+    upstream: Upstream, inputs: KernelInputs, virtual: VirtualKeys, statistics: torch.Tensor, options: BackwardOptions
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `Steps.virtual_key_gradients`."""
+    q = inputs.q
+    batch, heads, _, head_dim = q.shape
+    count, padded, tile_q = virtual.bias.shape[3], padded_dim(head_dim), 64
+    tiles = ceil_div(count, 128)
+    query_tiles = statistics.shape[3] // tile_q
+    programs = multiprocessors(q.device.index)
+    splits = _stretches(tiles * batch * heads, query_tiles, programs)
+    total = tiles * batch * heads * splits
+    grads = statistics.new_empty(2, splits, batch, heads, count, head_dim)
+    grad_bias = statistics.new_empty(batch, heads, query_tiles, count)
+    virtual_key_kernel[(min(total, programs),)](
+        tile_descriptor(virtual.keys, 64),
+        tile_descriptor(virtual.values, 64),
+        tile_descriptor(q, tile_q),
+        tile_descriptor(upstream.grad_out, tile_q),
+        statistics_descriptor(statistics, tile_q),
+        virtual.bias,
+        grads[0],
+        grads[1],
+        grad_bias,
+        options.scale,
+        virtual.bias.shape[2],
+        total,
+        tiles,
+        heads,
+        splits,
+        query_tiles,
+        count,
+        BLOCK_Q=options.block_q,
+        TILE_Q=tile_q,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded,
+        STAGES=4 * (128 // padded),
+        num_warps=4,
+        maxnreg=168,
+    )
+    of_keys, of_values = grads.sum(dim=1)
+    return of_keys, of_values, grad_bias
