@@ -193,18 +193,17 @@ def query_consumer(
                 )  # fmt: skip
                 taken += 1
             factor = gl.convert_layout(share * scale, gl.SliceLayout(1, out_layout))
-            # read again: the compiler would keep what it made of the registers above, in memory
-            weighed = own_grad.index(CONSUMER).reshape([ROWS, PADDED_DIM]).load(out_layout)
-            weighed = weighed.to(gl.float32) * factor[:, None]
-            # what dS is made of lies where queries and gradients lay, in the type of the states
+            # what dS is made of lies where queries and gradients lay, in the type of the states; these are read again:
+            # the compiler would keep what was made of the registers above, in local memory
             own_shape: gl.constexpr = [CONSUMERS, 1, 1, ROWS, PADDED_DIM]
             queries = view_as(own_q, gl.bfloat16, own_shape, tile_layout)
             shares = view_as(own_grad, gl.bfloat16, own_shape, tile_layout)
             own_shares = shares.index(CONSUMER).reshape([ROWS, PADDED_DIM])
-            own_shares.store(weighed.to(gl.bfloat16))
+            weighed = own_grad.index(CONSUMER).reshape([ROWS, PADDED_DIM]).load(out_layout).to(gl.float32)
+            own_shares.store((weighed * factor[:, None]).to(gl.bfloat16))
             if dtype != gl.bfloat16:
-                own_queries = queries.index(CONSUMER).reshape([ROWS, PADDED_DIM])
-                own_queries.store(gl.convert_layout(query, out_layout).to(gl.bfloat16))
+                again = own_q.index(CONSUMER).reshape([ROWS, PADDED_DIM]).load(out_layout)
+                queries.index(CONSUMER).reshape([ROWS, PADDED_DIM]).store(again.to(gl.float32).to(gl.bfloat16))
             fence_async_shared()
             mbarrier.arrive(joint, count=1)
             mbarrier.wait(joint, turn & 1)

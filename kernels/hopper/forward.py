@@ -209,6 +209,54 @@ def forward_producer(
 
 
 @gluon.jit
+def forward_step(
+    accumulator, operand, running_max, running_sum, critical_sum, query, rings, barriers, taken, scale_log2, added,
+    HAS_ADDED: gl.constexpr,
+):  # fmt: skip
+    """The P V of the tile before, whose P is ``operand``, and the softmax of the next, to whose logits in base 2
+    ``added`` is added; ``critical_sum`` is rescaled as the sum is."""
+    k_ring, v_ring = rings
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, matrix_full, matrix_empty = barriers
+    STAGES: gl.constexpr = k_ring.type.shape[0]
+    TILE_K: gl.constexpr = k_ring.type.shape[3]
+    ROWS: gl.constexpr = accumulator.shape[0]
+    PADDED_DIM: gl.constexpr = accumulator.shape[1]
+    dtype: gl.constexpr = k_ring.dtype
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_K, 16])
+    out_row_layout: gl.constexpr = gl.SliceLayout(1, accumulator.type.layout)
+    weights_layout: gl.constexpr = operand.type.layout
+    index = taken % STAGES
+    phase = taken // STAGES & 1
+    next_index = (taken + 1) % STAGES
+    next_phase = (taken + 1) // STAGES & 1
+    zero_scores = gl.zeros([ROWS, TILE_K], gl.float32, scores_layout)
+    mbarrier.wait(k_full.index(next_index), next_phase)
+    key = k_ring.index(next_index).reshape([TILE_K, PADDED_DIM])
+    scores = warpgroup_mma(query, key.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(index), phase)
+    value = v_ring.index(index).reshape([TILE_K, PADDED_DIM])
+    accumulating = warpgroup_mma(operand, value, accumulator, is_async=True)
+    scores = warpgroup_mma_wait(1, deps=(scores,))
+    mbarrier.arrive(k_empty.index(next_index), count=1)
+    if HAS_ADDED:
+        scores = scores * scale_log2 + added[None, :]
+        new_max = gl.maximum(running_max, gl.max(scores, 1))
+        weights = gl.exp2(scores - new_max[:, None])
+    else:
+        new_max = gl.maximum(running_max, gl.max(scores, 1) * scale_log2)
+        weights = gl.exp2(scores * scale_log2 - new_max[:, None])
+    rescale = gl.exp2(running_max - new_max)
+    running_sum = running_sum * rescale + gl.sum(weights, 1)
+    critical_sum = critical_sum * rescale
+    accumulator, operand = warpgroup_mma_wait(0, deps=(accumulating, operand))
+    mbarrier.arrive(v_empty.index(index), count=1)
+    accumulator = accumulator * gl.convert_layout(rescale, out_row_layout)[:, None]
+    # only now, so that the 16-bit tile before is no longer in registers
+    operand = gl.convert_layout(weights.to(dtype), weights_layout)
+    return accumulator, operand, new_max, running_sum, critical_sum
+
+
+@gluon.jit
 def forward_consumer(
     buffers,
     barriers,
@@ -253,7 +301,9 @@ def forward_consumer(
     key_lanes = gl.arange(0, TILE_K, layout=gl.SliceLayout(0, scores_layout))
     row_lanes = gl.arange(0, ROWS, layout=out_row_layout)
     dims = gl.arange(0, PADDED_DIM, layout=dim_layout)
+    lanes = gl.arange(0, TILE_K, layout=gl.BlockedLayout([1], [32], [4], [0]))
     query = q_buffers.index(CONSUMER).reshape([ROWS, PADDED_DIM])
+    rings = (k_ring, v_ring)
     # without buffers of their own, outputs leave from where the queries were
     leaving = q_buffers.index(CONSUMER) if OUTPUTS == 0 else out_buffers.index(CONSUMER * OUTPUTS)
     linear_leaving = q_buffers.index(CONSUMER) if OUTPUTS == 0 else out_buffers.index((CONSUMER + 1) * OUTPUTS - 1)
@@ -291,63 +341,28 @@ def forward_consumer(
         accumulator = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
 
         for _step in range(count - 1):
-            next_index = (taken + 1) % STAGES
-            next_phase = (taken + 1) // STAGES & 1
-            mbarrier.wait(k_full.index(next_index), next_phase)
-            key = k_ring.index(next_index).reshape([TILE_K, PADDED_DIM])
-            scores = warpgroup_mma(query, key.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(index), phase)
-            value = v_ring.index(index).reshape([TILE_K, PADDED_DIM])
-            accumulating = warpgroup_mma(operand, value, accumulator, is_async=True)
-            scores = warpgroup_mma_wait(1, deps=(scores,))
-            mbarrier.arrive(k_empty.index(next_index), count=1)
-            new_max = gl.maximum(running_max, gl.max(scores, 1) * scale_log2)
-            rescale = gl.exp2(running_max - new_max)
-            weights = gl.exp2(scores * scale_log2 - new_max[:, None])
-            running_sum = running_sum * rescale + gl.sum(weights, 1)
-            running_max = new_max
-            accumulator, operand = warpgroup_mma_wait(0, deps=(accumulating, operand))
-            mbarrier.arrive(v_empty.index(index), count=1)
-            accumulator = accumulator * gl.convert_layout(rescale, out_row_layout)[:, None]
-            # only now, so that the 16-bit tile before is no longer in registers
-            operand = gl.convert_layout(weights.to(dtype), weights_layout)
+            accumulator, operand, running_max, running_sum, _sum = forward_step(
+                accumulator, operand, running_max, running_sum, running_sum, query, rings, barriers, taken, scale_log2,
+                running_max, False,
+            )  # fmt: skip
             taken += 1
-            index = next_index
-            phase = next_phase
-
         # the part of the sum that critical keys have
         critical_sum = running_sum
         if HAS_VIRTUAL:
-            # the loop above once more, with a bias
+            row_bias = virtual_bias + line * num_virtual
+            following = gl.load(row_bias + lanes, mask=lanes < num_virtual, other=float("-inf"))
             for start in range(0, num_virtual, TILE_K):
-                next_index = (taken + 1) % STAGES
-                next_phase = (taken + 1) // STAGES & 1
-                mbarrier.wait(k_full.index(next_index), next_phase)
-                key = k_ring.index(next_index).reshape([TILE_K, PADDED_DIM])
-                scores = warpgroup_mma(query, key.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
-                mbarrier.wait(v_full.index(index), phase)
-                value = v_ring.index(index).reshape([TILE_K, PADDED_DIM])
-                accumulating = warpgroup_mma(operand, value, accumulator, is_async=True)
-                columns = start + key_lanes
-                added = gl.load(
-                    virtual_bias + line * num_virtual + columns, mask=columns < num_virtual, other=float("-inf")
-                )
-                scores = warpgroup_mma_wait(1, deps=(scores,))
-                mbarrier.arrive(k_empty.index(next_index), count=1)
-                scores = scores * scale_log2 + (added * LOG2E)[None, :]
-                new_max = gl.maximum(running_max, gl.max(scores, 1))
-                rescale = gl.exp2(running_max - new_max)
-                weights = gl.exp2(scores - new_max[:, None])
-                running_sum = running_sum * rescale + gl.sum(weights, 1)
-                critical_sum = critical_sum * rescale
-                running_max = new_max
-                accumulator, operand = warpgroup_mma_wait(0, deps=(accumulating, operand))
-                mbarrier.arrive(v_empty.index(index), count=1)
-                accumulator = accumulator * gl.convert_layout(rescale, out_row_layout)[:, None]
-                operand = gl.convert_layout(weights.to(dtype), weights_layout)
+                added = gl.convert_layout(following * LOG2E, gl.SliceLayout(0, scores_layout))
+                # one tile ahead, a number a thread
+                columns = start + TILE_K + lanes
+                following = gl.load(row_bias + columns, mask=columns < num_virtual, other=float("-inf"))
+                accumulator, operand, running_max, running_sum, critical_sum = forward_step(
+                    accumulator, operand, running_max, running_sum, critical_sum, query, rings, barriers, taken,
+                    scale_log2, added, True,
+                )  # fmt: skip
                 taken += 1
-                index = next_index
-                phase = next_phase
+        index = taken % STAGES
+        phase = taken // STAGES & 1
 
         if not HAS_LINEAR and not HAS_VIRTUAL and OUTPUTS > 0:
             mbarrier.arrive(q_empty.index(CONSUMER), count=1)

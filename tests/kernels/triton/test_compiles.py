@@ -147,7 +147,7 @@ def test_every_launch_of_gluon_compiles(case: Case, dtype: torch.dtype, monkeypa
 
     compiled = compile_launches(monkeypatch)
     monkeypatch.setattr(hopper, "usable", lambda *tensors, **settings: True)
-    for user in ("states", "forward", "backward_query", "backward_key", "linear_backward"):
+    for user in ("states", "forward", "backward_query", "backward_key", "linear_backward", "virtual_keys"):
         module = importlib.import_module(f"sla_compile.kernels.hopper.{user}")
         assert module.multiprocessors is primitives.multiprocessors
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
@@ -155,5 +155,8 @@ def test_every_launch_of_gluon_compiles(case: Case, dtype: torch.dtype, monkeypa
     expected = {"attention_forward_kernel", "query_kernel", "key_kernel"}
     if case.weight != "none" and case.linear != "taylor":
         expected |= {"states_kernel", "linear_kernel"}
+    if case.linear == "taylor":
+        expected.add("virtual_key_kernel")
     assert expected <= {*compiled}
-    assert not {"attention_backward_key_kernel", "key_state_kernel"} & {*compiled}
+    in_triton = {"attention_backward_key_kernel", "key_state_kernel", "virtual_backward_query_kernel"}
+    assert not (in_triton | {"virtual_backward_key_kernel", "key_gradient_kernel"}) & {*compiled}
