@@ -185,8 +185,7 @@ class Gate(nn.Module):
         """The topk in force of each head, where they have their own; else None. It waits for the device as `shares`."""
         if self.sparsity is None or self.sparsity.is_meta or self.sparsity.dim() == 1:
             return None
-        most = self.config.max_topk or 1.0
-        return tuple(min(topk / MILLION, most) for topk in self.sparsity[:, 0].tolist())
+        return tuple(min(topk / MILLION, self.config.max_topk or 1.0) for topk in self.sparsity[:, 0].tolist())
 
     def trained(self) -> bool:
         """Whether any parameter is not zero. Reads the values, so it waits for the device."""

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -140,12 +141,13 @@ Handler = Callable[[GatedCall], Tensor]
 
 
 @contextmanager
-def gated_calls(model: nn.Module, handler: Handler) -> Iterator[None]:
+def gated_calls(model: nn.Module, handler: Handler, on_linear: Callable[..., None] | None = None) -> Iterator[None]:
     """Within this context ``model`` runs eagerly, and each gated attention outputs what ``handler`` returns.
 
-    A call that ``backend="sla"`` would keep dense, for its mask or its length say, does not reach ``handler``.
+    ``on_linear`` sees the arguments of each ``F.linear`` before it is called. A call that ``backend="sla"`` would keep
+    dense, for its mask or its length say, does not reach ``handler``.
     """
-    mode = _AttentionMode(model, handler)
+    mode = _AttentionMode(model, handler, on_linear)
     handles = []
     try:
         for module in model.modules():
@@ -162,10 +164,10 @@ def gated_calls(model: nn.Module, handler: Handler) -> Iterator[None]:
 class _AttentionMode(TorchFunctionMode):
     """Numbers attention calls within each module call, as ``sites.find_sites`` does within a graph."""
 
-    def __init__(self, model: nn.Module, handler: Handler) -> None:
+    def __init__(self, model: nn.Module, handler: Handler, on_linear: Callable[..., None] | None) -> None:
         super().__init__()
         self.paths = {id(gate): path for path, gate in gates(model).items()}
-        self.handler = handler
+        self.handler, self.on_linear = handler, on_linear
         self.running: list[nn.Module] = []
         self.calls: list[list[tuple[int, str]]] = []
         """Of each running module, what ``number_calls`` takes for the calls so far."""
@@ -196,6 +198,8 @@ class _AttentionMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is F.linear and self.on_linear is not None:
+            self.on_linear(*args, **(kwargs or {}))
         output = func(*args, **(kwargs or {}))
         if func not in SDPA_TARGETS or not self.running:
             return output

@@ -167,7 +167,7 @@ def test_one_topk_goes_to_all_heads() -> None:
     paths = list(sla_compile.gates(model))
     heads = sla_compile.gates(model)[paths[0]].heads
     own = tuple(0.1 + 0.1 * head / heads for head in range(heads))
-    _set_topks(model, ((batches()[0][0],), {}), {paths[0]: BUDGET, paths[1]: own}, at_run_time=True)
+    _set_topks(model, ((batches()[0][0],), {}), {paths[0]: BUDGET, paths[1]: own})
     found = [gate.sparsity[..., 0] for gate in sla_compile.gates(model).values() if gate.sparsity is not None]
     assert found[0].tolist() == [round(1e6 * BUDGET)] * heads
     assert found[1].tolist() == [round(1e6 * topk) for topk in own]
