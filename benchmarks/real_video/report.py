@@ -38,7 +38,8 @@ def closed_table(results: Results) -> list[str]:
     names = [name for name in ARMS if name in results and name != "dense"]
     for name in sorted(names, key=lambda name: ("95% 90% 97%".index(ARMS[name].sparsity), list(ARMS).index(name))):
         row = results[name]
-        measured = f"{cells(above(row, results['dense']))} | {row['psnr']:.1f} | {row['features']:.3f}"
+        samples = f"{row['psnr']:.1f} | {row['features']:.3f}" if "psnr" in row else "- | -"
+        measured = f"{cells(above(row, results['dense']))} | {samples}"
         lines.append(f"| {ARMS[name].title} | {ARMS[name].sparsity} | {measured} |")
     return lines
 

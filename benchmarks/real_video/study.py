@@ -49,6 +49,7 @@ class Study:
         self.tokens = frames * (stage.side // config.patch[1]) * (stage.side // config.patch[2])
         self.steps, self.lr, self.gate_lr = options.steps, options.lr, options.gate_lr
         self.device, self.tiny, self.folder = device, tiny, options.out
+        self.samples_wanted = not options.no_samples
         self.folder.mkdir(parents=True, exist_ok=True)
         self.base = load_weights(RotaryVideoDiT(config).to(device), options.weights).requires_grad_(False)
         self.dense = ARMS["dense"].put_into(self.fresh(), self.tokens, [])
@@ -86,10 +87,11 @@ class Study:
         """An arm right after the switch."""
         began, arm = time.monotonic(), self.arm(name)
         model = arm.put_into(self.fresh(), self.tokens, self.calibration)
-        row = self.measure(model)
+        row = self.measure(model, self.samples_wanted)
         row["seconds"], row["budgets"] = time.monotonic() - began, arm.budgets(model)
         self.add(name, row)
-        self.picture(name, self.samples)
+        if self.samples_wanted:
+            self.picture(name, self.samples)
         self.say(name, row, "dense")
 
     def tune(self, name: str, seed: int) -> None:
@@ -137,11 +139,8 @@ class Study:
         """One line."""
         above = [100 * (a / b - 1) for a, b in zip(row["loss"], self.results[against]["loss"], strict=True)]
         shown = " ".join(f"{value:+.2f}" for value in above)
-        print(
-            f"{key:34s} {shown}  PSNR {row['psnr']:.2f} features {row['features']:.4f} "
-            f"{row.get('step_ms', 0):.0f} ms/step {row['seconds']:.0f} s",
-            flush=True,
-        )
+        samples = f"PSNR {row['psnr']:.2f} features {row['features']:.4f} " if "psnr" in row else ""
+        print(f"{key:34s} {shown}  {samples}{row.get('step_ms', 0):.0f} ms/step {row['seconds']:.0f} s", flush=True)
 
     def picture(self, name: str, videos: Tensor) -> None:
         """Frames 1, 5, 10 and the last of the first samples, as a PNG."""
@@ -168,6 +167,7 @@ def main() -> None:
     parser.add_argument("--gate-lr", type=float, default=1e-3)
     parser.add_argument("--held-out", type=int, default=32, help="batches")
     parser.add_argument("--frames", type=int, default=FRAMES)
+    parser.add_argument("--no-samples", action="store_true", help="right after the switch, the loss alone")
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--cudnn", action="store_true", help="dense attention by cuDNN")
     parser.add_argument("--tiny", action="store_true", help="the tiny checkpoint of train.py, to try the script")
