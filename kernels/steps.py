@@ -89,7 +89,7 @@ class VirtualKeys(NamedTuple):
     """(B, H, Tn, D up to a multiple of 8), in the inputs' type, as ``values``."""
     values: Tensor
     bias: Tensor
-    """float32 (B, H, Tm, Tn): added to their logits; -inf where the row has no such key."""
+    """float32 (B, H, Tm, Tn up to a multiple of 64): added to their logits; -inf where the row has no such key."""
     slopes: Tensor
     """S of each row, like `LinearStates`'s states."""
 
@@ -138,6 +138,9 @@ class Steps(Protocol):
     def key_states(self, inputs: KernelInputs, options: BackwardOptions, *, pool: bool) -> tuple[LinearStates, Tensor]:
         """h and z of each key block, in one pass over k and v that are weighed by exp(key_bias), and the float32 means
         of k by blocks (B, H, Tn, D), of shape (0,) without ``pool``."""
+
+    def key_moments(self, inputs: KernelInputs, options: BackwardOptions) -> KeyMoments:
+        """The moments of all key blocks, in one pass over k and v."""
 
     def attention_forward(
         self, inputs: KernelInputs, lists: BlockLists, linear: LinearStates | None, options: BackwardOptions
@@ -205,8 +208,8 @@ class Steps(Protocol):
         options: BackwardOptions,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the ``virtual`` keys and of their values by attention, float32 (B, H, Tn, D), and the sums of dl
-        by tiles of queries, of which block_q is a multiple, float32 (B, H, tiles, Tn); from the ``statistics`` of
-        virtual keys."""
+        by tiles of queries, of which block_q is a multiple, float32 (B, H, tiles, ...) in rows like those of ``bias``,
+        unwritten past Tn; from the ``statistics`` of virtual keys."""
 
     def virtual_backward_key(
         self,

@@ -23,8 +23,9 @@ from sla_compile.common.options import BackwardOptions
 from ..steps import BlockLists, KernelInputs, KeyMoments, LinearStates, MomentGradients, Upstream
 from ..triton.primitives import LOG2E
 from ..triton.tiles import ceil_div
-from .pairs import make_buffers, matrix_of, pair_producer, read_turn, split_pair, statistics_descriptor
+from .pairs import make_buffers, matrix_of, pair_producer, read_turn, split_pair, vectors_descriptor
 from .primitives import (
+    all_threads,
     feature_map_backward,
     load_row,
     locate_tile,
@@ -139,6 +140,20 @@ def spread(vector, buffer, INDEX: gl.constexpr, layout: gl.constexpr, THROUGH_BU
 
 
 @gluon.jit
+def subtract_row(tile, row, factor, read_layout: gl.constexpr, tile_layout: gl.constexpr):
+    """A tile [1, 1, rows, dims] less ``row`` and times ``factor``, in its place, as bfloat16 [rows, dims]."""
+    ROWS: gl.constexpr = tile.type.shape[2]
+    PADDED_DIM: gl.constexpr = tile.type.shape[3]
+    before = tile.reshape([ROWS, PADDED_DIM])
+    after = view_as(tile, gl.bfloat16, [1, 1, ROWS, PADDED_DIM], tile_layout).reshape([ROWS, PADDED_DIM])
+    # a few rows at a time, which takes few registers
+    for part in gl.static_range(ROWS // 32):
+        off = before.slice(part * 32, 32).load(read_layout).to(gl.float32) - row[None, :]
+        after.slice(part * 32, 32).store((off * factor).to(gl.bfloat16))
+    return after
+
+
+@gluon.jit
 def key_consumer(
     buffers,
     barriers,
@@ -159,8 +174,8 @@ def key_consumer(
     HAS_MOMENTS: gl.constexpr,
     HAS_OUTPUTS: gl.constexpr,
 ):
-    """dK and dV of 64 keys: the linear branch's part from dh and dz, or the moments' part, then one step for each tile
-    of queries."""
+    """dK and dV of 64 keys: the linear branch's part from dh and dz, then one step for each tile of queries, last the
+    moments' part."""
     own_k, own_v, ring, statistics_ring, turns, out_buffers = buffers
     own_full, own_empty, ring_full, ring_empty, _prior_full, _prior_empty, _joint = barriers
     num_columns, total_tiles, tiles_per_head, num_heads, _list_width, matrix_rows, num_keys = extents
@@ -181,6 +196,8 @@ def key_consumer(
     key = own_k.index(CONSUMER).reshape([ROWS, PADDED_DIM])
     value = own_v.index(CONSUMER).reshape([ROWS, PADDED_DIM])
     leaving = out_buffers.index(CONSUMER)
+    LANES: gl.constexpr = PADDED_DIM // 8
+    read_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
 
     taken = 0
     turn = 0
@@ -214,49 +231,50 @@ def key_consumer(
             fence_async_shared()
             mbarrier.arrive(ring_empty.index(index), count=1)
             taken += 1
-        elif HAS_MOMENTS:
-            index = taken % STAGES
+        else:
+            key_accumulator = zero
+            value_accumulator = zero
+
+        if HAS_MOMENTS:
+            # long before they are wanted, a number a thread
             slot = (batch_head * num_columns + key_tile) * HEAD_DIM
-            # at once, a number a thread
             mean_value = load_row(mean_values + slot, lanes, HEAD_DIM, PADDED_DIM).to(gl.float32)
             mean = load_row(means + slot, lanes, HEAD_DIM, PADDED_DIM)
             of_mean = load_row(grad_spans + slot, lanes, HEAD_DIM, PADDED_DIM)
             of_variance = load_row(grad_spans + total_tiles * HEAD_DIM + slot, lanes, HEAD_DIM, PADDED_DIM)
             of_value = load_row(grad_values + slot, lanes, HEAD_DIM, PADDED_DIM)
-            inverse = 1.0 / gl.minimum(num_keys - key_tile * TILE_K, TILE_K).to(gl.float32)
-            if HAS_OUTPUTS:
-                tma.store_wait(0)
-            mean_value = spread(mean_value, leaving, 0, dim_layout, HAS_OUTPUTS)
-            off_value = value.load(out_layout).to(gl.float32) - mean_value[None, :]
-            value_operand = gl.convert_layout(off_value.to(gl.bfloat16), operand_layout)
-            mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
-            grad_slope = matrix_of(ring.index(index), gl.bfloat16, matrix_layout).reshape([PADDED_DIM, PADDED_DIM])
-            along = warpgroup_mma(value_operand, grad_slope.permute((1, 0)), zero, use_acc=False, is_async=True)
-            mean = spread(mean, leaving, 1, dim_layout, HAS_OUTPUTS)
-            off_key = key.load(out_layout).to(gl.float32) - mean[None, :]
-            along = warpgroup_mma_wait(0, deps=(along,))
-            of_mean = spread(of_mean * inverse, leaving, 2, dim_layout, HAS_OUTPUTS)
-            key_accumulator = along * inverse + of_mean[None, :]
-            of_variance = spread(of_variance * (2.0 * inverse), leaving, 3, dim_layout, HAS_OUTPUTS)
-            key_accumulator += off_key * of_variance[None, :]
-            key_operand = gl.convert_layout(off_key.to(gl.bfloat16), operand_layout)
-            along = warpgroup_mma(key_operand, grad_slope, zero, use_acc=False, is_async=True)
-            along = warpgroup_mma_wait(0, deps=(along,))
-            of_value = spread(of_value * inverse, leaving, 4, dim_layout, HAS_OUTPUTS)
-            value_accumulator = along * inverse + of_value[None, :]
-            fence_async_shared()
-            mbarrier.arrive(ring_empty.index(index), count=1)
-            taken += 1
-        else:
-            key_accumulator = zero
-            value_accumulator = zero
-
         if count > 0:
             key_accumulator, value_accumulator, taken = key_steps(
                 key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken,
                 count * PARTS, scale, grad_normalizers, grad_normalizers, 0, 0, 0, TILE_Q, TILE_Q, AHEAD, tile_layout,
                 False,
             )  # fmt: skip
+        if HAS_MOMENTS:
+            inverse = 1.0 / gl.minimum(num_keys - key_tile * TILE_K, TILE_K).to(gl.float32)
+            if HAS_OUTPUTS:
+                tma.store_wait(0)
+            mean_value = spread(mean_value, leaving, 0, gl.SliceLayout(0, read_layout), HAS_OUTPUTS)
+            off_value = subtract_row(own_v.index(CONSUMER), mean_value, inverse, read_layout, tile_layout)
+            mean = spread(mean, leaving, 1, gl.SliceLayout(0, read_layout), HAS_OUTPUTS)
+            off_key = subtract_row(own_k.index(CONSUMER), mean, inverse, read_layout, tile_layout)
+            # each thread's fence comes before any warp's product
+            fence_async_shared()
+            all_threads()
+            index = taken % STAGES
+            grad_slope = matrix_of(ring.index(index), gl.bfloat16, matrix_layout).reshape([PADDED_DIM, PADDED_DIM])
+            mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
+            key_accumulator = warpgroup_mma(off_value, grad_slope.permute((1, 0)), key_accumulator, is_async=True)
+            value_accumulator = warpgroup_mma(off_key, grad_slope, value_accumulator, is_async=True)
+            key_accumulator, value_accumulator = warpgroup_mma_wait(0, deps=(key_accumulator, value_accumulator))
+            of_value = spread(of_value * inverse, leaving, 2, dim_layout, HAS_OUTPUTS)
+            value_accumulator += of_value[None, :]
+            of_mean = spread(of_mean * inverse, leaving, 3, dim_layout, HAS_OUTPUTS)
+            key_accumulator += of_mean[None, :]
+            of_variance = spread(2.0 * of_variance, leaving, 4, dim_layout, HAS_OUTPUTS)
+            key_accumulator += off_key.load(out_layout).to(gl.float32) * of_variance[None, :]
+            fence_async_shared()
+            mbarrier.arrive(ring_empty.index(index), count=1)
+            taken += 1
         at = [batch, head, key_tile * TILE_K + CONSUMER * ROWS, 0]
         if HAS_OUTPUTS:
             mbarrier.arrive(own_empty, count=1)
@@ -321,12 +339,11 @@ def key_kernel(
     CONSUMERS: gl.constexpr = TILE_K // 64
     # two programs side by side have no room for them
     HAS_OUTPUTS: gl.constexpr = CONSUMERS == 2
-    buffers, barriers = make_buffers(k_desc, q_desc, statistics_desc, STAGES, CONSUMERS, True, HAS_OUTPUTS)
+    buffers, barriers = make_buffers(k_desc, q_desc, statistics_desc, STAGES, CONSUMERS, 2, HAS_OUTPUTS)
     extents = (tiles_per_head, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows, num_keys)
     listed_descs = (q_desc, grad_desc)
     descriptors = ((k_desc, v_desc), listed_descs, listed_descs, q_desc, matrix_desc, statistics_desc, k_desc)
     moments = (means, mean_values, grad_spans, grad_values)
-    HAS_MATRIX: gl.constexpr = HAS_LINEAR or HAS_MOMENTS
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
@@ -336,7 +353,7 @@ def key_kernel(
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, order, extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
-                    HAS_MATRIX, True, True, False, False, False,
+                    HAS_LINEAR, True, True, False, False, False, HAS_MOMENTS,
                 )),
             ],
             [1],
@@ -355,7 +372,7 @@ def key_kernel(
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, order, extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
-                    HAS_MATRIX, True, True, False, False, False,
+                    HAS_LINEAR, True, True, False, False, False, HAS_MOMENTS,
                 )),
             ],
             [4, 1],
@@ -422,7 +439,7 @@ def _backward_key(
         tile_descriptor(q, tile_q),
         tile_descriptor(upstream.grad_out, tile_q),
         matrix_descriptor(matrices, head_dim),
-        statistics_descriptor(statistics, tile_q),
+        vectors_descriptor(statistics, tile_q),
         tile_descriptor(grad_k, 64),
         tile_descriptor(grad_v, 64),
         lists.blocks,

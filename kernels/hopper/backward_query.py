@@ -23,7 +23,7 @@ from sla_compile.common.options import BackwardOptions
 from ..steps import BlockLists, KernelInputs, QueryGradients, Upstream, VirtualKeys, VirtualQueryGradients
 from ..triton.primitives import LOG2E
 from ..triton.tiles import ceil_div
-from .pairs import make_buffers, matrix_of, pair_producer, split_pair, statistics_descriptor
+from .pairs import make_buffers, matrix_of, pair_producer, split_pair, vectors_descriptor
 from .primitives import (
     locate_tile,
     matrix_descriptor,
@@ -39,10 +39,10 @@ __all__ = ["attention_backward_query", "fresh_gradients", "virtual_backward_quer
 
 @gluon.jit
 def query_step(
-    accumulator, query, grad, unit, full, empty, phase, row_lse, delta, scale, added, share, TILE_K: gl.constexpr,
-    tile_layout: gl.constexpr, scores_layout: gl.constexpr, operand_layout: gl.constexpr, HAS_ADDED: gl.constexpr,
+    accumulator, query, grad, unit, full, empty, phase, row_lse, delta, scale, bias, share, TILE_K: gl.constexpr,
+    tile_layout: gl.constexpr, scores_layout: gl.constexpr, operand_layout: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
-    """dQ of the pair of tiles in ``unit``, to whose logits in base 2 ``added`` is added, and the rows' sums of P."""
+    """dQ of the pair of tiles in ``unit``; with a ``bias``, which comes with it, also the rows' sums of P."""
     dtype: gl.constexpr = unit.dtype
     ROWS: gl.constexpr = accumulator.shape[0]
     PADDED_DIM: gl.constexpr = accumulator.shape[1]
@@ -55,17 +55,21 @@ def query_step(
     grad_weights = warpgroup_mma(grad, value.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(1, deps=(scores,))
     exponents = scores * (scale * LOG2E) - row_lse[:, None]
-    if HAS_ADDED:
-        exponents += added[None, :]
+    if HAS_BIAS:
+        vector_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        added = view_as(bias, gl.float32, [TILE_K], vector_layout).load(gl.SliceLayout(0, scores_layout))
+        exponents += (added * LOG2E)[None, :]
     # at most 1 by the definition of lse; past the last key, where K is 0, it could be infinite
     weights = gl.exp2(gl.minimum(exponents, 0.0))
-    if HAS_ADDED:
+    if HAS_BIAS:
         share += gl.sum(weights, 1)
     grad_weights = warpgroup_mma_wait(0, deps=(grad_weights,))
     grad_scores = weights * (grad_weights * scale - delta[:, None])
     operand = gl.convert_layout(grad_scores.to(dtype), operand_layout)
     accumulator = warpgroup_mma(operand, key, accumulator, is_async=True)
     accumulator, _ = warpgroup_mma_wait(0, deps=(accumulator, operand))
+    if HAS_BIAS:
+        fence_async_shared()
     mbarrier.arrive(empty, count=1)
     return accumulator, share
 
@@ -77,7 +81,6 @@ def query_consumer(
     counts,
     lse,
     statistics,
-    virtual_bias,
     virtual_statistics,
     out_desc,
     grad_slope_desc,
@@ -98,7 +101,7 @@ def query_consumer(
 ):
     """dQ of 64 queries, to which the linear branch's part, which is there already, is added; with virtual keys also its
     share of the tile's dS."""
-    own_q, own_grad, ring, _statistics_ring, _turns, out_buffers = buffers
+    own_q, own_grad, ring, bias_ring, _turns, out_buffers = buffers
     own_full, own_empty, ring_full, ring_empty, prior_full, prior_empty, joint = barriers
     num_rows, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows, num_virtual = extents
     ROWS: gl.constexpr = 64
@@ -111,10 +114,8 @@ def query_consumer(
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED_DIM, 16])
     operand_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
-    key_layout: gl.constexpr = gl.SliceLayout(0, scores_layout)
     matrix_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, PADDED_DIM, PADDED_DIM], gl.bfloat16)
     score_rows = gl.arange(0, ROWS, layout=row_layout)
-    lanes = gl.arange(0, TILE_K, layout=gl.BlockedLayout([1], [32], [4], [0]))
     leaving = out_buffers.index(CONSUMER)
     staged = leaving.reshape([ROWS, PADDED_DIM])
     # its own rows stay in registers: products of 64 columns would take all that shared memory gives in a cycle
@@ -143,9 +144,6 @@ def query_consumer(
         tma.store_wait(0)
         if HAS_LINEAR:
             mbarrier.arrive(prior_empty, count=1)
-        if HAS_VIRTUAL:
-            row_bias = virtual_bias + line * num_virtual
-            following = gl.load(row_bias + lanes, mask=lanes < num_virtual, other=float("-inf"))
         if MAKES_STATISTICS:
             rows = first + score_rows
             row_lse = gl.load(lse + batch_head * num_queries + rows, mask=rows < num_queries, other=float("inf"))
@@ -180,15 +178,11 @@ def query_consumer(
             row_statistics = virtual_statistics + batch_head * row_pitch * 2 + first
             gl.store(row_statistics + score_rows, row_lse)
             gl.store(row_statistics + row_pitch + score_rows, against)
-            for start in range(0, num_virtual, TILE_K):
-                added = gl.convert_layout(following * LOG2E, key_layout)
-                # one tile ahead, a number a thread
-                columns = start + TILE_K + lanes
-                following = gl.load(row_bias + columns, mask=columns < num_virtual, other=float("-inf"))
+            for _start in range(0, num_virtual, TILE_K):
                 index = taken % STAGES
                 accumulator, share = query_step(
                     accumulator, query, grad, ring.index(index), ring_full.index(index), ring_empty.index(index),
-                    taken // STAGES & 1, row_lse, against, scale, added, share, TILE_K, tile_layout,
+                    taken // STAGES & 1, row_lse, against, scale, bias_ring.index(index), share, TILE_K, tile_layout,
                     scores_layout, operand_layout, True,
                 )  # fmt: skip
                 taken += 1
@@ -235,7 +229,7 @@ def query_consumer(
             index = taken % STAGES
             accumulator, share = query_step(
                 accumulator, query, grad, ring.index(index), ring_full.index(index), ring_empty.index(index),
-                taken // STAGES & 1, row_lse, delta, scale, row_lse, share, TILE_K, tile_layout, scores_layout,
+                taken // STAGES & 1, row_lse, delta, scale, bias_ring, share, TILE_K, tile_layout, scores_layout,
                 operand_layout, False,
             )  # fmt: skip
             taken += 1
@@ -261,14 +255,13 @@ def query_kernel(
     virtual_v_desc,
     saved_desc,
     slope_desc,
-    statistics_desc,
+    bias_desc,
     out_desc,
     grad_slope_desc,
     lists,
     counts,
     lse,
     statistics,
-    virtual_bias,
     virtual_statistics,
     scale,
     num_queries,
@@ -291,23 +284,24 @@ def query_kernel(
     MAKES_STATISTICS: gl.constexpr,
 ):
     CONSUMERS: gl.constexpr = TILE_Q // 64
-    buffers, barriers = make_buffers(q_desc, k_desc, statistics_desc, STAGES, CONSUMERS, False, True)
+    BIASES: gl.constexpr = 1 if HAS_VIRTUAL else 0
+    buffers, barriers = make_buffers(q_desc, k_desc, bias_desc, STAGES, CONSUMERS, BIASES, True)
     extents = (num_rows, total_tiles, tiles_per_head, num_heads, list_width, num_rows, num_virtual)
     virtual_descs = (virtual_k_desc, virtual_v_desc)
     descriptors = (
-        (q_desc, grad_desc), (k_desc, v_desc), virtual_descs, saved_desc, slope_desc, statistics_desc, out_desc
+        (q_desc, grad_desc), (k_desc, v_desc), virtual_descs, saved_desc, slope_desc, bias_desc, out_desc
     )  # fmt: skip
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
                 (query_consumer, (
-                    buffers, barriers, counts, lse, statistics, virtual_bias, virtual_statistics, out_desc,
-                    grad_slope_desc, scale, num_queries, row_pitch, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
-                    HEAD_DIM, PADDED_DIM, HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS,
+                    buffers, barriers, counts, lse, statistics, virtual_statistics, out_desc, grad_slope_desc, scale,
+                    num_queries, row_pitch, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM,
+                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, lists, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
-                    HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL,
+                    HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL, False,
                 )),
             ],
             [1],
@@ -317,18 +311,18 @@ def query_kernel(
         gl.warp_specialize(
             [
                 (query_consumer, (
-                    buffers, barriers, counts, lse, statistics, virtual_bias, virtual_statistics, out_desc,
-                    grad_slope_desc, scale, num_queries, row_pitch, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
-                    HEAD_DIM, PADDED_DIM, HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS,
+                    buffers, barriers, counts, lse, statistics, virtual_statistics, out_desc, grad_slope_desc, scale,
+                    num_queries, row_pitch, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM,
+                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS,
                 )),
                 (query_consumer, (
-                    buffers, barriers, counts, lse, statistics, virtual_bias, virtual_statistics, out_desc,
-                    grad_slope_desc, scale, num_queries, row_pitch, extents, 1, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
-                    HEAD_DIM, PADDED_DIM, HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS,
+                    buffers, barriers, counts, lse, statistics, virtual_statistics, out_desc, grad_slope_desc, scale,
+                    num_queries, row_pitch, extents, 1, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM,
+                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, lists, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
-                    HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL,
+                    HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL, False,
                 )),
             ],
             [4, 1],
@@ -400,14 +394,13 @@ def _backward_query(
         tile_descriptor(virtual.values if virtual is not None else v, tile_k),
         tile_descriptor(upstream.out if makes_statistics else q, 64),
         matrix_descriptor(virtual.slopes if virtual is not None else q, head_dim),
-        statistics_descriptor(statistics, tile_q),
+        vectors_descriptor(virtual.bias if virtual is not None else statistics, tile_k),
         tile_descriptor(gradients.dq, 64),
         matrix_descriptor(slopes if virtual is not None else q, head_dim, 64),
         lists.blocks,
         lists.counts,
         upstream.lse if makes_statistics else statistics,
         statistics,
-        virtual.bias if virtual is not None else statistics,
         virtual_statistics if virtual is not None else statistics,
         options.scale,
         queries,
@@ -417,7 +410,7 @@ def _backward_query(
         tiles_per_head,
         heads,
         lists.blocks.shape[3],
-        virtual.bias.shape[3] if virtual is not None else 0,
+        virtual.keys.shape[2] if virtual is not None else 0,
         BLOCK_Q=block_q,
         TILE_Q=tile_q,
         BLOCK_K=options.block_k,

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sla_compile.common.options import BackwardOptions
 
 from ..steps import BlockLists, KernelInputs, LinearStates, VirtualKeys
-from ..triton.primitives import LOG2E
+from ..triton.primitives import LOG2E, bias_pitch
 from ..triton.tiles import ceil_div, head_stride
 from .primitives import (
     all_threads,
@@ -349,7 +349,7 @@ def forward_consumer(
         # the part of the sum that critical keys have
         critical_sum = running_sum
         if HAS_VIRTUAL:
-            row_bias = virtual_bias + line * num_virtual
+            row_bias = virtual_bias + line * bias_pitch(num_virtual)
             following = gl.load(row_bias + lanes, mask=lanes < num_virtual, other=float("-inf"))
             for start in range(0, num_virtual, TILE_K):
                 added = gl.convert_layout(following * LOG2E, gl.SliceLayout(0, scores_layout))
@@ -645,7 +645,7 @@ def _forward(
         lists.blocks.shape[3],
         linear.states.shape[2] if linear is not None else 1,
         gate.shape[0] if gate is not None and gate.dim() == 3 else 1,
-        virtual.bias.shape[3] if virtual is not None else 0,
+        virtual.keys.shape[2] if virtual is not None else 0,
         BLOCK_Q=block_q,
         TILE_Q=launch.tile_q,
         TILE_K=block_k,

@@ -10,7 +10,15 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .primitives import all_threads, descriptor_of, load_tile, locate_tile, view_as
 
-__all__ = ["make_buffers", "matrix_of", "pair_producer", "read_turn", "split_pair", "statistics_descriptor"]
+__all__ = [
+    "make_buffers",
+    "matrix_of",
+    "pair_producer",
+    "produce_pair",
+    "read_turn",
+    "split_pair",
+    "vectors_descriptor",
+]
 
 
 @gluon.jit
@@ -27,22 +35,22 @@ def produce_matrix(desc, row, ring, ring_full, ring_empty, filled):
 
 @gluon.jit
 def produce_pair(
-    a_desc, b_desc, statistics_desc, batch, head, batch_head, start, ring, statistics_ring, ring_full, ring_empty,
-    filled, HAS_STATISTICS: gl.constexpr,
+    a_desc, b_desc, vectors_desc, batch, head, first_vector, start, ring, vectors_ring, ring_full, ring_empty, filled,
+    VECTORS: gl.constexpr,
 ):  # fmt: skip
-    """The next stage of the ring: a pair of tiles (and their rows' statistics)."""
+    """The next stage of the ring: a pair of tiles, and of some rows of vectors what belongs to their tokens."""
     STAGES: gl.constexpr = ring.type.shape[0]
     TILE: gl.constexpr = a_desc.block_type.shape[2]
     layout: gl.constexpr = a_desc.layout
     index = filled % STAGES
     mbarrier.wait(ring_empty.index(index), (filled // STAGES & 1) ^ 1)
     full = ring_full.index(index)
-    if HAS_STATISTICS:
+    if VECTORS > 0:
         mbarrier.expect(
-            full, a_desc.block_type.nbytes + b_desc.block_type.nbytes + 2 * statistics_desc.block_type.nbytes
+            full, a_desc.block_type.nbytes + b_desc.block_type.nbytes + VECTORS * vectors_desc.block_type.nbytes
         )
-        for which in gl.static_range(2):
-            load_tile(statistics_desc, [batch_head * 2 + which, start], full, statistics_ring.index(index * 2 + which))
+        for which in gl.static_range(VECTORS):
+            load_tile(vectors_desc, [first_vector + which, start], full, vectors_ring.index(index * VECTORS + which))
     else:
         mbarrier.expect(full, a_desc.block_type.nbytes + b_desc.block_type.nbytes)
     tile_a, tile_b = split_pair(ring.index(index), TILE, layout)
@@ -69,24 +77,26 @@ def pair_producer(
     HAS_SAVED: gl.constexpr,
     HAS_PRIOR: gl.constexpr,
     HAS_VIRTUAL: gl.constexpr,
+    HAS_LAST_MATRIX: gl.constexpr,
 ):
     """Load a pair of own tiles, then through the ring (own tiles of saved outputs, a matrix, pairs of tiles of virtual
-    keys and the matrix again, and) pairs of tiles (and their rows' statistics) of the listed blocks; last, where there
-    is one, what the output is to be added to.
+    keys with their bias and the matrix again, and) pairs of tiles (and their rows' statistics) of the listed blocks
+    (and now a matrix); last, where there is one, what the output is to be added to.
 
     With ``order``, of `longest_first`, programs take the next tile in it whenever they are done with one, and the
     consumers learn from ``turns`` which that is, -1 at the end, and how many blocks it has; without, each has its own.
     """
-    own_descs, listed_descs, virtual_descs, saved_desc, matrix_desc, statistics_desc, prior_desc = descriptors
+    own_descs, listed_descs, virtual_descs, saved_desc, matrix_desc, vectors_desc, prior_desc = descriptors
     own_a_desc, own_b_desc = own_descs
     listed_a_desc, listed_b_desc = listed_descs
     virtual_a_desc, virtual_b_desc = virtual_descs
-    own_a, own_b, ring, statistics_ring, turns, out_buffers = buffers
+    own_a, own_b, ring, vectors_ring, turns, out_buffers = buffers
     own_full, own_empty, ring_full, ring_empty, prior_full, prior_empty, _joint = barriers
     num_lines, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows, num_virtual = extents
     STAGES: gl.constexpr = ring.type.shape[0]
     PARTS: gl.constexpr = LISTED_BLOCK // LISTED_TILE
     CONSUMERS: gl.constexpr = TILE // 64
+    VECTORS: gl.constexpr = 2 if HAS_STATISTICS else 0
     turn_layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     tile_layout: gl.constexpr = listed_a_desc.layout
 
@@ -134,8 +144,8 @@ def pair_producer(
         if HAS_VIRTUAL:
             for start in range(0, num_virtual, LISTED_TILE):
                 produce_pair(
-                    virtual_a_desc, virtual_b_desc, statistics_desc, batch, head, batch_head, start, ring,
-                    statistics_ring, ring_full, ring_empty, filled, False,
+                    virtual_a_desc, virtual_b_desc, vectors_desc, batch, head, line, start, ring, vectors_ring,
+                    ring_full, ring_empty, filled, 1,
                 )  # fmt: skip
                 filled += 1
             produce_matrix(matrix_desc, matrix_row, ring, ring_full, ring_empty, filled)
@@ -146,10 +156,13 @@ def pair_producer(
             entry = gl.load(listed + gl.minimum(step + 1, count - 1))
             for part in gl.static_range(PARTS):
                 produce_pair(
-                    listed_a_desc, listed_b_desc, statistics_desc, batch, head, batch_head, first + part * LISTED_TILE,
-                    ring, statistics_ring, ring_full, ring_empty, filled, HAS_STATISTICS,
+                    listed_a_desc, listed_b_desc, vectors_desc, batch, head, batch_head * 2, first + part * LISTED_TILE,
+                    ring, vectors_ring, ring_full, ring_empty, filled, VECTORS,
                 )  # fmt: skip
                 filled += 1
+        if HAS_LAST_MATRIX:
+            produce_matrix(matrix_desc, matrix_row, ring, ring_full, ring_empty, filled)
+            filled += 1
         if HAS_PRIOR:
             mbarrier.wait(prior_empty, (turn & 1) ^ 1)
             mbarrier.expect(prior_full, CONSUMERS * prior_desc.block_type.nbytes)
@@ -203,14 +216,14 @@ def make_barrier_ring(STAGES: gl.constexpr, COUNT: gl.constexpr):
 def make_buffers(
     own_desc,
     listed_desc,
-    statistics_desc,
+    vectors_desc,
     STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr,
-    HAS_STATISTICS: gl.constexpr,
+    VECTORS: gl.constexpr,
     HAS_OUTPUTS: gl.constexpr,
 ):
     """Shared memory and barriers: two own tiles for each consumer, a ring whose stages hold a pair of listed tiles or a
-    matrix, and where wanted rows' statistics beside them, and a tile of output for each consumer."""
+    matrix, beside each stage so many vectors, and where wanted a tile of output for each consumer."""
     own_shape: gl.constexpr = [CONSUMERS] + own_desc.block_type.shape
     own_a = gl.allocate_shared_memory(own_desc.dtype, own_shape, own_desc.layout)
     own_b = gl.allocate_shared_memory(own_desc.dtype, own_shape, own_desc.layout)
@@ -219,10 +232,10 @@ def make_buffers(
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 2 * tile, dims], listed_desc.dtype)
     ring = gl.allocate_shared_memory(listed_desc.dtype, [STAGES, 1, 2 * tile, dims], layout)
     # what is not there is not touched
-    statistics_ring = ring
-    if HAS_STATISTICS:
-        statistics_ring = gl.allocate_shared_memory(
-            gl.float32, [STAGES * 2] + statistics_desc.block_type.shape, statistics_desc.layout
+    vectors_ring = ring
+    if VECTORS > 0:
+        vectors_ring = gl.allocate_shared_memory(
+            gl.float32, [STAGES * VECTORS] + vectors_desc.block_type.shape, vectors_desc.layout
         )
     out_buffers = own_a
     if HAS_OUTPUTS:
@@ -237,19 +250,19 @@ def make_buffers(
     joint = make_barrier_ring(1, CONSUMERS)
     fence_async_shared()
     all_threads()
-    buffers = (own_a, own_b, ring, statistics_ring, turns, out_buffers)
+    buffers = (own_a, own_b, ring, vectors_ring, turns, out_buffers)
     prior = (prior_full.index(0), prior_empty.index(0))
     barriers = (own_full.index(0), own_empty.index(0), ring_full, ring_empty, prior[0], prior[1], joint.index(0))
     return buffers, barriers
 
 
-def statistics_descriptor(statistics: torch.Tensor, tile: int) -> TensorDescriptor:
-    """TMA over (B, H, 2, rows), one line of ``tile`` rows at a time."""
-    shape = statistics.shape
+def vectors_descriptor(vectors: torch.Tensor, tile: int) -> TensorDescriptor:
+    """TMA over contiguous float32 rows, of a multiple of 16 bytes, in parts of ``tile`` numbers."""
+    shape = vectors.shape
 
     def make() -> TensorDescriptor:
         layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-        rows = shape[3]
-        return TensorDescriptor(statistics, [statistics.numel() // rows, rows], [rows, 1], [1, tile], layout)
+        rows = shape[-1]
+        return TensorDescriptor(vectors, [vectors.numel() // rows, rows], [rows, 1], [1, tile], layout)
 
-    return descriptor_of((shape, tile, "statistics"), statistics, make)
+    return descriptor_of((shape, tile, "vectors"), vectors, make)

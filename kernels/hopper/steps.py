@@ -10,6 +10,7 @@ from . import linear_backward as hopper_linear_backward
 from .backward_key import attention_backward_key, virtual_backward_key
 from .backward_query import attention_backward_query, fresh_gradients, virtual_backward_query
 from .forward import attention_forward, virtual_forward
+from .moments import key_moments
 from .states import key_states
 from .virtual_keys import virtual_key_gradients
 
@@ -17,6 +18,7 @@ __all__ = [
     "attention_backward_key",
     "attention_backward_query",
     "attention_forward",
+    "key_moments",
     "key_states",
     "linear_backward",
     "virtual_backward_key",

@@ -16,9 +16,10 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from sla_compile.common.options import BackwardOptions
 
 from ..steps import KernelInputs, Upstream, VirtualKeys
+from ..triton.primitives import bias_pitch
 from ..triton.tiles import ceil_div
 from .backward_key import key_steps
-from .pairs import make_buffers, produce_pair, statistics_descriptor
+from .pairs import make_buffers, produce_pair, vectors_descriptor
 from .primitives import load_tile, multiprocessors, padded_dim, tile_descriptor
 
 __all__ = ["virtual_key_gradients"]
@@ -55,10 +56,11 @@ def stretch_producer(descriptors, buffers, barriers, extents, TILE_Q: gl.constex
             load_tile(k_desc, at, own_full, own_k.index(consumer))
             load_tile(v_desc, at, own_full, own_v.index(consumer))
         turn += 1
+        first_vector = (batch * num_heads + head) * 2
         for step in range(steps):
             produce_pair(
-                q_desc, grad_desc, statistics_desc, batch, head, batch * num_heads + head, (first + step) * TILE_Q,
-                ring, statistics_ring, ring_full, ring_empty, filled, True,
+                q_desc, grad_desc, statistics_desc, batch, head, first_vector, (first + step) * TILE_Q, ring,
+                statistics_ring, ring_full, ring_empty, filled, 2,
             )  # fmt: skip
             filled += 1
 
@@ -90,6 +92,7 @@ def stretch_consumer(
     dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, out_layout))
     key = own_k.index(CONSUMER).reshape([ROWS, PADDED_DIM])
     value = own_v.index(CONSUMER).reshape([ROWS, PADDED_DIM])
+    line_pitch = bias_pitch(num_virtual)
     taken = 0
     turn = 0
     for item in range(gl.program_id(0), total, gl.num_programs(0)):
@@ -102,8 +105,8 @@ def stretch_consumer(
         if steps > 0:
             key_accumulator, value_accumulator, taken = key_steps(
                 key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken,
-                steps, scale, bias + batch_head * num_rows * num_virtual + first_key,
-                grad_bias + batch_head * query_tiles * num_virtual + first_key, first, num_virtual,
+                steps, scale, bias + batch_head * num_rows * line_pitch + first_key,
+                grad_bias + batch_head * query_tiles * line_pitch + first_key, first, line_pitch,
                 num_virtual - first_key, BLOCK_Q, TILE_Q, 1, tile_layout, True,
             )  # fmt: skip
         fence_async_shared()
@@ -141,7 +144,7 @@ def virtual_key_kernel(
     PADDED_DIM: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    buffers, barriers = make_buffers(k_desc, q_desc, statistics_desc, STAGES, 2, True, False)
+    buffers, barriers = make_buffers(k_desc, q_desc, statistics_desc, STAGES, 2, 2, False)
     extents = (total, tiles_per_head, num_heads, splits, query_tiles, num_virtual)
     descriptors = (k_desc, v_desc, q_desc, grad_desc, statistics_desc)
     gl.warp_specialize(
@@ -176,20 +179,20 @@ def virtual_key_gradients(
     """As `Steps.virtual_key_gradients`."""
     q = inputs.q
     batch, heads, _, head_dim = q.shape
-    count, padded, tile_q = virtual.bias.shape[3], padded_dim(head_dim), 64
+    count, padded, tile_q = virtual.keys.shape[2], padded_dim(head_dim), 64
     tiles = ceil_div(count, 128)
     query_tiles = statistics.shape[3] // tile_q
     programs = multiprocessors(q.device.index)
     splits = _stretches(tiles * batch * heads, query_tiles, programs)
     total = tiles * batch * heads * splits
     grads = statistics.new_empty(2, splits, batch, heads, count, head_dim)
-    grad_bias = statistics.new_empty(batch, heads, query_tiles, count)
+    grad_bias = statistics.new_empty(batch, heads, query_tiles, virtual.bias.shape[3])
     virtual_key_kernel[(min(total, programs),)](
         tile_descriptor(virtual.keys, 64),
         tile_descriptor(virtual.values, 64),
         tile_descriptor(q, tile_q),
         tile_descriptor(upstream.grad_out, tile_q),
-        statistics_descriptor(statistics, tile_q),
+        vectors_descriptor(statistics, tile_q),
         virtual.bias,
         grads[0],
         grads[1],

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sla_compile.common.options import BackwardOptions
+
 from ..steps import KernelInputs, KeyMoments, MomentGradients
 from .masks import batch_stride
 from .primitives import (
@@ -26,7 +28,7 @@ from .primitives import (
 from .states import state_dtype
 from .tiles import ceil_div, clamped, padded_dim, row_pitch, vector_strides, virtual_launch
 
-__all__ = ["add_key_gradients", "add_query_gradients", "key_moments", "query_moments"]
+__all__ = ["add_key_gradients", "add_query_gradients", "fresh_moments", "key_moments", "query_moments"]
 
 
 @triton.jit
@@ -299,20 +301,27 @@ def query_moments(q: torch.Tensor, block_q: int) -> torch.Tensor:
     return moments
 
 
-def key_moments(inputs: KernelInputs, block_k: int) -> KeyMoments:
-    """The moments of all key blocks, in one pass over k and v."""
-    k, v, key_bias = inputs.k, inputs.v, inputs.key_bias
+def fresh_moments(k: torch.Tensor, block_k: int) -> KeyMoments:
+    """Uninitialised, for k (B, H, Lk, D)."""
     batch, heads, tokens, head_dim = k.shape
-    blocks, pitch = ceil_div(tokens, block_k), row_pitch(head_dim)
-    lead = (batch, heads, blocks)
+    lead, pitch = (batch, heads, ceil_div(tokens, block_k)), row_pitch(head_dim)
     sizes = torch.empty(lead, dtype=torch.float32, device=k.device)
-    moments = KeyMoments(
+    return KeyMoments(
         sizes,
         sizes.new_empty((2, *lead, head_dim)),
         k.new_empty((*lead, pitch)),
         k.new_empty((*lead, pitch)),
         k.new_empty((*lead, head_dim, pitch), dtype=state_dtype(k.dtype)),
     )
+
+
+def key_moments(inputs: KernelInputs, options: BackwardOptions) -> KeyMoments:
+    """As `Steps.key_moments`."""
+    k, v, key_bias = inputs.k, inputs.v, inputs.key_bias
+    block_k = options.block_k
+    batch, heads, tokens, head_dim = k.shape
+    moments = fresh_moments(k, block_k)
+    sizes, blocks = moments.sizes, moments.sizes.shape[2]
     launch = clamped(virtual_launch("moments", head_dim, k.dtype), head_dim, block_k, block_k)
     key_moment_kernel[(blocks * batch * heads, ceil_div(padded_dim(head_dim), launch.chunk))](
         k,
@@ -387,7 +396,7 @@ def add_key_gradients(
 def add_query_gradients(q: torch.Tensor, gradients: torch.Tensor, dq: torch.Tensor, block_q: int) -> None:
     """Add to dq (B, H, Lq, D), in memory (B, Lq, H, D), what ``gradients`` of `query_moments` make of it."""
     batch, heads, tokens, head_dim = q.shape
-    launch = clamped(virtual_launch("query_moments", head_dim, q.dtype), head_dim, block_q, block_q)
+    launch = clamped(virtual_launch("query_gradients", head_dim, q.dtype), head_dim, block_q, block_q)
     tiles = ceil_div(tokens, launch.tile_q)
     query_gradient_kernel[(tiles * batch * heads,)](
         q,

@@ -12,6 +12,7 @@ import triton.language as tl
 
 __all__ = [
     "LOG2E",
+    "bias_pitch",
     "feature_map",
     "feature_map_backward",
     "head_pointer",
@@ -33,6 +34,12 @@ def locate_program(num_tiles, num_heads):
     program = tl.program_id(0)
     batch_head = program // num_tiles
     return program % num_tiles, batch_head // num_heads, batch_head % num_heads
+
+
+@triton.jit
+def bias_pitch(num_virtual):
+    """From one row of the virtual keys' bias to the next."""
+    return tl.cdiv(num_virtual, 64) * 64
 
 
 @triton.jit

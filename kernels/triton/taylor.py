@@ -17,7 +17,7 @@ from sla_compile.common.options import AttentionOptions, BackwardOptions
 from ..steps import BlockLists, KernelInputs, KeyMoments, MomentGradients, Steps, Upstream, VirtualKeys
 from . import virtual_keys
 from .classify import classes, critical_lists, longest_first
-from .moments import add_query_gradients, key_moments, query_moments
+from .moments import add_query_gradients, query_moments
 from .states import sum_of_states
 
 __all__ = ["backward", "forward"]
@@ -33,8 +33,8 @@ class _Blocks(NamedTuple):
     spreads: torch.Tensor
 
     @classmethod
-    def of(cls, operands: KernelInputs, options: BackwardOptions) -> _Blocks:
-        queries, moments = query_moments(operands.q, options.block_q), key_moments(operands, options.block_k)
+    def of(cls, operands: KernelInputs, options: BackwardOptions, steps: Steps) -> _Blocks:
+        queries, moments = query_moments(operands.q, options.block_q), steps.key_moments(operands, options)
         return cls(queries, moments, *virtual_keys.virtual_logits(queries, moments, options.scale))
 
     def virtual(self, block_map: torch.Tensor, shift: torch.Tensor | None) -> tuple[VirtualKeys, torch.Tensor]:
@@ -47,7 +47,7 @@ class _Blocks(NamedTuple):
 
 def forward(inputs: AttentionInputs, operands: KernelInputs, options: AttentionOptions, steps: Steps) -> ForwardResult:
     """Output, and what its backward needs, of one call; ``operands`` have no gate."""
-    blocks = _Blocks.of(operands, options)
+    blocks = _Blocks.of(operands, options, steps)
     block_map, lists = classes(blocks.logits, operands, inputs.sparsity, options)
     virtual, _ = blocks.virtual(block_map, inputs.shift)
     out, lse = steps.virtual_forward(operands, lists, virtual, options)
@@ -64,7 +64,7 @@ def backward(
 ) -> Gradients:
     """Gradients of the call with this ``block_map``, which is a constant."""
     q = operands.q
-    blocks = _Blocks.of(operands, options)
+    blocks = _Blocks.of(operands, options, steps)
     moments = blocks.moments
     virtual, mixture = blocks.virtual(block_map, shift)
     rows = BlockLists(*critical_lists(block_map, by_column=False))

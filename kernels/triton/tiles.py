@@ -131,12 +131,16 @@ _SINGLE: dict[int, Launch] = {
 
 # the same for the kernels of virtual keys
 _VIRTUAL: dict[tuple[str, int], Launch] = {
-    ("moments", 64): Launch(64, 64, 64, 4, 2),
-    ("moments", 128): Launch(64, 32, 128, 4, 3),
+    # not pipelined: Triton 3.6 would write into a tile that a product, not waited for, still reads
+    ("moments", 64): Launch(64, 64, 64, 4, 1),
+    ("moments", 128): Launch(64, 32, 128, 4, 1),
     ("moments", 256): Launch(64, 32, 64, 8, 1),
     ("query_moments", 64): Launch(64, 64, 64, 4, 1),
-    ("query_moments", 128): Launch(32, 64, 64, 2, 1),
+    ("query_moments", 128): Launch(16, 64, 64, 1, 1),
     ("query_moments", 256): Launch(64, 64, 64, 4, 1),
+    ("query_gradients", 64): Launch(64, 64, 64, 4, 1),
+    ("query_gradients", 128): Launch(64, 64, 64, 2, 1),
+    ("query_gradients", 256): Launch(64, 64, 64, 4, 1),
     ("key_gradients", 64): Launch(64, 64, 64, 4, 1),
     ("key_gradients", 128): Launch(64, 64, 64, 8, 1),
     ("key_gradients", 256): Launch(32, 32, 32, 8, 1),

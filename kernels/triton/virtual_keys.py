@@ -35,6 +35,7 @@ from .forward import attention_forward
 from .moments import add_key_gradients
 from .primitives import (
     LOG2E,
+    bias_pitch,
     head_pointer,
     load_tile,
     locate_program,
@@ -62,9 +63,9 @@ class VirtualRows(NamedTuple):
     """What each query block adds to the logits of virtual keys, and how it mixes their slopes."""
 
     bias: torch.Tensor
-    """b, float32 (B, H, Tm, Tn); -inf where there is no virtual key."""
+    """b, float32 (B, H, Tm, Tn up to a multiple of 64); -inf where there is no virtual key."""
     mixture: torch.Tensor
-    """a (B*H, Tm, Tn) in the type of block states, rows padded in memory to 16 bytes; a row sums to 1, or is 0."""
+    """a (B*H, Tm, Tn) in the type of block states, rows padded in memory likewise; a row sums to 1, or is 0."""
 
 
 class RowGradients(NamedTuple):
@@ -143,7 +144,7 @@ def row_kernel(
     added = bounded_spread(spread, size) + size
     if HAS_SHIFT:
         added += tl.load(shift + batch_head % num_heads).to(tl.float32)
-    tl.store(bias + row * num_keys + lanes, tl.where(virtual, added, float("-inf")), mask=valid)
+    tl.store(bias + row * width + lanes, tl.where(virtual, added, float("-inf")), mask=lanes < width)
     # the shift is the same for all, so it does not change their mixture
     largest = tl.max(logit, 0)
     weight = tl.where(virtual, tl.exp(logit - tl.where(largest == float("-inf"), 0.0, largest)), 0.0)
@@ -207,10 +208,11 @@ def virtual_forward_kernel(
     scale_log2 = scale * LOG2E
     key_base = mean_keys + batch_head * num_virtual * PITCH
     value_base = mean_values + batch_head * num_virtual * PITCH
+    row_bias = bias + line * bias_pitch(num_virtual)
     for start in range(0, num_virtual, TILE_K):
         first = origin + start
         key = load_tile(key_base, first, keys, dims, PITCH // 8, num_virtual, PITCH, PADDED)
-        added = tl.load(bias + line * num_virtual + start + keys, mask=start + keys < num_virtual, other=float("-inf"))
+        added = tl.load(row_bias + start + keys, mask=start + keys < num_virtual, other=float("-inf"))
         # [TILE_Q, PADDED_DIM] x [PADDED_DIM, TILE_K]
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2 + (added * LOG2E)[None, :]
         new_max = tl.maximum(running_max, tl.max(scores, 1))
@@ -336,10 +338,11 @@ def virtual_backward_query_kernel(
     accumulator = tl.zeros([TILE_Q, PADDED_DIM], tl.float32)
     key_base = mean_keys + batch_head * num_virtual * PITCH
     value_base = mean_values + batch_head * num_virtual * PITCH
+    row_bias = bias + line * bias_pitch(num_virtual)
     for start in range(0, num_virtual, TILE_K):
         first = origin + start
         key = load_tile(key_base, first, keys, dims, PITCH // 8, num_virtual, PITCH, PADDED)
-        added = tl.load(bias + line * num_virtual + start + keys, mask=start + keys < num_virtual, other=float("-inf"))
+        added = tl.load(row_bias + start + keys, mask=start + keys < num_virtual, other=float("-inf"))
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2 + (added * LOG2E)[None, :]
         probability = tl.exp2(scores - row_lse[:, None])
         share += tl.sum(probability, 1)
@@ -422,6 +425,7 @@ def virtual_backward_key_kernel(
     grad_base = head_pointer(grad_out, batch, head, stride_gb, stride_gh)
     q_base = head_pointer(q, batch, head, stride_qb, stride_qh)
     num_rows = tl.cdiv(num_tokens, BLOCK_Q)
+    line_pitch = bias_pitch(num_virtual)
     key_mask = first_key + keys < num_virtual
     scale_log2 = scale * LOG2E
     key_accumulator = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
@@ -430,7 +434,7 @@ def virtual_backward_key_kernel(
         start = query_tile * TILE_Q
         line = batch_head * num_rows + start // BLOCK_Q
         query = load_tile(q_base, start, rows, dims, stride_qn, num_tokens, PITCH, PADDED)
-        added = tl.load(bias + line * num_virtual + first_key + keys, mask=key_mask, other=float("-inf"))
+        added = tl.load(bias + line * line_pitch + first_key + keys, mask=key_mask, other=float("-inf"))
         row_at = batch_head * 2 * row_pitch + start + rows
         row_lse = tl.load(statistics + row_at)
         delta = tl.load(statistics + row_at + row_pitch)
@@ -442,7 +446,7 @@ def virtual_backward_key_kernel(
         grad_scores = tl.dot(value, tl.trans(grad), input_precision="ieee") * scale - delta[None, :]
         grad_scores *= probability
         tl.store(
-            grad_bias + (batch_head * num_query_tiles + query_tile) * num_virtual + first_key + keys,
+            grad_bias + (batch_head * num_query_tiles + query_tile) * line_pitch + first_key + keys,
             tl.sum(grad_scores, 1) / scale,
             mask=key_mask,
         )
@@ -454,10 +458,10 @@ def virtual_backward_key_kernel(
     tl.store(grad_values + at, value_accumulator, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_keys", "width", "mixture_parts", "bias_parts"])
+@triton.jit(do_not_specialize=["num_rows", "num_keys", "width", "bias_width", "mixture_parts", "bias_parts"])
 def mixture_backward_kernel(
     mixture, grad_mixture, grad_bias, spreads, sizes, of_logits, of_spread, of_shift, scale, num_rows, num_keys, width,
-    mixture_parts, bias_parts, LANES: tl.constexpr,
+    bias_width, mixture_parts, bias_parts, LANES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, LANES)
@@ -468,7 +472,7 @@ def mixture_backward_kernel(
         at = (row * mixture_parts + part) * num_keys + lanes
         grad += tl.load(grad_mixture + at, mask=valid, other=0.0).to(tl.float32)
     for part in range(bias_parts):
-        summed += tl.load(grad_bias + (row * bias_parts + part) * num_keys + lanes, mask=valid, other=0.0)
+        summed += tl.load(grad_bias + (row * bias_parts + part) * bias_width + lanes, mask=valid, other=0.0)
     share = tl.load(mixture + row * width + lanes, mask=valid, other=0.0).to(tl.float32)
     grad = share * (grad - tl.sum(share * grad, 0))
     summed += grad
@@ -522,8 +526,8 @@ def virtual_rows(
 ) -> VirtualRows:
     """The rows of a block map whose marginal blocks have virtual keys."""
     batch, heads, rows, columns = logits.shape
-    width = ceil_div(columns, 8) * 8
-    bias = torch.empty_like(logits)
+    width = ceil_div(columns, 64) * 64
+    bias = logits.new_empty(batch, heads, rows, width)
     mixture = moments.slopes.new_empty(batch * heads, rows, width)
     lanes, warps = _lanes(width)
     row_kernel[(batch * heads * rows,)](
@@ -569,7 +573,7 @@ def virtual_forward(
         tokens,
         tiles,
         heads,
-        virtual.bias.shape[3],
+        virtual.keys.shape[2],
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim),
         BLOCK_Q=block_q,
@@ -589,7 +593,7 @@ def virtual_backward_query(
     grad_out, out, _, lse = upstream
     q, block_q = inputs.q, options.block_q
     batch, heads, tokens, head_dim = q.shape
-    count = virtual.bias.shape[3]
+    count = virtual.keys.shape[2]
     launch = clamped(virtual_launch("backward_query", head_dim, q.dtype), head_dim, block_q, block_q)
     tiles = ceil_div(tokens, block_q) * (block_q // launch.tile_q)
     dq = q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
@@ -661,14 +665,14 @@ def virtual_key_gradients(
     """As `Steps.virtual_key_gradients`."""
     q, grad_out = inputs.q, upstream.grad_out
     batch, heads, tokens, head_dim = q.shape
-    count = virtual.bias.shape[3]
+    count = virtual.keys.shape[2]
     launch = clamped(virtual_launch("backward_key", head_dim, q.dtype), head_dim, options.block_q, 256)
     tiles = ceil_div(count, launch.tile_k)
     pitch = statistics.shape[3]
     query_tiles = pitch // launch.tile_q
     splits = max(1, min(query_tiles, ceil_div(_PROGRAMS, tiles * batch * heads)))
     grads = statistics.new_empty(2, splits, batch, heads, count, head_dim)
-    grad_bias = grads.new_empty(batch, heads, query_tiles, count)
+    grad_bias = grads.new_empty(batch, heads, query_tiles, virtual.bias.shape[3])
     virtual_backward_key_kernel[(tiles * batch * heads, splits)](
         grad_out,
         q,
@@ -709,7 +713,7 @@ def mixture_backward(
     moments: KeyMoments,
     scale: float,
 ) -> RowGradients:
-    """From the gradients of a (B*H, tiles, Tn) and the sums of dl (B, H, tiles, Tn), each by tiles of its own."""
+    """From the gradients of a (B*H, tiles, Tn) and the sums of dl (B, H, tiles, ...), each by tiles of its own."""
     batch, heads, rows, columns = spreads.shape
     lanes, warps = _lanes(columns)
     of_spans = spreads.new_empty(2, *spreads.shape)
@@ -727,6 +731,7 @@ def mixture_backward(
         rows,
         columns,
         mixture.stride(1),
+        grad_bias.shape[3],
         grad_mixture.shape[1] // rows,
         grad_bias.shape[2] // rows,
         LANES=lanes,

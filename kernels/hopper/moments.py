@@ -1,0 +1,207 @@
+"""Moments of key blocks for Hopper, written in Gluon: one pass over K and V at the speed of memory.
+
+The arithmetic is that of ``triton/moments.py``, the pipeline that of ``states.py``, whose producer loads the tiles.
+Of each tile a thread adds up some rows of eight columns; threads meet at the end of a block.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from sla_compile.common.options import BackwardOptions
+
+from ..steps import KernelInputs, KeyMoments
+from ..triton.moments import fresh_moments
+from .primitives import (
+    all_threads,
+    locate_tile,
+    matrix_descriptor,
+    multiprocessors,
+    padded_dim,
+    store_tile,
+    tile_descriptor,
+    view_as,
+)
+from .states import states_producer
+
+__all__ = ["key_moments"]
+
+
+@gluon.jit
+def sums_of_rows(tile, GROUPS: gl.constexpr):
+    """[GROUPS, dims] of a tile in the layout in which a thread has every GROUPS-th row: within threads alone."""
+    return gl.sum(tile.reshape([tile.shape[0] // GROUPS, GROUPS, tile.shape[1]]), 0)
+
+
+@gluon.jit
+def moments_consumer(
+    slope_desc,
+    k_ring,
+    v_ring,
+    slope_buffer,
+    full,
+    empty,
+    sizes,
+    means,
+    variances,
+    mean_keys,
+    mean_values,
+    num_keys,
+    extents,
+    BLOCK_K: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    PADDED_DIM: gl.constexpr,
+):
+    total_blocks, blocks_per_head, num_heads = extents
+    STAGES: gl.constexpr = k_ring.type.shape[0]
+    PARTS: gl.constexpr = BLOCK_K // 64
+    dtype: gl.constexpr = k_ring.dtype
+    tile_layout: gl.constexpr = k_ring.layout
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED_DIM, 16])
+    LANES: gl.constexpr = PADDED_DIM // 8
+    GROUPS: gl.constexpr = 4 * (32 // LANES)
+    read_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
+    dim_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    dims = gl.arange(0, PADDED_DIM, layout=dim_layout)
+    finished = slope_buffer.reshape([PADDED_DIM, PADDED_DIM])
+    LN2: gl.constexpr = 0.6931471805599453
+
+    taken = 0
+    for block in range(gl.program_id(0), total_blocks, gl.num_programs(0)):
+        key_block, batch, head = locate_tile(block, blocks_per_head, num_heads)
+        slope = gl.zeros([PADDED_DIM, PADDED_DIM], gl.float32, layout)
+        for part in gl.static_range(PARTS):
+            index = taken % STAGES
+            mbarrier.wait(full.index(index), taken // STAGES & 1)
+            left = k_ring.index(index).reshape([64, PADDED_DIM])
+            right = v_ring.index(index).reshape([64, PADDED_DIM])
+            key = left.load(read_layout)
+            part_sums = sums_of_rows(key.to(gl.float32), GROUPS)
+            part_squares = sums_of_rows(key.to(gl.float32) * key.to(gl.float32), GROUPS)
+            value = right.load(read_layout)
+            part_values = sums_of_rows(value.to(gl.float32), GROUPS)
+            if part == 0:
+                key_sums = part_sums
+                square_sums = part_squares
+                value_sums = part_values
+            else:
+                key_sums += part_sums
+                square_sums += part_squares
+                value_sums += part_values
+            if dtype != gl.bfloat16:
+                # in place: states are bfloat16 beside float16 inputs
+                left = view_as(k_ring.index(index), gl.bfloat16, [1, 1, 64, PADDED_DIM], tile_layout)
+                left = left.reshape([64, PADDED_DIM])
+                left.store(key.to(gl.float32).to(gl.bfloat16))
+                right = view_as(v_ring.index(index), gl.bfloat16, [1, 1, 64, PADDED_DIM], tile_layout)
+                right = right.reshape([64, PADDED_DIM])
+                right.store(value.to(gl.float32).to(gl.bfloat16))
+            fence_async_shared()
+            # [dims, keys] x [keys, dims]
+            slope = warpgroup_mma(left.permute((1, 0)), right, slope, is_async=True)
+            slope = warpgroup_mma_wait(0, deps=(slope,))
+            mbarrier.arrive(empty.index(index), count=1)
+            taken += 1
+        count = gl.minimum(num_keys - key_block * BLOCK_K, BLOCK_K).to(gl.float32)
+        inverse = 1.0 / count
+        mean = gl.convert_layout(gl.sum(key_sums, 0), dim_layout) / count
+        mean_square = gl.convert_layout(gl.sum(square_sums, 0), dim_layout) * inverse
+        mean_value = gl.convert_layout(gl.sum(value_sums, 0), dim_layout) * inverse
+        slot = (batch * num_heads + head).to(gl.int64) * blocks_per_head + key_block
+        line = slot * HEAD_DIM
+        gl.store(means + line + dims, mean, mask=dims < HEAD_DIM)
+        gl.store(variances + line + dims, gl.maximum(mean_square - mean * mean, 0.0), mask=dims < HEAD_DIM)
+        gl.store(mean_keys + line + dims, mean.to(dtype), mask=dims < HEAD_DIM)
+        gl.store(mean_values + line + dims, mean_value.to(dtype), mask=dims < HEAD_DIM)
+        size = gl.zeros([PADDED_DIM], gl.float32, dim_layout) + count
+        gl.store(sizes + slot + dims, gl.log2(size) * LN2, mask=dims < 1)
+        # (K - kbar)^T V is K^T V - n kbar vbar^T
+        mean_rows = gl.convert_layout(mean, gl.SliceLayout(1, layout))
+        value_columns = gl.convert_layout(mean_value, gl.SliceLayout(0, layout))
+        slope = slope * inverse - mean_rows[:, None] * value_columns[None, :]
+        tma.store_wait(0)
+        finished.store(slope.to(gl.bfloat16))
+        fence_async_shared()
+        store_tile(slope_desc, [block, 0, 0], slope_buffer)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["num_keys", "total_blocks", "blocks_per_head"])
+def moments_kernel(
+    k_desc,
+    v_desc,
+    slope_desc,
+    sizes,
+    means,
+    variances,
+    mean_keys,
+    mean_values,
+    num_keys,
+    total_blocks,
+    blocks_per_head,
+    num_heads,
+    BLOCK_K: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    PADDED_DIM: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    k_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
+    v_ring = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
+    slope_buffer = gl.allocate_shared_memory(slope_desc.dtype, slope_desc.block_type.shape, slope_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=1)
+    fence_async_shared()
+    all_threads()
+    extents = (total_blocks, blocks_per_head, num_heads)
+    gl.warp_specialize(
+        [
+            (moments_consumer, (
+                slope_desc, k_ring, v_ring, slope_buffer, full, empty, sizes, means, variances, mean_keys, mean_values,
+                num_keys, extents, BLOCK_K, HEAD_DIM, PADDED_DIM,
+            )),
+            (states_producer, (k_desc, v_desc, k_ring, v_ring, full, empty, extents, BLOCK_K)),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip
+
+
+def key_moments(inputs: KernelInputs, options: BackwardOptions) -> KeyMoments:
+    """As `Steps.key_moments`; there is no key_bias."""
+    k, v, block_k = inputs.k, inputs.v, options.block_k
+    batch, heads, keys, head_dim = k.shape
+    moments = fresh_moments(k, block_k)
+    blocks = moments.sizes.shape[2]
+    total = blocks * batch * heads
+    moments_kernel[(min(total, 2 * multiprocessors(k.device.index)),)](
+        tile_descriptor(k, 64),
+        tile_descriptor(v, 64),
+        matrix_descriptor(moments.slopes, head_dim),
+        moments.sizes,
+        moments.spans[0],
+        moments.spans[1],
+        moments.keys,
+        moments.values,
+        keys,
+        total,
+        blocks,
+        heads,
+        BLOCK_K=block_k,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim(head_dim),
+        STAGES=2,
+        num_warps=4,
+        maxnreg=128,
+    )
+    return moments
