@@ -23,7 +23,7 @@ from benchmarks.real_video.forms import Budget, Form, FormSpec
 from benchmarks.real_video.listed_attention import Routing, dense_reference, listed_attention
 from benchmarks.real_video.model import RotaryVideoDiT, tile_order
 from sla_compile.kernels.reference import sparse_linear_attention
-from tests.support.interpreter import patch_language_once
+from tests.support.interpreter import speed_up_interpreter
 from tests.support.paths import ROOT
 
 HEADS, TOKENS, WIDTH, BLOCK = 2, 128, 8, 16
@@ -171,7 +171,7 @@ def test_the_kernels_interpreted() -> None:
 
 def check_kernels() -> None:
     """Output, share and every gradient against the whole attention map."""
-    patch_language_once()
+    speed_up_interpreter()
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 64, 16, requires_grad=True) for _ in range(3))
     keys, values = (torch.randn(1, 2, 32, 16, requires_grad=True) for _ in range(2))

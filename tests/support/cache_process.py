@@ -1,21 +1,32 @@
 """Run as a process of its own by test_cache_key.py: compile a prepared model, and print what came of it as JSON.
 
-Usage: python -m tests.support.cache_process SETTINGS..., where each is a JSON object of fields of SLAConfig.
+Usage: python -m tests.support.cache_process CACHES SETTINGS..., a folder and JSON objects of fields of SLAConfig.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import warnings
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import sla_compile
 from tests.support.closeness import relative_error
-from tests.support.models import OPTIONS, Model, defined, random_input, randomize_gates
+from tests.support.models import OPTIONS, defined, random_input, randomize_gates
+
+
+class Attention(nn.Module):
+    """An attention and little else: each of the settings is compiled by Inductor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(2, (2, 16)).transpose(1, 2) for y in (x, x.sin(), x.cos()))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def compile_once(settings: dict[str, object]) -> dict[str, object]:
@@ -23,7 +34,7 @@ def compile_once(settings: dict[str, object]) -> dict[str, object]:
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)
-    model, x = Model(blocks=1), random_input().requires_grad_()
+    model, x = nn.Sequential(Attention()), random_input().requires_grad_()
     sla_compile.prepare(model, (x,), config={**OPTIONS, **settings})
     randomize_gates(model)
     compiled = torch.compile(model, backend="sla")
@@ -50,6 +61,7 @@ if __name__ == "__main__":
     import torch._inductor.compile_fx  # importing the compiler is not compiling
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-    pick_vec_isa()  # nor is this probe of the CPU, seconds in every process of torch 2.11, whatever is cached
+    pick_vec_isa()  # nor is this probe of the CPU, which has seconds of its own with caches that are empty
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = sys.argv[1]
 
-    print(json.dumps([compile_once(json.loads(settings)) for settings in sys.argv[1:]]))
+    print(json.dumps([compile_once(json.loads(settings)) for settings in sys.argv[2:]]))

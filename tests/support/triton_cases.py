@@ -18,7 +18,7 @@ from sla_compile.common.limits import TAYLOR
 from sla_compile.common.options import AttentionOptions
 from sla_compile.kernels import reference
 from tests.support.closeness import assert_close
-from tests.support.interpreter import INTERPRETED, patch_language_once
+from tests.support.interpreter import INTERPRETED, speed_up_interpreter
 
 NAMES = ("out", "dq", "dk", "dv", "dweight", "dbias")
 
@@ -27,7 +27,7 @@ Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, to
 
 
 if INTERPRETED and importlib.util.find_spec("triton") is not None:
-    patch_language_once()
+    speed_up_interpreter()
 
 
 @dataclass(frozen=True)
