@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 import sla_compile
 from tests.support.closeness import relative_error
 from tests.support.models import OPTIONS, defined, random_input, randomize_gates
+from tests.support.processes import leave_guards_untimed
 
 
 class Attention(nn.Module):
@@ -61,6 +62,7 @@ if __name__ == "__main__":
     import torch._inductor.compile_fx  # importing the compiler is not compiling
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
+    leave_guards_untimed()
     pick_vec_isa()  # nor is this probe of the CPU, which has seconds of its own with caches that are empty
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = sys.argv[1]
 
