@@ -6,12 +6,14 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import quality
 from tests.support.paths import ROOT
+from tests.support.processes import FRESH
 
 SCRIPT = ROOT / "benchmarks" / "quality.py"
 
@@ -23,6 +25,7 @@ def test_in_pieces_and_reported(
     monkeypatch.chdir(tmp_path)
     two_seeds = (("dense", "calibrated-tuned"), (0.95,), 2)  # every arm, and these twice
     monkeypatch.setattr(quality, "ROUNDS", [two_seeds, *((arms, shares, 1) for arms, shares, _ in quality.ROUNDS)])
+    monkeypatch.setattr(quality, "multiprocessing", SimpleNamespace(get_context=lambda _: FRESH))
     jobs = len(quality.jobs_for(range(2)))
     assert jobs == 32
 

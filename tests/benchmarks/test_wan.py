@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.support.paths import ROOT
+from benchmarks import wan
+from tests.support.processes import FRESH
 
-SCRIPT = ROOT / "benchmarks" / "wan.py"
 TINY = (
     *("--model", "tiny", "--device", "cpu", "--inner", "eager", "--min-tokens", "0"),
     *("--frames", "5", "--height", "64", "--width", "64"),
@@ -25,21 +26,30 @@ FLASH, CUDNN, SLA, FLOOR = (
 )
 
 
-def run(folder: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *TINY, *arguments, "--json", "wan.json"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads((folder / "wan.json").read_text())
+@dataclass
+class Benchmark:
+    """Runs it in this process, its arms in processes that have imported torch."""
+
+    folder: Path
+    monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str]
+
+    def __call__(self, *arguments: str) -> tuple[str, dict[str, Any]]:
+        """What it prints and writes."""
+        self.monkeypatch.setattr(wan, "multiprocessing", SimpleNamespace(get_context=lambda _: FRESH))
+        self.monkeypatch.setattr(sys, "argv", ["wan.py", *TINY, *arguments, "--json", str(self.folder / "wan.json")])
+        wan.main()
+        return self.capsys.readouterr().out, json.loads((self.folder / "wan.json").read_text())
 
 
-def test_every_figure_of_every_arm_and_an_arm_that_fails(tmp_path: Path) -> None:
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Benchmark:
     pytest.importorskip("diffusers")
-    output, found = run(tmp_path, "--regional", "--repeats", "3", "--arms", FLASH, CUDNN, SLA, FLOOR)
+    return Benchmark(tmp_path, monkeypatch, capsys)
+
+
+def test_every_figure_of_every_arm_and_an_arm_that_fails(run: Benchmark) -> None:
+    output, found = run("--regional", "--repeats", "3", "--arms", FLASH, CUDNN, SLA, FLOOR)
     arms = found["arms"]
     assert list(arms) == [FLASH, CUDNN, SLA, FLOOR]
     assert arms[CUDNN].keys() == {"forward"}  # a CPU has no cuDNN: it is not asked again
@@ -54,9 +64,8 @@ def test_every_figure_of_every_arm_and_an_arm_that_fails(tmp_path: Path) -> None
     assert output.index("Wan2.1-tiny, 1 layers, bf16, forward") < output.index("training step; cpu")
 
 
-def test_compile_times_only(tmp_path: Path) -> None:
-    pytest.importorskip("diffusers")
-    output, found = run(tmp_path, "--repeats", "0", "--no-training", "--layers", "2", "--arms", SLA)
+def test_compile_times_only(run: Benchmark) -> None:
+    output, found = run("--repeats", "0", "--no-training", "--layers", "2", "--arms", SLA)
     assert found["arms"][SLA]["forward"].keys() == {"first_s", "rewritten"}
     assert found["arms"][SLA]["forward"]["rewritten"] == 2
     assert found["options"]["layers"] == 2

@@ -23,6 +23,7 @@ FRESH.set_forkserver_preload(
         "torch.distributed.checkpoint",
         "torch.distributed.fsdp",
         "torch.distributed.tensor.parallel",
+        "diffusers.models.transformers.transformer_wan",
     ]
 )
 
