@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import sympy
@@ -56,17 +56,22 @@ class Cost:
     where: tuple[str, ...] = ()
     """``definitions`` as text."""
 
-    @property
+    @cached_property
     def flops(self) -> sympy.Expr:
         """The sum of all stages, exact."""
         return self.exact(sympy.Add(*self.stages.values()))
 
-    @property
+    @cached_property
+    def expression(self) -> str:
+        """`flops` as text."""
+        return str(self.flops)
+
+    @cached_property
     def bytes(self) -> sympy.Expr:
         """The sum of all traffic, exact."""
         return self.exact(sympy.Add(*self.traffic.values()))
 
-    @property
+    @cached_property
     def formula(self) -> str:
         """FLOPs in the short form, stage by stage: ``4*B*H*N^2*d``."""
         return readable(*self.stages.values())
@@ -260,4 +265,9 @@ def substitute(expression: sympy.Expr, values: Mapping[sympy.Symbol, Any]) -> sy
 
 def evaluate(expression: sympy.Expr, values: Mapping[sympy.Symbol, int]) -> int:
     """``expression`` as a whole number at integer ``values``."""
-    return int(substitute(expression, values))
+    return _evaluated(expression, tuple(values.items()))
+
+
+@lru_cache(1024)  # every compile of a site asks again
+def _evaluated(expression: sympy.Expr, values: tuple[tuple[sympy.Symbol, int], ...]) -> int:
+    return int(substitute(expression, dict(values)))

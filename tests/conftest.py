@@ -26,20 +26,25 @@ _FRESH = (
 
 
 LONGEST = (
-    "kernels/triton/test_compiles.py",
+    "flows/test_many_gpus.py",
     "examples/test_examples.py",
+    "test_docs.py",
+    "kernels/triton/test_attention.py",
+    "compiler/test_precompile.py",
     "flows/test_diffusers.py",
+    "kernels/triton/test_compiles.py",
+    "compiler/test_cache_key.py",
+    "benchmarks/test_quality.py",
     "compiler/test_exporting.py",
     "flows/test_dynamic.py",
-    "compiler/test_cache_key.py",
-    "kernels/triton/test_attention.py",
-    "test_docs.py",
-    "benchmarks/test_quality.py",
-    "compiler/test_precompile.py",
     "test_backend.py",
+    "flows/test_sparse_scale.py",
+    "flows/test_memory_growth.py",
+    "benchmarks/test_parallel.py",
     "benchmarks/test_wan.py",
     "flows/test_distributed.py",
-    "flows/test_sparse_scale.py",
+    "flows/test_modes.py",
+    "compiler/test_gate_binding.py",
 )
 """The files that take longest, the longest first; of all in `tests`."""
 

@@ -225,7 +225,7 @@ def _sparse_cost(
 
 def _numbers(when: str, cost: Cost, traced: dict[str, int], dtype: torch.dtype) -> dict[str, Any]:
     """The fields of a report that say ``cost``, before or after."""
-    numbers: dict[str, Any] = {f"formula_{when}": cost.formula, f"expression_{when}": str(cost.flops)}
+    numbers: dict[str, Any] = {f"formula_{when}": cost.formula, f"expression_{when}": cost.expression}
     if traced:
         known = {
             BATCH: traced["batch"],

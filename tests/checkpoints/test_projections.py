@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import sla_compile
 from sla_compile.kernels import reference
 from tests.support.closeness import assert_close
-from tests.support.models import HEADS, OPTIONS, WIDTH, Attention, Model, TwoAttentions, random_input
+from tests.support.models import HEADS, OPTIONS, WIDTH, Attention, Model, TwoAttentions, prepared_model, random_input
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
 
@@ -58,7 +58,8 @@ def authors_model(blocks: int = 2) -> nn.Module:
 
 
 def prepared(model: nn.Module | None = None, **settings: Any) -> nn.Module:
-    return sla_compile.prepare(model or Model(), (random_input(),), config={**ALL, **settings})
+    config = {**ALL, **settings}
+    return prepared_model(**config) if model is None else sla_compile.prepare(model, (random_input(),), config=config)
 
 
 def projections(pattern: str, blocks: int = 2) -> dict[str, Tensor]:

@@ -20,7 +20,16 @@ from sla_compile.fitting.output_error import floating_tensors
 from sla_compile.kernels import reference
 from tests.support.calibration import wan
 from tests.support.closeness import assert_close, relative_error
-from tests.support.models import OPTIONS, CalledTwice, Model, TwoAttentions, defined, random_input, randomize_gates
+from tests.support.models import (
+    OPTIONS,
+    CalledTwice,
+    Model,
+    TwoAttentions,
+    defined,
+    prepared_model,
+    random_input,
+    randomize_gates,
+)
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -33,8 +42,10 @@ def batches(count: int = 3) -> list[tuple[Tensor]]:
 
 def made(model: nn.Module | None = None, **options: Any) -> Any:
     """A float64 model (two blocks by default) with gates."""
-    model = (Model() if model is None else model).double()
-    return sla_compile.prepare(model, (random_input(),), config={**OPTIONS, "inner": "eager", **options})
+    config = {**OPTIONS, "inner": "eager", **options}
+    if model is None:
+        return prepared_model(**config)
+    return sla_compile.prepare(model.double(), (random_input(),), config=config)
 
 
 @pytest.mark.parametrize("options", [{}, {"gate": "per_head"}, {"linear": "none"}], ids=["shared", "per head", "none"])

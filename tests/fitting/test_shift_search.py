@@ -12,7 +12,7 @@ from torch import nn
 import sla_compile
 from sla_compile.fitting.observer import GatedCall, gated_calls
 from sla_compile.fitting.shift_search import SHIFTS
-from tests.support.models import OPTIONS, Model, random_input
+from tests.support.models import OPTIONS, Model, prepared_model, random_input
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
 
@@ -20,7 +20,7 @@ TAYLOR = {name: value for name, value in OPTIONS.items() if name != "bottomk"} |
 
 
 def made(**options: Any) -> Any:
-    return sla_compile.prepare(Model(), (random_input(),), config={**TAYLOR, **options})
+    return prepared_model(**{**TAYLOR, **options})
 
 
 def errors_at(model: nn.Module, batches: list[tuple[torch.Tensor]], shift: float) -> dict[str, torch.Tensor]:

@@ -36,6 +36,7 @@ from tests.support.models import (
     TwoAttentions,
     assert_follows_definition,
     defined,
+    prepared_model,
     random_input,
     randomize_gates,
 )
@@ -50,7 +51,8 @@ PATHS = ["blocks.0.attention.sla", "blocks.1.attention.sla"]
 
 def made(model: nn.Module | None = None, **options: Any) -> Any:
     """A model (two blocks by default) with gates that have a scale."""
-    return sla_compile.prepare(model or Model(), (random_input(),), config={**SCALED, **options})
+    config = {**SCALED, **options}
+    return prepared_model(**config) if model is None else sla_compile.prepare(model, (random_input(),), config=config)
 
 
 def compiled(model: nn.Module, inner: str = "aot_eager") -> Any:

@@ -14,7 +14,7 @@ from sla_compile.fitting.observer import GatedCall, gated_calls
 from sla_compile.gate import PREPARED
 from sla_compile.kernels import reference
 from tests.support.closeness import relative_error
-from tests.support.models import HEADS, OPTIONS, WIDTH, Model, random_input
+from tests.support.models import HEADS, OPTIONS, WIDTH, prepared_model, random_input
 
 DIM = WIDTH // HEADS
 
@@ -29,8 +29,10 @@ def batches(count: int = 3, tokens: int = 100) -> list[tuple[Tensor]]:
 
 def made(model: nn.Module | None = None, **options: Any) -> Any:
     """A float64 model (two blocks by default) with gates."""
-    model = (Model() if model is None else model).double().eval()
-    return sla_compile.prepare(model, (random_input(),), config={**OPTIONS, **options})
+    config = {**OPTIONS, **options}
+    if model is None:
+        return prepared_model(**config).eval()
+    return sla_compile.prepare(model.double().eval(), (random_input(),), config=config)
 
 
 def recorded(model: nn.Module, data: list[tuple[Tensor]]) -> dict[str, list[GatedCall]]:

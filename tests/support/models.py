@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -126,6 +127,20 @@ def randomize_gates(model: nn.Module) -> None:
     with torch.no_grad():
         for parameter in sla_compile.gate_parameters(model):
             parameter.normal_(std=0.5)
+
+
+_PREPARED: dict[str, nn.Module] = {}
+
+
+def prepared_model(**config: Any) -> Any:
+    """A `Model` in float64 with gates, for tests of what comes after ``prepare``: a copy of one traced once for all."""
+    model, x = Model().double(), random_input()
+    key = repr(sorted(config.items()))
+    if key not in _PREPARED:
+        _PREPARED[key] = sla_compile.prepare(copy.deepcopy(model), (x,), config=config)
+    found = copy.deepcopy(_PREPARED[key])
+    found.load_state_dict(model.state_dict(), strict=False)  # all but the gates, which are zero
+    return found
 
 
 @contextlib.contextmanager
