@@ -1,5 +1,5 @@
-"""Command line: ``python -m sla_compile explain package.module:factory``; ``atlas``, ``bench``, ``doctor``, ``show``,
-``tune``.
+"""Command line: ``python -m sla_compile explain package.module:factory``; ``atlas``, ``bench``,
+``compare``, ``doctor``, ``show`` and ``tune``.
 
 In this order: the parser, the commands with what they print. A command imports what it needs when it runs.
 """
@@ -19,11 +19,10 @@ from sla_compile.common.limits import BLOCK_SIZES, LINEAR_BRANCHES, MAX_HEAD_DIM
 from sla_compile.factories import UsageError, call_factory, error_line, key_values, model_and_inputs
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from torch import nn
 
     from sla_compile.checkpoints.gate_format import SavedGate
     from sla_compile.config import SLAConfig
-    from sla_compile.kernels.triton.launches import Launch
     from sla_compile.kernels.triton.tuning import Outcome
 
 __all__ = ["main"]
@@ -39,6 +38,13 @@ FACTORY is package.module:name of something callable (dots after the colon reach
 _ATLAS = """\
 run a model once, dense, and show where its attention goes: true attention in critical, marginal and negligible blocks,
 errors, the error against topk, and the topks that allocate would choose. Nothing is compiled or changed.
+
+FACTORY is as for explain.
+"""
+
+_COMPARE = """\
+compare a model with what it would be with sparse-linear attention: error of each attention and of the output, time and
+memory of a forward. Nothing in the model changes; copies of it are compiled.
 
 FACTORY is as for explain.
 """
@@ -100,12 +106,21 @@ def _parser() -> _Parser:
     atlas.add_argument("--site", metavar="PATH", help="the maps of the attention of this module")
     atlas.add_argument("--out", nargs="+", default=[], metavar="FILE", help=".html, .png, .svg, .pdf or .json")
     atlas.set_defaults(run=_atlas)
-    for command in (explain, atlas):
+    compare = commands.add_parser(
+        "compare",
+        help="error, time and memory of a model, dense against SLA",
+        description=_COMPARE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    compare.add_argument("--inner", default="inductor", help='what both are timed with; "none": nothing is timed')
+    compare.add_argument("--out", nargs="+", default=[], metavar="FILE", help=".png, .svg, .pdf or .json")
+    compare.set_defaults(run=_compare)
+    for command in (explain, atlas, compare):
         _add_factory(command)
     doctor = commands.add_parser("doctor", help="what a report of a bug should hold: this machine, and a self-test")
     doctor.add_argument("--no-self-test", action="store_true", help="leave out the seconds of computing")
     doctor.set_defaults(run=_doctor)
-    for command in (explain, atlas, bench):
+    for command in (explain, atlas, bench, compare):
         command.add_argument(
             "--config",
             action="append",
@@ -113,9 +128,9 @@ def _parser() -> _Parser:
             metavar="KEY=VALUE",
             help="a field of SLAConfig, its value as JSON (or text); repeatable",
         )
-    for command in (explain, show, doctor, atlas, bench):
+    for command in (explain, show, doctor, atlas, bench, compare):
         command.add_argument("--json", action="store_true", help="print JSON")
-    for command in (explain, show, tune, doctor, atlas, bench):
+    for command in (explain, show, tune, doctor, atlas, bench, compare):
         command.add_argument("--width", type=_integer(20), default=None, help="columns, at least 20")
     return parser
 
@@ -211,21 +226,44 @@ def _check_endings(paths: Sequence[str], *kinds: str) -> None:
         checked_kind(path, ("figure", *kinds))
 
 
+def _model_and_batches(options: argparse.Namespace) -> tuple[nn.Module, list[Any]]:
+    """What the factory returned, its arguments as one batch."""
+    model, args, kwargs = model_and_inputs(options.factory, call_factory(options.factory, options.args))
+    named = inspect.signature(model.forward).bind_partial(*args).arguments if args and kwargs else {}
+    return model, [{**named, **kwargs} if kwargs else args]
+
+
 def _atlas(options: argparse.Namespace) -> str:
     from sla_compile.inspection.atlas import atlas
 
     config = _config(options.config)
-    model, args, kwargs = model_and_inputs(options.factory, call_factory(options.factory, options.args))
     try:
         _check_endings(options.out, "html", "json")
-        named = inspect.signature(model.forward).bind_partial(*args).arguments if args and kwargs else {}
-        found = atlas(model, [{**named, **kwargs} if kwargs else args], config)
+        found = atlas(*_model_and_batches(options), config)
         view = found if options.site is None else found.site(options.site)
         for path in options.out:
             found.save(path, options.site)
     except Exception as error:
-        raise UsageError(f"{options.factory}: {error_line(error)}") from error
+        raise _usage_error(options.factory, error) from error
     return found.to_json(indent=2, maps=options.site is not None) if options.json else _print(view, options.width)
+
+
+def _compare(options: argparse.Namespace) -> str:
+    from sla_compile.inspection.comparison import compare
+
+    config, inner = _config(options.config), None if options.inner == "none" else options.inner
+    try:
+        _check_endings(options.out, "json")
+        report = compare(*_model_and_batches(options), config, inner=inner)
+        for path in options.out:
+            report.save(path)
+    except Exception as error:
+        raise _usage_error(options.factory, error) from error
+    return report.to_json() if options.json else _print(report, options.width)
+
+
+def _usage_error(what: str, error: Exception) -> UsageError:
+    return error if isinstance(error, UsageError) else UsageError(f"{what}: {error_line(error)}")
 
 
 def _bench(options: argparse.Namespace) -> str:
@@ -250,7 +288,7 @@ def _bench(options: argparse.Namespace) -> str:
         for path in options.out:
             report.save(path)
     except Exception as error:
-        raise UsageError(f"bench: {error_line(error)}") from error
+        raise _usage_error("bench", error) from error
     return report.to_json() if options.json else _print(report, options.width)
 
 
@@ -324,7 +362,9 @@ def _tune(options: argparse.Namespace) -> str:
             found += outcomes
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"tune: {error}") from error
-    return _print(_tuning_table(found, options.file, torch.cuda.get_device_name()), options.width)
+    from sla_compile.inspection.terminal import tuning_table
+
+    return _print(tuning_table(found, options.file, torch.cuda.get_device_name()), options.width)
 
 
 @contextlib.contextmanager
@@ -334,33 +374,6 @@ def _status_line() -> Iterator[Callable[[str], None]]:
 
     with Console(stderr=True).status("") as status:
         yield status.update
-
-
-def _tuning_table(found: Sequence[Outcome], file: str, gpu: str) -> RenderableType:
-    """For rich: a table of the launches found, then those dropped and why, then how to use the file."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    columns = ("kernel", "head dim", "inputs", "shipped, ms", "best, ms", "launch")
-    table = Table(*columns, title=f"{gpu}: the directions that the kernel is in")
-    for outcome in found:
-        kernel, row, precision = outcome.key
-        launch = "shipped" if outcome.best == outcome.shipped else _launch_text(outcome.best)
-        times = (f"{ms:.3f}" for ms in (outcome.shipped_ms, outcome.best_ms))
-        table.add_row(kernel, str(row), precision, *times, launch)
-    dropped = [
-        f"dropped: {outcome.key[0]} {outcome.key[1]} {outcome.key[2]}, {_launch_text(launch)}: {why}"
-        for outcome in found
-        for launch, why in outcome.dropped
-    ]
-    used = f"written to {file}; in force where SLA_COMPILE_LAUNCHES={file}"
-    return Group(table, *(Text(line) for line in (*dropped, used)))
-
-
-def _launch_text(launch: Launch) -> str:
-    sizes = f"{launch.tile_q}x{launch.tile_k}, chunk {launch.chunk}"
-    return f"{sizes}, {launch.warps} warps, {launch.stages} stages"
 
 
 def _print(view: Any, width: int | None) -> str:

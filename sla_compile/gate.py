@@ -181,12 +181,6 @@ class Gate(nn.Module):
         topk, bottomk = (share / MILLION for share in self.sparsity.view(-1, 2).double().mean(dim=0).tolist())
         return min(topk, self.config.max_topk or 1.0), bottomk
 
-    def topks(self) -> tuple[float, ...] | None:
-        """The topk in force of each head, where they have their own; else None. It waits for the device as `shares`."""
-        if self.sparsity is None or self.sparsity.is_meta or self.sparsity.dim() == 1:
-            return None
-        return tuple(min(topk / MILLION, self.config.max_topk or 1.0) for topk in self.sparsity[:, 0].tolist())
-
     def trained(self) -> bool:
         """Whether any parameter is not zero. Reads the values, so it waits for the device."""
         if self.device.type == "meta":

@@ -65,7 +65,7 @@ class SiteSensitivity:
         if budget > most:
             raise ValueError(f"{path}: got budget={budget}; accepted: up to {most}, for its max_topk and bottomk")
         wanted = {round(rung * budget * MILLION) / MILLION for rung in ladder}
-        topks = gate.topks()
+        topks = _topks_of_heads(gate)
         rungs = sorted({rung for rung in wanted if 0 < rung <= most} | {budget} | ({topk} if topks is None else set()))
         zeros = torch.zeros(len(rungs) + 1, gate.heads, dtype=torch.float64, device=gate.device)
         return cls(
@@ -144,6 +144,13 @@ class SiteSensitivity:
         """How much of ``work`` lies in critical blocks with these topks."""
         own = topk if isinstance(topk, tuple) else (topk,)
         return sum(self.critical[self.rungs.index(rung)] for rung in own) / len(own)
+
+
+def _topks_of_heads(gate: Gate) -> tuple[float, ...] | None:
+    """The topk in force of each head of ``gate``, where they have their own; else None."""
+    if gate.sparsity is None or gate.sparsity.dim() == 1:
+        return None
+    return tuple(min(topk / MILLION, gate.config.max_topk or 1.0) for topk in gate.sparsity[:, 0].tolist())
 
 
 def _squared_distance(a: Tensor, b: Tensor | None) -> Tensor:

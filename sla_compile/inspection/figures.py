@@ -19,7 +19,7 @@ DRAWN = (".png", ".svg", ".pdf")
 DENSE, SPARSE, NOW, FITTED = "0.6", "#cc6677", "#332288", "#44aa99"
 """Colours that are told apart by the colour-blind too."""
 CLASSES = {"critical": "#cc3355", "marginal": "#88ccee", "negligible": "0.9"}
-_HEADS_PER_ROW = 6
+_HEADS_PER_ROW, _MOST_NAMES = 6, 10
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -69,13 +69,13 @@ def comparison_figure(report: ComparisonReport) -> Any:
         peaks = [forward.peak_bytes for forward in pair]
         if None not in peaks:
             costs.append(("GiB at peak", [(peak or 0) / 2**30 for peak in peaks]))
-    figure = new_figure(5 + 2.2 * len(costs), 1.6 + 0.35 * (len(report.sites) + 1))
-    axes = figure.subplots(1, 1 + len(costs), width_ratios=[5, *[1.6] * len(costs)], squeeze=False)[0]
+    figure = new_figure(5.5 + 2.2 * len(costs), 1.6 + min(0.35, 6 / len(report.sites)) * (len(report.sites) + 1))
+    axes = figure.subplots(1, 1 + len(costs), width_ratios=[5, *[2] * len(costs)], squeeze=False)[0]
     _error_bars(axes[0], report)
     for place, (label, values) in zip(axes[1:], costs, strict=True):
         bars = place.bar(["dense", "SLA"], values, color=[DENSE, NOW])
         place.bar_label(bars, fmt="%.4g", fontsize="small")
-        place.set_title(label, fontsize="medium")
+        place.set_title(label, fontsize="small")
         place.margins(y=0.15)
     figure.suptitle(f"{report.model} on {report.device}", fontsize="medium")
     return figure
@@ -92,7 +92,8 @@ def _error_bars(axes: Any, report: ComparisonReport) -> None:
     ):
         values = [getattr(error, field) for error in errors]
         axes.barh([place + shift for place in places], values, height=0.24, label=label, color=colour)
-    axes.set_yticks(places, names)
+    axes.set_yticks(places, names, fontsize="small" if len(names) <= 12 else 6)
+    axes.margins(y=0.01)
     axes.set_xlabel("relative error against dense")
     axes.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
 
@@ -124,7 +125,7 @@ def bench_figure(report: BenchReport) -> Any:
 
 def sheet(atlas: Atlas) -> Any:
     """One sheet for a model: attention by class, errors, curves of error against topk, and topks as suggested."""
-    figure = new_figure(12, 5 + 0.12 * len(atlas.sites))
+    figure = new_figure(12, 5.5)
     (mass, errors), (curves, topks) = figure.subplots(2, 2)
     places = list(range(len(atlas.sites)))
     names = [site.path.removesuffix(".sla") for site in atlas.sites]
@@ -146,8 +147,9 @@ def sheet(atlas: Atlas) -> Any:
     topks.bar(places, [100 * (s.topk if s.suggested is None else s.suggested) for s in atlas.sites], color=NOW)
     topks.axhline(100 * atlas.budget, color=SPARSE, linestyle="--", label="budget")
     topks.set(title="topk, as allocate would set it" if atlas.allocation else "topk", ylabel="%")
+    step = -(-len(names) // _MOST_NAMES)
     for axes in (mass, errors, topks):
-        axes.set_xticks(places, names if axes is topks or len(names) <= 6 else [], rotation=30, ha="right", fontsize=7)
+        axes.set_xticks(places[::step], names[::step], rotation=30, ha="right", fontsize=7)
         axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.suptitle(atlas.title, fontsize="medium", wrap=True)
     return figure

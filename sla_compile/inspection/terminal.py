@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from sla_compile.inspection.comparison import ComparisonReport, Errors, Forward
     from sla_compile.inspection.doctor import DoctorReport
     from sla_compile.inspection.site_atlas import HeadAtlas, SiteAtlas
+    from sla_compile.kernels.triton.launches import Launch
+    from sla_compile.kernels.triton.tuning import Outcome
 
-__all__ = ["AtlasView", "BenchView", "ComparisonView", "DoctorView", "SiteView"]
+__all__ = ["AtlasView", "BenchView", "ComparisonView", "DoctorView", "SiteView", "tuning_table"]
 
 _SHADES = " .:-=+*#%@"
 """From nothing to all, so that a map reads without colours too."""
@@ -167,6 +169,29 @@ def _bytes(count: int | None) -> str:
     return "not counted on a CPU" if count is None else f"{quantity(count)}B"
 
 
+def tuning_table(found: Sequence[Outcome], file: str, gpu: str) -> RenderableType:
+    """For rich: a table of the launches found, then those dropped and why, then how to use the file."""
+    columns = ("kernel", "head dim", "inputs", "shipped, ms", "best, ms", "launch")
+    table = Table(*columns, title=f"{gpu}: the directions that the kernel is in")
+    for outcome in found:
+        kernel, row, precision = outcome.key
+        launch = "shipped" if outcome.best == outcome.shipped else _launch_text(outcome.best)
+        times = (f"{ms:.3f}" for ms in (outcome.shipped_ms, outcome.best_ms))
+        table.add_row(kernel, str(row), precision, *times, launch)
+    dropped = [
+        f"dropped: {outcome.key[0]} {outcome.key[1]} {outcome.key[2]}, {_launch_text(launch)}: {why}"
+        for outcome in found
+        for launch, why in outcome.dropped
+    ]
+    used = f"written to {file}; in force where SLA_COMPILE_LAUNCHES={file}"
+    return Group(table, *(Text(line) for line in (*dropped, used)))
+
+
+def _launch_text(launch: Launch) -> str:
+    sizes = f"{launch.tile_q}x{launch.tile_k}, chunk {launch.chunk}"
+    return f"{sizes}, {launch.warps} warps, {launch.stages} stages"
+
+
 class AtlasView:
     """An ``Atlas`` for rich to draw: a table of the attentions, a heat map of all heads, and what to choose."""
 
@@ -253,7 +278,11 @@ def _head(number: int, head: HeadAtlas, width: int) -> Iterator[RenderableType]:
         line = attention.append("   ").append_text(classes) if beside else classes
         line.no_wrap, line.overflow = True, "crop"
         yield line
-    yield Text("left: attention; right: # critical, + marginal, . negligible" if beside else "# critical, + marginal")
+    yield Text(
+        "left: attention; right: # critical, + marginal, . negligible"
+        if beside
+        else "# critical, + marginal, . negligible"
+    )
 
 
 def _mass_lines(found: HeadMap) -> Iterator[Text]:

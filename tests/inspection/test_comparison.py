@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import sla_compile
+from sla_compile.__main__ import main
 from sla_compile.fitting.observer import GatedCall
 from sla_compile.kernels import reference
 from tests.support.calibration import assert_same_state, batches, defined_error, made, recorded, state
@@ -99,6 +100,23 @@ def test_text_data_and_pictures(tmp_path: Path) -> None:
     assert "</svg>" in (tmp_path / "report.svg").read_text()
     with pytest.raises(ValueError, match=r"ends in one of \.png, \.svg, \.pdf, \.json"):
         report.save(tmp_path / "report.doc")
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "factory_of_compare.py").write_text(
+        "import torch\nfrom tests.support.models import Model, WIDTH\n"
+        "def make():\n    return Model(1), (torch.randn(1, 100, WIDTH),)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    small = [word for name in ("min_tokens=0", "block_q=16", "block_k=16") for word in ("--config", name)]
+    command = ["compare", "factory_of_compare:make", *small]
+    assert main([*command, "--inner", "eager", "--width", "100", "--out", str(tmp_path / "a.json")]) == 0
+    assert "output of the model" in capsys.readouterr().out
+    assert json.loads((tmp_path / "a.json").read_text())["sla"]["milliseconds"] > 0
+    assert main([*command, "--inner", "none", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sla"] is None
+    assert main([*command, "--out", str(tmp_path / "a.html")]) == 2
+    assert "accepted: a name that ends in one of .png, .svg, .pdf, .json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
