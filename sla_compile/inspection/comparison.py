@@ -24,7 +24,7 @@ from sla_compile.fitting.observer import Arguments, GatedCall, gated_calls, no_g
 from sla_compile.fitting.output_error import OutputError
 from sla_compile.fitting.statistics import Statistics, statistics_of
 from sla_compile.gate import gates
-from sla_compile.inspection.timing import peak_bytes
+from sla_compile.inspection.timing import digits, peak_bytes
 from sla_compile.inspection.trial import best_gate, dense_copy, read_batches, trial_copy
 from sla_compile.reporting.model_report import explain
 from sla_compile.user_warnings import UntrainedGatesWarning
@@ -98,7 +98,7 @@ class ComparisonReport:
         if self.dense is None or self.sla is None:
             return line
         before, after = self.dense.milliseconds, self.sla.milliseconds
-        return f"{line}; forward {before:.4g} -> {after:.4g} ms ({before / after:.2f}x)"
+        return f"{line}; forward {digits(before)} -> {digits(after)} ms ({before / after:.2f}x)"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: the fields."""

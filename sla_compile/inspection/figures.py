@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sla_compile.inspection.timing import digits
+
 if TYPE_CHECKING:
     from sla_compile.inspection.atlas import Atlas
     from sla_compile.inspection.benchmark import BenchReport
@@ -74,7 +76,7 @@ def comparison_figure(report: ComparisonReport) -> Any:
     _error_bars(axes[0], report)
     for place, (label, values) in zip(axes[1:], costs, strict=True):
         bars = place.bar(["dense", "SLA"], values, color=[DENSE, NOW])
-        place.bar_label(bars, fmt="%.4g", fontsize="small")
+        place.bar_label(bars, fmt=digits, fontsize="small")
         place.set_title(label, fontsize="small")
         place.margins(y=0.15)
     figure.suptitle(f"{report.model} on {report.device}", fontsize="medium")
@@ -113,7 +115,7 @@ def bench_figure(report: BenchReport) -> Any:
         colours = [DENSE if arm.is_dense else NOW for arm in report.arms]
         bars = place.barh([arm.name for arm in report.arms], medians, xerr=spread, color=colours, capsize=3)
         ratios = (report.speedup(arm, what) for arm in report.arms)
-        labels = [f"{time.median:.3g} ms, {ratio:.2g}x" for time, ratio in zip(times, ratios, strict=True)]
+        labels = [f"{digits(time.median)} ms, {ratio:.2g}x" for time, ratio in zip(times, ratios, strict=True)]
         place.bar_label(bars, labels, padding=6, fontsize="small")
         place.set_title(title, fontsize="medium")
         place.set(xlabel="ms", xlim=(0, 1.5 * max(medians)))

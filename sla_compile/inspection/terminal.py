@@ -10,6 +10,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sla_compile.inspection.timing import digits
 from sla_compile.reporting.path_patterns import grouped_paths
 from sla_compile.reporting.terminal import TABLE_WIDTH, quantity
 
@@ -134,7 +135,7 @@ def _errors(errors: Errors) -> tuple[str, str, str]:
 
 
 def _forward(forward: Forward) -> tuple[str, str, str]:
-    return f"{forward.milliseconds:.4g} ms", f"{forward.slowest:.4g} ms", _bytes(forward.peak_bytes)
+    return f"{digits(forward.milliseconds)} ms", f"{digits(forward.slowest)} ms", _bytes(forward.peak_bytes)
 
 
 class BenchView:

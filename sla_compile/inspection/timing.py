@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Times", "peak_bytes", "time_in_turn"]
+__all__ = ["Times", "digits", "peak_bytes", "time_in_turn"]
 
 Call = Callable[[], Any]
 
@@ -31,7 +31,12 @@ class Times:
         return cls(statistics.median(milliseconds), fifths[0], fifths[-1])
 
     def __str__(self) -> str:
-        return f"{self.median:.4g} ({self.low:.4g} to {self.high:.4g})"
+        return f"{digits(self.median)} ({digits(self.low)} to {digits(self.high)})"
+
+
+def digits(number: float) -> str:
+    """``number`` to four digits, without an exponent where it is large."""
+    return f"{number:.4g}" if number < 9999.5 else f"{number:.0f}"
 
 
 def time_in_turn(

@@ -90,6 +90,7 @@ def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
 def test_times_are_medians_and_percentiles() -> None:
     times = timing.Times.of([float(n) for n in range(1, 102)])
     assert (times.median, times.low, times.high) == (51.0, 21.0, 81.0)
+    assert str(timing.Times(12345.678, 0.123456, 9999.0)) == "12346 (0.1235 to 9999)"
     assert timing.Times.of([2.0]) == timing.Times(2.0, 2.0, 2.0)
     found = timing.time_in_turn({"a": lambda: sum(range(100))}, torch.device("cpu"), seconds=3e-3)
     assert 0 < found["a"].median < 10
