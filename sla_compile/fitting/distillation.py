@@ -32,6 +32,7 @@ from sla_compile.fitting.output_error import at_least_float32, floating_tensors
 from sla_compile.fitting.ranks import over_ranks, sum_tensors, total
 from sla_compile.fitting.regression import SiteStatistics
 from sla_compile.gate import gates, model_config
+from sla_compile.memory import eager_runs_are_measured
 from sla_compile.sharded import fill, is_sharded, whole
 from sla_compile.user_warnings import UntrainedGatesWarning
 
@@ -334,7 +335,7 @@ class _OutputLoss:
     def _distance(self, batch: Arguments) -> tuple[Tensor, Tensor]:
         """||output - dense output||^2 and ||dense output||^2, each a 0-d tensor; only the first has a gradient."""
         args, kwargs = batch
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), eager_runs_are_measured():
             wanted = list(floating_tensors(self.model(*args, **kwargs)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UntrainedGatesWarning)  # they are being trained
