@@ -42,12 +42,17 @@ def _before_call(callback: Any, module: nn.Module) -> None:
     if callable(callback) and memory.is_our_backend(backend_function(callback)):
         memory.remember_start(module)
         remark_children(module)
-    elif callback is None and own_gates(module):
+    elif _is_eager(callback) and own_gates(module):
         memory.remember_eager_start(module)
 
 
+def _is_eager(callback: Any) -> bool:
+    """Whether nothing compiles or exports the call at hand."""
+    return callback is None and not torch.compiler.is_compiling()
+
+
 def _after_call(callback: Any, module: nn.Module) -> None:
-    if callback is None and own_gates(module):
+    if _is_eager(callback) and own_gates(module):
         if memory.ran_since_eager_start(module):  # a part of it is compiled by itself
             memory.clear_dense_run(module)
         else:

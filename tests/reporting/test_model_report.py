@@ -116,6 +116,8 @@ def test_the_status_is_that_of_this_very_model() -> None:
     assert told(run) == ("compiled", [False, False])
     sla_compile.calibrate(model, [(x,)])  # runs it dense, and that is no call of the user's
     assert told(run) == ("compiled", [False, False])
+    sla_compile.export(model, (x,))
+    assert told(run) == ("compiled", [False, False])
     with torch.compiler.set_stance("force_eager"):
         run(x)
     assert told(run)[0] == "compiled, but the last call ran dense"
