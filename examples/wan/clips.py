@@ -24,6 +24,8 @@ SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".webp")
 _BY_PILLOW = (".gif", ".webp")
 _TABLES = ("metadata.csv", "metadata.jsonl")
 _FILE, _CAPTION = ("file_name", "file", "video", "path"), ("caption", "text", "prompt")
+_EARLY = 0.4
+"""How many frames too early one may be taken: times in files are rounded, in a GIF to hundredths of a second."""
 _SHOWN = 3
 """How many videos an error names."""
 
@@ -88,7 +90,7 @@ def read_frames(path: Path, frames: int, size: tuple[int, int], fps: float) -> T
     """
     taken: list[Tensor] = []
     for time, frame in _decoded(path):
-        while len(taken) < frames and time >= (len(taken) - 0.5) / fps:  # the nearest frame
+        while len(taken) < frames and time >= (len(taken) - _EARLY) / fps:
             taken.append(frame)
         if len(taken) == frames:
             break

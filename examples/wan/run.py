@@ -150,6 +150,7 @@ class Run:
         measured = partial(held_out, student, draws, self.folder / "dense", self.accelerator)
         student.compile_dense()
         self._tell("dense", measured(dense=True) | self._time())
+        torch.compiler.reset()  # the dense graphs are done with
         student.prepare(draws[0], settings_of(self.settings))
         if not sla_compile.gates(student.model):
             why = sla_compile.explain(student.model, kwargs=draws[0].arguments(student.dtype), config=None)

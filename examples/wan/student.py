@@ -129,8 +129,11 @@ class Student:
 
     def velocity(self, draw: Draw, model: Any = None) -> Tensor:
         """The velocity that the model, as it is compiled, gives: (B, C, T, H, W), float32. ``model``: it, wrapped."""
+        arguments = draw.arguments(self.dtype)
+        # With weights that are frozen the first block would have a graph of its own, and be compiled twice.
+        noisy = arguments["hidden_states"].detach().requires_grad_(torch.is_grad_enabled())
         with self.autocast():
-            return (self.model if model is None else model)(**draw.arguments(self.dtype))[0].float()
+            return (self.model if model is None else model)(**arguments | {"hidden_states": noisy})[0].float()
 
     @torch.no_grad()
     def dense_velocity(self, draw: Draw) -> Tensor:

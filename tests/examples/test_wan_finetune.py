@@ -91,18 +91,22 @@ def test_a_run_leaves_what_it_promises(whole: Path, capsys: pytest.CaptureFixtur
 
 def test_it_goes_on_after_a_kill(tiny: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a step behind the last checkpoint, which is then done again; the result is the same to the last bit."""
-    update, run = Training._update, tmp_path / "run"
+    update, run, calls = Training._update, tmp_path / "run", []
 
     def killed(self: Training, step: int) -> Any:
         if step == 3:
             raise Killed
-        return update(self, step)
+        with sla_compile.RunCounters(self.student.model) as counters:
+            loss = update(self, step)
+            calls.append([site["calls"] for site in counters.read().values()])
+        return loss
 
     more = ["--samples", "0", "--save-every", "2"]
     with monkeypatch.context() as patched:
         patched.setattr(Training, "_update", killed)
         with pytest.raises(Killed):
             train(tiny, run, *more)
+    assert calls == [[2], [2], [2]]  # forward and recomputation; the teacher's attention is dense
     assert torch.load(run / "running.pt", weights_only=True)["step"] == 2
     assert not (run / "result").exists()
     train(tiny, run, *more)
@@ -133,6 +137,21 @@ def test_latents_and_text_are_the_pipelines(tiny: Path, whole: Path) -> None:
         for values in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
     )
     assert_close("latents", latents * std + mean, raw, 1e-5)  # as the pipeline takes them back before it decodes
+
+
+def test_frames_are_taken_by_their_times(tiny: Path) -> None:
+    """As many a second as asked for, scaled and cropped to the middle; None of a video that is too short."""
+    path = tiny / "clips/clip0.gif"
+    every, half = read_frames(path, 9, (70, 100), 16), read_frames(path, 5, (70, 100), 8)
+    assert every is not None
+    assert half is not None
+    assert torch.equal(half, every[:, ::2])
+    assert (every[0, 0, 10:30, 5:25] > 0.9).all()  # the ball
+    assert (every[:, :, 60:] == -1).all()
+    crop = read_frames(path, 9, (70, 50), 16)
+    assert crop is not None
+    assert torch.equal(crop, every[..., 25:75])
+    assert read_frames(path, 10, (70, 100), 16) is None
 
 
 def generated(run: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> tuple[np.ndarray, Any]:
