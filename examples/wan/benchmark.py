@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -52,8 +53,10 @@ def _student(options: Mapping[str, Any], device: torch.device) -> Student:
         model = WanTransformer3DModel(patch_size=(1, 2, 2), text_dim=4096, freq_dim=256, **config)
     low = dtype_of(options, device)
     dtype = torch.float32 if options["train"] == "all" else low
+    # as in a run: a teacher apart where all weights are trained
+    teacher = copy.deepcopy(model).to(low).requires_grad_(False) if options["train"] == "all" else None
     how = {"dtype": low, "rank": options["rank"], "inner": options["inner"], "checkpointing": options["checkpointing"]}
-    return Student(model.to(dtype).eval(), options["train"], **how)
+    return Student(model.to(dtype).eval(), options["train"], **how, teacher=teacher)
 
 
 def _draw(options: Mapping[str, Any], student: Student) -> Draw:
