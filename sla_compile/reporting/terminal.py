@@ -16,6 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from sla_compile.common.limits import TAYLOR
 from sla_compile.compiler.site_report import SiteReport
 from sla_compile.reporting.path_patterns import grouped_paths, patterns_with_paths, without_numbers
 
@@ -291,7 +292,8 @@ def _gate_parameters(site: SiteReport) -> Text:
     if not site.gate_parameters:
         return Text()
     scaled = ", with scale" if site.settings["sparse_scale"] else ""
-    return Text(f"{site.gate_parameters:,} {str(site.settings['gate']).replace('_', ' ')}{scaled}")
+    form = "per_head" if site.settings["linear"] == TAYLOR else str(site.settings["gate"])
+    return Text(f"{site.gate_parameters:,} {form.replace('_', ' ')}{scaled}")
 
 
 def _settings_line(settings: dict[str, Any]) -> str:
@@ -299,10 +301,11 @@ def _settings_line(settings: dict[str, Any]) -> str:
     ranges = ", ".join(texts)
     always = f", key tokens {ranges} always critical" if ranges else ""
     scaled = ", sparse branch scaled by head" if settings["sparse_scale"] else ""
+    features = "" if settings["linear"] == TAYLOR else f"feature map {settings['feature_map']}, "
     limit = "" if settings["max_topk"] is None else f" (at most {100 * settings['max_topk']:g}%)"
     return (
         f"sparse-linear: topk {100 * settings['topk']:g}%{limit}, bottomk {100 * settings['bottomk']:g}%, blocks "
-        f"{settings['block_q']}x{settings['block_k']}, feature map {settings['feature_map']}, "
+        f"{settings['block_q']}x{settings['block_k']}, {features}"
         f"linear {settings['linear']}{scaled}{always}"
     )
 

@@ -29,6 +29,16 @@ def test_totals_are_sums_over_the_sites() -> None:
     assert totals.gate_parameters == 3 * (16 * 16 + 16)
 
 
+def test_virtual_keys_have_no_feature_map_in_it() -> None:
+    x = (random_input(100), random_input(30))
+    taylor = " ".join(str(explain(Stack(1), *x, linear="taylor")).split())
+    other = " ".join(str(explain(Stack(1), *x)).split())
+    assert "feature map softmax, linear marginal" in other
+    assert "feature map" not in taylor
+    assert "blocks 16x16, linear taylor" in taylor
+    assert "shared" not in taylor
+
+
 def test_explain_changes_nothing() -> None:
     model = Model().double()
     model.blocks[0].register_forward_pre_hook(lambda *_: None)
