@@ -44,13 +44,13 @@ class Run:
                 f"with a model each (MULTI_GPU). For FSDP see docs/many-gpus.md"
             )
         self.is_main, self.folder = self.accelerator.is_main_process, folder
-        self.settings = self._remembered(settings)
+        self.settings = self._checked(settings)
         check_checkpoint(self.settings["checkpoint"])
         self.console = Console(quiet=not self.is_main)
         self.report = Report(folder / "report.json")
 
-    def _remembered(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings in JSON types, in settings.json; Refused where another run is there."""
+    def _checked(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings in JSON types; Refused where the folder has a run with others."""
         plain = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
         settings, path = dict(json.loads(json.dumps(plain))), self.folder / "settings.json"
         known = json.loads(path.read_text()) if path.exists() else settings
@@ -59,12 +59,6 @@ class Run:
                 f"--run: {self.folder} holds a run with other settings of {', '.join(changed)}; accepted: the same "
                 f"settings, to go on with it, or another folder"
             )
-        self.accelerator.wait_for_everyone()
-        if self.is_main:
-            write(
-                _made(self.folder) / path.name, lambda temporary: temporary.write_text(json.dumps(settings, indent=1))
-            )
-        self.accelerator.wait_for_everyone()
         return settings
 
     def all(self) -> None:
@@ -102,6 +96,16 @@ class Run:
             drop=settings["drop_captions"],
         )
         self.console.print(f"{len(training)} videos to train on, {len(held)} held out")
+        frames, height, width = self.draws.held_out[0][0].shape[1:]
+        if (tokens := frames * height * width // 4) < settings["min_tokens"]:
+            raise Refused(
+                f"--min-tokens: got {settings['min_tokens']} for videos of {tokens} tokens, whose attention would stay "
+                f"dense; accepted: at most {tokens}, or longer or larger videos"
+            )
+        if self.is_main:  # now that nothing speaks against them
+            text = json.dumps(settings, indent=1)
+            write(self.folder / "settings.json", lambda temporary: temporary.write_text(text))
+        process.wait_for_everyone()
 
     def _split(self, clips: list[Clip]) -> tuple[list[Clip], list[Clip]]:
         """Those to train on and those held out, a share of them spread over the names."""
@@ -152,9 +156,6 @@ class Run:
         self._tell("dense", measured(dense=True) | self._time())
         torch.compiler.reset()  # the dense graphs are done with
         student.prepare(draws[0], settings_of(self.settings))
-        if not sla_compile.gates(student.model):
-            why = sla_compile.explain(student.model, kwargs=draws[0].arguments(student.dtype), config=None)
-            raise Refused(f"no attention would be sparse-linear at this size:\n{why}")
         student.switch()
         self._tell("switched", measured())
         rewritten = sla_compile.report(student.model).totals.rewritten

@@ -139,6 +139,20 @@ def test_latents_and_text_are_the_pipelines(tiny: Path, whole: Path) -> None:
     assert_close("latents", latents * std + mean, raw, 1e-5)  # as the pipeline takes them back before it decodes
 
 
+def test_captions_are_found(tmp_path: Path) -> None:
+    """In either table, by any of the names of its columns, also of videos in folders below; --caption for the rest."""
+    (tmp_path / "below").mkdir()
+    for name in ("one.mp4", "below/two.MOV", "three.gif", "notes.pdf"):
+        (tmp_path / name).touch()
+    rows = [{"video": "below/two.MOV", "text": "two"}, {"file_name": "three.gif", "caption": "three"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = {clip.path.name: clip.caption for clip in clips_in(tmp_path, "another")}
+    assert found == {"one.mp4": "another", "two.MOV": "two", "three.gif": "three"}
+    (tmp_path / "metadata.csv").write_text("path,prompt\n,lost\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv: row 1 has no file; accepted: a column file_name"):
+        clips_in(tmp_path, "another")
+
+
 def test_frames_are_taken_by_their_times(tiny: Path) -> None:
     """As many a second as asked for, scaled and cropped to the middle; None of a video that is too short."""
     path = tiny / "clips/clip0.gif"
@@ -289,16 +303,18 @@ def test_what_cannot_be_done_is_told(
     assert "have 401 frames at 16 fps; accepted: at least 2" in told(wan, videos, "--frames", "401")
     bare = save_clips(tmp_path / "bare")
     (bare / "clip3.txt").unlink()
-    assert "have no caption (clip3.gif); accepted: a .txt" in told(wan, bare, run=tmp_path / "other")
+    assert "have no caption (clip3.gif); accepted: a .txt" in told(wan, bare)
     (tmp_path / "two").mkdir()
     index = json.loads((wan / "model_index.json").read_text())
     index["transformer_2"] = index["transformer"]
     (tmp_path / "two/model_index.json").write_text(json.dumps(index))
-    assert "a WanPipeline with transformer_2; accepted" in told(tmp_path / "two", videos, run=tmp_path / "third")
+    assert "a WanPipeline with transformer_2; accepted" in told(tmp_path / "two", videos)
+    assert "got 90 for videos of 72 tokens" in told(wan, videos, "--min-tokens", "90")
+    assert not (tmp_path / "run/settings.json").exists()  # so that another try is no other run
     monkeypatch.setattr(clips, "_optional", lambda name: None)
     with pytest.raises(ValueError, match=r"nothing that decodes \.mp4 is installed; accepted: one of the packages av"):
         read_frames(tmp_path / "clip.mp4", 9, (64, 96), 16)
-    assert "has no result yet" in refusal(capsys, "generate", "--run", str(tmp_path / "run"), "--prompt", "a ball")
+    assert "no settings.json in" in refusal(capsys, "generate", "--run", str(tmp_path / "run"), "--prompt", "a ball")
 
 
 def test_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
