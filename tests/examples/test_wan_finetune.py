@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -102,6 +103,8 @@ def test_it_goes_on_after_a_kill(tiny: Path, whole: Path, tmp_path: Path, monkey
         return loss
 
     more = ["--samples", "0", "--save-every", "2"]
+    for stage in ("cache", "dense", "fitted"):  # what is done already is left alone; see test_other_forms for all of it
+        shutil.copytree(whole / stage, run / stage)
     with monkeypatch.context() as patched:
         patched.setattr(Training, "_update", killed)
         with pytest.raises(Killed):
@@ -114,8 +117,8 @@ def test_it_goes_on_after_a_kill(tiny: Path, whole: Path, tmp_path: Path, monkey
         ours, theirs = load_file(run / "result" / name), load_file(whole / "result" / name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    ours, theirs = (json.loads((path / "report.json").read_text()) for path in (run, whole))
-    assert all(ours[row][name] == theirs[row][name] for row in theirs for name in ("loss", "error"))
+    ours, theirs = (json.loads((path / "report.json").read_text())["trained"] for path in (run, whole))
+    assert all(ours[name] == theirs[name] for name in ("loss", "error"))
 
 
 def test_latents_and_text_are_the_pipelines(tiny: Path, whole: Path) -> None:
