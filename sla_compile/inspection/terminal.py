@@ -265,25 +265,25 @@ class SiteView:
 
 
 def _head(number: int, head: HeadAtlas, width: int) -> Iterator[RenderableType]:
-    mass = ", ".join(f"{name} {_percent(share)}" for name, share in head.mass.items())
+    held = ", ".join(f"{name} {_percent(share)}" for name, share in head.mass.items())
     yield Text(f"\nhead {number}", style="bold", overflow="fold").append(
-        f": attention in {mass}; recall {_percent(head.recall)}, best choice {_percent(head.best_mass)}; weights above "
+        f": attention in {held}; recall {_percent(head.recall)}, best choice {_percent(head.best_mass)}; weights above "
         f"1/n {_percent(head.above_mean)}, below 1/(100 n) {_percent(head.tiny)}; stable rank of the rest "
         f"{head.rest_rank:.1f}; error sparse {_error(head.errors.sparse)}, linear {_error(head.errors.linear)}, sum "
         f"{_error(head.errors.sum)}",
         style="not bold",
     )
-    columns = len(head.map.mass[0])
-    beside = width >= 2 * columns + 3
-    for attention, classes in zip(_mass_lines(head.map), _class_lines(head.map), strict=True):
-        line = attention.append("   ").append_text(classes) if beside else classes
+    mass_lines, class_lines = list(_mass_lines(head.map)), list(_class_lines(head.map))
+    beside = width >= 2 * len(head.map.mass[0]) + 3
+    if beside:
+        lines = [mass.append("   ").append_text(kinds) for mass, kinds in zip(mass_lines, class_lines, strict=True)]
+    else:
+        lines = [*mass_lines, Text(), *class_lines]
+    for line in lines:
         line.no_wrap, line.overflow = True, "crop"
         yield line
-    yield Text(
-        "left: attention; right: # critical, + marginal, . negligible"
-        if beside
-        else "# critical, + marginal, . negligible"
-    )
+    where = ("left", "right") if beside else ("above", "below")
+    yield Text(f"{where[0]}: attention; {where[1]}: # critical, + marginal, . negligible", overflow="fold")
 
 
 def _mass_lines(found: HeadMap) -> Iterator[Text]:
