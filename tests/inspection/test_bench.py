@@ -33,7 +33,8 @@ def test_arms_times_and_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert [arm.name for arm in report.arms] == list(called) == names
     assert (report.shape, report.dtype, report.settings["topk"]) == (SHAPE, "float32", 0.4)
     for arm in report.arms:
-        assert 0 < arm.forward.low <= arm.forward.median <= arm.forward.high < arm.both.high
+        for times in (arm.forward, arm.both):
+            assert 0 < times.low <= times.median <= times.high
         assert (arm.forward_bytes, arm.both_bytes) == (None, None)
     assert report.speedup(report.arms[0], "both") == 1
     assert set(report.errors) == {"marginal", "taylor", "none"}
@@ -93,7 +94,7 @@ def test_times_are_medians_and_percentiles() -> None:
     assert str(timing.Times(12345.678, 0.123456, 9999.0)) == "12346 (0.1235 to 9999)"
     assert timing.Times.of([2.0]) == timing.Times(2.0, 2.0, 2.0)
     found = timing.time_in_turn({"a": lambda: sum(range(100))}, torch.device("cpu"), seconds=3e-3)
-    assert 0 < found["a"].median < 10
+    assert found["a"].median > 0
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -106,3 +107,16 @@ def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "b.json").read_text())
     assert main([*command, "--out", str(tmp_path / "b.doc")]) == 2
     assert "accepted: a name that ends in one of" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu() -> None:
+    report = sla_compile.bench((1, 2, 2048, 64), linear=("marginal", "taylor"), seconds=0.02)
+    assert report.dtype == "bfloat16"
+    assert report.arms[0].name == "dense"
+    for arm in report.arms:
+        assert arm.both_bytes is not None
+        assert arm.forward_bytes is not None
+        assert arm.both_bytes > arm.forward_bytes > 0
+    assert_fits(report)

@@ -131,3 +131,25 @@ def test_nothing_waits_for_the_device() -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert counters.read()["blocks.0.attention.sla"]["calls"] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_graph_counts_what_it_replays() -> None:
+    x = torch.randn(1, 100, 32, device="cuda")
+    run = compiled(sla_compile.prepare(Model().cuda(), (x,), config=OPTIONS))
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        run(x)
+        with sla_compile.RunCounters(run) as counters:
+            with torch.cuda.graph(graph):
+                run(x)
+            for _ in range(3):
+                graph.replay()
+            assert counters.read()["blocks.0.attention.sla"]["calls"] == 3
+            counters.reset()
+            graph.replay()
+            assert counters.read()["blocks.0.attention.sla"]["calls"] == 1
+        del counters
+        graph.replay()  # what it writes to is still there
+        torch.cuda.synchronize()
