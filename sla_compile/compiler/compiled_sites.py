@@ -14,9 +14,9 @@ from sla_compile.compiler.site_report import (
     SiteReport,
     describe,
     graph_break,
+    not_traced,
     not_used,
     prepared_only,
-    ran_dense,
     with_sparsity_of,
 )
 from sla_compile.compiler.sites import Site
@@ -26,9 +26,6 @@ from sla_compile.memory import Accounts
 from sla_compile.module_paths import module_paths
 
 __all__ = ["compiled_breaks", "compiled_sites", "remember"]
-
-_NOT_TRACED = "outside every graph", "a graph that holds the attention and its owner"
-_NOT_COMPILED = "it was not compiled", "a call of what torch.compile returned"
 
 
 def remember(gm: fx.GraphModule, sites: Sequence[Site], unused: Sequence[UnusedGate], frame: Frame) -> None:
@@ -84,7 +81,7 @@ def compiled_sites(model: nn.Module) -> list[SiteReport]:
             for report, current in _reports(history):
                 report = _moved(with_sparsity_of(report, gate_now), full, ordinal)
                 if dense and gate_now is not None and (report.rewritten or (compiled and not report.compiled)):
-                    report = ran_dense(report, *(_NOT_TRACED if compiled else _NOT_COMPILED))
+                    report = not_traced(report) if compiled else dataclasses.replace(report, ran_dense=True)
                 found.append(dataclasses.replace(report, current=current))
     return found
 

@@ -40,9 +40,9 @@ __all__ = [
     "SiteReport",
     "describe",
     "graph_break",
+    "not_traced",
     "not_used",
     "prepared_only",
-    "ran_dense",
     "with_sparsity_of",
 ]
 
@@ -71,7 +71,8 @@ class SiteReport:
     compiled: bool = True
     """False for a gate whose attention no compile has reached yet."""
     ran_dense: bool = False
-    """True for one that was compiled, but ran dense in the last call of its owner."""
+    """True for one that was compiled, but ran dense in the last call of its owner: where ``rewritten``, because nothing
+    around that call was compiled."""
     current: bool = True
     """False for what was compiled for other sizes before, and may still serve those."""
     mask: str = ""
@@ -273,16 +274,16 @@ def prepared_only(gate: Gate, owner: nn.Module) -> SiteReport:
     return dataclasses.replace(not_used(gate, owner, "prepared, not compiled yet", accepted), compiled=False)
 
 
-def ran_dense(report: SiteReport, value: str, accepted: str) -> SiteReport:
-    """``report`` of an attention that ran dense in the last call of its owner, for the reason ``value``."""
+def not_traced(report: SiteReport) -> SiteReport:
+    """``report`` of an attention that the last call of its owner, a compiled one, ran outside every graph."""
     return dataclasses.replace(
         report,
         rewritten=False,
         compiled=True,
         ran_dense=True,
         reason="compiled, but the last call ran dense",
-        value=value,
-        accepted=accepted,
+        value="outside every graph",
+        accepted="a graph that holds the attention and its owner",
         condition="",
         order={},
         critical_tokens=(),

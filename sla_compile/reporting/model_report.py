@@ -47,7 +47,7 @@ class Totals:
     not_compiled: int
     """Prepared, but not compiled yet."""
     ran_dense: int
-    """Of those kept: compiled, but dense in the last call."""
+    """Compiled, but dense in the last call; counted above too, as they were compiled."""
     sizes_unknown: int
     """In none of the sums below."""
     flops_before: int

@@ -133,7 +133,7 @@ class ReportView:
         if totals.not_compiled:
             text += f", {totals.not_compiled} not compiled yet"
         if totals.ran_dense:
-            text += f", {totals.ran_dense} compiled, but dense in the last call"
+            text += f"; {totals.ran_dense} of them ran dense in the last call"
         return title.append(text, style="not bold")
 
     def _table(self, width: int) -> Table:
@@ -267,7 +267,8 @@ def _shape(site: SiteReport) -> Text:
 def _decision(site: SiteReport) -> Text:
     if site.rewritten:
         text = Text("rewritten", style=_STYLES["rewritten"]).append(f": {site.reason}, {site.value}", style="default")
-        return text.append(_when(site), style="default")
+        text.append(_when(site), style="default")
+        return text.append("; the last call was not compiled, and ran dense" if site.ran_dense else "", style="yellow")
     kept = "kept: " if site.compiled else ""
     text = Text(f"{kept}{site.reason}", style=_STYLES["kept" if site.compiled else "prepared"])
     text.append(f": {site.value}" if site.value and site.value != site.path else "", style="default")
