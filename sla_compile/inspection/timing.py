@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.benchmark import timer
 
 __all__ = ["Times", "digits", "peak_bytes", "time_in_turn"]
 
@@ -40,21 +41,27 @@ def digits(number: float) -> str:
 
 
 def time_in_turn(
-    calls: Mapping[str, Call], device: torch.device, *, seconds: float = 0.6, turns: int = 3
+    calls: Mapping[str, Call],
+    device: torch.device,
+    *,
+    seconds: float = 0.6,
+    turns: int = 3,
+    clock: Callable[[], float] = timer,
 ) -> dict[str, Times]:
     """Time each call for about ``seconds``, in ``turns``, so that a drift of the machine meets all alike.
 
     On a GPU by CUDA events on the current stream, the L2 cache flushed before each run, and the host may run ahead; on
-    a CPU with as many threads as torch has now, short calls many at a time. What a first call compiles is not counted.
+    a CPU by ``clock`` and with as many threads as torch has now, short calls many at a time. What a first call compiles
+    is not counted.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(turns):
         for name, call in calls.items():
-            samples[name] += _samples(call, device, seconds / turns)
+            samples[name] += _samples(call, device, seconds / turns, clock)
     return {name: Times.of(found) for name, found in samples.items()}
 
 
-def _samples(call: Call, device: torch.device, seconds: float) -> list[float]:
+def _samples(call: Call, device: torch.device, seconds: float, clock: Callable[[], float]) -> list[float]:
     """Milliseconds of runs of ``call``, after some that are not counted."""
     if device.type == "cuda":
         from triton.testing import do_bench
@@ -63,8 +70,8 @@ def _samples(call: Call, device: torch.device, seconds: float) -> list[float]:
         return found
     from torch.utils.benchmark import Timer
 
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return [1000 * time for time in timer.blocked_autorange(min_run_time=seconds).times]
+    timed = Timer("call()", timer=clock, globals={"call": call}, num_threads=torch.get_num_threads())
+    return [1000 * time for time in timed.blocked_autorange(min_run_time=seconds).times]
 
 
 def peak_bytes(call: Call, devices: Iterable[torch.device]) -> int | None:
