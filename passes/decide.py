@@ -19,7 +19,13 @@ from sla_compile.passes.cross_attention import of_different_tensors
 from sla_compile.passes.key_masks import Masks, split_mask
 from sla_compile.passes.operands import Source, Step, after
 from sla_compile.passes.operands import example as _example
-from sla_compile.passes.profitability import SkippablePairs, UnknownRange, forced_tokens, token_ranges
+from sla_compile.passes.profitability import (
+    SkippablePairs,
+    UnknownRange,
+    default_min_tokens,
+    forced_tokens,
+    token_ranges,
+)
 from sla_compile.passes.tensor_parallel import Exchanged, HeadShards, exchanged, sharding
 from sla_compile.passes.token_order import (
     AS_IN_THE_MODEL,
@@ -29,6 +35,7 @@ from sla_compile.passes.token_order import (
     Wanted,
     ordered,
     ordered_mask,
+    outside_grid,
     token_order,
 )
 from sla_compile.passes.view_axes import split_off
@@ -143,11 +150,13 @@ class Requirements:
     """What the caller knows and the passes must not: settings of the site, dtypes that a device has kernels for, and
     whether each head has a gate of its own."""
 
-    min_tokens: int
+    min_tokens: int | None
+    """None: what is the default on the device of the call."""
     dtypes: dict[str, tuple[torch.dtype, ...]]
     per_head: bool = False
     cross_attention: bool = False
-    always_critical: tuple[tuple[int, int | None], ...] = ()
+    always_critical: tuple[tuple[int, int | None], ...] | str = ()
+    """Ranges of key tokens; or "text", those outside the grid of ``order``."""
     order: Wanted = AS_IN_THE_MODEL
 
 
@@ -169,17 +178,16 @@ def decide(
     shape = example_shape(call)
     if shape is None:
         raise AssertionError("the shape was checked before")
-    try:
-        ranges = token_ranges(requirements.always_critical, shape.tokens if shape.keys is None else shape.keys)
-    except UnknownRange as error:
-        accepted = "both numbers of a range from one end, or dynamic=False"
-        return Keep("always_critical has a range of unknown size", str(error), accepted)
     causal = call.is_causal is True
+    ranges = _ranges(call, requirements, shape, seen[1])
+    if isinstance(ranges, Keep):
+        alone = _pairs(requirements.min_tokens, shape, causal, 0)
+        return Keep("short sequence", alone.value, alone.accepted, by_settings=True) if alone.known_short else ranges
     order = token_order(requirements.order, call.query, call.key, causal, seen)
     if ranges and order.keys is not None:
         ranges = block_ranges(order.keys, int(_example(call.key).shape[2]), ranges, requirements.order.blocks[1])
     forced = forced_tokens(ranges)
-    pairs = SkippablePairs(shape.tokens, shape.keys, causal, forced, requirements.min_tokens)
+    pairs = _pairs(requirements.min_tokens, shape, causal, forced)
     if pairs.known_short:
         return Keep("short sequence", pairs.value, pairs.accepted, by_settings=True)
     refused = _refuse_form(call, requirements) or _refuse_causal(call, shape)
@@ -206,6 +214,28 @@ def decide(
         shards=_shards(call),
         mean_if_masked=call.mean_if_masked,
     )
+
+
+def _ranges(call: AttentionCall, requirements: Requirements, shape: Shape, seen: Grid | None) -> tuple[int, ...] | Keep:
+    """``always_critical`` as start, stop, start, stop, ... of the keys, of which ``seen`` is the grid."""
+    wanted = requirements.always_critical
+    if isinstance(wanted, str):
+        outside = outside_grid(requirements.order, call.key, seen)
+        if isinstance(outside, str):
+            accepted = "a grid among the keys (grid=, grid_start=), or ranges of tokens"
+            return Keep(f"which tokens are text is not known, for always_critical={wanted!r}", outside, accepted)
+        wanted = outside
+    try:
+        return token_ranges(wanted, shape.tokens if shape.keys is None else shape.keys)
+    except UnknownRange as error:
+        accepted = "both numbers of a range from one end, or dynamic=False"
+        return Keep("always_critical has a range of unknown size", str(error), accepted)
+
+
+def _pairs(min_tokens: int | None, shape: Shape, causal: bool, forced: int) -> SkippablePairs:
+    device = shape.device.type
+    least, default_on = (default_min_tokens(device), device) if min_tokens is None else (min_tokens, "")
+    return SkippablePairs(shape.tokens, shape.keys, causal, forced, least, default_on)
 
 
 def _refuse_obstacle(call: AttentionCall) -> Keep | None:

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
-__all__ = ["SkippablePairs", "UnknownRange", "forced_tokens", "token_ranges"]
+__all__ = ["SkippablePairs", "UnknownRange", "default_min_tokens", "forced_tokens", "token_ranges"]
+
+# From the measured crossovers (benchmarks/RESULTS.md): on an H100 SLA is the faster one from 3072 tokens in a CUDA
+# graph, later where launches wait for the host. What is on meta is prepared for another device, a GPU as a rule.
+_DEFAULT_MIN_TOKENS = {"cpu": 768, "cuda": 4096, "meta": 4096}
+
+
+def default_min_tokens(device: str) -> int:
+    """``min_tokens`` on a type of ``device``, where the settings name none."""
+    return _DEFAULT_MIN_TOKENS.get(device, max(_DEFAULT_MIN_TOKENS.values()))
 
 
 class UnknownRange(ValueError):
@@ -59,6 +68,8 @@ class SkippablePairs:
     forced: int
     """Key tokens that are critical in every row."""
     min_tokens: int
+    default_on: str = ""
+    """The type of the device whose default ``min_tokens`` is; empty where the settings name it."""
 
     @property
     def least(self) -> int:
@@ -113,7 +124,9 @@ class SkippablePairs:
     def accepted(self) -> str:
         """What would be enough, in words."""
         if self.keys is not None:
-            return f"queries x keys of at least min_tokens={self.min_tokens} squared"
-        if self.least == self.min_tokens:
-            return f"at least min_tokens={self.min_tokens}"
-        return f"at least {self.least} tokens, the work of min_tokens={self.min_tokens}"
+            enough = f"queries x keys of at least min_tokens={self.min_tokens} squared"
+        elif self.least == self.min_tokens:
+            enough = f"at least min_tokens={self.min_tokens}"
+        else:
+            enough = f"at least {self.least} tokens, the work of min_tokens={self.min_tokens}"
+        return enough + (f", the default on {self.default_on}" if self.default_on else "")

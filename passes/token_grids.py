@@ -1,13 +1,15 @@
 """Which axis of each tensor of a graph is a grid of tokens, (T, H, W) or (H, W), in raster order: proved, not guessed.
 
 A convolution's output has axes in space and time; patch embeddings are such, of a video or of each of its frames. They
-are followed through the graph: a flatten joins them into tokens, text is put before or behind.
+are followed through the graph: a flatten joins them into tokens, text is put before or behind. Of a grid whose sizes
+the user gives, what is looked for is where it is joined with text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from sla_compile.passes.spellings import spelling_of
 from sla_compile.passes.token_order import Grid
 from sla_compile.passes.view_axes import origins_of_write, same_size
 
-__all__ = ["Followed", "Grids"]
+__all__ = ["Followed", "GivenGrid", "Grids"]
 
 
 def _only(known: Any, labels: Any, argument: Any) -> Any:
@@ -147,7 +149,7 @@ class Grids(Followed):
 
     def of(self, source: Any) -> Grid | None:
         """The grid that the tokens of ``source`` (B, H, N, D) are, if it is known and each size is a number."""
-        labels = self._of(source)
+        labels = axes_of(self.labels, source)
         if not is_labels(labels) or len(labels) != 4 or not isinstance(size_of(labels[2]), int):
             return None
         start, atoms = unpacked(labels[2])
@@ -161,11 +163,56 @@ class Grids(Followed):
             return None
         return Grid(tuple(atom.size for atom in atoms), start, size_of(labels[2]))
 
-    def _of(self, source: Any) -> Any:
-        if not isinstance(source, Operand):
-            return self.labels.get(source) if isinstance(source, fx.Node) else None
-        labels = self.labels.get(source.source)
-        for count in range(1, len(source.steps) + 1):
-            op = read(after(source.source, *source.steps[:count]))
-            labels = through(op, partial(_only, op.input, labels))
-        return labels
+
+class GivenGrid(Followed):
+    """Where in the sequences of ``gm`` and its subgraphs a grid of these ``sizes`` is: the one part as long as it."""
+
+    makes = frozenset({"cat"})
+
+    def __init__(self, gm: fx.GraphModule, sizes: tuple[int, ...]) -> None:
+        super().__init__({})
+        self.sizes = sizes
+        for node in gm.graph.nodes:
+            self.visit(node, gm)
+
+    def fresh(self, op: NodeOp) -> Labels | None:
+        """Of a join, where exactly one part may be the grid: as long, or holding one of that length already."""
+        given, axis, node = op.arguments.get("tensors"), op.arguments.get("dim", 0), op.source
+        if not isinstance(given, tuple | list) or type(axis) is not int or not isinstance(node, fx.Node):
+            return None
+        parts = [tensor(part) for part in given]
+        if not isinstance(op.result, torch.Tensor) or any(part is None for part in parts):
+            return None
+        axis %= op.result.dim()
+        lengths = [part.shape[axis] for part in parts if part is not None]
+        labels = [self.known(part) for part in given]
+        held = [is_labels(one) and any(atom.known for atom in one[axis]) for one in labels]
+        fits = [same or length == prod(self.sizes) for same, length in zip(held, lengths, strict=True)]
+        plain = tuple((Atom(size),) for size in op.result.shape)
+        if not all(isinstance(length, int) for length in lengths) or sum(fits) != 1:
+            return plain
+        if any(held):  # ``through`` knows where
+            return None
+        start = sum(lengths[: fits.index(True)])
+        grid = Atom(op.result.shape[axis], part=(Atom(prod(self.sizes), node),), start=start)
+        return (*plain[:axis], (grid,), *plain[axis + 1 :])
+
+    def of(self, source: Any) -> Grid | None:
+        """The grid in the tokens of ``source`` (B, H, N, D), where its place is known."""
+        labels = axes_of(self.labels, source)
+        if not is_labels(labels) or len(labels) != 4 or not isinstance(size_of(labels[2]), int):
+            return None
+        start, atoms = unpacked(labels[2])
+        whole = len(atoms) == 1 and atoms[0].of is not None and atoms[0].size == prod(self.sizes)
+        return Grid(self.sizes, start, size_of(labels[2])) if whole else None
+
+
+def axes_of(labels: Mapping[fx.Node, Any], source: Any) -> Any:
+    """The axes of ``source``, a node or the steps from one, of whose nodes these ``labels`` are known."""
+    if not isinstance(source, Operand):
+        return labels.get(source) if isinstance(source, fx.Node) else None
+    found = labels.get(source.source)
+    for count in range(1, len(source.steps) + 1):
+        op = read(after(source.source, *source.steps[:count]))
+        found = through(op, partial(_only, op.input, found))
+    return found

@@ -18,7 +18,7 @@ from sla_compile.passes.operands import Step, after, example
 from sla_compile.passes.view_axes import origins
 
 __all__ = ["AS_IN_THE_MODEL", "AS_IT_IS", "Grid", "TokenOrder", "Wanted"]
-__all__ += ["back", "ordered", "ordered_mask", "token_order"]
+__all__ += ["back", "ordered", "ordered_mask", "outside_grid", "token_order"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,17 @@ def token_order(
     return TokenOrder(queries, keys, reasons[0] if len(reasons) == 2 else "")
 
 
+def outside_grid(wanted: Wanted, side: Any, seen: Grid | None) -> tuple[tuple[int, int], ...] | str:
+    """(start, stop) of the tokens of ``side`` (B, H, N, D) before and behind its grid; or why that is not known."""
+    placed = _placement(wanted, side, seen)
+    if isinstance(placed, str):
+        return placed
+    end, tokens = placed.start + prod(placed.grid), int(example(side).shape[2])
+    return tuple((start, stop) for start, stop in ((0, placed.start), (end, tokens)) if start < stop)
+
+
 def _placement(wanted: Wanted, side: Any, seen: Grid | None) -> Placement | str:
-    """The order of one side's tokens, or why it keeps its own."""
+    """The grid and the order of one side's tokens, or why it keeps its own."""
     tokens = example(side).shape[2]
     if not isinstance(tokens, int):
         return f"the number of tokens, {tokens}, is symbolic"
@@ -83,6 +92,8 @@ def _placement(wanted: Wanted, side: Any, seen: Grid | None) -> Placement | str:
     start = place(tokens, wanted.grid, wanted.start)
     if start is None and wanted.start is None:
         start = _joined(side, size)
+        if start is None and seen is not None and (seen.sizes, seen.tokens) == (wanted.grid, tokens):
+            start = seen.start
     if start is None:
         sizes = " x ".join(map(str, wanted.grid))
         if wanted.start is not None:

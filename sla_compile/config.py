@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from sla_compile.common.limits import FEATURE_MAPS, GATE_FORMS, LINEAR_BRANCHES, TOPK_OWNERS
+from sla_compile.common.limits import FEATURE_MAPS, GATE_FORMS, LINEAR_BRANCHES, TEXT, TOPK_OWNERS
 from sla_compile.common.token_orders import ORDERS, RASTER
 from sla_compile.config_inductor import frozen_inductor, inductor_name
 from sla_compile.config_shares import (
@@ -30,6 +30,7 @@ from sla_compile.config_values import (
     GRID_SIZES,
     OPTIONAL_INTEGER,
     OPTIONAL_MAX_TOPK,
+    OPTIONAL_MIN_TOKENS,
     TOKEN_RANGES,
     FrozenMapping,
     Validator,
@@ -43,7 +44,6 @@ from sla_compile.config_values import (
 )
 
 __all__ = [
-    "DEFAULT_MIN_TOKENS",
     "MODES",
     "SITE_FIELDS",
     "SITE_FIELDS_FILES_MAY_LACK",
@@ -54,10 +54,6 @@ __all__ = [
 
 VERSION = 1
 """Version of the JSON form."""
-
-# From the measured crossover (benchmarks/RESULTS.md): on an H100 SLA is the faster one from 3072 tokens in a CUDA
-# graph, later where launches wait for the host; on two CPU cores from about 550.
-DEFAULT_MIN_TOKENS = 4096
 
 SITE_FIELDS = (
     *("topk", "bottomk", "feature_map", "linear", "gate", "min_tokens", "block_q", "block_k"),
@@ -124,13 +120,13 @@ class SLAConfig:
     False. O^s, normalised over the critical keys alone, is the dense output's part times 1 / (critical mass of the
     softmax), too large (SLA2, arXiv 2602.12675); W and b cannot undo that, a number can. See docs/fine-tuning.md."""
 
-    min_tokens: int = _setting(
-        DEFAULT_MIN_TOKENS, Validator("an integer of at least 0", lambda value: type(value) is int and value >= 0)
-    )
-    """Attention over fewer tokens stays dense: SLA is not faster there. Range: any integer of at least 0."""
+    min_tokens: int | None = _setting(None, OPTIONAL_MIN_TOKENS)
+    """Attention over fewer tokens stays dense: SLA is not faster there. None: by the device, 4096 on a GPU, 768 on a
+    CPU. Range: any integer of at least 0."""
 
-    always_critical: tuple[tuple[int, int | None], ...] = _setting((), TOKEN_RANGES)
-    """Key tokens whose blocks are critical in every row, besides ``topk``. Range: (start, stop) pairs, as in slices."""
+    always_critical: tuple[tuple[int, int | None], ...] | str = _setting((), TOKEN_RANGES)
+    """Key tokens whose blocks are critical in every row, besides ``topk``. Range: (start, stop) pairs, as in slices, or
+    "text": what lies outside ``grid``."""
 
     cross_attention: bool = _setting(False, BOOLEAN)
     """Whether cross-attention (keys from other tokens than the queries) is rewritten too. Range: True or False."""
@@ -145,7 +141,7 @@ class SLAConfig:
     """Order of a video's tokens inside the attention. Range: "raster" (the model's own), "tiles", "hilbert"."""
 
     grid: tuple[int, ...] | None = _setting(None, GRID_SIZES)
-    """Tokens of the video along each axis, for ``reorder``; None: read off the graph. Range: (T, H, W) or (H, W)."""
+    """Tokens of the video along each axis; None: read off the graph where they matter. Range: (T, H, W) or (H, W)."""
 
     grid_start: int | None = _setting(None, OPTIONAL_INTEGER)
     """First token of ``grid``, from the end if negative; None: the grid is all tokens. Range: any integer."""
@@ -193,6 +189,11 @@ class SLAConfig:
         """The stored form of ``value`` for the field ``name`` alone; ValueError where it is refused."""
         validators = {f.name: f.metadata["validator"] for f in dataclasses.fields(cls)}
         return validators[name].check(name, value)
+
+    @property
+    def looks_for_grid(self) -> bool:
+        """Whether the grid of the tokens, or its place among them, is to be read off the graph."""
+        return self.grid_start is None and (self.reorder != RASTER or self.always_critical == TEXT)
 
     def rejects(self, path: str) -> str | None:
         """Why the site at module path ``path`` is not selected, naming the pattern; None where it is."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sla_compile.common.limits import BLOCK_SIZES
+from sla_compile.common.limits import BLOCK_SIZES, TEXT
 
 __all__ = [
     "BLOCK_SIZE",
@@ -19,6 +19,7 @@ __all__ = [
     "GRID_SIZES",
     "OPTIONAL_INTEGER",
     "OPTIONAL_MAX_TOPK",
+    "OPTIONAL_MIN_TOKENS",
     "TOKEN_RANGES",
     "FrozenMapping",
     "Validator",
@@ -126,6 +127,9 @@ def mapping(accepted: str) -> Validator:
 BOOLEAN = Validator("True or False", lambda value: type(value) is bool)
 BLOCK_SIZE = Validator("a power of two from 16 to 256", lambda value: type(value) is int and value in BLOCK_SIZES)
 OPTIONAL_INTEGER = Validator("None, or an integer", lambda value: value is None or type(value) is int)
+OPTIONAL_MIN_TOKENS = Validator(
+    "None, or an integer of at least 0", lambda value: value is None or (type(value) is int and value >= 0)
+)
 OPTIONAL_MAX_TOPK = Validator(
     "None, or a number from topk up to 1",
     lambda value: value is None or (type(value) in (int, float) and 0 < value <= 1),
@@ -157,11 +161,12 @@ def _is_token_range(value: Any) -> bool:
 
 TOKEN_RANGES = Validator(
     "a list or tuple of (start, stop) ranges of key tokens, start below stop; negative numbers count from the end, "
-    "stop=None is the end",
-    lambda value: type(value) in (tuple, list) and all(map(_is_token_range, value)),
-    lambda value: tuple((start, stop) for start, stop in value),
+    "stop=None is the end; or 'text'",
+    lambda value: value == TEXT or (type(value) in (tuple, list) and all(map(_is_token_range, value))),
+    lambda value: value if value == TEXT else tuple((start, stop) for start, stop in value),
+    choices=(TEXT,),
 )
-"""Accepts ranges of tokens as in slices; stored as a tuple of (start, stop) pairs."""
+"""Accepts ranges of tokens as in slices, stored as a tuple of (start, stop) pairs; or "text"."""
 
 
 def short(value: Any) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sla_compile.common.limits import TAYLOR
-from sla_compile.common.token_orders import RASTER
 from sla_compile.config import SITE_FIELDS, SLAConfig
 from sla_compile.passes.token_order import Grid
 
@@ -92,7 +91,7 @@ def settings_to_json(config: SLAConfig, seen: SeenGrids, call_site: str = "") ->
     """
     at_run_time = () if config.max_topk is None else ("topk", "bottomk")
     fields: dict[str, Any] = {name: getattr(config, name) for name in SITE_FIELDS if name not in at_run_time}
-    if config.reorder != RASTER and config.grid is None:
+    if config.looks_for_grid:
         fields["seen"] = grids_to_json(seen)
     if call_site:
         fields["call_site"] = call_site

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import sla_compile.config as config_module
-from sla_compile.config import DEFAULT_MIN_TOKENS, SITE_FIELDS, SLAConfig
+from sla_compile.config import SITE_FIELDS, SLAConfig
 
 SHARE_OF_TOPK = "accepted: a number above 0 and up to 1"
 
@@ -55,7 +55,7 @@ def test_defaults() -> None:
     config = SLAConfig()
     assert (config.topk, config.bottomk, config.block_q, config.block_k) == (0.05, 0.10, 64, 64)
     assert (config.feature_map, config.linear, config.gate) == ("softmax", "marginal", "shared")
-    assert (config.inner, config.min_tokens) == ("inductor", DEFAULT_MIN_TOKENS)
+    assert (config.inner, config.min_tokens) == ("inductor", None)
     assert (config.inductor, config.overrides) == ({}, {})
     assert (config.include, config.exclude) == (("*",), ())
     assert set(FULL) == {f.name for f in dataclasses.fields(SLAConfig)}, "FULL sets every field"

@@ -16,7 +16,7 @@ SHARE_OF_BOTTOMK = "accepted: a number from 0 to 1"
 BLOCK = "accepted: a power of two from 16 to 256"
 RANGES = "accepted: a list or tuple of (start, stop) ranges of key tokens"
 GRID = "accepted: None, or the sizes (T, H, W) or (H, W) of a grid of tokens"
-TOKENS = "accepted: an integer of at least 0"
+TOKENS = "accepted: None, or an integer of at least 0"
 
 
 def fails_with(*parts: str) -> Any:
@@ -110,8 +110,8 @@ def test_refused_value_names_field_value_and_what_is_accepted(name: str, value: 
         ("feature_map", ("softmax", "elu", "relu")),
         ("linear", ("marginal", "all", "none", "taylor")),
         ("gate", ("shared", "per_head")),
-        ("min_tokens", (0, 1, 10**9)),
-        ("always_critical", ((), ((0, 1),), ((-64, None), (0, None)), ((-64, 4096), (64, -64)))),
+        ("min_tokens", (None, 0, 1, 10**9)),
+        ("always_critical", ((), ((0, 1),), ((-64, None), (0, None)), ((-64, 4096), (64, -64)), "text")),
         ("cross_attention", (False, True)),
         ("reorder", ("raster", "tiles", "hilbert")),
         ("grid", (None, (1, 1), (21, 30, 52))),

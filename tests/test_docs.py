@@ -98,7 +98,7 @@ PRINTED = {
         "blocks.0.attn1 True self-attention 5120 tokens",
         "blocks.0.attn2 False cross-attention 5120 queries, 16 keys",
     ],
-    "docs/kept-dense.md": ["short sequence 1024 tokens at least min_tokens=4096"],
+    "docs/kept-dense.md": ["short sequence 512 tokens at least min_tokens=768, the default on cpu"],
     "docs/masks-and-cross-attention.md": ["WanTransformer3DModel: 4 of 4 attentions would be sparse-linear"],
     "docs/token-order.md": [
         "{'kind': 'tiles', 'grid': [5, 32, 32], 'start': 0}",

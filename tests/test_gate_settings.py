@@ -44,8 +44,9 @@ def test_shares_that_are_read_at_run_time_are_left_out() -> None:
 def test_grids_that_were_found_come_back_where_an_order_needs_them(seen: SeenGrids) -> None:
     assert grids_from_json(json.loads(json.dumps(grids_to_json(seen)))) == seen
     assert settings_from_json(settings_to_json(SLAConfig(reorder="tiles"), seen))[1] == seen
-    given = settings_to_json(SLAConfig(reorder="tiles", grid=(8, 8)), seen)
-    assert settings_from_json(given)[1] == NO_GRIDS, "a grid that is set needs none that was found"
+    assert settings_from_json(settings_to_json(SLAConfig(always_critical="text", grid=(8, 8)), seen))[1] == seen
+    given = settings_to_json(SLAConfig(reorder="tiles", grid=(8, 8), grid_start=0), seen)
+    assert settings_from_json(given)[1] == NO_GRIDS, "a grid whose place is set needs none that was found"
 
 
 def test_equal_settings_have_one_text() -> None:

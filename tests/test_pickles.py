@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import pickletools
 import subprocess
@@ -86,6 +87,20 @@ def test_a_pickle_from_before_there_were_call_sites_binds_its_gates_by_their_ord
     assert [gate.call_site for gate in sla_compile.gates(back).values()] == ["", ""]
     assert_follows_definition(torch.compile(back, backend="sla", options={"inner": "eager"}), back, x)
     assert {path: gate.call_site for path, gate in sla_compile.gates(back).items()} == expected
+
+
+def test_settings_from_before_min_tokens_had_a_default_by_device_keep_their_number() -> None:
+    config = sla_compile.SLAConfig(min_tokens=4096)
+    assert pickle.loads(pickle.dumps(config)) == config == sla_compile.SLAConfig.from_json(config.to_json())
+    model, x = Model(), random_input(800, 1)
+    sla_compile.prepare(model, (x,), config={"inner": "eager"})
+    assert len(sla_compile.gates(model)) == 2, "800 tokens are enough on a CPU"
+    for gate in sla_compile.gates(model).values():
+        gate.config = dataclasses.replace(gate.config, min_tokens=4096)
+        gate.settings = settings_to_json(gate.config, gate.seen, gate.call_site)
+    back = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(torch.compile(back, backend="sla", options={"inner": "eager"})(x), back(x))
+    assert {site.accepted for site in sla_compile.report(back).sites} == {"at least min_tokens=4096"}
 
 
 def test_settings_load_in_a_process_that_has_imported_nothing(tmp_path: Path) -> None:

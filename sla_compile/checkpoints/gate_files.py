@@ -130,7 +130,7 @@ def _differences(theirs: SLAConfig, ours: SLAConfig) -> list[str]:
     return [
         f"{name} is {short(there)} in the file, {short(here)} in the model"
         for name, there, here in pairs
-        if there != here and name not in COMPILE_FIELDS
+        if there != here and name not in (*COMPILE_FIELDS, "min_tokens")
     ]
 
 

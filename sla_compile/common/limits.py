@@ -18,6 +18,7 @@ __all__ = [
     "MAX_HEAD_DIM",
     "MIN_HEAD_DIM",
     "TAYLOR",
+    "TEXT",
     "TOPK_OWNERS",
 ]
 
@@ -39,6 +40,9 @@ GATE_FORMS = ("shared", "per_head")
 
 TOPK_OWNERS = ("site", "head")
 """What has a topk of its own: an attention, or each of its heads."""
+
+TEXT = "text"
+"""The value of ``always_critical`` that stands for the tokens outside the grid of the video."""
 
 MASKED_BELOW = -64.0
 """An additive key mask this far below its row's largest masks the key: its weight would be 1e-28."""

@@ -33,6 +33,7 @@ from sla_compile.passes.cost import (
 from sla_compile.passes.cross_attention import of_different_tensors
 from sla_compile.passes.decide import Keep, Rewrite, Shape, example_shape
 from sla_compile.passes.operands import example
+from sla_compile.passes.profitability import default_min_tokens
 from sla_compile.passes.token_order import TokenOrder
 
 __all__ = [
@@ -84,7 +85,8 @@ class SiteReport:
     traced: dict[str, int] = field(default_factory=dict)
     """The sizes of ``shape`` while it was traced, which the numbers below are for; empty where unknown."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """topk, bottomk, block_q, block_k, feature_map, linear, gate, sparse_scale, always_critical, max_topk; or empty.
+    """topk, bottomk, block_q, block_k, feature_map, linear, gate, sparse_scale, always_critical, max_topk, min_tokens;
+    or empty. min_tokens is the number that was used, the device's default where none was set.
 
     topk and bottomk are those of now where ``set_sparsity`` can change them."""
     order: dict[str, Any] = field(default_factory=dict)
@@ -148,7 +150,7 @@ def describe(site: Site) -> SiteReport:
         causal=site.call.is_causal is True,
         shape=plain,
         traced=traced,
-        settings=_settings(site.config) if keep is None else {},
+        settings=_settings(site.config, shape) if keep is None else {},
         order=_order(decision.order) if isinstance(decision, Rewrite) else {},
         critical_tokens=decision.always_critical if isinstance(decision, Rewrite) else (),
         gate_path=site.gate_path if keep is None else "",
@@ -159,10 +161,15 @@ def describe(site: Site) -> SiteReport:
     )
 
 
-def _settings(config: SLAConfig) -> dict[str, Any]:
-    ranges = [list(pair) for pair in config.always_critical]
+def _settings(config: SLAConfig, shape: Shape | None = None) -> dict[str, Any]:
+    always = config.always_critical
+    ranges = always if isinstance(always, str) else [list(pair) for pair in always]
     form = {"gate": config.gate, "sparse_scale": config.sparse_scale}
-    return {**config.kernel_options(), **form, "always_critical": ranges, "max_topk": config.max_topk}
+    least = config.min_tokens
+    if least is None and shape is not None:
+        least = default_min_tokens(shape.device.type)
+    further = {"always_critical": ranges, "max_topk": config.max_topk, "min_tokens": least}
+    return {**config.kernel_options(), **form, **further}
 
 
 def _order(order: TokenOrder) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import Any
 from torch import fx, nn
 
 from sla_compile.common.limits import DTYPES
-from sla_compile.common.token_orders import RASTER
 from sla_compile.compat import Frame, plain_function_name, plain_module_path
 from sla_compile.compiler.call_sites import call_site, traced_frames
 from sla_compile.compiler.owners import iterates_over_children
@@ -32,7 +31,7 @@ from sla_compile.passes.find_attention import (
     find_attention,
     find_markers,
 )
-from sla_compile.passes.token_grids import Grids
+from sla_compile.passes.token_grids import GivenGrid, Grids
 from sla_compile.passes.token_order import Wanted
 
 __all__ = [
@@ -156,7 +155,7 @@ def find_sites(
     markers = find_markers(gm)
     marked = {(_identities(owner_call(marker, frame)), marker.ordinal): marker for marker in markers}
     paths = _module_paths(frame)
-    grids = cache(lambda: Grids(gm))
+    grids = cache(lambda given: Grids(gm) if given is None else GivenGrid(gm, given))
     root = frame.root_module()
     root = frame.sole_module() if root is None else root
     calls = find_attention(gm)
@@ -250,7 +249,7 @@ def _site(
     numbered: tuple[int, str],
     marker: Marker | None,
     settings: Settings,
-    grids: Callable[[], Grids],
+    grids: Callable[[tuple[int, ...] | None], Grids | GivenGrid],
 ) -> Site:
     ordinal, place = numbered
     prepared = owner.__dict__.get(PREPARED) if owner is not None else None
@@ -275,8 +274,9 @@ def _site(
     if explicit:
         here = settings.config.for_site(path)
         config = config.changed({field: getattr(here, field) for field in explicit})
-    if config.reorder != RASTER and config.grid is None:
-        found = grids().of(call.query), grids().of(call.key)
+    if config.looks_for_grid:
+        grid_of = grids(config.grid).of
+        found = grid_of(call.query), grid_of(call.key) or grid_of(call.value)  # a value is its key's token
         seen = found if any(found) else seen
     rejected = settings.config.rejects(path) or (None if marker is not None else model_config.rejects(path))
     decision: Decision

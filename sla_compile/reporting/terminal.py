@@ -194,7 +194,7 @@ class ReportView:
                 lines[f"dense{keys}{causal}: {site.formula_before}"] = None
         for site in (row.first for row in self.rows):
             if site.settings:
-                lines[_settings_line(site.settings) + _token_order(site.order)] = None
+                lines[_settings_line(site.settings, site.critical_tokens) + _token_order(site.order)] = None
                 if site.formula_after:
                     where = f", where {', '.join(site.where)}" if site.where else ""
                     lines[f"  FLOPs {site.formula_after}{where}"] = None
@@ -297,18 +297,28 @@ def _gate_parameters(site: SiteReport) -> Text:
     return Text(f"{site.gate_parameters:,} {form.replace('_', ' ')}{scaled}")
 
 
-def _settings_line(settings: dict[str, Any]) -> str:
-    texts = [f"{start} to {'the end' if stop is None else stop}" for start, stop in settings["always_critical"]]
-    ranges = ", ".join(texts)
-    always = f", key tokens {ranges} always critical" if ranges else ""
+def _settings_line(settings: dict[str, Any], critical_tokens: Sequence[int] = ()) -> str:
+    always = _always_critical(settings["always_critical"], critical_tokens)
     scaled = ", sparse branch scaled by head" if settings["sparse_scale"] else ""
     features = "" if settings["linear"] == TAYLOR else f"feature map {settings['feature_map']}, "
+    least = "" if not settings["min_tokens"] else f", from {settings['min_tokens']} tokens on"
     limit = "" if settings["max_topk"] is None else f" (at most {100 * settings['max_topk']:g}%)"
     return (
         f"sparse-linear: topk {100 * settings['topk']:g}%{limit}, bottomk {100 * settings['bottomk']:g}%, blocks "
         f"{settings['block_q']}x{settings['block_k']}, {features}"
-        f"linear {settings['linear']}{scaled}{always}"
+        f"linear {settings['linear']}{scaled}{always}{least}"
     )
+
+
+def _always_critical(ranges: str | Sequence[Sequence[int | None]], found: Sequence[int]) -> str:
+    """``found`` are the tokens, start, stop, start, stop, ..., that a word in place of ``ranges`` came to."""
+    named = isinstance(ranges, str)
+    pairs = zip(found[::2], found[1::2], strict=True) if isinstance(ranges, str) else ranges
+    texts = [f"{start} to {'the end' if stop is None else stop}" for start, stop in pairs]
+    tokens = f"key tokens {', '.join(texts)}" if texts else ""
+    if named:
+        return f", {ranges} always critical" + (f" ({tokens})" if tokens else "")
+    return f", {tokens} always critical" if tokens else ""
 
 
 def _token_order(order: dict[str, Any]) -> str:

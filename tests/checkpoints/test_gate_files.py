@@ -422,8 +422,11 @@ def test_gate_that_cannot_be_made_takes_the_others_along(saved: Path, monkeypatc
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("changes", [{"inner": "aot_eager"}, {"inner": "inductor", "inductor": {"max_autotune": True}}])
-def test_the_way_of_compiling_may_differ(saved: Path, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{"inner": "aot_eager"}, {"inner": "inductor", "inductor": {"max_autotune": True}}, {"min_tokens": None}],
+)
+def test_the_way_of_compiling_and_when_to_be_sparse_may_differ(saved: Path, changes: dict[str, Any]) -> None:
     config = dataclasses.replace(CONFIG, **changes)
     model = load(prepared(config, fill=False), saved)
     assert same(gate_values(model), gate_values(prepared()))

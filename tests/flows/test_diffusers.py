@@ -52,6 +52,21 @@ DENSE_ONLY = {
 """The same of each class tested at topk=1 alone."""
 
 
+TEXT: dict[str, tuple[tuple[int, ...] | None, tuple[int, ...]]] = {
+    "FluxTransformer2DModel": ((10, 10), (0, 12)),
+    "SD3Transformer2DModel": (None, (144, 156)),
+    "CogVideoXTransformer3DModel": (None, (0, 12)),
+    "AuraFlowTransformer2DModel": ((12, 12), (0, 20)),  # with its registers
+    "ChromaTransformer2DModel": ((10, 10), (0, 12)),
+    "CogView4Transformer2DModel": ((12, 12), (0, 12)),
+    "HunyuanVideoTransformer3DModel": (None, (192, 204)),
+    "HunyuanVideo15Transformer3DModel": ((2, 8, 8), (128, 141)),
+    "HunyuanImageTransformer2DModel": (None, (144, 156)),
+    "ErnieImageTransformer2DModel": (None, (144, 156)),
+}
+"""Of classes that join text and video: the grid, where their graph does not show it, and the tokens of the text."""
+
+
 READ_VALUES = [
     ("HiDreamImageTransformer2DModel", 2, 2),
     ("HunyuanVideoFramepackTransformer3DModel", 3, 2),
@@ -63,11 +78,17 @@ READ_VALUES = [
 @pytest.mark.parametrize("name", [*REWRITTEN, *DENSE_ONLY])
 def test_topk_of_one_is_dense_attention(name: str) -> None:
     model, inputs = build(name)
-    compiled = torch.compile(model, backend="sla", options=OPTIONS | {"topk": 1.0, "bottomk": 0.0})
+    options = OPTIONS | {"topk": 1.0, "bottomk": 0.0}
+    if name in TEXT:
+        options |= {"always_critical": "text", "grid": TEXT[name][0]}
+    compiled = torch.compile(model, backend="sla", options=options)
     with torch.no_grad():
         dense = call(model, inputs)
         sparse = call(compiled, inputs)
     sites = {**REWRITTEN, **DENSE_ONLY}[name]
+    if name in TEXT:  # but for attention of the image to itself
+        found = {site.critical_tokens for site in sla_compile.report(model).sites if site.rewritten}
+        assert found - {()} == {TEXT[name][1]}
     assert len(sla_compile.gates(model)) == sites
     assert sum(site.rewritten for site in sla_compile.report(model).sites) == sites
     assert_close(name, sparse, dense, 1e-5)

@@ -82,6 +82,17 @@ def test_short_sequences_stay_dense() -> None:
     assert run(call, *qkv(96), min_tokens=96)[0].rewritten == 1
 
 
+def test_how_many_tokens_are_enough_by_default_depends_on_the_device() -> None:
+    kept, _ = run(sdpa, *qkv(767), min_tokens=None)
+    reason = "short sequence: 767 tokens (accepted: at least min_tokens=768, the default on cpu)"
+    assert str(kept.sites[0].decision) == reason
+    assert run(sdpa, *qkv(768), min_tokens=None)[0].rewritten == 1
+    # What is on meta is prepared for another device, which is not known yet.
+    for tokens in (4095, 4096):
+        capture, _ = run(sdpa, *qkv(tokens, device="meta"), min_tokens=None)
+        assert isinstance(capture.sites[0].decision, Keep) == (tokens < 4096)
+
+
 def test_attention_of_a_plain_function_stays_dense() -> None:
     capture = Capture()
     torch.compile(sdpa, backend=capture)(*qkv())

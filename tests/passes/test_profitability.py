@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sla_compile.passes.profitability import SkippablePairs, token_ranges
+from sla_compile.passes.profitability import SkippablePairs, default_min_tokens, token_ranges
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -15,6 +15,12 @@ def test_least_is_the_first_length_with_enough_pairs(min_tokens: int, forced: in
     wanted = min_tokens**2 * (2 if causal else 1)
     assert least * (least - forced) >= wanted
     assert least <= forced or (least - 1) * (least - 1 - forced) < wanted
+
+
+def test_default_min_tokens() -> None:
+    assert [default_min_tokens(device) for device in ("cpu", "cuda", "meta", "another")] == [768, 4096, 4096, 4096]
+    accepted = SkippablePairs(767, 20, False, 0, 768, "cpu").accepted
+    assert accepted == "queries x keys of at least min_tokens=768 squared, the default on cpu"
 
 
 def test_ranges_are_cut_merged_and_counted_from_the_end() -> None:
