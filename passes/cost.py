@@ -34,6 +34,7 @@ __all__ = [
     "readable",
     "sla_backward_cost",
     "sla_cost",
+    "sla_cost_in_runs",
     "substitute",
 ]
 
@@ -156,6 +157,22 @@ def sla_cost(
         traffic["linear"] = state * row_states + token * TOKENS
     definitions = _definitions(topk, block_q, block_k, forced, cross=cross, causal=causal)
     return Cost(stages, traffic, definitions, _where(topk, block_q, block_k, forced, cross=cross, causal=causal))
+
+
+@lru_cache
+def sla_cost_in_runs(
+    topk: float, block_q: int, block_k: int, linear: str, runs: tuple[tuple[int, int, int], ...]
+) -> Cost:
+    """The sum of `sla_cost` over ``runs``, so many queries, keys and forced key blocks each, in B, H, d and s."""
+    stages: dict[str, sympy.Expr] = {}
+    traffic: dict[str, sympy.Expr] = {}
+    for queries, keys, forced in runs:
+        cost = sla_cost(topk, block_q, block_k, linear, cross=True, forced=forced)
+        for total, terms in ((stages, cost.stages), (traffic, cost.traffic)):
+            for name, term in terms.items():
+                here = substitute(cost.exact(term), {TOKENS: queries, KEY_TOKENS: keys})
+                total[name] = total.get(name, sympy.Integer(0)) + here
+    return Cost(stages, traffic, {}, (f"in {len(runs)} runs of queries, each over its own keys",))
 
 
 @lru_cache

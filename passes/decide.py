@@ -6,7 +6,7 @@ A decision is data: ``Rewrite``, or ``Keep`` with the reason, the value that dec
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from sla_compile.passes.profitability import (
     forced_tokens,
     token_ranges,
 )
+from sla_compile.passes.segments import Segment
 from sla_compile.passes.tensor_parallel import Exchanged, HeadShards, exchanged, sharding
 from sla_compile.passes.token_order import (
     AS_IN_THE_MODEL,
@@ -88,6 +89,8 @@ class Rewrite:
     order: TokenOrder = AS_IT_IS
     shards: HeadShards | Exchanged | None = None
     """Where each rank has a part of the heads."""
+    segments: tuple[Segment, ...] = ()
+    """Runs of queries that each see another range of keys: see ``passes.parts``."""
     mean_if_masked: bool = False
     """A query all of whose keys are masked, by boolean masks, gives the mean of all values."""
 
@@ -183,7 +186,7 @@ def decide(
     if isinstance(ranges, Keep):
         alone = _pairs(requirements.min_tokens, shape, causal, 0)
         return Keep("short sequence", alone.value, alone.accepted, by_settings=True) if alone.known_short else ranges
-    order = token_order(requirements.order, call.query, call.key, causal, seen)
+    order, named = token_order(requirements.order, call.query, call.key, causal, seen), ranges
     if ranges and order.keys is not None:
         ranges = block_ranges(order.keys, int(_example(call.key).shape[2]), ranges, requirements.order.blocks[1])
     forced = forced_tokens(ranges)
@@ -201,7 +204,7 @@ def decide(
     # A condition on a symbolic size becomes a guard of the graph: below it, the call has to be dense again.
     if not pairs.enough:
         return Keep("short sequence", pairs.value, pairs.accepted, pairs.condition(enough=False), by_settings=True)
-    return Rewrite(
+    whole = Rewrite(
         shape=shape,
         scale=float(call.scale) if call.scale is not None else int(shape.head_dim) ** -0.5,
         condition=pairs.condition(enough=True),
@@ -214,6 +217,22 @@ def decide(
         shards=_shards(call),
         mean_if_masked=call.mean_if_masked,
     )
+    return _in_segments(whole, masks.segments, named, pairs) if masks.segments else whole
+
+
+def _in_segments(
+    whole: Rewrite, segments: tuple[Segment, ...], ranges: tuple[int, ...], pairs: SkippablePairs
+) -> Decision:
+    """``whole`` where its mask makes ``segments``; ``ranges`` are those that are critical, in the model's order."""
+    each = sum(segment.pairs for segment in segments) // len(segments)
+    if each < pairs.min_tokens**2:
+        value = f"{pairs.value}, {len(segments)} runs of queries with {each} pairs of tokens on average"
+        accepted = f"min_tokens={pairs.min_tokens} squared pairs for a run, on average"
+        return Keep("short sequence", value, accepted, by_settings=True)
+    order = whole.order
+    if (order.queries, order.keys) != (None, None):
+        order = TokenOrder(obstacle="queries that see different ranges of keys need the model's own order")
+    return replace(whole, segments=segments, always_critical=ranges, order=order)
 
 
 def _ranges(call: AttentionCall, requirements: Requirements, shape: Shape, seen: Grid | None) -> tuple[int, ...] | Keep:

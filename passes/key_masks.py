@@ -19,6 +19,7 @@ from sla_compile.passes.mask_products import factors
 from sla_compile.passes.node_ops import ELEMENTWISE, NodeOp, read
 from sla_compile.passes.operands import Operand, Source, Step, after, example
 from sla_compile.passes.overwritten import overwritten, overwritten_before
+from sla_compile.passes.segments import MOST_SEGMENTS, Segment, segments
 from sla_compile.passes.view_axes import origins, same_size
 
 __all__ = ["Masks", "constant_along", "split_mask"]
@@ -29,7 +30,10 @@ Group = Any
 Needs = list[tuple[Any, int, Group]] | None
 """What has to be constant, along which axis (-1 the last) and in which groups, for a result to be; None: not known."""
 
-ACCEPTED = "a mask over keys, the same for all queries and heads, or a bool product of one with one over queries"
+ACCEPTED = (
+    "a mask over keys, the same for all queries and heads, or a bool product of one with one over queries; or one made "
+    f"of constants, by which at most {MOST_SEGMENTS} runs of queries each see one range of keys"
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Masks:
     """(B or 1, keys), bool or floating."""
     queries: Source | None = None
     """(B or 1, queries or 1) bool. A query that it masks sees no key."""
+    segments: tuple[Segment, ...] = ()
+    """Runs of queries with the keys that each sees, in place of both. Empty: all queries see the same keys."""
 
 
 def split_mask(call: AttentionCall) -> Masks | Obstacle:
@@ -66,9 +72,17 @@ def split_mask(call: AttentionCall) -> Masks | Obstacle:
     if value.dtype != torch.bool:
         if _is_product(call.attn_mask):  # which shifts the scores of some queries, by 1 say, and masks nothing
             return Obstacle("product of masks that is added to the scores", text, "a bool one")
-        return Obstacle("per-query attention mask", text, ACCEPTED)
+        return _in_segments(call, text)
     masks = _split(factors(call.attn_mask), keys, call.node)
-    return Obstacle("per-query attention mask", text, ACCEPTED) if masks is None else masks
+    return _in_segments(call, text) if masks is None else masks
+
+
+def _in_segments(call: AttentionCall, text: str) -> Masks | Obstacle:
+    """A mask that is another one for other queries, called ``text``, where that is so for runs of them."""
+    found = segments(call.attn_mask, example(call.query).shape[2], example(call.key).shape[2])
+    if isinstance(found, str):
+        return Obstacle("per-query attention mask", f"{text}: {found}", ACCEPTED)
+    return Masks(segments=found)
 
 
 def _is_product(source: Any) -> bool:
@@ -92,7 +106,7 @@ def _split(parts: list[Any], keys: Any, end: fx.Node) -> Masks | None:
             return None
         found[axis].append(_first(part, axis))
     both = [reduce(lambda a, b: after(a, Step("logical_and", (b,))), side) if side else None for side in found.values()]
-    return Masks(*both)
+    return Masks(both[0], both[1])
 
 
 def _first(source: Source, axis: int) -> Source:

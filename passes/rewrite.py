@@ -14,6 +14,7 @@ from sla_compile.passes.decide import Rewrite
 from sla_compile.passes.find_attention import AttentionCall, Marker
 from sla_compile.passes.memory_layout import in_any_layout, laid_out_as
 from sla_compile.passes.operands import REPLACED_BY, Step, after, build, example
+from sla_compile.passes.parts import TURNED, from_batch, parts
 from sla_compile.passes.tensor_parallel import gate_on_rank
 from sla_compile.passes.token_order import back
 
@@ -31,18 +32,11 @@ def replace_attention(
     graph, node = call.module.graph, call.node
     before = node.prev
     with graph.inserting_before(node):
-        query, key, value, key_mask = _operands(graph, call, decision)
         marker = _on_rank(graph, marker, decision)
         weight, bias, scaled_by = _gate(graph, marker, options["linear"])
-        results = graph.create_node(
-            "call_function",
-            torch.ops.sla.forward.default,
-            (query, key, value, weight, bias, key_mask, marker.sparsity),
-            {**decision.options(), **options} | ({} if marker.shift is None else {"shift": marker.shift}),
-            name=name,
-        )
-        output = graph.call_function(operator.getitem, (results, 0))
-        output.meta["example_value"] = _result(example(query), example(node))
+        marker = replace(marker, weight=weight, bias=bias)
+        outputs = [_run(graph, *part, marker, options, name) for part in parts(call, decision)]
+        output = _joined(graph, outputs, decision)
         scaling = () if scaled_by is None else (Step("mul", (scaled_by,)), Step("type_as", (output,)))
         whole = back(after(output, *scaling), decision.order.queries, *_fill(call, decision, output))
         (restored,) = build(graph, (after(whole, *call.restore),))
@@ -57,6 +51,40 @@ def replace_attention(
     graph.erase_node(node)
     _erase_unused(graph, call.interior)
     return restored
+
+
+def _run(
+    graph: fx.Graph,
+    call: AttentionCall,
+    decision: Rewrite,
+    marker: Marker,
+    options: Mapping[str, Any],
+    name: str | None,
+) -> fx.Node:
+    """One call of the op, with the gate as ``marker`` has it; its output (B, H, N, D)."""
+    query, key, value, key_mask = _operands(graph, call, decision)
+    results = graph.create_node(
+        "call_function",
+        torch.ops.sla.forward.default,
+        (query, key, value, marker.weight, marker.bias, key_mask, marker.sparsity),
+        {**decision.options(), **options} | ({} if marker.shift is None else {"shift": marker.shift}),
+        name=name,
+    )
+    output = graph.call_function(operator.getitem, (results, 0))
+    output.meta["example_value"] = _result(example(query), example(call.node))
+    return output
+
+
+def _joined(graph: fx.Graph, outputs: list[fx.Node], decision: Rewrite) -> fx.Node:
+    """The whole output of the ``parts`` of an attention."""
+    if len(outputs) > 1:
+        turned = build(graph, [after(output, TURNED) for output in outputs])
+        together = graph.call_function(torch.cat, (turned, 1))
+        together.meta["example_value"] = torch.cat([example(part) for part in turned], 1)
+        (output,) = build(graph, [after(together, TURNED)])
+        return output
+    (output,) = build(graph, [after(outputs[0], *from_batch(decision))])
+    return output
 
 
 def _operands(

@@ -99,7 +99,10 @@ PRINTED = {
         "blocks.0.attn2 False cross-attention 5120 queries, 16 keys",
     ],
     "docs/kept-dense.md": ["short sequence 512 tokens at least min_tokens=768, the default on cpu"],
-    "docs/masks-and-cross-attention.md": ["WanTransformer3DModel: 4 of 4 attentions would be sparse-linear"],
+    "docs/masks-and-cross-attention.md": [
+        "((0, 512, 0, 512), (512, 1024, 0, 1024))",
+        "WanTransformer3DModel: 4 of 4 attentions would be sparse-linear",
+    ],
     "docs/token-order.md": [
         "{'kind': 'tiles', 'grid': [5, 32, 32], 'start': 0}",
         "{'kind': 'hilbert', 'grid': [5, 32, 32], 'start': 0}",

@@ -33,8 +33,10 @@ from sla_compile.compat import triton_cache_folder
 from sla_compile.compiler.sites import Site
 from sla_compile.kernels.triton import launches
 from sla_compile.kernels.triton.compile_process import GPU, CompileJob, OpCall, TensorForm
+from sla_compile.passes.attention_call import AttentionCall
 from sla_compile.passes.decide import Rewrite
 from sla_compile.passes.operands import REPLACED_BY, example
+from sla_compile.passes.parts import parts
 
 __all__ = ["calls_of", "compile_ahead", "start"]
 
@@ -67,16 +69,17 @@ def calls_of(sites: Iterable[Site]) -> dict[torch.device, list[OpCall]]:
     found: dict[torch.device, dict[OpCall, None]] = {}
     for site in sites:
         if isinstance(site.decision, Rewrite) and site.marker is not None:
-            call = _call(site, site.decision)
-            if call is not None:
-                found.setdefault(site.decision.shape.device, {})[call] = None
+            for part in parts(site.call, site.decision):
+                call = _call(site, *part)
+                if call is not None:
+                    found.setdefault(site.decision.shape.device, {})[call] = None
     return {device: list(calls) for device, calls in found.items()}
 
 
-def _call(site: Site, decision: Rewrite) -> OpCall | None:
-    """The call of the op at ``site``; None where a size is not known before it runs."""
+def _call(site: Site, attention: AttentionCall, decision: Rewrite) -> OpCall | None:
+    """The call of the op at ``site`` for a part of it; None where a size is not known before it runs."""
     marker: Any = site.marker
-    operands = [example(source) for source in decision.operands(site.call)]
+    operands = [example(source) for source in decision.operands(attention)]
     masks = [example(source) for source in decision.masks()]
     gate = [example(node) for node in (marker.weight, marker.bias, marker.shift)]
     *given, shift = gate

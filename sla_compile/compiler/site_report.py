@@ -29,11 +29,13 @@ from sla_compile.passes.cost import (
     dense_cost,
     evaluate,
     sla_cost,
+    sla_cost_in_runs,
 )
 from sla_compile.passes.cross_attention import of_different_tensors
-from sla_compile.passes.decide import Keep, Rewrite, Shape, example_shape
+from sla_compile.passes.decide import Decision, Keep, Rewrite, Shape, example_shape
 from sla_compile.passes.operands import example
 from sla_compile.passes.profitability import default_min_tokens
+from sla_compile.passes.segments import Segment, within
 from sla_compile.passes.token_order import TokenOrder
 
 __all__ = [
@@ -92,6 +94,9 @@ class SiteReport:
     order: dict[str, Any] = field(default_factory=dict)
     """Order of the tokens in the blocks: kind, with grid and start where it is not the model's, and the reason where
     it is but another was asked for; empty where kept."""
+    segments: tuple[tuple[int, int, int, int], ...] = ()
+    """Where the mask lets runs of queries each see another range of keys: first and last query, first and last key of
+    each, without the ends; an attention of its own."""
     critical_tokens: tuple[int, ...] = ()
     """start, stop, start, stop, ... of the key tokens, in that order, that are critical in every row."""
     gate_path: str = ""
@@ -116,6 +121,7 @@ class SiteReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         lists = {name: list(getattr(self, name)) for name in ("where", "diff", "critical_tokens")}
+        lists["segments"] = [list(segment) for segment in self.segments]
         return {**dataclasses.asdict(self), **lists}
 
 
@@ -152,6 +158,7 @@ def describe(site: Site) -> SiteReport:
         traced=traced,
         settings=_settings(site.config, shape) if keep is None else {},
         order=_order(decision.order) if isinstance(decision, Rewrite) else {},
+        segments=_segments(decision),
         critical_tokens=decision.always_critical if isinstance(decision, Rewrite) else (),
         gate_path=site.gate_path if keep is None else "",
         call_site=site.call_site,
@@ -215,20 +222,42 @@ def _costs(site: Site, shape: Shape, traced: dict[str, int]) -> dict[str, Any]:
     dense = dense_cost(**form)
     after = dense
     if isinstance(site.decision, Rewrite):
-        after = _sparse_cost(_settings(site.config), site.decision.always_critical, traced, form)
+        ranges, segments = site.decision.always_critical, _segments(site.decision)
+        after = _sparse_cost(_settings(site.config), ranges, traced, form, segments)
     numbers = {**_numbers("before", dense, traced, shape.dtype), **_numbers("after", after, traced, shape.dtype)}
     return {"where": after.where, **numbers}
 
 
 def _sparse_cost(
-    settings: Mapping[str, Any], ranges: Sequence[int], traced: dict[str, int], form: dict[str, bool]
+    settings: Mapping[str, Any],
+    ranges: tuple[int, ...],
+    traced: dict[str, int],
+    form: dict[str, bool],
+    segments: Sequence[tuple[int, int, int, int]],
 ) -> Cost:
     """The cost with ``settings``, as ``_settings`` gives them; ``traced`` are the sizes, empty where unknown."""
-    keys = traced.get("key_tokens", traced.get("tokens", 0))
+    how = [settings[name] for name in ("topk", "block_q", "block_k", "linear")]
+    if segments:
+        runs = [
+            (
+                last - first,
+                stop - start,
+                _forced(settings, within(ranges, Segment(first, last, start, stop)), stop - start),
+            )
+            for first, last, start, stop in segments
+        ]
+        return sla_cost_in_runs(*how, tuple(runs))
+    return sla_cost(*how, forced=_forced(settings, ranges, traced.get("key_tokens", traced.get("tokens", 0))), **form)
+
+
+def _forced(settings: Mapping[str, Any], ranges: Sequence[int], keys: int) -> int:
+    """The number of key blocks, of ``keys``, that are critical in every row."""
     touched = forced_blocks(list(ranges), keys, settings["block_k"])
-    forced = len({block for first, last in touched for block in range(first, last)})
-    names = ("topk", "block_q", "block_k", "linear")
-    return sla_cost(*(settings[name] for name in names), forced=forced, **form)
+    return len({block for first, last in touched for block in range(first, last)})
+
+
+def _segments(decision: Decision) -> tuple[tuple[int, int, int, int], ...]:
+    return () if isinstance(decision, Keep) else tuple(dataclasses.astuple(one) for one in decision.segments)
 
 
 def _numbers(when: str, cost: Cost, traced: dict[str, int], dtype: torch.dtype) -> dict[str, Any]:
@@ -269,7 +298,7 @@ def with_sparsity_of(report: SiteReport, gate: Gate | None) -> SiteReport:
     if not report.traced:
         return dataclasses.replace(report, settings=settings)
     form = {"cross": "key_tokens" in report.shape, "causal": report.causal}
-    after = _sparse_cost(settings, report.critical_tokens, report.traced, form)
+    after = _sparse_cost(settings, report.critical_tokens, report.traced, form, report.segments)
     dtype = getattr(torch, str(report.shape["dtype"]))
     numbers = _numbers("after", after, report.traced, dtype)
     return dataclasses.replace(report, settings=settings, where=after.where, **numbers)

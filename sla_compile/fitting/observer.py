@@ -32,9 +32,11 @@ from sla_compile.gate import Gate, detach, gate_name, gates, model_config, own_g
 from sla_compile.gate_settings import CALLED
 from sla_compile.memory import eager_runs_are_measured
 from sla_compile.ops.reorder import reorder
+from sla_compile.passes.attention_call import AttentionCall
 from sla_compile.passes.decide import Rewrite, decide
 from sla_compile.passes.find_attention import SDPA_TARGETS, attention_call
-from sla_compile.passes.operands import example
+from sla_compile.passes.operands import Operand, after, example
+from sla_compile.passes.parts import from_batch, of_queries, parts
 from sla_compile.reporting.model_report import explain
 
 __all__ = [
@@ -216,10 +218,28 @@ class _AttentionMode(TorchFunctionMode):
         decision = decide(dataclasses.replace(call, node=output), requirements(gate.config), gate.seen)
         if not isinstance(decision, Rewrite):
             return output
-        query, key, value = (cast(Tensor, example(operand)) for operand in decision.operands(call))
+        dense = map(_value, of_queries(output, decision))
+        found = [
+            self._observed(gate, *part, its_own) for part, its_own in zip(parts(call, decision), dense, strict=True)
+        ]
+        return torch.cat(found, dim=2) if len(found) > 1 else _value(after(cast(Any, found[0]), *from_batch(decision)))
+
+    def _observed(self, gate: Gate, call: AttentionCall, decision: Rewrite, dense: Tensor) -> Tensor:
+        """What the handler gives for an attention that is one call of the op."""
+        query, key, value = map(_value, decision.operands(call))
         mask = next((cast(Tensor, example(operand)) for operand in decision.masks()), None)
         masked = cast(Tensor | None, example(decision.masked_queries()))
-        return self.handler(GatedCall(self.paths[id(gate)], gate, query, key, value, mask, decision, output, masked))
+        return self.handler(GatedCall(self.paths[id(gate)], gate, query, key, value, mask, decision, dense, masked))
+
+
+def _value(source: Any) -> Tensor:
+    """The tensor that an operand of an eager call is, with its gradient."""
+    if not isinstance(source, Operand):
+        return cast(Tensor, source)
+    value: Any = source.source
+    for step in source.steps:
+        value = step(value)
+    return cast(Tensor, value)
 
 
 def batch_arguments(batch: Any, position: int) -> Arguments:

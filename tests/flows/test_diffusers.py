@@ -16,6 +16,7 @@ from tests.support.closeness import assert_close
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 
 from tests.zoo.registry import EXAMPLES, build, call, transformer_classes
+from tests.zoo.wan import wan_config, wan_inputs
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -92,6 +93,16 @@ def test_topk_of_one_is_dense_attention(name: str) -> None:
     assert len(sla_compile.gates(model)) == sites
     assert sum(site.rewritten for site in sla_compile.report(model).sites) == sites
     assert_close(name, sparse, dense, 1e-5)
+
+
+def test_frames_that_see_earlier_frames_alone_are_rewritten_chunk_by_chunk() -> None:
+    model = transformer_classes()["SkyReelsV2Transformer3DModel"](**wan_config(num_frame_per_block=2)).eval()
+    inputs = wan_inputs(frames=4)
+    compiled = torch.compile(model, backend="sla", options=OPTIONS | {"topk": 1.0, "bottomk": 0.0})
+    with torch.no_grad():
+        assert_close("output", call(compiled, inputs), call(model, inputs), 1e-5)
+    (site,) = (site for site in sla_compile.report(model).sites if site.rewritten)
+    assert site.segments == ((0, 128, 0, 128), (128, 256, 0, 256))
 
 
 @pytest.mark.parametrize("name", REWRITTEN)

@@ -208,15 +208,8 @@ def of_each_frame(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return attention(q, k, v, mask.reshape(BATCH, 1, TOKENS, TOKENS))
 
 
-def causal_by_frame(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    frames = torch.ones(4, 4, dtype=torch.bool, device=q.device).tril()
-    mask = frames[:, None, :, None].expand(4, TOKENS // 4, 4, TOKENS // 4).reshape(TOKENS, TOKENS)
-    return attention(q, k, v, mask)
-
-
 KEPT: dict[str, tuple[Callable[..., Tensor], str]] = {
     "of each frame's queries": (of_each_frame, "per-query attention mask"),
-    "causal by frame": (causal_by_frame, "per-query attention mask"),
     "beside axes of one": (
         lambda q, k, v, m: attention(q, k, v, outer_of(m)[None, :, None, :].reshape(1, 1, TOKENS, TOKENS)),
         "per-query attention mask",
