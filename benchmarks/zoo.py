@@ -201,11 +201,9 @@ def kept(result: Result) -> str:
         if site["value"] not in known:
             known.append(site["value"])
     reasons = [f"{count} {reason} ({' and '.join(values[reason])})" for reason, count in counts.items()]
-    spelled = result.calls.get("scaled_dot_product_attention", 0) + result.calls.get("softmax", 0)
+    spelled = sum(result.calls.get(name, 0) for name in ("scaled_dot_product_attention", "softmax", "flex_attention"))
     if (unseen := spelled - len(result.sites)) > 0:
         reasons.append(f"{unseen} not in a graph (Dynamo leaves the function to eager)")
-    if count := result.calls.get("flex_attention", 0):
-        reasons.append(f"{count} flex_attention")
     return "; ".join(reasons)
 
 

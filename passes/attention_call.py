@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from sla_compile.passes.operands import Source, Step
+from sla_compile.passes.segments import Segment
 
 __all__ = ["AttentionCall", "ModuleCall", "Obstacle", "module_stack"]
 
@@ -58,6 +59,8 @@ class AttentionCall:
     """Inputs, scores and output have their batch and heads in different orders, so which is which is not told."""
     mean_if_masked: bool = False
     """A row all of whose keys are masked gives the mean of all values, as scores filled with a finite number do."""
+    segments: tuple[Segment, ...] = ()
+    """Of packed samples: queries and keys of each. Empty: ``attn_mask`` says which key a query sees."""
     obstacle: Obstacle | None = None
 
 

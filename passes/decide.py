@@ -196,7 +196,7 @@ def decide(
     refused = _refuse_form(call, requirements) or _refuse_causal(call, shape)
     if refused is not None:
         return refused
-    masks = split_mask(call) if call.attn_mask is not None else Masks()
+    masks = split_mask(call) if call.attn_mask is not None else Masks(segments=call.segments)
     if isinstance(masks, Obstacle):
         return Keep(masks.reason, masks.value, masks.accepted)
     if pairs.known_late:
@@ -224,6 +224,8 @@ def _in_segments(
     whole: Rewrite, segments: tuple[Segment, ...], ranges: tuple[int, ...], pairs: SkippablePairs
 ) -> Decision:
     """``whole`` where its mask makes ``segments``; ``ranges`` are those that are critical, in the model's order."""
+    if segments == (Segment(0, pairs.tokens, 0, pairs.tokens if pairs.keys is None else pairs.keys),):
+        return whole
     each = sum(segment.pairs for segment in segments) // len(segments)
     if each < pairs.min_tokens**2:
         value = f"{pairs.value}, {len(segments)} runs of queries with {each} pairs of tokens on average"

@@ -1,9 +1,10 @@
-"""Calls that hold a whole attention: torch's multi-head attention, flash-attn's and xformers' functions."""
+"""Calls that hold a whole attention: torch's multi-head attention, flash-attn's and xformers' functions.
+
+Those on packed samples are in ``passes/packed_calls.py``.
+"""
 
 from __future__ import annotations
 
-import inspect
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from torch import fx
 
 from sla_compile.passes.attention_call import AttentionCall, Obstacle, module_stack
+from sla_compile.passes.call_arguments import HARMLESS, arguments_of, is_default, only_output, parameters_of
 from sla_compile.passes.operands import Step, after, example
+from sla_compile.passes.packed_calls import flash_attn_varlen, flex_attention, varlen_attn
 
 __all__ = ["attention_inside_call"]
 
@@ -38,38 +41,8 @@ def _foreign(target: Any) -> Reader | None:
     return _FOREIGN.get((package, name))
 
 
-def _parameters(target: Any) -> dict[str, Any] | None:
-    """The names of the parameters of a function or op, with their defaults; None where it does not say them."""
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        target = target.default
-    if isinstance(target, torch._ops.OpOverload):
-        return {argument.name: argument.default_value for argument in target._schema.arguments}
-    try:
-        return {name: parameter.default for name, parameter in inspect.signature(target).parameters.items()}
-    except (TypeError, ValueError):
-        return None
-
-
-def _bound(target: Any, node: fx.Node) -> dict[str, Any] | None:
-    """The arguments of ``node`` by name, defaults filled in; None where ``target`` does not say its parameters."""
-    parameters = _parameters(target)
-    if parameters is None:
-        return None
-    return {**parameters, **dict(zip(parameters, node.args, strict=False)), **node.kwargs}
-
-
-def _only_output(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
-    """The first of the results of ``node``, where it alone is used, and the other nodes of the call."""
-    users = list(node.users)
-    if not users or not all(user.target is operator.getitem for user in users):
-        return None
-    first = [user for user in users if user.args[1] == 0]
-    rest = [user for user in users if user.args[1] != 0]
-    return (first[0], (*rest, node)) if len(first) == 1 and not any(user.users for user in rest) else None
-
-
 def _multi_head_attention_forward(node: fx.Node, module: fx.GraphModule) -> AttentionCall | None:
-    given = _bound(torch.nn.functional.multi_head_attention_forward, node)
+    given = arguments_of(torch.nn.functional.multi_head_attention_forward, node)
     if given is None:
         return None
     absent = ("bias_k", "bias_v", "static_k", "static_v")
@@ -130,7 +103,7 @@ def _packed_projections(
     """Self-attention with its projections, of (B, N, E) or (N, B, E), as their linear steps around attention."""
     where = "attention inside torch.nn.MultiheadAttention"
     query, key, value = inputs
-    alone = _only_output(node)
+    alone = only_output(node)
     shape = example(query)
     if query is not key or key is not value:
         odd = [*odd, "query, key and value are different tensors"]
@@ -187,16 +160,12 @@ def _transformer_encoder_layer(node: fx.Node, module: fx.GraphModule) -> Attenti
     return AttentionCall(node, module, module_stack(node), source, source, source, obstacle=obstacle)
 
 
-# Of the foreign functions, parameters that do not change what is computed.
-_HARMLESS = {"deterministic", "op", "num_splits", "pack_gqa", "sm_margin"}
-
-
 def _flash_attn_func(node: fx.Node, module: fx.GraphModule) -> AttentionCall | None:
     return _token_major(node, module, node, ("q", "k", "v"), ("dropout_p", "softmax_scale", "causal"))
 
 
 def _flash_attn_forward(node: fx.Node, module: fx.GraphModule) -> AttentionCall | None:
-    alone = _only_output(node)
+    alone = only_output(node)
     if alone is None:
         return None
     return _token_major(node, module, alone[0], ("q", "k", "v"), ("dropout_p", "softmax_scale", "causal"), alone[1])
@@ -221,15 +190,15 @@ def _token_major(
     of one head, are its parameters; any other must be at its default, and else is the obstacle. An option that it does
     not have gets a name all the same. ``output`` is the node with the result, ``interior`` the other nodes of the call.
     """
-    parameters, given = _parameters(node.target), _bound(node.target, node)
+    parameters, given = parameters_of(node.target), arguments_of(node.target, node)
     if parameters is None or given is None or not {*names} <= {*parameters}:
         return None
     pattern = str(getattr(node.target, "__name__", node.target))
     mask = given.get(bias)
     if not isinstance(example(mask), torch.Tensor):
         bias = ""
-    known = {*names, *options, *_HARMLESS, bias}
-    odd = [name for name, value in given.items() if name not in known and not _equal(value, parameters.get(name))]
+    known = {*names, *options, *HARMLESS, bias}
+    odd = [name for name, value in given.items() if name not in known and not is_default(value, parameters.get(name))]
     obstacle = None
     if odd:
         text = ", ".join(f"{name}={given[name]}" for name in odd)
@@ -261,22 +230,19 @@ def _token_major(
     )
 
 
-def _equal(value: Any, default: Any) -> bool:
-    """Whether an argument is the default: a graph has lists for tuples."""
-    if isinstance(value, tuple | list) and isinstance(default, tuple | list):
-        return tuple(value) == tuple(default)
-    return not isinstance(value, fx.Node) and bool(value == default)
-
-
 _READERS: dict[Any, Reader] = {
     torch.nn.functional.multi_head_attention_forward: _multi_head_attention_forward,
     torch._native_multi_head_attention: _native_multi_head_attention,
     torch._transformer_encoder_layer_fwd: _transformer_encoder_layer,
+    torch.ops.higher_order.flex_attention: flex_attention,
 }
 # By the first part of a function's __module__, or the namespace of an op, and its name.
 _FOREIGN: dict[tuple[str, str], Reader] = {
     ("flash_attn", "flash_attn_func"): _flash_attn_func,
     ("flash_attn_interface", "flash_attn_func"): _flash_attn_func,
     ("flash_attn", "_flash_attn_forward"): _flash_attn_forward,
+    ("flash_attn", "flash_attn_varlen_func"): flash_attn_varlen,
+    ("flash_attn_interface", "flash_attn_varlen_func"): flash_attn_varlen,
+    ("torch_attn", "_varlen_attn"): varlen_attn,
     ("xformers", "memory_efficient_attention"): _memory_efficient_attention,
 }

@@ -35,7 +35,7 @@ def parts(call: AttentionCall, decision: Rewrite) -> list[tuple[AttentionCall, R
     )
     return [
         (
-            replace(call, query=query, key=key, value=value, attn_mask=None),
+            replace(call, query=query, key=key, value=value, attn_mask=None, segments=()),
             replace(decision, segments=(), always_critical=within(decision.always_critical, segment)),
         )
         for query, key, value, segment in inputs
