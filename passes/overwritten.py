@@ -18,7 +18,7 @@ def overwritten(node: fx.Node) -> bool:
 
 def _by_users(node: fx.Node, written: int | None) -> bool:
     for user in node.users:
-        if disturbs(user) or written is None:
+        if _may_write(user) or written is None:
             return True
         value = example(user)
         views = value if isinstance(value, tuple | list) else (value,)  # chunk and the like give several
@@ -26,6 +26,12 @@ def _by_users(node: fx.Node, written: int | None) -> bool:
         if shared and _by_users(user, written):
             return True
     return False
+
+
+def _may_write(node: fx.Node) -> bool:
+    """An op whose schema writes to nothing does not, even where it counts as impure for its random numbers."""
+    harmless = isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
+    return disturbs(node) and not harmless
 
 
 def overwritten_before(node: fx.Node, end: fx.Node) -> bool:

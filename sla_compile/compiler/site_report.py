@@ -148,7 +148,7 @@ def describe(site: Site) -> SiteReport:
         ordinal=site.ordinal,
         rewritten=keep is None,
         reason=_kind(site.call, shape) if keep is None else keep.reason,
-        value=_sizes_in_words(plain) if keep is None else keep.value,
+        value=_sizes_in_words(plain, _segments(decision)) if keep is None else keep.value,
         accepted=keep.accepted if keep is not None else "",
         by_settings=keep is not None and keep.by_settings,
         condition=decision.condition or "",
@@ -192,10 +192,11 @@ def _kind(call: AttentionCall, shape: Shape | None) -> str:
     return "causal self-attention" if call.is_causal is True else "self-attention"
 
 
-def _sizes_in_words(plain: dict[str, int | str]) -> str:
+def _sizes_in_words(plain: dict[str, int | str], segments: Sequence[Any]) -> str:
+    runs = f", {len(segments)} runs of queries" if segments else ""
     if "key_tokens" in plain:
-        return f"{plain['tokens']} queries, {plain['key_tokens']} keys"
-    return f"{plain['tokens']} tokens"
+        return f"{plain['tokens']} queries, {plain['key_tokens']} keys{runs}"
+    return f"{plain['tokens']} tokens{runs}"
 
 
 def _mask(call: AttentionCall) -> str:

@@ -198,6 +198,14 @@ class Framewise(Attention):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
+class Samplewise(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        mask = frame(32)[:, None] == frame(32)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
 def test_one_gate_for_all_runs_its_cost_and_its_calibration() -> None:
     model = Model(1)
     model.blocks[0].attention = Framewise()
@@ -210,7 +218,7 @@ def test_one_gate_for_all_runs_its_cost_and_its_calibration() -> None:
     assert gate.weight.grad is not None
     assert gate.weight.grad.norm() > 0
     (site,) = sla_compile.report(model).sites
-    assert (site.reason, site.value) == ("self-attention", "96 tokens")
+    assert (site.reason, site.value) == ("self-attention", "96 tokens, 4 runs of queries")
     assert site.flops_before == 4 * 2 * 2 * TOKENS**2 * (WIDTH // 2)
     assert "in 4 runs of queries" in site.where[0]
     before = compiled(x)
@@ -218,6 +226,27 @@ def test_one_gate_for_all_runs_its_cost_and_its_calibration() -> None:
     assert [one.path for one in fitted.sites] == ["blocks.0.attention.sla"]
     errors = [(out - model(x)).norm() for out in (before, compiled(x))]
     assert errors[1] < errors[0]
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "virtual keys": {"linear": "taylor", "bottomk": 0.0},
+    "a topk and a gate for each head": {"gate": "per_head", "max_topk": 1.0, "topk_by": "head", "sparse_scale": True},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("attention", [Framewise, Samplewise])
+def test_every_form_of_gate_and_an_exported_program(attention: type[Attention], form: str) -> None:
+    model, x = Model(1), random_input(TOKENS)
+    model.blocks[0].attention = attention()
+    sla_compile.prepare(model, (x,), config={**OPTIONS, **FORMS[form]})
+    randomize_gates(model)
+    compiled = torch.compile(model, backend="sla", options={"inner": "eager"})
+    assert_close("exported", sla_compile.export(model, (x,)).module()(x), compiled(x), 1e-11)
+    exact = Model(1)
+    exact.blocks[0].attention = attention()
+    compiled = torch.compile(exact, backend="sla", options={**OPTIONS, **FORMS[form], **EXACT, "inner": "eager"})
+    assert_close("topk=1", compiled(x), exact(x), 1e-11)
 
 
 def test_an_order_of_tokens_is_not_taken_and_says_why() -> None:
