@@ -79,7 +79,7 @@ def split_mask(call: AttentionCall) -> Masks | Obstacle:
 
 def _in_segments(call: AttentionCall, text: str) -> Masks | Obstacle:
     """A mask that is another one for other queries, called ``text``, where that is so for runs of them."""
-    found = segments(call.attn_mask, example(call.query).shape[2], example(call.key).shape[2])
+    found = segments(call.attn_mask, example(call.query).shape[2], example(call.key).shape[2], call.node)
     if isinstance(found, str):
         return Obstacle("per-query attention mask", f"{text}: {found}", ACCEPTED)
     return Masks(segments=found)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from sla_compile.passes.node_ops import ELEMENTWISE, VIEWS, NodeOp, read
-from sla_compile.passes.operands import Operand, example
-from sla_compile.passes.overwritten import overwritten
+from sla_compile.passes.node_ops import ELEMENTWISE, VIEWS, NodeOp, read, whole_index
+from sla_compile.passes.operands import Operand, example, memory
+from sla_compile.passes.overwritten import writes_of_parts
 
 __all__ = ["Known", "known_values"]
 
@@ -72,6 +72,23 @@ class Known:
         values = self.values.index_select(axis, places)
         return Known(values, (*self.ends[:axis], tuple(ends), *self.ends[axis + 1 :]))
 
+    def filled(self, part: Sequence[Any], value: Tensor) -> Known | None:
+        """The same with ``value`` in a part, given as an index of a slice or number for each axis."""
+        filled, places = self, []
+        for axis, entry in enumerate(part):
+            size = self.shape[axis]
+            first, last, step = (entry, entry + 1, 1) if isinstance(entry, int) else entry.indices(size)
+            if step != 1 or first >= last:
+                return self if step == 1 else None
+            ends = tuple(sorted({*self.ends[axis], first, last} - {0}))
+            filled = filled.cut(axis, ends)
+            places.append(slice(ends.index(first) + 1 if first else 0, ends.index(last) + 1))
+        if filled.values.numel() > MOST_VALUES:
+            return None
+        values = filled.values.clone()
+        values[tuple(places)] = value.to(values.dtype)
+        return Known(values, filled.ends).shortened()
+
     def whole(self) -> Tensor:
         """Every element."""
         full = self
@@ -80,44 +97,62 @@ class Known:
         return full.values
 
 
-def known_values(source: Any) -> Known | None:
-    """The values of ``source``, a node, an operand or a tensor of an eager call; None where a run alone knows them."""
+def known_values(source: Any, end: fx.Node) -> Known | None:
+    """The values that ``source``, a node, an operand or a tensor of an eager call, has where the node ``end`` reads it.
+
+    None where a run alone knows them.
+    """
     with torch.no_grad():
-        found = _Finder().of(source)
+        found = _Finder().of(source, end)
     return None if found is None else found.shortened()
 
 
 class _Finder:
-    def __init__(self) -> None:
-        self.found: dict[Any, Known | None] = {}
+    """Finds the values that tensors have where a node, ``end``, reads them."""
 
-    def of(self, source: Any) -> Known | None:
+    def __init__(self) -> None:
+        self.found: dict[tuple[fx.Node, fx.Node], Known | None] = {}
+
+    def of(self, source: Any, end: fx.Node) -> Known | None:
         if isinstance(source, Tensor):
             return Known.of(source.detach())
-        if not isinstance(source, fx.Node | Operand):
+        if isinstance(source, Operand):
+            return self._find(source, end)
+        if not isinstance(source, fx.Node):
             return None
-        key = source if isinstance(source, fx.Node) else id(source)
-        if key not in self.found:
-            self.found[key] = self._find(source)
-        return self.found[key]
+        if (source, end) not in self.found:
+            writes = writes_of_parts(source)
+            found = None if writes is None else self._find(source, end)
+            for write in writes or ():
+                if found is not None and write < end:
+                    found = self._written(found, write)
+            self.found[source, end] = found
+        return self.found[source, end]
 
-    def _find(self, source: fx.Node | Operand) -> Known | None:
+    def _find(self, source: fx.Node | Operand, end: fx.Node) -> Known | None:
+        """The values that its operation makes, before anything is written into them."""
         op = read(source)
         if op.word not in _PURE or op.in_place or not isinstance(op.result, Tensor) or not _plain_sizes(op.result):
             return None
-        if isinstance(source, fx.Node) and overwritten(source):
-            return None
+        if isinstance(source, fx.Node) and not any(_same_memory(op.result, given) for given in source.all_input_nodes):
+            end = source  # no view: what is written later into its arguments does not change it
+            if (source, end) not in self.found:
+                self.found[source, end] = self._made(source, op, end)
+            return self.found[source, end]
+        return self._made(source, op, end)
+
+    def _made(self, source: fx.Node | Operand, op: NodeOp, end: fx.Node) -> Known | None:
         if op.word in _COPIES:
-            before = self.of(op.input)
+            before = self.of(op.input, end)
             return before and replace(before, values=before.values.to(op.result.dtype))
         shape = tuple(op.result.shape)
         if op.word in _FILLS:
             return _filled(op, shape)
         if op.result.numel() <= SMALL:
-            return self._computed(source, op)
+            return self._computed(source, op, end)
         if op.word in ELEMENTWISE:
-            return self._element_by_element(source, op)
-        before = self.of(op.input)
+            return self._element_by_element(source, op, end)
+        before = self.of(op.input, end)
         if before is None:
             return None
         if op.word in ("expand", "repeat"):
@@ -130,15 +165,29 @@ class _Finder:
         # of an index, only one that takes everything
         return _regrouped(before, shape) if op.word in VIEWS and prod(before.shape) == prod(shape) else None
 
-    def _computed(self, source: Any, op: NodeOp) -> Known | None:
+    def _written(self, known: Known, write: fx.Node) -> Known | None:
+        """``known`` after ``x[part] = value``."""
+        part, value = whole_index(write.args[1], example(write.args[0])), write.args[2]
+        if part is None or not all(isinstance(entry, int | slice) for entry in part):
+            return None
+        given = self.of(value, write) if isinstance(value, fx.Node) else Known.of(torch.tensor(value))
+        if given is None or (given.values.numel() > 1 and prod(known.shape) > SMALL):
+            return None
+        if prod(known.shape) <= SMALL:
+            whole = known.whole().clone()
+            whole[part] = given.whole().to(whole.dtype)
+            return Known.of(whole)
+        return known.filled(part, given.values.reshape(()))
+
+    def _computed(self, source: Any, op: NodeOp, end: fx.Node) -> Known | None:
         """Of a tensor of few elements: the operation itself, on its arguments."""
-        value = self._called(source, op, lambda known: known.whole() if prod(known.shape) <= MOST_VALUES else None)
+        value = self._called(source, op, end, lambda known: known.whole() if prod(known.shape) <= MOST_VALUES else None)
         return None if value is None or value.shape != op.result.shape else Known.of(value)
 
-    def _element_by_element(self, source: Any, op: NodeOp) -> Known | None:
+    def _element_by_element(self, source: Any, op: NodeOp, end: fx.Node) -> Known | None:
         """Of a broadcast: on one element of each run of all arguments."""
         shape = op.result.shape
-        parts = [self.of(given) for given in op.read_from if isinstance(example(given), Tensor)]
+        parts = [self.of(given, end) for given in op.read_from if isinstance(example(given), Tensor)]
         if any(part is None for part in parts):
             return None
         ends: list[tuple[int, ...]] = []
@@ -154,13 +203,13 @@ class _Finder:
                     known = known.cut(len(known.ends) - back, ends[back - 1])
             return known.values
 
-        value = self._called(source, op, aligned)
+        value = self._called(source, op, end, aligned)
         wanted = tuple(reversed(ends))
         if value is None or value.shape != tuple(map(len, wanted)):
             return None
         return Known(value, wanted).shortened()
 
-    def _called(self, source: Any, op: NodeOp, values: Any) -> Tensor | None:
+    def _called(self, source: Any, op: NodeOp, end: fx.Node, values: Any) -> Tensor | None:
         """What the call gives where ``values`` stand for its tensors; None where one of them is not known."""
         unknown = False
 
@@ -170,7 +219,7 @@ class _Finder:
                 return torch.device("cpu")
             if not isinstance(given, fx.Node | Operand | torch.SymInt):
                 return given
-            known = self.of(given) if isinstance(example(given), Tensor) else None
+            known = self.of(given, end) if isinstance(example(given), Tensor) else None
             value = values(known) if known is not None else None
             unknown = unknown or value is None
             return value
@@ -187,9 +236,18 @@ class _Finder:
         if unknown:
             return None
         function = getattr(Tensor, target) if isinstance(target, str) else target
-        with torch.device("cpu"):
-            result = function(*args, **kwargs)
+        try:
+            with torch.device("cpu"):
+                result = function(*args, **kwargs)
+        except (RuntimeError, IndexError):  # which the run will tell
+            return None
         return result if isinstance(result, Tensor) and result.device.type == "cpu" else None
+
+
+def _same_memory(value: Tensor, node: fx.Node) -> bool:
+    """Whether ``value`` may be a view of what ``node`` gives."""
+    given = example(node)
+    return isinstance(given, Tensor) and (memory(given) is None or memory(given) == memory(value))
 
 
 def _plain_sizes(value: Tensor) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
 from sla_compile.passes.node_ops import disturbs, writes
 from sla_compile.passes.operands import example, memory
 
-__all__ = ["overwritten", "overwritten_before"]
+__all__ = ["overwritten", "overwritten_before", "writes_of_parts"]
 
 
 def overwritten(node: fx.Node) -> bool:
@@ -17,15 +19,32 @@ def overwritten(node: fx.Node) -> bool:
 
 
 def _by_users(node: fx.Node, written: int | None) -> bool:
+    return any(_by_user(user, written) for user in node.users)
+
+
+def _by_user(user: fx.Node, written: int | None) -> bool:
+    if written is None:
+        return True
+    if user.target is operator.setitem and isinstance(into := example(user.args[0]), torch.Tensor):
+        return memory(into) in (written, None)
+    if _may_write(user):
+        return True
+    value = example(user)
+    views = value if isinstance(value, tuple | list) else (value,)  # chunk and the like give several
+    shared = any(isinstance(view, torch.Tensor) and memory(view) in (written, None) for view in views)
+    return shared and _by_users(user, written)
+
+
+def writes_of_parts(node: fx.Node) -> list[fx.Node] | None:
+    """Each ``x[part] = value`` into ``node`` itself, in their order; None where else its memory may be written to."""
+    value, found = example(node), []
+    here = memory(value) if isinstance(value, torch.Tensor) else None
     for user in node.users:
-        if _may_write(user) or written is None:
-            return True
-        value = example(user)
-        views = value if isinstance(value, tuple | list) else (value,)  # chunk and the like give several
-        shared = any(isinstance(view, torch.Tensor) and memory(view) in (written, None) for view in views)
-        if shared and _by_users(user, written):
-            return True
-    return False
+        if user.target is operator.setitem and user.args[0] is node and user.graph is node.graph:
+            found.append(user)
+        elif _by_user(user, here):
+            return None
+    return sorted(found)
 
 
 def _may_write(node: fx.Node) -> bool:

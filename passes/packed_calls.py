@@ -76,7 +76,7 @@ def _packed(
     elif given.get(options[2]) not in (None, False):
         found = Obstacle(_REASON, "causal attention of each", "causal=False, or a call for each sample")
     else:
-        found = _samples(*(given[name] for name in names))
+        found = _samples(node, *(given[name] for name in names))
     steps = Step("unsqueeze", (0,)), Step("transpose", (1, 2))
     tensors = [given[name] for name in names[:3]]
     traced = all(isinstance(value := example(one), torch.Tensor) and value.dim() == 3 for one in tensors)
@@ -99,9 +99,11 @@ def _packed(
     )
 
 
-def _samples(query: Any, key: Any, value: Any, of_queries: Any, of_keys: Any) -> tuple[Segment, ...] | Obstacle:
+def _samples(
+    node: fx.Node, query: Any, key: Any, value: Any, of_queries: Any, of_keys: Any
+) -> tuple[Segment, ...] | Obstacle:
     """The samples that ``cu_seqlens`` of queries and of keys name, which have to be all tokens."""
-    bounds = [known_values(places) for places in (of_queries, of_queries if of_keys is None else of_keys)]
+    bounds = [known_values(places, node) for places in (of_queries, of_queries if of_keys is None else of_keys)]
     accepted = f"cu_seqlens that the graph makes of constants, of at most {MOST_SEGMENTS} samples, or a call for each"
     if bounds[0] is None or bounds[1] is None:
         return Obstacle(_REASON, "cu_seqlens that a run alone knows", accepted)

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from sla_compile.passes.known_values import Known, known_values
 
@@ -36,9 +36,12 @@ class Segment:
         return (self.last - self.first) * (self.stop - self.start)
 
 
-def segments(mask: Any, queries: Any, keys: Any) -> tuple[Segment, ...] | str:
-    """Those of ``mask`` (..., queries or 1, keys or 1), bool or added to the scores; or why it is no such mask."""
-    known = known_values(mask)
+def segments(mask: Any, queries: Any, keys: Any, end: fx.Node) -> tuple[Segment, ...] | str:
+    """Those of ``mask`` (..., queries or 1, keys or 1), bool or added to the scores, where the node ``end`` reads it.
+
+    Or why it is no such mask.
+    """
+    known = known_values(mask, end)
     if known is None:
         return "values that the graph does not make of constants"
     seen = _seen(known)

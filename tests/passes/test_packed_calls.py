@@ -51,6 +51,13 @@ def varlen() -> Iterator[Callable[..., Tensor]]:
     library._destroy()
 
 
+def written() -> Tensor:
+    """As diffusers counts them."""
+    places = torch.zeros(4, dtype=torch.int32)
+    places[1:] = torch.cumsum(torch.full((3,), 32, dtype=torch.int32), dim=0, dtype=torch.int32)
+    return places
+
+
 def packed(tokens: int = TOKENS, heads: int = HEADS) -> Tensor:
     return torch.randn(tokens, heads, HEAD_DIM)
 
@@ -63,6 +70,7 @@ def lengths(*each: int) -> Tensor:
 
 PLACES: dict[str, tuple[Callable[[], Tensor], tuple[Segment, ...]]] = {
     "equal, by arange": (lambda: torch.arange(0, 4 * 32, step=32, dtype=torch.int32), THIRDS),
+    "equal, written": (written, THIRDS),
     "equal, summed": (lambda: lengths(*[32] * 3), THIRDS),
     "uneven": (lambda: lengths(40, 17, 39), (Segment(0, 40, 0, 40), Segment(40, 57, 40, 57), Segment(57, 96, 57, 96))),
     "one of them empty": (lambda: lengths(40, 0, 56), (Segment(0, 40, 0, 40), Segment(40, 96, 40, 96))),

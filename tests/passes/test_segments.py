@@ -43,6 +43,32 @@ def of_frames() -> Tensor:
     return seen.reshape(TOKENS, TOKENS).unsqueeze(0).unsqueeze(0)
 
 
+def written() -> Tensor:
+    """As loops over samples write it."""
+    mask = torch.zeros(1, TOKENS, TOKENS, dtype=torch.bool)
+    for first, last in ((0, 40), (40, 57), (57, 96)):
+        mask[..., first:last, first:last] = True
+    return mask
+
+
+def written_before_and_after() -> Tensor:
+    """A view shows what is written later, a copy does not."""
+    mask = torch.zeros(TOKENS, TOKENS)
+    view, copy = mask.unsqueeze(0), mask + 1
+    mask[:, :] = float("-inf")
+    for first in range(0, TOKENS, 32):
+        mask[first : first + 32, first : first + 32] = 0
+    return view * copy
+
+
+def ends_of_chunks() -> Tensor:
+    """As causal video models write it: for each token, the first one that it does not see."""
+    ends = torch.zeros(TOKENS, dtype=torch.long)
+    for first in range(0, TOKENS, 24):
+        ends[first : first + 24] = first + 24
+    return torch.arange(TOKENS)[None, :] < ends[:, None]
+
+
 MASKS: dict[str, tuple[Callable[[], Tensor], tuple[Segment, ...]]] = {
     "frames, repeated": (of_frames, FRAMES),
     "frames, expanded": (
@@ -64,6 +90,9 @@ MASKS: dict[str, tuple[Callable[[], Tensor], tuple[Segment, ...]]] = {
         SAMPLES,
     ),
     "uneven samples": (lambda: by_index([40, 17, 39])[:, None].eq(by_index([40, 17, 39])).expand(2, 1, -1, -1), UNEVEN),
+    "samples, written": (written, UNEVEN),
+    "samples, written between": (written_before_and_after, SAMPLES),
+    "frames, by their ends": (ends_of_chunks, FRAMES),
     "a window of frames": (
         lambda: (frame(24)[:, None] - frame(24)).abs() <= 1,
         (Segment(0, 24, 0, 48), Segment(24, 48, 0, 72), Segment(48, 72, 24, 96), Segment(72, 96, 48, 96)),
@@ -107,6 +136,15 @@ def test_each_run_of_queries_is_an_attention_of_its_own(form: str) -> None:
             assert_close(name, actual, expected, 1e-11)
 
 
+@pytest.mark.parametrize("form", MASKS)
+def test_what_is_found_of_a_long_mask_is_found_of_a_short_one(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long masks are not computed as they are; here no tensor that is longer than the tokens is."""
+    monkeypatch.setattr(sla_compile.passes.known_values, "SMALL", TOKENS)
+    mask, found = MASKS[form]
+    capture, _ = run(masked(mask), *qkv())
+    assert decided(capture).segments == found
+
+
 def test_tokens_that_are_always_critical_are_so_in_the_runs_that_see_them() -> None:
     inputs = qkv()
     capture, output = run(masked(MASKS["frames, compared"][0]), *inputs, always_critical=((20, 30),))
@@ -136,11 +174,17 @@ def with_ids(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=ids[:, None] == ids[None, :])
 
 
-def written() -> Tensor:
+def written_through_a_view() -> Tensor:
     mask = torch.zeros(TOKENS, TOKENS, dtype=torch.bool)
-    mask[:50, :50] = True
+    mask[:50].fill_(True)
     mask[50:, 50:] = True
     return mask
+
+
+def written_by_a_mask() -> Tensor:
+    mask = frame(24)[:, None] >= frame(24)
+    mask[mask] = False
+    return mask | (frame(48)[:, None] == frame(48))
 
 
 KEPT: dict[str, tuple[Callable[[], Tensor], str]] = {
@@ -155,7 +199,8 @@ KEPT: dict[str, tuple[Callable[[], Tensor], str]] = {
         lambda: torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril(),
         "96 runs of queries that each see another range of keys",
     ),
-    "written piece by piece": (written, "values that the graph does not make of constants"),
+    "written through a view": (written_through_a_view, "values that the graph does not make of constants"),
+    "written where another mask is": (written_by_a_mask, "values that the graph does not make of constants"),
 }
 
 
@@ -264,9 +309,9 @@ def test_values_of_a_long_mask_are_found_without_making_it() -> None:
 
     def look(gm: torch.fx.GraphModule, inputs: Any) -> Any:
         nodes = {node.name: node for node in gm.graph.nodes}
-        found.append(known_values(nodes["mask_2"]))
+        found.append(known_values(nodes["mask_2"], nodes["getitem_2"]))
         runs = tuple(Segment(first, first + chunk, 0, first + chunk) for first in range(0, tokens, chunk))
-        assert segments(nodes["mask_2"], tokens, tokens) == runs
+        assert segments(nodes["mask_2"], tokens, tokens, nodes["getitem_2"]) == runs
         return lambda *inputs: (inputs[0],)
 
     def call(x: Tensor) -> Tensor:
