@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sla_compile
+import sla_compile.passes.known_values as known_values_module
 from sla_compile import TokenOrderWarning
 from sla_compile.kernels import reference
 from sla_compile.passes.decide import Keep, Rewrite
@@ -121,7 +122,7 @@ def decided(capture: Capture) -> Rewrite:
     return site.decision
 
 
-@pytest.mark.parametrize("form", MASKS)
+@pytest.mark.parametrize("form", ["frames, repeated", "samples, added", "uneven samples", "a window of frames"])
 def test_each_run_of_queries_is_an_attention_of_its_own(form: str) -> None:
     mask, found = MASKS[form]
     inputs = [x.requires_grad_() for x in qkv()]
@@ -136,13 +137,19 @@ def test_each_run_of_queries_is_an_attention_of_its_own(form: str) -> None:
             assert_close(name, actual, expected, 1e-11)
 
 
-@pytest.mark.parametrize("form", MASKS)
-def test_what_is_found_of_a_long_mask_is_found_of_a_short_one(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long masks are not computed as they are; here no tensor that is longer than the tokens is."""
-    monkeypatch.setattr(sla_compile.passes.known_values, "SMALL", TOKENS)
-    mask, found = MASKS[form]
-    capture, _ = run(masked(mask), *qkv())
-    assert decided(capture).segments == found
+@pytest.mark.parametrize("small", [TOKENS, 2**20])
+def test_every_spelling_is_found_of_short_and_of_long_masks(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long masks are not computed as they are: with ``small``, none that is longer than the tokens is."""
+    monkeypatch.setattr(known_values_module, "SMALL", small)
+    found: dict[str, Any] = {}
+
+    def look(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        end = next(node for node in gm.graph.nodes if node.op == "output")
+        found.update(zip(MASKS, (segments(mask, TOKENS, TOKENS, end) for mask in end.args[0]), strict=True))
+        return gm.forward
+
+    torch.compile(lambda x: [mask() for mask, _ in MASKS.values()], backend=look)(torch.randn(2))
+    assert found == {form: wanted for form, (_, wanted) in MASKS.items()}
 
 
 def test_tokens_that_are_always_critical_are_so_in_the_runs_that_see_them() -> None:
@@ -279,8 +286,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("attention", [Framewise, Samplewise])
+@pytest.mark.parametrize(("attention", "form"), zip([Framewise, Samplewise], FORMS, strict=True))
 def test_every_form_of_gate_and_an_exported_program(attention: type[Attention], form: str) -> None:
     model, x = Model(1), random_input(TOKENS)
     model.blocks[0].attention = attention()
