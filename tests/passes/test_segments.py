@@ -286,7 +286,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("attention", "form"), zip([Framewise, Samplewise], FORMS, strict=True))
+@pytest.mark.parametrize(("attention", "form"), [*zip([Framewise, Samplewise], FORMS, strict=True)])
 def test_every_form_of_gate_and_an_exported_program(attention: type[Attention], form: str) -> None:
     model, x = Model(1), random_input(TOKENS)
     model.blocks[0].attention = attention()
