@@ -87,6 +87,10 @@ def test_quickstart_with_diffusers(
     check_quickstart(output, tmp_path)
 
 
+def test_quickstart_is_a_script(tmp_path: Path) -> None:
+    assert "--latents" in run_example("quickstart.py", "--help", folder=tmp_path)
+
+
 def test_quickstart_without_diffusers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
