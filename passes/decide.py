@@ -27,7 +27,7 @@ from sla_compile.passes.profitability import (
     token_ranges,
 )
 from sla_compile.passes.segments import Segment
-from sla_compile.passes.tensor_parallel import Exchanged, HeadShards, exchanged, sharding
+from sla_compile.passes.tensor_parallel import SAME_HEADS, Exchanged, HeadShards, exchanged, sharding
 from sla_compile.passes.token_order import (
     AS_IN_THE_MODEL,
     AS_IT_IS,
@@ -271,14 +271,13 @@ def _shards(call: AttentionCall) -> HeadShards | Exchanged | None:
 
 def _refuse_sharded(call: AttentionCall) -> Keep | None:
     """Where each rank has another part of an attention than some of its heads."""
-    accepted = "all heads on every rank, or the same part of them for queries, keys and values"
     found = {name: sharding(getattr(call, name)) for name in ("query", "key", "value")}
     for name, how in found.items():
-        if isinstance(how, str):
-            return Keep("tensor parallelism", f"the {name} is of {how}", accepted)
+        if isinstance(how, Obstacle):
+            return Keep(how.reason, f"the {name} is of {how.value}", how.accepted)
     if len(set(found.values())) > 1:
         whole = ", ".join(name for name, how in found.items() if how is None)
-        return Keep("tensor parallelism", f"another part of the heads of the {whole or 'key'}", accepted)
+        return Keep("tensor parallelism", f"another part of the heads of the {whole or 'key'}", SAME_HEADS)
     return None
 
 

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, fx
 
 from sla_compile.common.limits import TAYLOR
+from sla_compile.passes.attention_call import Obstacle
 from sla_compile.passes.node_ops import read
 from sla_compile.passes.operands import Operand, example
 
-__all__ = ["Exchanged", "HeadShards", "exchanged", "gate_on_rank", "sharding"]
+__all__ = ["SAME_HEADS", "Exchanged", "HeadShards", "exchanged", "gate_on_rank", "sharding"]
 
+SAME_HEADS = "all heads on every rank, or the same part of them for queries, keys and values"
 _MOST_NODES = 400
 _ENDS = {"linear", "scaled_dot_product_attention", "softmax"}
 
@@ -37,7 +39,15 @@ class HeadShards:
     @property
     def local_parts(self) -> int:
         """How many times the heads of the traced queries all heads are."""
-        return 1 if self.distributed else int(self.mesh.size(self.axis))
+        return 1 if self.distributed else self.ranks
+
+    @property
+    def ranks(self) -> int:
+        return int(self.mesh.size(self.axis))
+
+    def unequal(self, heads: int) -> str:
+        """How ``heads``, all there are, are in unequal parts; empty where the parts are equal."""
+        return f"{heads} heads on {self.ranks} ranks" if heads % self.ranks else ""
 
 
 @dataclass(frozen=True)
@@ -47,27 +57,36 @@ class Exchanged:
 
     ranks: int
     rank: int
+    parts: tuple[int, ...] = ()
+    """What each rank is sent, in any unit, where that is not as much as the others are."""
 
     @property
     def local_parts(self) -> int:
         """How many times the heads of the traced queries all heads are."""
         return self.ranks
 
+    def unequal(self, heads: int) -> str:
+        """How ``heads``, all there are, are in unequal parts; empty where the parts are equal."""
+        if self.parts:
+            return f"heads in parts of {', '.join(map(str, self.parts))} on {self.ranks} ranks"
+        return f"{heads} heads on {self.ranks} ranks" if heads % self.ranks else ""
+
 
 def exchanged(sides: Iterable[Any]) -> Exchanged | None:
     """The exchange that all ``sides``, queries, keys and values, come from; None where they do not."""
     found = {_exchange(side) for side in sides}
-    (name,) = found if len(found) == 1 else (None,)
-    if name is None:
+    (exchange,) = found if len(found) == 1 else (None,)
+    if exchange is None:
         return None
+    name, parts = exchange
     # a graph names its groups, and only this knows them by name
     resolve: Any = torch.distributed.distributed_c10d._resolve_process_group
     group = resolve(name)
-    return Exchanged(torch.distributed.get_world_size(group), torch.distributed.get_rank(group))
+    return Exchanged(torch.distributed.get_world_size(group), torch.distributed.get_rank(group), parts)
 
 
-def _exchange(side: Any) -> str | None:
-    """The name of the group of an all-to-all between ``side`` and its projection."""
+def _exchange(side: Any) -> tuple[str, tuple[int, ...]] | None:
+    """The name of the group of an all-to-all between ``side`` and its projection, and the parts if they are unequal."""
     node = side.source if isinstance(side, Operand) else side
     if not isinstance(node, fx.Node):
         return None
@@ -80,7 +99,7 @@ def _exchange(side: Any) -> str | None:
         for one in (node, *(inner for part in inside[:1] for inner in part.graph.nodes)):
             names = [argument for argument in one.args if isinstance(argument, str)]
             if "all_to_all_single" in str(one.target) and names:
-                return names[-1]
+                return names[-1], _unequal_parts(one)
         if read(node).word not in _ENDS:
             behind = set(node.all_input_nodes) - seen
             seen |= behind
@@ -88,11 +107,18 @@ def _exchange(side: Any) -> str | None:
     return None
 
 
-def sharding(side: Any) -> HeadShards | str | None:
+def _unequal_parts(exchange: fx.Node) -> tuple[int, ...]:
+    """The sizes that an all-to-all sends to each rank where they are known to differ; they come after those it gets."""
+    sizes = [argument for argument in exchange.args if isinstance(argument, list | tuple)]
+    sent = tuple(size for size in sizes[-1] if isinstance(size, int)) if sizes else ()
+    return sent if len(set(sent)) > 1 else ()
+
+
+def sharding(side: Any) -> HeadShards | Obstacle | None:
     """How ``side`` is spread over ranks, from its projection on; None where nothing shows that it is.
 
-    A local tensor counts too where it is the shard of a DTensor, as what ColwiseParallel gives is. A text says how
-    else than by heads.
+    A local tensor counts too where it is the shard of a DTensor, as what ColwiseParallel gives is. An obstacle says
+    how else than by heads.
     """
     node = side.source if isinstance(side, Operand) else side
     if not isinstance(node, fx.Node):
@@ -128,7 +154,7 @@ def _parts(value: Any) -> dict[int, Any]:
     return {axis: placement for axis, (placement, size) in placed if size > 1 and not placement.is_replicate()}
 
 
-def _by_heads(value: Any, dim: int, distributed: bool) -> HeadShards | str:
+def _by_heads(value: Any, dim: int, distributed: bool) -> HeadShards | Obstacle:
     """The shards of a DTensor whose axis ``dim`` holds the heads."""
     parts = _parts(value)
     if not parts and distributed:
@@ -136,7 +162,11 @@ def _by_heads(value: Any, dim: int, distributed: bool) -> HeadShards | str:
     ((axis, placement), *others) = parts.items()
     if not others and type(placement).__name__ == "Shard" and placement.dim % value.dim() == dim:
         return HeadShards(value.device_mesh, axis, distributed)
-    return f"a DTensor, {', '.join(map(str, value.placements))} over {value.device_mesh.size()} rank(s)"
+    how = f"a DTensor, {', '.join(map(str, value.placements))} over {value.device_mesh.size()} rank(s)"
+    by_tokens = value.dim() == 4 and any(getattr(part, "dim", None) in (2, -2) for part in parts.values())
+    if distributed and by_tokens:
+        return Obstacle("context parallelism", how, "Ulysses, which has all tokens of a head on one rank")
+    return Obstacle("tensor parallelism", how, SAME_HEADS)
 
 
 def gate_on_rank(shards: HeadShards | Exchanged, by_head: bool) -> Callable[[Tensor], Tensor] | None:

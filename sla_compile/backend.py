@@ -24,6 +24,7 @@ from sla_compile.compiler.left_behind import warn_of_gates_left_behind
 from sla_compile.compiler.logs import log_rewritten
 from sla_compile.compiler.nothing_rewritten import warn_of_nothing
 from sla_compile.compiler.precompile import compile_ahead
+from sla_compile.compiler.refused_engines import refuse_engine
 from sla_compile.compiler.rewriting import rewrite_graph, take_back_gates
 from sla_compile.compiler.sites import Settings, Site
 from sla_compile.config import SLAConfig
@@ -60,7 +61,7 @@ def sla(
     with user_errors():
         settings = Settings.of(options, mode)
     frame = current_frame()
-    if trace_ulysses() and frame is not None:  # diffusers was imported after this package
+    if trace_ulysses(refuse_engine) and frame is not None:  # diffusers was imported after this package
         frame.restart("sla_compile lets Dynamo trace diffusers' Ulysses attention")
     if frame is None:
         return _compile(gm, example_inputs, settings, None)
@@ -139,4 +140,4 @@ def _compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], config: SL
 
 
 remember_backend(sla)
-trace_ulysses()
+trace_ulysses(refuse_engine)

@@ -77,6 +77,11 @@ class GateSpec:
             shapes["sparsity"] = (self.heads, 2) if self.config.topk_by == "head" else (2,)
         return shapes
 
+    def by_head(self) -> tuple[str, ...]:
+        """The names of those whose first axis are the heads."""
+        shared = {"weight": 2, "bias": 1, "sparsity": 1}
+        return tuple(name for name, shape in self.shapes().items() if len(shape) > shared.get(name, 0))
+
     def form(self) -> tuple[tuple[int, ...], ...]:
         """The shapes of its parameters."""
         return tuple(shape for name, shape in self.shapes().items() if name != "sparsity")

@@ -28,6 +28,7 @@ __all__ = [
     "forget_code",
     "frame_callback",
     "innermost_backend",
+    "is_user_error",
     "plain_module_path",
     "runs_uncompiled",
     "skip_as_root_frame",
@@ -61,6 +62,13 @@ def user_errors() -> Iterator[None]:
         if config.suppress_errors:
             warn_user(f"torch._dynamo.config.suppress_errors lets this run as written, its attention dense: {error}")
         raise UserError(str(error)) from error
+
+
+def is_user_error(error: Exception) -> bool:
+    """Whether it is a ValueError that was raised under `user_errors`."""
+    from torch._dynamo.exc import ShortenTraceback
+
+    return isinstance(error, ValueError) and isinstance(error, ShortenTraceback)
 
 
 def skip_as_root_frame(function: Callable[..., Any], *, with_callees: bool = False) -> None:
@@ -108,6 +116,13 @@ class Frame:
                 return module
         around = next(modules_under_way(), None) if modules else None
         return next((module for module in modules if module is around), None)
+
+    def modules_under_trace(self) -> list[nn.Module]:
+        """The modules in whose forward Dynamo is now, outermost first."""
+        root = self.root_module()
+        identities = (str(key).partition("@")[0] for key in self._translator.output.current_tx.nn_module_stack)
+        modules = [root, *(self.module(int(identity)) for identity in identities if identity.isdigit())]
+        return [module for module in modules if module is not None]
 
     def sole_module(self) -> nn.Module | None:
         """The one module that a function works on, outside of every forward: ``def step(model, batch)``."""

@@ -20,6 +20,7 @@ import sla_compile
 from sla_compile.compat import (
     current_frame,
     forget_code,
+    is_user_error,
     no_compile_under,
     plain_function_name,
     runs_forward_of,
@@ -33,6 +34,7 @@ from sla_compile.compiler.left_behind import note_folder
 from sla_compile.compiler.model_copy import traceable_copy
 from sla_compile.compiler.nothing_rewritten import why_nothing
 from sla_compile.compiler.patterns import warn_unmatched
+from sla_compile.compiler.refused_engines import refuse_engine
 from sla_compile.compiler.rewriting import refuse_unsynchronised, rewrite_graph
 from sla_compile.compiler.site_numbers import spare_numbers
 from sla_compile.compiler.site_report import GraphBreak, SiteReport, describe, graph_break
@@ -173,7 +175,7 @@ def _refuse_where_nothing_compiles(model: nn.Module) -> None:
 def dry_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], settings: Settings) -> DryRun:
     """Trace ``model(*args, **kwargs)`` as ``backend="sla"`` would compile it; ``model`` is left untouched."""
     _refuse_where_nothing_compiles(model)
-    trace_ulysses()
+    trace_ulysses(refuse_engine)
     shell = traceable_copy(model)
     paths = {id(module): path for path, module in module_paths(shell)}
     mark_prepared(shell, settings.config)
@@ -215,7 +217,7 @@ def dry_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], se
         try:
             torch.compile(shell, backend=backend, dynamic=False)(*args, **kwargs)
         except Exception as error:
-            if refused or not returned:  # the call itself is wrong, or its settings are
+            if refused or not returned or is_user_error(error):  # the call itself is wrong, or its settings are
                 raise
             run.stopped = error
         given_up = not any(runs_forward_of(frame.code, shell) for frame in frames)

@@ -224,7 +224,9 @@ def _of_one_form(sites: Sequence[Site]) -> list[Site]:
     rewritten: dict[tuple[int, int], list[tuple[Site, GateSpec]]] = {}
     for site in sites:
         if isinstance(site.decision, Rewrite):
-            rewritten.setdefault((id(site.owner), site.ordinal), []).append((site, site.gate_spec(site.decision)))
+            spec = site.gate_spec(site.decision)
+            _refuse_unequal_heads(site, site.decision, spec)
+            rewritten.setdefault((id(site.owner), site.ordinal), []).append((site, spec))
     others: dict[int, str] = {}
     for members in rewritten.values():
         gate = members[0][0].gate
@@ -240,6 +242,22 @@ def _of_one_form(sites: Sequence[Site]) -> list[Site]:
         replace(site, decision=Keep(reason, others[id(site)], accepted)) if id(site) in others else site
         for site in sites
     ]
+
+
+def _refuse_unequal_heads(site: Site, decision: Rewrite, spec: GateSpec) -> None:
+    """Raise ValueError where each head has numbers of its own and a rank cannot take the part of its heads."""
+    if (shards := decision.shards) is None or not (names := spec.by_head()):
+        return
+    heads = spec.heads if site.gate is None else site.gate.heads
+    unequal = shards.unequal(heads)
+    if not unequal and heads != spec.heads and shards.local_parts > 1:
+        unequal = f"{heads} heads in the gate, {shards.ranks} ranks with {int(decision.shape.heads)} of them each"
+    if unequal:
+        raise ValueError(
+            f"{site.gate_path}: got {unequal}, and each head has its own {', '.join(names)}; accepted: heads in equal "
+            f"parts on all ranks, or settings that heads share (gate='shared', sparse_scale=False, topk_by='site', "
+            f"another linear than 'taylor')"
+        )
 
 
 def _site(
