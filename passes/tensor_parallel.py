@@ -20,7 +20,7 @@ from sla_compile.passes.attention_call import Obstacle
 from sla_compile.passes.node_ops import read
 from sla_compile.passes.operands import Operand, example
 
-__all__ = ["SAME_HEADS", "Exchanged", "HeadShards", "exchanged", "gate_on_rank", "sharding"]
+__all__ = ["SAME_HEADS", "Exchanged", "HeadShards", "exchanged", "gate_on_rank", "is_distributed", "sharding"]
 
 SAME_HEADS = "all heads on every rank, or the same part of them for queries, keys and values"
 _MOST_NODES = 400
@@ -123,13 +123,13 @@ def sharding(side: Any) -> HeadShards | Obstacle | None:
     node = side.source if isinstance(side, Operand) else side
     if not isinstance(node, fx.Node):
         return None
-    if _is_distributed(value := example(node)):
+    if is_distributed(value := example(node)):
         return _by_heads(value, 1, True)
     seen, pending = {node}, [node]
     while pending and len(seen) <= _MOST_NODES:
         node = pending.pop()
         value = example(node)
-        if _is_distributed(value) and _is_in_parts(value):
+        if is_distributed(value) and _is_in_parts(value):
             return _by_heads(value, value.dim() - 1, False)
         if read(node).word not in _ENDS:
             behind = set(node.all_input_nodes) - seen
@@ -138,7 +138,7 @@ def sharding(side: Any) -> HeadShards | Obstacle | None:
     return None
 
 
-def _is_distributed(value: Any) -> bool:
+def is_distributed(value: Any) -> bool:
     """Whether it is a DTensor, told without the import of torch.distributed.tensor."""
     return isinstance(value, torch.Tensor) and hasattr(value, "placements") and hasattr(value, "device_mesh")
 

@@ -34,7 +34,9 @@ from sla_compile.memory import (
 from sla_compile.passes.decide import Keep, Rewrite
 from sla_compile.passes.find_attention import Marker
 from sla_compile.passes.hoist_gathers import hoist_gathers
+from sla_compile.passes.operands import example
 from sla_compile.passes.rewrite import erase_markers, replace_attention
+from sla_compile.passes.tensor_parallel import HeadShards, is_distributed
 
 __all__ = ["apply_decisions", "refuse_unsynchronised", "rewrite_graph", "take_back_gates"]
 
@@ -102,6 +104,7 @@ def _inject(sites: Sequence[Site], frame: Frame) -> int:
                 f"{site.gate_path}: the gate itself is in fully_shard, and as it is never called nothing would gather "
                 f"it; accepted: fully_shard of its owner, or of a module around that"
             )
+        _refuse_other_parts(site)
     for site, owner, _ in missing:
         refuse_taken_name(owner, site.ordinal, site.gate_path)
         if site.gate is None:
@@ -124,6 +127,19 @@ def _inject(sites: Sequence[Site], frame: Frame) -> int:
     if late:
         warn_of_late_gates(missing[0][1] if root is None else root, late)
     return len(changed)
+
+
+def _refuse_other_parts(site: Site) -> None:
+    """Raise ValueError where the gate is of DTensors and its attention is not: nothing says whose its gradient is."""
+    if site.marker is None or not isinstance(site.decision, Rewrite) or isinstance(site.decision.shards, HeadShards):
+        return
+    tensors = (site.marker.weight, site.marker.bias, site.marker.log_scale, site.marker.shift)
+    placed = [example(node) for node in tensors if node is not None and is_distributed(example(node))]
+    if placed:
+        raise ValueError(
+            f"{site.gate_path}: got a gate of DTensors ({', '.join(map(str, placed[0].placements))}) for an attention "
+            f"of local tensors; accepted: a gate outside of the plan, or attention on DTensors"
+        )
 
 
 def refuse_unsynchronised(gate_path: str, wrapper: str | None) -> None:

@@ -13,7 +13,7 @@ import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.experimental import context_parallel, register_sharding
 
 import sla_compile
@@ -132,6 +132,13 @@ def unequal_heads(rank: int, folder: Path) -> None:
     of_dtensors.attention.mesh = init_device_mesh("cpu", (WORLD,))
     with pytest.raises(ValueError, match=r"^attention\.sla: got 3 heads on 2 ranks, .*accepted: heads in equal parts"):
         torch.compile(of_dtensors, backend="sla", options=EAGER)(TOKENS)
+    torch._dynamo.reset()
+    spread = prepared(OPTIONS)
+    distribute_module(spread.attention.sla, init_device_mesh("cpu", (WORLD,)))
+    with pytest.raises(
+        ValueError, match=r"^attention\.sla: got a gate of DTensors \(R\) for an attention of local tensors"
+    ):
+        torch.compile(spread, backend="sla", options=EAGER)(TOKENS)
 
 
 def enable(model: Any, **degrees: Any) -> None:
