@@ -1,6 +1,7 @@
 """Ulysses sequence parallelism of a Wan2.1 on the GPUs of one host: forward and training step, dense and SLA.
 
     torchrun --nproc-per-node 2 benchmarks/parallel.py --json parallel.json
+    torchrun --nproc-per-node 2 benchmarks/parallel.py --overlap --json overlapped.json
     torchrun --nproc-per-node 2 benchmarks/parallel.py --model 14B --layers 4 --height 720 --width 1280 --fsdp
 
 Each arm is measured on one rank, the others waiting, and on all. The model is of plain PyTorch and random weights in
@@ -44,6 +45,9 @@ MODELS = {
     "tiny": {"heads": 2, "head_dim": 16, "ffn": 64, "layers": 1, "text": 8, "text_dim": 32},
 }
 WHAT = ("forward", "training step")
+_EARLIER = "reorder_communication_preserving_peak_memory"
+OVERLAPS = {"memory": [_EARLIER, "sink_waits_iterative", _EARLIER], "greedy": ["sink_waits", "raise_comms"]}
+"""Passes of Inductor by which an exchange begins earlier and is waited for later; without them it waits at once."""
 
 
 def heads_for_tokens(x: Tensor, group: Any) -> Tensor:
@@ -81,7 +85,7 @@ class SelfAttention(nn.Module):
         self.heads, self.group = heads, group
 
     def forward(self, x: Tensor, turn: Tensor) -> Tensor:
-        # Each is on its way while the next is projected.
+        # In this order each may travel while the next is projected: with --overlap, Inductor waits that late.
         v = heads_for_tokens(self.v(x).unflatten(-1, (self.heads, -1)), self.group)
         k = rotated(self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), turn)
         k = heads_for_tokens(k, self.group)
@@ -161,7 +165,12 @@ class Arm:
             sla_compile.prepare(self.model, self.inputs, self._keywords(), config=config)
             how = {"backend": "sla", "options": {"inner": options.inner}}
         if options.overlap and options.inner == "inductor":
-            how["options"] = {**how.get("options", {}), "reorder_for_compute_comm_overlap": True}
+            passes = OVERLAPS[options.overlap]
+            how["options"] = {
+                **how.get("options", {}),
+                "reorder_for_compute_comm_overlap": True,
+                "reorder_for_compute_comm_overlap_passes": passes,
+            }
         if self.sharded:
             from torch.distributed.fsdp import fully_shard
 
@@ -367,7 +376,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-training", action="store_true", help="forward only")
     parser.add_argument("--fsdp", action="store_true", help="weights held by fully_shard on several ranks")
-    parser.add_argument("--overlap", action="store_true", help="Inductor's reorder_for_compute_comm_overlap")
+    parser.add_argument(
+        "--overlap",
+        nargs="?",
+        const="memory",
+        choices=tuple(OVERLAPS),
+        help="have Inductor put work between an exchange and the wait for it: within the peak memory of before, or all",
+    )
     parser.add_argument("--inner", default="inductor", choices=("inductor", "eager"), help="eager: to try this file")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--json", help="write every figure to this file")
