@@ -33,9 +33,8 @@ def is_attention_dispatch(file: str) -> bool:
     return file == __file__ or file.replace("\\", "/").endswith(_FILE)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _refuse(ring: int, ulysses: int, anything: bool, heads: int) -> bool:
-    """Called while Dynamo traces an attention that is not spread by whole heads, with the sizes that say so."""
+    """Called, not traced, where Dynamo traces an attention that is not spread by whole heads; the sizes say so."""
     seen = f"ring attention of diffusers (ring_degree={ring})" if ring > 1 else "ulysses_anything of diffusers"
     if ring == 1 and not anything:
         seen = f"Ulysses of diffusers with {heads} heads on {ulysses} ranks"
@@ -60,6 +59,8 @@ def trace_ulysses(refuse: Callable[[str, str], None]) -> bool:
         return False
     _traced.add(id(original))
     _refusals[:] = [refuse]
+    mark_as_called: Any = torch.compiler.assume_constant_result  # here, as it imports Dynamo
+    mark_as_called(_refuse)
     # Another function object: Dynamo knows by identity what to trace something else for.
     as_written = types.FunctionType(original.__code__, original.__globals__, original.__name__, original.__defaults__)
     as_written.__kwdefaults__ = original.__kwdefaults__
