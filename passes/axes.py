@@ -18,7 +18,7 @@ from sla_compile.passes.node_ops import ELEMENTWISE, VIEWS, NodeOp
 from sla_compile.passes.operands import example
 from sla_compile.passes.view_axes import Origins, origins, origins_of_pieces, same_size
 
-__all__ = ["ALIGNED", "Atom", "Axis", "Labels", "is_labels", "size_of", "through", "unknown", "unpacked"]
+__all__ = ["ALIGNED", "Atom", "Axis", "Labels", "is_labels", "same_axis", "size_of", "through", "unknown", "unpacked"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,16 @@ def size_of(atoms: Sequence[Atom]) -> Any:
     return prod(atom.size for atom in atoms)
 
 
+def same_axis(left: Axis, right: Axis) -> bool:
+    """Whether two axes are of the same factors, provably: sizes may be symbolic, so ``==`` would ask for a guard."""
+    return len(left) == len(right) and all(
+        (one.of, one.dim, one.start) == (other.of, other.dim, other.start)
+        and same_size(one.size, other.size)
+        and same_axis(one.part, other.part)
+        for one, other in zip(left, right, strict=True)
+    )
+
+
 def is_labels(value: Any) -> bool:
     if not isinstance(value, tuple):
         return False
@@ -78,12 +88,12 @@ def _aligned(op: NodeOp, known: Known, inputs: Sequence[Any] | None = None) -> L
     tensors = [(axes, value) for axes, value in pairs if isinstance(value, torch.Tensor) and is_labels(axes)]
     found = []
     for back, size in enumerate(reversed(op.result.shape), 1):
-        seen = {
+        seen = [
             axes[-back]
             for axes, value in tensors
             if back <= value.dim() and same_size(value.shape[-back], size) and any(atom.known for atom in axes[-back])
-        }
-        found.append(seen.pop() if len(seen) == 1 else unknown(size))
+        ]
+        found.append(seen[0] if seen and all(same_axis(axis, seen[0]) for axis in seen) else unknown(size))
     return tuple(reversed(found))
 
 

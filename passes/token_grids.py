@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sla_compile.passes.axes import ALIGNED, Atom, Axis, Labels, is_labels, size_of, through, unpacked
+from sla_compile.passes.axes import ALIGNED, Atom, Axis, Labels, is_labels, same_axis, size_of, through, unpacked
 from sla_compile.passes.node_ops import NodeOp, read, tensor
 from sla_compile.passes.operands import Operand, after, example, memory
 from sla_compile.passes.spellings import spelling_of
@@ -86,7 +86,7 @@ class Followed:
         given, labels = tensor(value), self.known(value)
         if given is None or given.dim() < back or same_size(given.shape[-back], 1):
             return True
-        return is_labels(labels) and labels[-back] == axis
+        return is_labels(labels) and same_axis(labels[-back], axis)
 
     def _forget(self, written: Any) -> None:
         """Take away what is known of the tensor ``written`` and of all that share its memory."""

@@ -147,3 +147,12 @@ def test_a_symbolic_number_of_tokens_keeps_the_models_order() -> None:
         assert_close("topk=1", compiled(x), model(x), 1e-5)
     assert {order["kind"] for order in orders(model)} == {"raster"}
     assert all("symbolic" in order["reason"] for order in orders(model))
+
+
+def test_a_symbolic_batch_keeps_the_grid() -> None:
+    model = Patches()
+    compiled = torch.compile(model, backend="sla", options={**SETTINGS, **EXACT})
+    for batch in (2, 3, 5):
+        x = video().repeat(batch, 1, 1, 1, 1)
+        assert_close("topk=1", compiled(x), model(x), 1e-5)
+        assert orders(model) == [SEEN, SEEN]
