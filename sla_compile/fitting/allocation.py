@@ -295,6 +295,10 @@ def _water_fill(sites: list[SiteSensitivity], budget: float, at_run_time: bool) 
         (_, rung), group = max(raises, key=lambda item: item[0][0])
         room -= group.cost[rung] - group.cost[group.rung]
         group.rung = rung
+    for group in groups:  # as many blocks as with the budget: at other lengths the budget's share of them
+        even = group.rungs.index(budget)
+        if group.cost[even] == group.cost[group.rung] and group.loss[even] <= group.loss[group.rung]:
+            group.rung = even
     uniform = sum(group.loss[group.rungs.index(budget)] for group in groups)
     if sum(group.loss[group.rung] for group in groups) > uniform:
         return {site.path: budget for site in sites}

@@ -114,6 +114,15 @@ def test_even_layers_are_left_even() -> None:
     assert report.mean("after") == report.mean("uniform")
 
 
+def test_a_head_with_as_many_blocks_as_the_budget_gets_the_budget() -> None:
+    """And not a lesser rung, which would be fewer blocks than asked for where the model is used with more tokens."""
+    model = prepared(uneven(2), topk_by="head", max_topk=0.5)
+    sla_compile.allocate(model, batches(), budget=1.5 * BLOCK / TOKENS)
+    for gate in sla_compile.gates(model).values():
+        assert gate.sparsity is not None
+        assert gate.sparsity[..., 0].tolist() == [75_000] * gate.heads
+
+
 def test_never_worse_than_the_budget_spread_evenly() -> None:
     """The best raise first can leave room that no other fits: 2.5 + 10 then, against 5.1 + 5.1."""
 
