@@ -32,10 +32,13 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout comes before what is installed
 
 from examples.wan import Refused
-from examples.wan.student import TRAINED
+from examples.wan.student import TRAINED, settings_of
+from sla_compile import SLAConfig, UntrainedGatesWarning
 
 RATES = {"lora": 1e-4, "gates": 1e-4, "all": 1e-5}
 """Learning rates of the weights."""
+COUNTS = ("frames", "height", "width", "fps", "batch", "rank", "accumulate", "save_every", "validate_every", "measure")
+"""Options that are above 0."""
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -131,7 +134,10 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """End with an error where numbers do not go together."""
+    """End with an error where a number is out of range, or numbers do not go together."""
+    for name in COUNTS:
+        if (value := getattr(options, name, 1)) <= 0:
+            parser.error(f"--{name.replace('_', '-')}: got {value}; accepted: above 0")
     if options.frames % 4 != 1:
         parser.error(f"--frames: got {options.frames}; accepted: 4 k + 1, as the VAE takes them")
     for name in ("height", "width"):
@@ -141,14 +147,16 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         parser.error(
             f"--max-topk: got {options.max_topk}; accepted: more than --topk {options.topk}, or --topk-by site"
         )
+    try:
+        SLAConfig.from_options(settings_of(vars(options)))
+    except ValueError as error:
+        parser.error(f"--topk, --max-topk, --block, --min-tokens or --sla: {error}")
     if options.command == "train":
         options.lr = RATES[options.train] if options.lr is None else options.lr
 
 
 def main(given: Sequence[str] | None = None) -> None:
     """One of the commands."""
-    from sla_compile import UntrainedGatesWarning
-
     warnings.filterwarnings("ignore", category=UntrainedGatesWarning)  # measured so once, then fitted and trained
     options = arguments(given)
     console = Console()

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from examples.wan import Refused
 from examples.wan.clips import save_video
+from examples.wan.encoding import check_checkpoint
 from examples.wan.student import dtype_of, load_result, transformer_of
 
 __all__ = ["generate", "with_shift"]
@@ -29,6 +30,7 @@ def generate(options: Mapping[str, Any], console: Console) -> Path:
         raise Refused(f"--run: {str(folder)!r} has no result yet; accepted: a training that has ended, or --dense")
     run = json.loads((folder / "settings.json").read_text())
     checkpoint, result = options["checkpoint"] or run["checkpoint"], None if options["dense"] else folder / "result"
+    check_checkpoint(checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype_of(run, device)
     vae = AutoencoderKLWan.from_pretrained(checkpoint, subfolder="vae", torch_dtype=torch.float32)

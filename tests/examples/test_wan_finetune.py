@@ -303,6 +303,9 @@ def test_what_cannot_be_done_is_told(
     )
     assert "--frames: got 10; accepted: 4 k + 1" in told(wan, videos, "--frames", "10")
     assert "--max-topk: got 0.1; accepted: more than --topk 0.25" in told(wan, videos, "--max-topk", "0.1")
+    assert "--accumulate: got 0; accepted: above 0" in told(wan, videos, "--accumulate", "0")
+    assert "SLAConfig.block_q: got 48 (int); accepted: a power of two" in told(wan, videos, "--block", "48")
+    assert "unknown option 'tokp'" in told(wan, videos, "--sla", "tokp=0.1")
     assert "have 401 frames at 16 fps; accepted: at least 2" in told(wan, videos, "--frames", "401")
     bare = save_clips(tmp_path / "bare")
     (bare / "clip3.txt").unlink()
@@ -318,6 +321,8 @@ def test_what_cannot_be_done_is_told(
     with pytest.raises(ValueError, match=r"nothing that decodes \.mp4 is installed; accepted: one of the packages av"):
         read_frames(tmp_path / "clip.mp4", 9, (64, 96), 16)
     assert "no settings.json in" in refusal(capsys, "generate", "--run", str(tmp_path / "run"), "--prompt", "a ball")
+    elsewhere = ("--run", str(whole), "--checkpoint", str(videos))
+    assert "which has no pipeline of diffusers" in refusal(capsys, "generate", *elsewhere, "--prompt", "a ball")
 
 
 def test_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
