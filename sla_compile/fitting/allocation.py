@@ -22,7 +22,6 @@ from torch import nn
 from sla_compile.common.blocks import to_millionths
 from sla_compile.compiler.preparation import prepare, unwrapped
 from sla_compile.config import SLAConfig
-from sla_compile.fitting.head_projections import find_head_projections
 from sla_compile.fitting.observer import Arguments, Topk, no_gated_call_message, peek_first, prepared_or_rolled_back
 from sla_compile.fitting.ranks import over_ranks
 from sla_compile.fitting.sensitivity import OutputErrors, SiteSensitivity, measure_sites
@@ -151,8 +150,7 @@ def allocate(
     better allocation is found, each attention gets ``budget``.
 
     - ``objective="output"`` minimises the error of the model's output. How much of an attention's error reaches it is
-      measured on the first four batches, which should differ in their diffusion times, at a forward per attention. How
-      heads share in it is what the linear layer after the attention makes of their errors, where it is found.
+      measured on the first four batches, which should differ in their diffusion times, at a forward per attention.
     - ``objective="attention"`` minimises the sum over attentions of the squared relative error.
 
     With ``max_topk`` the topks, one for each head with ``topk_by="head"``, go to the gates' buffers. Otherwise the
@@ -179,8 +177,6 @@ def allocate(
     first_batches = list(islice(stream, _OUTPUT_BATCHES))
     with over_ranks(model, group) as model, prepared_or_rolled_back(model, first, config):
         known = {path: SiteSensitivity.of_gate(path, gate, budget, ladder) for path, gate in gates(model).items()}
-        if objective == "output":
-            find_head_projections(model, first, known)
         count = measure_sites(model, chain(first_batches, stream), known)
         if not any(site.calls for site in known.values()):
             raise ValueError(no_gated_call_message(model, first))
@@ -234,11 +230,11 @@ class _SharedTopk:
     """Index of the rung they are on."""
 
     @classmethod
-    def of_heads(cls, site: SiteSensitivity, budget: float) -> list[_SharedTopk]:
+    def of_heads(cls, site: SiteSensitivity) -> list[_SharedTopk]:
         """One for each head of ``site``."""
-        weight, losses = 1.0 if site.effect is None else site.effect, site.head_losses(budget)
-        cost = [part / len(losses) for part in site.critical]
-        return [cls([site], site.rungs, [weight * loss for loss in own], cost) for own in losses]
+        weight, heads = 1.0 if site.effect is None else site.effect, site.squared_errors.shape[1]
+        losses = [[weight * loss for loss in site.relative_losses(head)] for head in range(heads)]
+        return [cls([site], site.rungs, loss, [part / heads for part in site.critical]) for loss in losses]
 
     @classmethod
     def of(cls, members: list[SiteSensitivity]) -> _SharedTopk:
@@ -284,7 +280,7 @@ def _water_fill(sites: list[SiteSensitivity], budget: float, at_run_time: bool) 
     for site in sites:
         if not site.by_head:
             by_key.setdefault(site.path if at_run_time else owner_path(site.path), []).append(site)
-    heads = {site.path: _SharedTopk.of_heads(site, budget) for site in sites if site.by_head}
+    heads = {site.path: _SharedTopk.of_heads(site) for site in sites if site.by_head}
     groups = [*map(_SharedTopk.of, by_key.values()), *chain.from_iterable(heads.values())]
     total = sum(group.cost[group.rungs.index(budget)] for group in groups)
     room = total * (1 + _ROUNDING) - sum(group.cost[0] for group in groups)

@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -143,13 +142,12 @@ Handler = Callable[[GatedCall], Tensor]
 
 
 @contextmanager
-def gated_calls(model: nn.Module, handler: Handler, on_linear: Callable[..., None] | None = None) -> Iterator[None]:
+def gated_calls(model: nn.Module, handler: Handler) -> Iterator[None]:
     """Within this context ``model`` runs eagerly, and each gated attention outputs what ``handler`` returns.
 
-    ``on_linear`` sees the arguments of each ``F.linear`` before it is called. A call that ``backend="sla"`` would keep
-    dense, for its mask or its length say, does not reach ``handler``.
+    A call that ``backend="sla"`` would keep dense, for its mask or its length say, does not reach ``handler``.
     """
-    mode = _AttentionMode(model, handler, on_linear)
+    mode = _AttentionMode(model, handler)
     handles = []
     try:
         for module in model.modules():
@@ -166,10 +164,10 @@ def gated_calls(model: nn.Module, handler: Handler, on_linear: Callable[..., Non
 class _AttentionMode(TorchFunctionMode):
     """Numbers attention calls within each module call, as ``sites.find_sites`` does within a graph."""
 
-    def __init__(self, model: nn.Module, handler: Handler, on_linear: Callable[..., None] | None) -> None:
+    def __init__(self, model: nn.Module, handler: Handler) -> None:
         super().__init__()
         self.paths = {id(gate): path for path, gate in gates(model).items()}
-        self.handler, self.on_linear = handler, on_linear
+        self.handler = handler
         self.running: list[nn.Module] = []
         self.calls: list[list[tuple[int, str]]] = []
         """Of each running module, what ``number_calls`` takes for the calls so far."""
@@ -200,8 +198,6 @@ class _AttentionMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is F.linear and self.on_linear is not None:
-            self.on_linear(*args, **(kwargs or {}))
         output = func(*args, **(kwargs or {}))
         if func not in SDPA_TARGETS or not self.running:
             return output

@@ -48,11 +48,6 @@ class SiteSensitivity:
     """float64 (H): ||O - dense||^2 of each head with ``topks_before``, where there are any."""
     effect: float | None = None
     """Relative squared error of the model's output per unit of this attention's; None: not measured."""
-    head_gram: Tensor | None = None
-    """float32 (H, D, D): W_h^T W_h, W_h the columns of the layer after the attention that take head h; None: not
-    known. Set before anything is added."""
-    projected_errors: Tensor | None = None
-    """As ``squared_errors``, but of W_h (O - dense); None without ``head_gram``."""
 
     @classmethod
     def of_gate(cls, path: str, gate: Gate, budget: float, ladder: Sequence[float]) -> SiteSensitivity:
@@ -89,10 +84,6 @@ class SiteSensitivity:
         for i, rung in enumerate(self.rungs):
             out = call.output_with_sparsity(rung, min(self.bottomk, 1 - rung))
             self.squared_errors[i] += _squared_distance(out, call.dense)
-            if self.head_gram is not None:
-                if self.projected_errors is None:
-                    self.projected_errors = torch.zeros_like(self.squared_errors)
-                self.projected_errors[i] += _projected_distance(out, call.dense, self.head_gram)
             self.critical[i] += work * num_critical(rung, blocks) / blocks
         if self.topks_before is not None:
             self.own_errors += _squared_distance(call.output_with_gate(*call.gate.parameters()), call.dense)
@@ -102,8 +93,7 @@ class SiteSensitivity:
 
     def sum_over_ranks(self) -> None:
         """Make these the sums over the calls of all ranks that measure together."""
-        projected = [] if self.projected_errors is None else [self.projected_errors]
-        sum_tensors([self.squared_errors, self.own_errors, *projected])
+        sum_tensors([self.squared_errors, self.own_errors])
         self.dense_square, self.work, self.calls = total(self.dense_square), total(self.work), int(total(self.calls))
         self.critical = [total(work) for work in self.critical]
 
@@ -121,18 +111,6 @@ class SiteSensitivity:
         if not isinstance(topk, tuple):
             return self.relative_losses()[self.rungs.index(topk)]
         return sum(self.relative_losses(head)[self.rungs.index(own)] for head, own in enumerate(topk))
-
-    def head_losses(self, budget: float) -> list[list[float]]:
-        """For each head its losses at each rung, in units in which those of all heads at ``budget`` sum to the loss.
-
-        Shares of what the layer after the attention makes of the errors, where that is known.
-        """
-        loss, errors = self.relative_losses()[self.rungs.index(budget)], self.squared_errors
-        if self.projected_errors is not None and self.projected_errors.isfinite().all():
-            errors = self.projected_errors
-        whole = errors[self.rungs.index(budget)].sum().clamp(min=torch.finfo(torch.float64).tiny)
-        shares: list[list[float]] = (errors / whole * loss).T.tolist()
-        return shares
 
     def loss_before(self) -> float:
         """The same with the topk, or topks, of the gate."""
@@ -160,16 +138,6 @@ def _squared_distance(a: Tensor, b: Tensor | None) -> Tensor:
         rows = slice(start, start + TOKENS_PER_CHUNK)
         part = a[:, :, rows].double()
         total += (part if b is None else part - b[:, :, rows].double()).square().sum((0, 2, 3))
-    return total
-
-
-def _projected_distance(a: Tensor, b: Tensor, gram: Tensor) -> Tensor:
-    """||W (a - b)||^2 of each head, W^T W = gram (H, D, D), of tensors (B, H, N, D): float64 (H)."""
-    total = torch.zeros(a.shape[1], dtype=torch.float64, device=a.device)
-    for start in range(0, a.shape[2], TOKENS_PER_CHUNK):
-        rows = slice(start, start + TOKENS_PER_CHUNK)
-        part = a[:, :, rows].float() - b[:, :, rows].float()
-        total += ((part @ gram) * part).sum((0, 2, 3), dtype=torch.float64)
     return total
 
 

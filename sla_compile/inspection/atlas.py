@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from sla_compile.compiler.preparation import unwrapped
 from sla_compile.config import SLAConfig
 from sla_compile.fitting.allocation import LADDER, AllocationReport, choose
-from sla_compile.fitting.head_projections import find_head_projections
 from sla_compile.fitting.observer import Arguments, GatedCall, gated_calls, no_gated_call_message
 from sla_compile.fitting.sensitivity import SiteSensitivity
 from sla_compile.gate import gates
@@ -145,8 +144,6 @@ def atlas(
     made = gates(copied)
     budget = next(iter(made.values())).model_config.topk
     sensitivities = {path: SiteSensitivity.of_gate(path, gate, budget, LADDER) for path, gate in made.items()}
-    if allocation:
-        find_head_projections(copied, data[0], sensitivities)
     sites = _measure(copied, data, sensitivities)
     if not sites:
         raise ValueError(no_gated_call_message(model, data[0], config))
