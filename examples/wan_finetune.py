@@ -152,6 +152,8 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     except ValueError as error:
         parser.error(f"--topk, --max-topk, --block, --min-tokens or --sla: {error}")
     if options.command == "train":
+        if options.steps < 0:
+            parser.error(f"--steps: got {options.steps}; accepted: 0 (fitted alone) or more")
         options.lr = RATES[options.train] if options.lr is None else options.lr
 
 

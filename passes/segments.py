@@ -43,7 +43,7 @@ def segments(mask: Any, queries: Any, keys: Any, end: fx.Node) -> tuple[Segment,
     """
     known = known_values(mask, end)
     if known is None:
-        return "values that the graph does not make of constants"
+        return "values that are not known while compiling"
     seen = _seen(known)
     if seen is None:
         return "numbers other than 0 and -inf"

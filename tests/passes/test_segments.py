@@ -206,8 +206,8 @@ KEPT: dict[str, tuple[Callable[[], Tensor], str]] = {
         lambda: torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril(),
         "96 runs of queries that each see another range of keys",
     ),
-    "written through a view": (written_through_a_view, "values that the graph does not make of constants"),
-    "written where another mask is": (written_by_a_mask, "values that the graph does not make of constants"),
+    "written through a view": (written_through_a_view, "values that are not known while compiling"),
+    "written where another mask is": (written_by_a_mask, "values that are not known while compiling"),
 }
 
 
@@ -229,7 +229,7 @@ def test_sample_ids_that_a_run_alone_knows_stay_dense() -> None:
     capture, output = run(with_ids, *inputs, ids)
     decision = capture.sites[0].decision
     assert isinstance(decision, Keep)
-    assert "values that the graph does not make of constants" in decision.value
+    assert "values that are not known while compiling" in decision.value
     assert torch.equal(output, with_ids(*inputs, ids))
 
 
