@@ -180,3 +180,15 @@ def test_one_topk_goes_to_all_heads() -> None:
     found = [gate.sparsity[..., 0] for gate in sla_compile.gates(model).values() if gate.sparsity is not None]
     assert found[0].tolist() == [round(1e6 * BUDGET)] * heads
     assert found[1].tolist() == [round(1e6 * topk) for topk in own]
+
+
+def test_an_attention_that_loses_nothing_gets_a_tenth_of_the_budget() -> None:
+    model = uneven(2)
+    with torch.no_grad():
+        model.blocks[0].attention.qkv.weight[2 * WIDTH :] = 0.0
+        model.blocks[0].attention.qkv.bias[2 * WIDTH :] = 0.0
+    model = prepared(model, max_topk=1.0)
+    sla_compile.allocate(model, batches(), budget=BUDGET, objective="attention")
+    given = topks(model)
+    assert given["blocks.0.attention.sla"] == pytest.approx(0.1 * BUDGET)
+    assert given["blocks.1.attention.sla"] > BUDGET
