@@ -303,6 +303,7 @@ def test_what_cannot_be_done_is_told(
     )
     assert "--frames: got 10; accepted: 4 k + 1" in told(wan, videos, "--frames", "10")
     assert "--max-topk: got 0.1; accepted: more than --topk 0.25" in told(wan, videos, "--max-topk", "0.1")
+    assert "--steps: got -1; accepted: 0 (fitted alone) or more" in told(wan, videos, "--steps", "-1")
     assert "--accumulate: got 0; accepted: above 0" in told(wan, videos, "--accumulate", "0")
     assert "SLAConfig.block_q: got 48 (int); accepted: a power of two" in told(wan, videos, "--block", "48")
     assert "unknown option 'tokp'" in told(wan, videos, "--sla", "tokp=0.1")

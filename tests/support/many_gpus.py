@@ -77,8 +77,12 @@ def of_one_process() -> tuple[dict[str, Tensor], str]:
 
 
 def with_gates(model: nn.Module) -> None:
+    """Gates with values, and of four heads that have a topk each, another for each."""
     torch.manual_seed(1)
     randomize_gates(model)
+    for gate in sla_compile.gates(model).values():
+        if gate.sparsity is not None and gate.sparsity.shape == (4, 2):
+            gate.sparsity[:, 0] = torch.tensor([100_000, 300_000, 500_000, 700_000])
 
 
 def enable_ulysses(model: Any) -> None:
@@ -252,9 +256,6 @@ def parallel_model(config: dict[str, Any]) -> Any:
     torch.set_default_dtype(torch.float64)
     model = sla_compile.prepare(ParallelModel(), (TOKENS,), config=config)
     with_gates(model)
-    for gate in sla_compile.gates(model).values():
-        if gate.sparsity is not None:
-            gate.sparsity[:, 0] = torch.tensor([100_000, 300_000, 500_000, 700_000])
     return model
 
 

@@ -73,9 +73,6 @@ class Model(nn.Module):
 def prepared(config: dict[str, Any], **form: Any) -> Any:
     model = sla_compile.prepare(Model(**form), (TOKENS,), config=config)
     with_gates(model)
-    for gate in sla_compile.gates(model).values():
-        if gate.sparsity is not None:
-            gate.sparsity[:, 0] = torch.tensor([100_000, 300_000, 500_000, 700_000])
     return model
 
 
