@@ -85,7 +85,7 @@ class DoctorReport:
 def doctor(*, self_test: bool = True) -> DoctorReport:
     """What a report of a bug should hold: versions, devices, kernel paths, a self-test, entry point and caches.
 
-    Takes a few seconds; on a GPU, where kernels may have to be compiled first, up to a minute. Changes nothing but the
+    Takes a few seconds, more on a GPU, where kernels may have to be compiled first. Changes nothing but the
     compile caches.
 
     Args:
