@@ -339,7 +339,7 @@ def key_kernel(
     CONSUMERS: gl.constexpr = TILE_K // 64
     # two programs side by side have no room for them
     HAS_OUTPUTS: gl.constexpr = CONSUMERS == 2
-    buffers, barriers = make_buffers(k_desc, q_desc, statistics_desc, STAGES, CONSUMERS, 2, HAS_OUTPUTS)
+    buffers, barriers = make_buffers(k_desc, q_desc, statistics_desc, STAGES, CONSUMERS, 2, HAS_OUTPUTS, False, False)
     extents = (tiles_per_head, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows, num_keys)
     listed_descs = (q_desc, grad_desc)
     descriptors = ((k_desc, v_desc), listed_descs, listed_descs, q_desc, matrix_desc, statistics_desc, k_desc)

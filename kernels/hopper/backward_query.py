@@ -285,7 +285,9 @@ def query_kernel(
 ):
     CONSUMERS: gl.constexpr = TILE_Q // 64
     BIASES: gl.constexpr = 1 if HAS_VIRTUAL else 0
-    buffers, barriers = make_buffers(q_desc, k_desc, bias_desc, STAGES, CONSUMERS, BIASES, True)
+    buffers, barriers = make_buffers(
+        q_desc, k_desc, bias_desc, STAGES, CONSUMERS, BIASES, True, HAS_LINEAR, HAS_VIRTUAL
+    )
     extents = (num_rows, total_tiles, tiles_per_head, num_heads, list_width, num_rows, num_virtual)
     virtual_descs = (virtual_k_desc, virtual_v_desc)
     descriptors = (

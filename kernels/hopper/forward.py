@@ -507,8 +507,9 @@ def attention_forward_kernel(
     k_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     v_ring = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
     # what is not there is not touched
+    HAS_MATRICES: gl.constexpr = (HAS_LINEAR or HAS_VIRTUAL) and not MATRICES_IN_RINGS
     matrix_buffer = q_buffers
-    if not MATRICES_IN_RINGS:
+    if HAS_MATRICES:
         matrix_buffer = gl.allocate_shared_memory(state_desc.dtype, state_desc.block_type.shape, state_desc.layout)
     out_buffers = q_buffers
     if OUTPUTS > 0:
@@ -520,8 +521,14 @@ def attention_forward_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    matrix_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    matrix_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    # `make_buffers` says why an unused barrier is not made
+    matrix_full = q_full.index(0)
+    matrix_empty = q_empty.index(0)
+    if HAS_MATRICES:
+        matrix_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        matrix_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(matrix_full, count=1)
+        mbarrier.init(matrix_empty, count=CONSUMERS)
     for consumer in gl.static_range(CONSUMERS):
         mbarrier.init(q_full.index(consumer), count=1)
         mbarrier.init(q_empty.index(consumer), count=1)
@@ -530,8 +537,6 @@ def attention_forward_kernel(
         mbarrier.init(k_empty.index(stage), count=CONSUMERS)
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(v_empty.index(stage), count=CONSUMERS)
-    mbarrier.init(matrix_full, count=1)
-    mbarrier.init(matrix_empty, count=CONSUMERS)
     fence_async_shared()
     all_threads()
 

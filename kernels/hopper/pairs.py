@@ -221,9 +221,15 @@ def make_buffers(
     CONSUMERS: gl.constexpr,
     VECTORS: gl.constexpr,
     HAS_OUTPUTS: gl.constexpr,
+    HAS_PRIOR: gl.constexpr,
+    HAS_JOINT: gl.constexpr,
 ):
     """Shared memory and barriers: two own tiles for each consumer, a ring whose stages hold a pair of listed tiles or a
-    matrix, beside each stage so many vectors, and where wanted a tile of output for each consumer."""
+    matrix, beside each stage so many vectors, and where wanted a tile of output for each consumer.
+
+    Another barrier stands for one that is not wanted: the compiler would put other things where an unused one lies,
+    and a GPU that processes share in turns writes what it keeps of barriers over them.
+    """
     own_shape: gl.constexpr = [CONSUMERS] + own_desc.block_type.shape
     own_a = gl.allocate_shared_memory(own_desc.dtype, own_shape, own_desc.layout)
     own_b = gl.allocate_shared_memory(own_desc.dtype, own_shape, own_desc.layout)
@@ -245,9 +251,14 @@ def make_buffers(
     own_empty = make_barrier_ring(1, CONSUMERS)
     ring_full = make_barrier_ring(STAGES, 1)
     ring_empty = make_barrier_ring(STAGES, CONSUMERS)
-    prior_full = make_barrier_ring(1, 1)
-    prior_empty = make_barrier_ring(1, CONSUMERS)
-    joint = make_barrier_ring(1, CONSUMERS)
+    prior_full = own_full
+    prior_empty = own_empty
+    if HAS_PRIOR:
+        prior_full = make_barrier_ring(1, 1)
+        prior_empty = make_barrier_ring(1, CONSUMERS)
+    joint = own_empty
+    if HAS_JOINT:
+        joint = make_barrier_ring(1, CONSUMERS)
     fence_async_shared()
     all_threads()
     buffers = (own_a, own_b, ring, vectors_ring, turns, out_buffers)

@@ -144,7 +144,7 @@ def virtual_key_kernel(
     PADDED_DIM: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    buffers, barriers = make_buffers(k_desc, q_desc, statistics_desc, STAGES, 2, 2, False)
+    buffers, barriers = make_buffers(k_desc, q_desc, statistics_desc, STAGES, 2, 2, False, False, False)
     extents = (total, tiles_per_head, num_heads, splits, query_tiles, num_virtual)
     descriptors = (k_desc, v_desc, q_desc, grad_desc, statistics_desc)
     gl.warp_specialize(
