@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmarks.real_video.data import Batch
 from benchmarks.real_video.fitting import allocate, calibrate, even_masses, install, layer_errors
 from benchmarks.real_video.forms import Budget, Form, FormSpec
+from benchmarks.real_video.losses import LOSSES, Loss
 from benchmarks.real_video.model import RotaryVideoDiT
 from benchmarks.real_video.package_arms import PACKAGE_ARMS
 
@@ -29,8 +30,12 @@ class AnyArm(Protocol):
         """As the tables have it."""
 
     @property
-    def teacher(self) -> bool:
-        """Whether it is fine-tuned on the dense checkpoint's velocity."""
+    def loss(self) -> Loss:
+        """What it is fine-tuned towards."""
+
+    @property
+    def rate(self) -> float:
+        """Its learning rate, of the model's weights, in units of the study's."""
 
     @property
     def sparsity(self) -> str:
@@ -65,8 +70,8 @@ class Arm:
     tiles: bool = False
     dense: tuple[int, ...] = ()
     """Layers that stay dense."""
-    teacher: bool = False
-    """Fine-tuned on the dense checkpoint's velocity."""
+    loss: Loss = "flow"
+    rate: float = 1.0
 
     def count(self, tokens: int) -> int:
         """Critical blocks of a row, on average."""
@@ -189,7 +194,9 @@ for _name in list(_FORMS)[1:]:
         _FORMS[f"{_name}@{1 - _topk:.0%}"] = replace(_FORMS[_name], topk=_topk)
 for _name in list(_FORMS):
     _arm = _FORMS[_name]
-    _FORMS[f"{_name}+teacher"] = replace(_arm, title=f"{_arm.title}, teacher's velocity", teacher=True)
+    _FORMS |= {
+        f"{_name}+{_loss}": replace(_arm, title=f"{_arm.title}, {LOSSES[_loss]}", loss=_loss) for _loss in LOSSES
+    }
 
 _OTHER = ("sparse", "sla-scale-cal", "virtual-w", "virtual-w-row", "virtual-w-row-gate", "mass-gate-heads")
 CLOSED += [f"{name}@{sparsity}" for sparsity in ("90%", "97%") for name in _OTHER]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import sla_compile
 from benchmarks.real_video.data import Batch
+from benchmarks.real_video.losses import LOSSES, Loss
 from benchmarks.real_video.measuring import autocast
 from benchmarks.real_video.model import RotaryVideoDiT
 
@@ -27,8 +28,9 @@ class PackageArm:
     heads: bool = False
     """Whether each head gets a topk of its own, by ``allocate``."""
     calibrated: bool = False
-    teacher: bool = False
-    """Fine-tuned on the dense checkpoint's velocity."""
+    loss: Loss = "flow"
+    rate: float = 1.0
+    """Of the model's weights, in units of the study's learning rate."""
     tile: tuple[int, int, int] | None = None
     """The model's tokens stand in tiles of this shape."""
 
@@ -96,4 +98,8 @@ for _name in list(PACKAGE_ARMS):
         PACKAGE_ARMS[f"{_name}@{1 - _topk:.0%}"] = replace(PACKAGE_ARMS[_name], topk=_topk)
 for _name in list(PACKAGE_ARMS):
     _arm = PACKAGE_ARMS[_name]
-    PACKAGE_ARMS[f"{_name}+teacher"] = replace(_arm, title=f"{_arm.title}, teacher's velocity", teacher=True)
+    PACKAGE_ARMS |= {
+        f"{_name}+{_loss}": replace(_arm, title=f"{_arm.title}, {LOSSES[_loss]}", loss=_loss) for _loss in LOSSES
+    }
+_arm = PACKAGE_ARMS["package-taylor-heads-cal+teacher"]
+PACKAGE_ARMS["package-taylor-heads-cal+teacher-fast"] = replace(_arm, title=f"{_arm.title}, 3 x the rate", rate=3.0)

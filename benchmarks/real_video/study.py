@@ -24,7 +24,8 @@ from torch import Tensor
 from benchmarks.real_video.arms import ARMS, CLOSED, AnyArm
 from benchmarks.real_video.clips import load
 from benchmarks.real_video.data import Windows
-from benchmarks.real_video.measuring import Sampler, autocast, feature_distance, held_out_loss, psnr
+from benchmarks.real_video.losses import loss_of
+from benchmarks.real_video.measuring import Sampler, feature_distance, held_out_loss, psnr
 from benchmarks.real_video.model import CONFIG, RotaryVideoDiT, fast_attention
 from benchmarks.real_video.train import FRAMES, STAGES, TINY_CONFIG, TINY_FRAMES, TINY_STAGES, load_weights, update
 
@@ -102,7 +103,11 @@ class Study:
         gates = arm.gates(model)
         known = {id(gate) for gate in gates}
         groups = [
-            {"params": [p for p in model.parameters() if id(p) not in known], "peak": self.lr, "weight_decay": 0.01}
+            {
+                "params": [p for p in model.parameters() if id(p) not in known],
+                "peak": arm.rate * self.lr,
+                "weight_decay": 0.01,
+            }
         ]
         if gates:
             groups.append({"params": gates, "peak": self.gate_lr, "weight_decay": 0.0})
@@ -113,7 +118,7 @@ class Study:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
             batch = self.train(TUNING_SEED + SEED_STRIDE * seed + step)
-            update(model, optimizer, batch, self._teacher(batch) if arm.teacher else None)
+            update(model, optimizer, loss_of(model, batch, arm.loss, self.dense))
             if step == 9:
                 self._wait()
                 timed = time.monotonic()
@@ -125,11 +130,6 @@ class Study:
         if seed == 0:
             self.picture(f"{name}-tuned", self.samples)
         self.say(f"{name}/{seed}", row, f"dense/{seed}" if f"dense/{seed}" in self.results else "dense")
-
-    @torch.no_grad()
-    def _teacher(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        with autocast(self.device):
-            return self.dense(batch[0], batch[1]).float()
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.real_video.clips import load
-from benchmarks.real_video.data import Batch, Windows, flow_loss
-from benchmarks.real_video.measuring import autocast, held_out_loss
+from benchmarks.real_video.data import Windows
+from benchmarks.real_video.losses import loss_of
+from benchmarks.real_video.measuring import held_out_loss
 from benchmarks.real_video.model import CONFIG, RotaryVideoDiT, fast_attention
 from examples.study.video_dit import VideoDiTConfig
 
@@ -61,14 +62,8 @@ def learning_rate(step: int, stages: Sequence[Stage], warm_up: int = 200) -> flo
     return which.lr * min(1.0, (step + 1) / warm_up) * max(0.02, fall)
 
 
-def update(
-    model: RotaryVideoDiT, optimizer: torch.optim.Optimizer, batch: Batch, target: Tensor | None = None
-) -> Tensor:
-    """One step on the flow loss of ``batch``, or towards the velocity ``target``; the loss."""
-    video, at, velocity = batch
-    with autocast(video.device):
-        predicted = model(video, at)
-    loss = flow_loss(predicted, velocity if target is None else target).mean()
+def update(model: RotaryVideoDiT, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
+    """One step on ``loss``, a scalar with a gradient; the loss without one."""
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     optimizer.step()
@@ -129,7 +124,7 @@ class Pretraining:
             while self.step < begun + stage.steps:
                 for group in self.optimizer.param_groups:
                     group["lr"] = learning_rate(self.step, stages)
-                loss = update(self.model, self.optimizer, drawn(self.step))
+                loss = update(self.model, self.optimizer, loss_of(self.model, drawn(self.step), "flow", self.model))
                 self.step += 1
                 kept = min(AVERAGED, self.step / (self.step + 10))
                 torch._foreach_lerp_(list(self.average.values()), values, 1 - kept)

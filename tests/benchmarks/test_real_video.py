@@ -201,11 +201,11 @@ def test_from_pretraining_to_the_table(tmp_path: Path, monkeypatch: pytest.Monke
     again = torch.load(tmp_path / "state/state.pt", weights_only=True)
     assert all(torch.equal(again["model"][name], value) for name, value in state["model"].items())
     mine, theirs = "mass-gate-heads", "package-taylor-heads-cal"
-    tasks = ["--closed", "sparse", mine, theirs, "--tune", "dense", f"{mine}+teacher", theirs, "--steps", "2"]
+    tasks = ["--closed", "sparse", mine, theirs, "--tune", "dense", f"{mine}+features", theirs, "--steps", "2"]
     monkeypatch.setattr(sys, "argv", ["study", *common, "--out", str(out), *tasks])
     study.main()
     results = json.loads((out / "results.json").read_text())
-    assert set(results) == {"dense", "sparse", mine, theirs, "dense/0", f"{mine}+teacher/0", f"{theirs}/0"}
+    assert set(results) == {"dense", "sparse", mine, theirs, "dense/0", f"{mine}+features/0", f"{theirs}/0"}
     counts = [sum(layer[0]) for layer in results[mine]["budgets"]]
     assert sum(counts) <= 2 * 2 * 2  # layers, heads, 15% of 16 blocks
     topks = torch.tensor(results[theirs]["budgets"])
@@ -213,7 +213,7 @@ def test_from_pretraining_to_the_table(tmp_path: Path, monkeypatch: pytest.Monke
     assert (16 * topks).int().clamp(min=1).sum() <= 2 * 2 * 2
     table = "\n".join(report.tables(results))
     assert "| virtual keys, w, S of the row, ranked by mass, gate, spread over heads | 95% |" in table
-    assert (out / "mass-gate-heads-teacher-tuned.png").exists()
+    assert (out / "mass-gate-heads-features-tuned.png").exists()
 
 
 if __name__ == "__main__":
