@@ -16,6 +16,7 @@ __all__ = [
     "BlockLists",
     "KernelInputs",
     "KeyMoments",
+    "KeyWeights",
     "LinearStates",
     "MomentGradients",
     "QueryGradients",
@@ -24,6 +25,15 @@ __all__ = [
     "VirtualKeys",
     "VirtualQueryGradients",
 ]
+
+
+class KeyWeights(NamedTuple):
+    """A key mask as kernels read it: key j has the weight exp(b_j) in every branch."""
+
+    bias: Tensor
+    """b, float32 (B or 1, Tn * block_k): at most 0, and -inf at masked keys and past the last one."""
+    blocks: Tensor
+    """int8 (B or 1, Tn), of each key block: 0 where all its keys weigh 1, -1 where none has a weight, else 2."""
 
 
 class KernelInputs(NamedTuple):
@@ -37,17 +47,24 @@ class KernelInputs(NamedTuple):
     """A `gate_matrix` of the gate's weight; None exactly where there is no linear branch."""
     bias: Tensor | None
     """The gate's bias (D) or (H, D); None: zero."""
-    key_bias: Tensor | None
-    """float32 (B or 1, Lk), added to the logits: a `key_bias` of the key mask."""
+    key_weights: KeyWeights | None
+    """Of the key mask; None: every key counts, with a weight of 1."""
+
+    @property
+    def key_bias(self) -> Tensor | None:
+        """The bias alone."""
+        return None if self.key_weights is None else self.key_weights.bias
 
 
 class BlockLists(NamedTuple):
     """The critical blocks of each row of the block map, or of each column."""
 
     blocks: Tensor
-    """int32 (B, H, lines, width), ascending."""
+    """int32 (B, H, lines, width), ascending; with ``partial``, those that it counts after the others."""
     counts: Tensor | None
     """int32 (B, H, lines): how many entries of each list are written; None: all of them."""
+    partial: Tensor | None = None
+    """int32 (B, H, lines): how many of them, the last, are key blocks not all of whose keys weigh 1; None: unknown."""
 
 
 class LinearStates(NamedTuple):
@@ -136,7 +153,7 @@ class Steps(Protocol):
     """The steps in which they differ; a module with these functions is one."""
 
     def key_states(self, inputs: KernelInputs, options: BackwardOptions, *, pool: bool) -> tuple[LinearStates, Tensor]:
-        """h and z of each key block, in one pass over k and v that are weighed by exp(key_bias), and the float32 means
+        """h and z of each key block, in one pass over k and v that are weighed by the mask, and the float32 means
         of k by blocks (B, H, Tn, D), of shape (0,) without ``pool``."""
 
     def key_moments(self, inputs: KernelInputs, options: BackwardOptions) -> KeyMoments:

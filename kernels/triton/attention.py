@@ -14,12 +14,12 @@ from sla_compile.common.limits import TAYLOR
 from sla_compile.common.options import AttentionOptions, BackwardOptions
 
 from ..hopper import support as hopper
-from ..steps import BlockLists, KernelInputs, Steps, Upstream
+from ..steps import KernelInputs, Steps, Upstream
 from . import steps as triton_steps
 from . import taylor
 from .classify import block_scores, classes, critical_lists, longest_first
 from .linear_backward import gate_backward
-from .masks import key_bias
+from .masks import key_weights
 from .states import block_means, marginal_matrix, sum_over_blocks
 from .tiles import check_supported, gate_matrix, vector_readable
 
@@ -38,7 +38,8 @@ def forward(inputs: AttentionInputs, options: AttentionOptions) -> ForwardResult
         q, k, v = vector_readable(q), vector_readable(k), vector_readable(v)
         has_linear = has_linear_branch(weight, options)
         gate = gate_matrix(weight, q.dtype) if weight is not None and has_linear else None
-        operands = KernelInputs(q, k, v, gate, bias, None if key_mask is None else key_bias(key_mask))
+        weights = None if key_mask is None else key_weights(key_mask, options.block_k)
+        operands = KernelInputs(q, k, v, gate, bias, weights)
         steps = _steps(q, k, v, options=options, has_key_mask=key_mask is not None)
         if options.linear == TAYLOR:
             return taylor.forward(inputs, operands, options, steps)
@@ -66,12 +67,12 @@ def backward(
     with torch.cuda.device_of(q):
         grad_out, q, k, v, out = (vector_readable(x) for x in (grad_out, q, k, v, out))
         has_linear = has_linear_branch(weight, options)
-        logit_bias = None if key_mask is None else key_bias(key_mask)
+        weights = None if key_mask is None else key_weights(key_mask, options.block_k)
         gate = None
         if weight is not None and has_linear:
             gate = gate_matrix(weight, q.dtype)
             linear_out = vector_readable(linear_out)
-        operands = KernelInputs(q, k, v, gate, bias, logit_bias)
+        operands = KernelInputs(q, k, v, gate, bias, weights)
         upstream = Upstream(grad_out, out, linear_out, lse)
         steps = _steps(grad_out, q, k, v, options=options, has_key_mask=key_mask is not None)
         if options.linear == TAYLOR:
@@ -87,13 +88,13 @@ def backward(
             if tiles_per_block > 1:
                 matrix = _summed_blocks(block_map, linear.states.dtype, options, tiles_per_block)
             linear = sum_over_blocks(matrix, linear, transpose=True)
-        rows = BlockLists(*critical_lists(block_map, by_column=False))
-        columns, lengths = critical_lists(block_map, by_column=True)
+        rows = critical_lists(block_map, by_column=False, weights=weights)
+        columns = critical_lists(block_map, by_column=True)
         # some keys are popular: rows have about as many critical blocks as each other, columns have not
-        order = longest_first(lengths, block_map.shape[2])
+        order = longest_first(columns, block_map.shape[2])
         steps.attention_backward_query(upstream, operands, rows, gradients, options)
         dk, dv = steps.attention_backward_key(
-            upstream, operands, BlockLists(columns, lengths), order, gradients.statistics, linear, options
+            upstream, operands, columns, order, gradients.statistics, linear, options
         )
         dweight, dbias = gate_backward(grad_out, linear_out, weight, bias, has_linear)
         return Gradients(gradients.dq, dk, dv, dweight, dbias, q.new_empty(0))

@@ -319,7 +319,7 @@ def attention_backward_query(
     options: BackwardOptions,
 ) -> None:
     """As `Steps.attention_backward_query`; ``gradients`` are complete."""
-    q, k, v, _, _, key_bias = inputs
+    q, k, v, key_bias = *inputs[:3], inputs.key_bias
     grad_out, statistics = upstream.grad_out, gradients.statistics
     batch, heads, tokens, head_dim = q.shape
     launch = launch_for("backward_query", head_dim, q.dtype, options.block_q, options.block_k)
@@ -370,7 +370,7 @@ def attention_backward_key(
     options: BackwardOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `Steps.attention_backward_key`."""
-    q, k, v, _, _, key_bias = inputs
+    q, k, v, key_bias = *inputs[:3], inputs.key_bias
     grad_out, block_k = upstream.grad_out, options.block_k
     batch, heads, tokens, head_dim = q.shape
     launch = launch_for("backward_key", head_dim, q.dtype, options.block_q, block_k)

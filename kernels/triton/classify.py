@@ -25,7 +25,7 @@ from sla_compile.common.blocks import (
 )
 from sla_compile.common.options import AttentionOptions
 
-from ..steps import BlockLists, KernelInputs
+from ..steps import BlockLists, KernelInputs, KeyWeights
 from .masks import batch_stride, block_tiers
 from .tiles import FULL_PRECISION, ceil_div, power_of_two
 
@@ -115,6 +115,15 @@ def store_list(list_base, member, lanes):
     return tl.sum(indicator, 0)
 
 
+@triton.jit
+def store_parted_list(list_base, count, partial_count, member, partial, lanes):
+    """Write the indices of the members, ascending, those of ``partial`` after the others, and their numbers."""
+    whole = store_list(list_base, member & ~partial, lanes)
+    rest = store_list(list_base + whole, member & partial, lanes)
+    tl.store(count, whole + rest)
+    tl.store(partial_count, rest)
+
+
 @triton.jit(do_not_specialize=["num_keys", "critical", "negligible"])
 def classify_kernel(scores, block_map, lists, num_keys, critical, negligible, LANES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -158,6 +167,7 @@ def classify_with_options_kernel(
     block_map,
     lists,
     counts,
+    partial_counts,
     tiers,
     sparsity,
     num_queries,
@@ -176,6 +186,7 @@ def classify_with_options_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_TIERS: tl.constexpr,
+    HAS_PARTIAL: tl.constexpr,
     HAS_SPARSITY: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
@@ -190,6 +201,9 @@ def classify_with_options_kernel(
         tier = tl.load(tiers + batch * stride_tiers + lanes, mask=valid, other=-1)
         live = tier >= 0
         forced = tier > 0
+        if HAS_PARTIAL:
+            forced = live & ((tier & 1) != 0)
+            partial = live & ((tier & 2) != 0)
     scope = valid
     size = tl.zeros([], tl.int32) + num_keys
     least = 1
@@ -222,20 +236,38 @@ def classify_with_options_kernel(
     is_kept = take_largest(key, candidate, tl.maximum(kept, 0))
     label = tl.where(is_critical, 1, tl.where(is_kept, 0, -1))
     tl.store(block_map + row * num_keys + lanes, label.to(tl.int8), mask=valid)
-    tl.store(counts + row, store_list(lists + row * list_width, is_critical, lanes))
+    if HAS_PARTIAL:
+        store_parted_list(lists + row * list_width, counts + row, partial_counts + row, is_critical, partial, lanes)
+    else:
+        tl.store(counts + row, store_list(lists + row * list_width, is_critical, lanes))
 
 
-@triton.jit(do_not_specialize=["num_lines", "num_items", "stride_matrix", "stride_line", "stride_item"])
+@triton.jit(
+    do_not_specialize=[
+        "stride_kinds",
+        "num_heads",
+        "num_lines",
+        "num_items",
+        "stride_matrix",
+        "stride_line",
+        "stride_item",
+    ]
+)
 def critical_list_kernel(
     block_map,
     lists,
     counts,
+    partial_counts,
+    kinds,
+    stride_kinds,
+    num_heads,
     num_lines,
     num_items,
     stride_matrix,
     stride_line,
     stride_item,
     LANES: tl.constexpr,
+    HAS_PARTIAL: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     matrix = program // num_lines
@@ -243,7 +275,12 @@ def critical_list_kernel(
     lanes = tl.arange(0, LANES)
     address = block_map + matrix * stride_matrix + line * stride_line + lanes.to(tl.int64) * stride_item
     member = tl.load(address, mask=lanes < num_items, other=0) == 1
-    tl.store(counts + program, store_list(lists + program * num_items, member, lanes))
+    if HAS_PARTIAL:
+        kind = tl.load(kinds + matrix // num_heads * stride_kinds + lanes, mask=lanes < num_items, other=0)
+        list_base = lists + program * num_items
+        store_parted_list(list_base, counts + program, partial_counts + program, member, kind > 0, lanes)
+    else:
+        tl.store(counts + program, store_list(lists + program * num_items, member, lanes))
 
 
 @triton.jit
@@ -303,12 +340,21 @@ def classes(
 ) -> tuple[torch.Tensor, BlockLists]:
     """The block map and the critical blocks of its rows, with counts where rows may have unequal numbers of them."""
     queries, keys = inputs.q.shape[2], inputs.k.shape[2]
-    tiers = block_tiers(inputs.key_bias, options.always_critical, keys, options.block_k, scores.device)
+    weights = inputs.key_weights
+    tiers = block_tiers(weights, options.always_critical, keys, options.block_k, scores.device)
     if tiers is None and sparsity is None and not options.causal:
         critical = num_critical(options.topk, scores.shape[3])
         return classify_rows(scores, critical, num_negligible(options.bottomk, critical, scores.shape[3]))
     forced = sum(last - first for first, last in forced_blocks(options.always_critical, keys, options.block_k))
-    return classify_rows_with_options(scores, options, sparsity=sparsity, tiers=tiers, queries=queries, forced=forced)
+    return classify_rows_with_options(
+        scores,
+        options,
+        sparsity=sparsity,
+        tiers=tiers,
+        has_partial=weights is not None,
+        queries=queries,
+        forced=forced,
+    )
 
 
 def classify_rows(scores: torch.Tensor, critical: int, negligible: int) -> tuple[torch.Tensor, BlockLists]:
@@ -329,6 +375,7 @@ def classify_rows_with_options(
     *,
     sparsity: torch.Tensor | None,
     tiers: torch.Tensor | None,
+    has_partial: bool,
     queries: int,
     forced: int,
 ) -> tuple[torch.Tensor, BlockLists]:
@@ -345,6 +392,7 @@ def classify_rows_with_options(
     block_map = torch.empty(scores.shape, dtype=torch.int8, device=scores.device)
     lists = torch.empty((batch, heads, rows, width), dtype=torch.int32, device=scores.device)
     counts = torch.empty((batch, heads, rows), dtype=torch.int32, device=scores.device)
+    partial = torch.empty_like(counts) if has_partial else None
     critical, negligible = (_within_32_bits(exact_fraction(share)) for share in (options.topk, options.bottomk))
     lanes, warps = _lanes_and_warps(columns)
     classify_with_options_kernel[(batch * heads * rows,)](
@@ -352,6 +400,7 @@ def classify_rows_with_options(
         block_map,
         lists,
         counts,
+        partial,
         tiers if tiers is not None else block_map,
         sparsity if sparsity is not None else block_map,
         queries,
@@ -370,11 +419,12 @@ def classify_rows_with_options(
         BLOCK_Q=block_q,
         BLOCK_K=block_k,
         HAS_TIERS=tiers is not None,
+        HAS_PARTIAL=has_partial,
         HAS_SPARSITY=sparsity is not None,
         CAUSAL=causal,
         num_warps=warps,
     )
-    return block_map, BlockLists(lists, counts)
+    return block_map, BlockLists(lists, counts, partial)
 
 
 def _within_32_bits(share: Fraction) -> Fraction:
@@ -382,40 +432,49 @@ def _within_32_bits(share: Fraction) -> Fraction:
     return share.limit_denominator(2**31 - 1)
 
 
-def critical_lists(block_map: torch.Tensor, *, by_column: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def critical_lists(block_map: torch.Tensor, *, by_column: bool, weights: KeyWeights | None = None) -> BlockLists:
     """The critical blocks of each row (or column) of a contiguous int8 block map (B, H, Tm, Tn).
 
-    Returns lists, int32 (B, H, lines, items), of which the first ``counts`` (B, H, lines) entries of each
-    line are written, in ascending order. The width is the worst case, because the true one is known only on
-    the device.
+    The lists are as wide as the worst case, (B, H, lines, items), because the true one is known only on the device.
+    With ``weights``, of rows, the lists have those that are ``partial`` at their ends.
     """
     batch, heads, num_queries, num_keys = block_map.shape
     lines, items = (num_keys, num_queries) if by_column else (num_queries, num_keys)
     strides = (1, num_keys) if by_column else (num_keys, 1)
     lists = torch.empty((batch, heads, lines, items), dtype=torch.int32, device=block_map.device)
     counts = torch.empty((batch, heads, lines), dtype=torch.int32, device=block_map.device)
+    partial = torch.empty_like(counts) if weights is not None else None
+    kinds = weights.blocks if weights is not None else None
     lanes, warps = _lanes_and_warps(items)
+    # what is None is no parameter of the compiled kernel
     critical_list_kernel[(batch * heads * lines,)](
         block_map,
         lists,
         counts,
+        partial,
+        kinds,
+        batch_stride(kinds) if kinds is not None else None,
+        heads if kinds is not None else None,
         lines,
         items,
         num_queries * num_keys,
         strides[0],
         strides[1],
         LANES=lanes,
+        HAS_PARTIAL=weights is not None,
         num_warps=warps,
     )
-    return lists, counts
+    return BlockLists(lists, counts, partial)
 
 
-def longest_first(counts: torch.Tensor, longest: int) -> torch.Tensor:
-    """In which order to work on lines with ``counts`` (B, H, lines) entries, up to ``longest``.
+def longest_first(lists: BlockLists, longest: int) -> torch.Tensor:
+    """In which order to work on lines whose ``lists`` have counts (B, H, lines) of up to ``longest``.
 
     Returns int32 (B * H * lines + 1): indices of lines, those with more entries first, in bins, so that lines of about
     one length stay with their heads; and at the end a 0, for programs that count how far they are.
     """
+    counts = lists.counts
+    assert counts is not None
     total = counts.numel()
     order = counts.new_empty(total + 1)
     if total > _ORDER_SORTED:

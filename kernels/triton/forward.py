@@ -195,7 +195,8 @@ def attention_forward(
     inputs: KernelInputs, lists: BlockLists, linear: LinearStates | None, options: BackwardOptions
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `Steps.attention_forward`."""
-    q, k, v, gate, bias, key_bias = inputs
+    q, k, v, gate, bias, _ = inputs
+    key_bias = inputs.key_bias
     batch, heads, tokens, head_dim = q.shape
     out = q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
     linear_out = q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2) if linear is not None else q.new_empty(0)

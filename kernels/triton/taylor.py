@@ -14,7 +14,7 @@ import torch
 from sla_compile.common.kernel_interface import AttentionInputs, ForwardResult, Gradients
 from sla_compile.common.options import AttentionOptions, BackwardOptions
 
-from ..steps import BlockLists, KernelInputs, KeyMoments, MomentGradients, Steps, Upstream, VirtualKeys
+from ..steps import KernelInputs, KeyMoments, MomentGradients, Steps, Upstream, VirtualKeys
 from . import virtual_keys
 from .classify import classes, critical_lists, longest_first
 from .moments import add_query_gradients, query_moments
@@ -67,7 +67,7 @@ def backward(
     blocks = _Blocks.of(operands, options, steps)
     moments = blocks.moments
     virtual, mixture = blocks.virtual(block_map, shift)
-    rows = BlockLists(*critical_lists(block_map, by_column=False))
+    rows = critical_lists(block_map, by_column=False, weights=operands.key_weights)
     by_query = steps.virtual_backward_query(upstream, operands, rows, virtual, options)
     of_keys, of_values, grad_bias = steps.virtual_key_gradients(
         upstream, operands, virtual, by_query.virtual_statistics, options
@@ -85,10 +85,10 @@ def backward(
     of_moments = MomentGradients(of_spans, of_values, sum_of_states(mixture, by_query.slopes, transpose=True))
     add_query_gradients(q, by_rows.of_spans @ moments.spans, by_query.dq, options.block_q)
 
-    columns, lengths = critical_lists(block_map, by_column=True)
-    order = longest_first(lengths, block_map.shape[2])
+    columns = critical_lists(block_map, by_column=True)
+    order = longest_first(columns, block_map.shape[2])
     dk, dv = steps.virtual_backward_key(
-        upstream, operands, BlockLists(columns, lengths), order, by_query.statistics, moments, of_moments, options
+        upstream, operands, columns, order, by_query.statistics, moments, of_moments, options
     )
     dshift = q.new_empty(0) if shift is None else by_rows.of_shift.sum(dim=(0, 2)).to(shift.dtype)
     return Gradients(by_query.dq, dk, dv, q.new_empty(0), q.new_empty(0), dshift)

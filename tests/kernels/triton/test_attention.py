@@ -203,14 +203,15 @@ else:
         scores[0, 0, 3, :20] = float("-inf")
         scores[0, 0, 4] *= 1e38
         scores[0, 0, 5] *= 1e-45
-        block_map, (lists, counts) = classify_rows(scores, critical, negligible)
+        block_map, (lists, counts, _) = classify_rows(scores, critical, negligible)
         assert counts is None
         expected = classes_of(scores, critical, negligible)
         assert torch.equal(block_map, expected)
         for line, row in zip(lists.view(-1, critical), expected.view(-1, 37), strict=True):
             assert torch.equal(line.long(), (row == 1).nonzero().flatten())
         for by_column, lines in ((False, expected), (True, expected.mT)):
-            members, counts = critical_lists(block_map, by_column=by_column)
+            members, counts, _ = critical_lists(block_map, by_column=by_column)
+            assert counts is not None
             assert torch.equal(counts.long(), (lines == 1).sum(-1))
             for member, count, line in zip(
                 members.flatten(0, 2), counts.flatten(), lines.reshape(-1, lines.shape[-1]), strict=True
@@ -219,11 +220,12 @@ else:
 
     @pytest.mark.parametrize("lines", [5, 131, 300, 9000])
     def test_classes_popular_columns_come_first(lines: int) -> None:
+        from sla_compile.kernels.steps import BlockLists
         from sla_compile.kernels.triton.classify import longest_first
 
         counts = torch.randint(0, 1000, (2, 1, lines), generator=torch.Generator().manual_seed(0)).int()
         counts[0, 0, 1], counts[1, 0, 2] = 0, 1000
-        *order, taken = longest_first(counts, 1000).tolist()
+        *order, taken = longest_first(BlockLists(counts, counts), 1000).tolist()
         assert taken == 0
         assert sorted(order) == [*range(2 * lines)]
         lengths = [counts.flatten()[line].item() * 32 // 1001 for line in order]

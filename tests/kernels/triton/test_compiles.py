@@ -49,7 +49,7 @@ def source_of(kernel: Any, arguments: dict[str, Any]) -> Any:
     for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
         value = arguments[name]
         one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
-        if parameter.is_constexpr or one:
+        if parameter.is_constexpr or one or value is None:
             signature[name], constants[i,] = "constexpr", value
             continue
         aligned = isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
