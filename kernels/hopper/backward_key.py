@@ -23,7 +23,7 @@ from sla_compile.common.options import BackwardOptions
 from ..steps import BlockLists, KernelInputs, KeyMoments, LinearStates, MomentGradients, Upstream
 from ..triton.primitives import LOG2E
 from ..triton.tiles import ceil_div
-from .pairs import make_buffers, matrix_of, pair_producer, read_turn, split_pair, vectors_descriptor
+from .pairs import make_buffers, matrix_of, pair_producer, read_turn, split_pair
 from .primitives import (
     all_threads,
     feature_map_backward,
@@ -35,6 +35,7 @@ from .primitives import (
     padded_dim,
     store_tile,
     tile_descriptor,
+    vectors_descriptor,
     view_as,
 )
 
@@ -44,13 +45,14 @@ __all__ = ["attention_backward_key", "key_steps", "virtual_backward_key"]
 @gluon.jit
 def key_steps(
     key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken, steps, scale,
-    bias, grad_bias, first_tile, line_pitch, num_keys, BLOCK_Q: gl.constexpr, TILE_Q: gl.constexpr,
-    AHEAD: gl.constexpr, tile_layout: gl.constexpr, HAS_BIAS: gl.constexpr,
+    bias, grad_bias, first_tile, line_pitch, num_keys, key_bias, BLOCK_Q: gl.constexpr, TILE_Q: gl.constexpr,
+    AHEAD: gl.constexpr, tile_layout: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_KEY_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Add to dK and dV of 64 keys those of at least one tile of queries; and how many stages of the ring were taken.
 
     ``bias`` (block rows, keys), where there is one, is added to the logits of these queries, which are tiles from
-    ``first_tile`` on, and its gradients go to ``grad_bias`` (tiles, keys); both begin at these keys.
+    ``first_tile`` on, and its gradients go to ``grad_bias`` (tiles, keys); both begin at these keys. A ``key_bias`` is
+    the same for all queries.
     """
     STAGES: gl.constexpr = ring.type.shape[0]
     ROWS: gl.constexpr = key_accumulator.shape[0]
@@ -64,6 +66,8 @@ def key_steps(
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, scores_layout))
     scale_log2 = scale * LOG2E
     zero_scores = gl.zeros([ROWS, TILE_Q], gl.float32, scores_layout)
+    if HAS_KEY_BIAS:
+        own_added = gl.load(key_bias + rows) * LOG2E
     if HAS_BIAS:
         line = first_tile * TILE_Q // BLOCK_Q * line_pitch
         following_added = gl.load(bias + line + rows, mask=rows < num_keys, other=float("-inf"))
@@ -93,6 +97,8 @@ def key_steps(
             scores = warpgroup_mma_wait(1, deps=(scores,))
         lse = view_as(statistics_ring.index(index * 2), gl.float32, [TILE_Q], vector_layout)
         exponents = scores * scale_log2 - lse.load(query_layout)[None, :]
+        if HAS_KEY_BIAS:
+            exponents += own_added[:, None]
         if HAS_BIAS:
             exponents += (added * LOG2E)[:, None]
         weights = gl.exp2(exponents)
@@ -159,6 +165,7 @@ def key_consumer(
     barriers,
     grad_normalizers,
     moments,
+    mask,
     grad_k_desc,
     grad_v_desc,
     scale,
@@ -173,6 +180,7 @@ def key_consumer(
     HAS_LINEAR: gl.constexpr,
     HAS_MOMENTS: gl.constexpr,
     HAS_OUTPUTS: gl.constexpr,
+    HAS_MASK: gl.constexpr,
 ):
     """dK and dV of 64 keys: the linear branch's part from dh and dz, then one step for each tile of queries, last the
     moments' part."""
@@ -192,6 +200,7 @@ def key_consumer(
     matrix_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, PADDED_DIM, PADDED_DIM], gl.bfloat16)
     dim_layout: gl.constexpr = gl.SliceLayout(0, out_layout)
     dims = gl.arange(0, PADDED_DIM, layout=dim_layout)
+    key_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, out_layout))
     lanes = gl.arange(0, PADDED_DIM, layout=gl.BlockedLayout([1], [32], [4], [0]))
     key = own_k.index(CONSUMER).reshape([ROWS, PADDED_DIM])
     value = own_v.index(CONSUMER).reshape([ROWS, PADDED_DIM])
@@ -208,6 +217,12 @@ def key_consumer(
         key_tile, batch, head = locate_tile(tile, tiles_per_head, num_heads)
         batch_head = (batch * num_heads + head).to(gl.int64)
         zero = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
+        if HAS_MASK:
+            key_bias, kinds, bias_rows = mask
+            bias_block = gl.minimum(batch, bias_rows - 1) * tiles_per_head + key_tile
+            kind = gl.load(kinds + bias_block)
+            own_bias = key_bias + bias_block.to(gl.int64) * TILE_K + CONSUMER * ROWS
+            key_weight = gl.exp2(gl.load(own_bias + key_rows) * LOG2E)
         if HAS_LINEAR:
             index = taken % STAGES
             mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
@@ -222,9 +237,13 @@ def key_consumer(
             state_row = batch_head * matrix_rows + gl.minimum(key_tile, matrix_rows - 1)
             normalizer = load_row(grad_normalizers + state_row * HEAD_DIM, dims, HEAD_DIM, PADDED_DIM)
             grad_phi += normalizer[None, :]
+            if HAS_MASK:
+                grad_phi *= key_weight[:, None]
             own = key.load(out_layout).to(gl.float32)
             phi = map_features(own, HEAD_DIM, PADDED_DIM, FEATURE_MAP, out_layout)
             key_accumulator = feature_map_backward(own, phi, grad_phi, FEATURE_MAP)
+            if HAS_MASK:
+                phi *= key_weight[:, None]
             phi_operand = gl.convert_layout(phi.to(gl.bfloat16), operand_layout)
             value_accumulator = warpgroup_mma(phi_operand, grad_state, zero, use_acc=False, is_async=True)
             value_accumulator = warpgroup_mma_wait(0, deps=(value_accumulator,))
@@ -243,11 +262,20 @@ def key_consumer(
             of_mean = load_row(grad_spans + slot, lanes, HEAD_DIM, PADDED_DIM)
             of_variance = load_row(grad_spans + total_tiles * HEAD_DIM + slot, lanes, HEAD_DIM, PADDED_DIM)
             of_value = load_row(grad_values + slot, lanes, HEAD_DIM, PADDED_DIM)
-        if count > 0:
+        whole = count
+        if HAS_MASK:
+            whole = gl.where(kind > 0, 0, count)
+            if whole < count:
+                key_accumulator, value_accumulator, taken = key_steps(
+                    key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken,
+                    count * PARTS, scale, grad_normalizers, grad_normalizers, 0, 0, 0, own_bias, TILE_Q, TILE_Q, AHEAD,
+                    tile_layout, False, True,
+                )  # fmt: skip
+        if whole > 0:
             key_accumulator, value_accumulator, taken = key_steps(
                 key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken,
-                count * PARTS, scale, grad_normalizers, grad_normalizers, 0, 0, 0, TILE_Q, TILE_Q, AHEAD, tile_layout,
-                False,
+                whole * PARTS, scale, grad_normalizers, grad_normalizers, 0, 0, 0, grad_normalizers, TILE_Q, TILE_Q,
+                AHEAD, tile_layout, False, False,
             )  # fmt: skip
         if HAS_MOMENTS:
             inverse = 1.0 / gl.minimum(num_keys - key_tile * TILE_K, TILE_K).to(gl.float32)
@@ -301,7 +329,7 @@ def key_consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["total_tiles", "list_width", "matrix_rows", "num_keys"])
+@gluon.jit(do_not_specialize=["bias_rows", "total_tiles", "list_width", "matrix_rows", "num_keys"])
 def key_kernel(
     k_desc,
     v_desc,
@@ -319,6 +347,9 @@ def key_kernel(
     mean_values,
     grad_spans,
     grad_values,
+    key_bias,
+    kinds,
+    bias_rows,
     scale,
     total_tiles,
     tiles_per_head,
@@ -335,6 +366,7 @@ def key_kernel(
     FEATURE_MAP: gl.constexpr,
     HAS_LINEAR: gl.constexpr,
     HAS_MOMENTS: gl.constexpr,
+    HAS_MASK: gl.constexpr,
 ):
     CONSUMERS: gl.constexpr = TILE_K // 64
     # two programs side by side have no room for them
@@ -344,16 +376,20 @@ def key_kernel(
     listed_descs = (q_desc, grad_desc)
     descriptors = ((k_desc, v_desc), listed_descs, listed_descs, q_desc, matrix_desc, statistics_desc, k_desc)
     moments = (means, mean_values, grad_spans, grad_values)
+    mask = ()
+    if HAS_MASK:
+        mask = (key_bias, kinds, bias_rows)
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
                 (key_consumer, (
-                    buffers, barriers, grad_normalizers, moments, grad_k_desc, grad_v_desc, scale, extents, 0, TILE_K,
-                    BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS, HAS_OUTPUTS,
+                    buffers, barriers, grad_normalizers, moments, mask, grad_k_desc, grad_v_desc, scale, extents, 0,
+                    TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS, HAS_OUTPUTS,
+                    HAS_MASK,
                 )),
                 (pair_producer, (
-                    descriptors, buffers, barriers, lists, counts, order, extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
-                    HAS_LINEAR, True, True, False, False, False, HAS_MOMENTS,
+                    descriptors, buffers, barriers, lists, counts, order, (), extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
+                    HAS_LINEAR, True, True, False, False, False, HAS_MOMENTS, False,
                 )),
             ],
             [1],
@@ -363,16 +399,18 @@ def key_kernel(
         gl.warp_specialize(
             [
                 (key_consumer, (
-                    buffers, barriers, grad_normalizers, moments, grad_k_desc, grad_v_desc, scale, extents, 0, TILE_K,
-                    BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS, HAS_OUTPUTS,
+                    buffers, barriers, grad_normalizers, moments, mask, grad_k_desc, grad_v_desc, scale, extents, 0,
+                    TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS, HAS_OUTPUTS,
+                    HAS_MASK,
                 )),
                 (key_consumer, (
-                    buffers, barriers, grad_normalizers, moments, grad_k_desc, grad_v_desc, scale, extents, 1, TILE_K,
-                    BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS, HAS_OUTPUTS,
+                    buffers, barriers, grad_normalizers, moments, mask, grad_k_desc, grad_v_desc, scale, extents, 1,
+                    TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS, HAS_OUTPUTS,
+                    HAS_MASK,
                 )),
                 (pair_producer, (
-                    descriptors, buffers, barriers, lists, counts, order, extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
-                    HAS_LINEAR, True, True, False, False, False, HAS_MOMENTS,
+                    descriptors, buffers, barriers, lists, counts, order, (), extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
+                    HAS_LINEAR, True, True, False, False, False, HAS_MOMENTS, False,
                 )),
             ],
             [4, 1],
@@ -389,7 +427,7 @@ def attention_backward_key(
     linear: LinearStates | None,
     options: BackwardOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `Steps.attention_backward_key`; there is no key_bias. Tiles are blocks of keys."""
+    """As `Steps.attention_backward_key`. Tiles are blocks of keys."""
     return _backward_key(upstream, inputs, lists, order, statistics, linear, None, options)
 
 
@@ -417,7 +455,7 @@ def _backward_key(
     moments: tuple[KeyMoments, MomentGradients] | None,
     options: BackwardOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, v = inputs.q, inputs.k, inputs.v
+    q, k, v, weights = *inputs[:3], inputs.key_weights
     block_k = options.block_k
     batch, heads, keys, head_dim = k.shape
     padded = padded_dim(head_dim)
@@ -447,6 +485,10 @@ def _backward_key(
         order,
         linear.normalizers if linear is not None else statistics,
         *vectors,
+        # what is None is no parameter of the compiled kernel
+        weights.bias if weights is not None else None,
+        weights.blocks if weights is not None else None,
+        weights.bias.shape[0] if weights is not None else None,
         options.scale,
         total,
         tiles_per_head,
@@ -463,6 +505,7 @@ def _backward_key(
         FEATURE_MAP=options.feature_map,
         HAS_LINEAR=linear is not None,
         HAS_MOMENTS=moments is not None,
+        HAS_MASK=weights is not None,
         num_warps=4,
         maxnreg=168 if block_k == 128 else 128,
     )

@@ -23,7 +23,7 @@ from sla_compile.common.options import BackwardOptions
 from ..steps import BlockLists, KernelInputs, QueryGradients, Upstream, VirtualKeys, VirtualQueryGradients
 from ..triton.primitives import LOG2E
 from ..triton.tiles import ceil_div
-from .pairs import make_buffers, matrix_of, pair_producer, split_pair, vectors_descriptor
+from .pairs import make_buffers, matrix_of, pair_producer, split_pair
 from .primitives import (
     locate_tile,
     matrix_descriptor,
@@ -31,6 +31,7 @@ from .primitives import (
     padded_dim,
     store_tile,
     tile_descriptor,
+    vectors_descriptor,
     view_as,
 )
 
@@ -41,8 +42,9 @@ __all__ = ["attention_backward_query", "fresh_gradients", "virtual_backward_quer
 def query_step(
     accumulator, query, grad, unit, full, empty, phase, row_lse, delta, scale, bias, share, TILE_K: gl.constexpr,
     tile_layout: gl.constexpr, scores_layout: gl.constexpr, operand_layout: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_SHARE: gl.constexpr,
 ):  # fmt: skip
-    """dQ of the pair of tiles in ``unit``; with a ``bias``, which comes with it, also the rows' sums of P."""
+    """dQ of the pair of tiles in ``unit``, maybe with a ``bias``, which comes with it; and the rows' sums of P."""
     dtype: gl.constexpr = unit.dtype
     ROWS: gl.constexpr = accumulator.shape[0]
     PADDED_DIM: gl.constexpr = accumulator.shape[1]
@@ -61,7 +63,7 @@ def query_step(
         exponents += (added * LOG2E)[None, :]
     # at most 1 by the definition of lse; past the last key, where K is 0, it could be infinite
     weights = gl.exp2(gl.minimum(exponents, 0.0))
-    if HAS_BIAS:
+    if HAS_SHARE:
         share += gl.sum(weights, 1)
     grad_weights = warpgroup_mma_wait(0, deps=(grad_weights,))
     grad_scores = weights * (grad_weights * scale - delta[:, None])
@@ -79,6 +81,7 @@ def query_consumer(
     buffers,
     barriers,
     counts,
+    partial,
     lse,
     statistics,
     virtual_statistics,
@@ -98,6 +101,7 @@ def query_consumer(
     HAS_LINEAR: gl.constexpr,
     HAS_VIRTUAL: gl.constexpr,
     MAKES_STATISTICS: gl.constexpr,
+    HAS_MASK: gl.constexpr,
 ):
     """dQ of 64 queries, to which the linear branch's part, which is there already, is added; with virtual keys also its
     share of the tile's dS."""
@@ -183,7 +187,7 @@ def query_consumer(
                 accumulator, share = query_step(
                     accumulator, query, grad, ring.index(index), ring_full.index(index), ring_empty.index(index),
                     taken // STAGES & 1, row_lse, against, scale, bias_ring.index(index), share, TILE_K, tile_layout,
-                    scores_layout, operand_layout, True,
+                    scores_layout, operand_layout, True, True,
                 )  # fmt: skip
                 taken += 1
             factor = gl.convert_layout(share * scale, gl.SliceLayout(1, out_layout))
@@ -225,14 +229,26 @@ def query_consumer(
                 fence_async_shared()
                 store_tile(grad_slope_desc, [tile, part * ROWS, 0], slope_leaving)
             mbarrier.arrive(own_empty, count=1)
-        for _step in range(count * PARTS):
+        whole = count
+        if HAS_MASK:
+            whole = count - gl.load(partial + line)
+        for _step in range(whole * PARTS):
             index = taken % STAGES
             accumulator, share = query_step(
                 accumulator, query, grad, ring.index(index), ring_full.index(index), ring_empty.index(index),
                 taken // STAGES & 1, row_lse, delta, scale, bias_ring, share, TILE_K, tile_layout, scores_layout,
-                operand_layout, False,
+                operand_layout, False, False,
             )  # fmt: skip
             taken += 1
+        if HAS_MASK:
+            for _step in range((count - whole) * PARTS):
+                index = taken % STAGES
+                accumulator, share = query_step(
+                    accumulator, query, grad, ring.index(index), ring_full.index(index), ring_empty.index(index),
+                    taken // STAGES & 1, row_lse, delta, scale, bias_ring.index(index), share, TILE_K, tile_layout,
+                    scores_layout, operand_layout, True, False,
+                )  # fmt: skip
+                taken += 1
         if HAS_LINEAR:
             mbarrier.wait(prior_full, turn & 1)
             accumulator += staged.load(out_layout).to(gl.float32)
@@ -245,7 +261,17 @@ def query_consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_queries", "row_pitch", "num_rows", "total_tiles", "list_width", "num_virtual"])
+@gluon.jit(
+    do_not_specialize=[
+        "bias_rows",
+        "num_queries",
+        "row_pitch",
+        "num_rows",
+        "total_tiles",
+        "list_width",
+        "num_virtual",
+    ]
+)
 def query_kernel(
     q_desc,
     grad_desc,
@@ -260,6 +286,9 @@ def query_kernel(
     grad_slope_desc,
     lists,
     counts,
+    key_bias_desc,
+    partial,
+    bias_rows,
     lse,
     statistics,
     virtual_statistics,
@@ -282,9 +311,13 @@ def query_kernel(
     HAS_LINEAR: gl.constexpr,
     HAS_VIRTUAL: gl.constexpr,
     MAKES_STATISTICS: gl.constexpr,
+    HAS_MASK: gl.constexpr,
 ):
     CONSUMERS: gl.constexpr = TILE_Q // 64
-    BIASES: gl.constexpr = 1 if HAS_VIRTUAL else 0
+    BIASES: gl.constexpr = 1 if HAS_VIRTUAL or HAS_MASK else 0
+    mask = ()
+    if HAS_MASK:
+        mask = (key_bias_desc, partial, bias_rows)
     buffers, barriers = make_buffers(
         q_desc, k_desc, bias_desc, STAGES, CONSUMERS, BIASES, True, HAS_LINEAR, HAS_VIRTUAL
     )
@@ -297,13 +330,13 @@ def query_kernel(
         gl.warp_specialize(
             [
                 (query_consumer, (
-                    buffers, barriers, counts, lse, statistics, virtual_statistics, out_desc, grad_slope_desc, scale,
-                    num_queries, row_pitch, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM,
-                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS,
+                    buffers, barriers, counts, partial, lse, statistics, virtual_statistics, out_desc, grad_slope_desc,
+                    scale, num_queries, row_pitch, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM,
+                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS, HAS_MASK,
                 )),
                 (pair_producer, (
-                    descriptors, buffers, barriers, lists, counts, lists, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
-                    HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL, False,
+                    descriptors, buffers, barriers, lists, counts, lists, mask, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
+                    HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL, False, HAS_MASK,
                 )),
             ],
             [1],
@@ -313,18 +346,18 @@ def query_kernel(
         gl.warp_specialize(
             [
                 (query_consumer, (
-                    buffers, barriers, counts, lse, statistics, virtual_statistics, out_desc, grad_slope_desc, scale,
-                    num_queries, row_pitch, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM,
-                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS,
+                    buffers, barriers, counts, partial, lse, statistics, virtual_statistics, out_desc, grad_slope_desc,
+                    scale, num_queries, row_pitch, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM,
+                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS, HAS_MASK,
                 )),
                 (query_consumer, (
-                    buffers, barriers, counts, lse, statistics, virtual_statistics, out_desc, grad_slope_desc, scale,
-                    num_queries, row_pitch, extents, 1, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM,
-                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS,
+                    buffers, barriers, counts, partial, lse, statistics, virtual_statistics, out_desc, grad_slope_desc,
+                    scale, num_queries, row_pitch, extents, 1, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM,
+                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS, HAS_MASK,
                 )),
                 (pair_producer, (
-                    descriptors, buffers, barriers, lists, counts, lists, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
-                    HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL, False,
+                    descriptors, buffers, barriers, lists, counts, lists, mask, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
+                    HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL, False, HAS_MASK,
                 )),
             ],
             [4, 1],
@@ -348,7 +381,7 @@ def attention_backward_query(
     gradients: QueryGradients,
     options: BackwardOptions,
 ) -> None:
-    """As `Steps.attention_backward_query`; there is no key_bias. Statistics that are not complete, which is without
+    """As `Steps.attention_backward_query`. Statistics that are not complete, which is without
     linear branch and bias, are made here from the output and its lse."""
     _backward_query(upstream, inputs, lists, gradients, None, options)
 
@@ -371,7 +404,7 @@ def _backward_query(
     options: BackwardOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fills ``gradients``; returns the statistics of virtual keys and dS, of shape (0,) without ``virtual``."""
-    q, k, v = inputs[:3]
+    q, k, v, weights = *inputs[:3], inputs.key_weights
     grad_out, statistics = upstream.grad_out, gradients.statistics
     block_q, makes_statistics = options.block_q, not gradients.complete
     batch, heads, queries, head_dim = q.shape
@@ -401,6 +434,10 @@ def _backward_query(
         matrix_descriptor(slopes if virtual is not None else q, head_dim, 64),
         lists.blocks,
         lists.counts,
+        # what is None is no parameter of the compiled kernel
+        vectors_descriptor(weights.bias, tile_k) if weights is not None else None,
+        lists.partial,
+        weights.bias.shape[0] if weights is not None else None,
         upstream.lse if makes_statistics else statistics,
         statistics,
         virtual_statistics if virtual is not None else statistics,
@@ -423,6 +460,7 @@ def _backward_query(
         HAS_LINEAR=gradients.started,
         HAS_VIRTUAL=virtual is not None,
         MAKES_STATISTICS=makes_statistics,
+        HAS_MASK=weights is not None,
         num_warps=4,
         maxnreg=168 if tile_q == 128 else 128,
     )

@@ -38,6 +38,7 @@ from .primitives import (
     reciprocal_or_zero,
     store_tile,
     tile_descriptor,
+    vectors_descriptor,
     view_as,
 )
 
@@ -103,6 +104,7 @@ def forward_producer(
     barriers,
     lists,
     counts,
+    mask,
     extents,
     BLOCK_Q: gl.constexpr,
     TILE_Q: gl.constexpr,
@@ -111,6 +113,7 @@ def forward_producer(
     HAS_LINEAR: gl.constexpr,
     HAS_VIRTUAL: gl.constexpr,
     HAS_COUNTS: gl.constexpr,
+    HAS_MASK: gl.constexpr,
 ):
     q_desc, k_desc, v_desc, state_desc, gate_desc, virtual_k_desc, virtual_v_desc = descriptors
     q_buffers, k_ring, v_ring, matrix_buffer, _out_buffers = buffers
@@ -129,7 +132,15 @@ def forward_producer(
         count = list_width
         if HAS_COUNTS:
             count = gl.load(counts + line)
-        block = gl.load(row_list + count - 1)
+        if HAS_MASK:
+            bias_ring, bias_desc, partial, bias_rows = mask
+            bias_row = gl.minimum(batch, bias_rows - 1)
+            biased = gl.maximum(gl.load(partial + line), 1)
+            # a row without a key takes block 0, which weighs nothing
+            block = gl.load(row_list + gl.maximum(count - 1, 0), mask=count > 0, other=0)
+            count = gl.maximum(count, 1)
+        else:
+            block = gl.load(row_list + count - 1)
 
         for consumer in gl.static_range(CONSUMERS):
             mbarrier.wait(q_empty.index(consumer), (turn & 1) ^ 1)
@@ -139,12 +150,19 @@ def forward_producer(
         turn += 1
         for step in range(count):
             start = block * TILE_K
-            # from the last block to the first, so that the only partial one comes first; read one ahead
+            # from the last block to the first, so that partial ones come first; read one ahead
             block = gl.load(row_list + gl.maximum(count - 2 - step, 0))
             index = filled % STAGES
             phase = (filled // STAGES & 1) ^ 1
             mbarrier.wait(k_empty.index(index), phase)
-            mbarrier.expect(k_full.index(index), k_desc.block_type.nbytes)
+            if HAS_MASK:
+                if step < biased:
+                    mbarrier.expect(k_full.index(index), k_desc.block_type.nbytes + bias_desc.block_type.nbytes)
+                    load_tile(bias_desc, [bias_row, start], k_full.index(index), bias_ring.index(index))
+                else:
+                    mbarrier.expect(k_full.index(index), k_desc.block_type.nbytes)
+            else:
+                mbarrier.expect(k_full.index(index), k_desc.block_type.nbytes)
             load_tile(k_desc, [batch, head, start, 0], k_full.index(index), k_ring.index(index))
             mbarrier.wait(v_empty.index(index), phase)
             mbarrier.expect(v_full.index(index), v_desc.block_type.nbytes)
@@ -209,12 +227,21 @@ def forward_producer(
 
 
 @gluon.jit
+def load_bias(buffer, TILE_K: gl.constexpr, layout: gl.constexpr):
+    """The bias of a tile's logits in base 2, from shared memory that may then be filled again."""
+    vector_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    bias = view_as(buffer, gl.float32, [TILE_K], vector_layout).load(layout)
+    fence_async_shared()
+    return bias * LOG2E
+
+
+@gluon.jit
 def forward_step(
     accumulator, operand, running_max, running_sum, critical_sum, query, rings, barriers, taken, scale_log2, added,
-    HAS_ADDED: gl.constexpr,
+    HAS_ADDED: gl.constexpr, FROM_RING: gl.constexpr,
 ):  # fmt: skip
     """The P V of the tile before, whose P is ``operand``, and the softmax of the next, to whose logits in base 2
-    ``added`` is added; ``critical_sum`` is rescaled as the sum is."""
+    ``added`` is added, or the bias in the ring ``added``; ``critical_sum`` is rescaled as the sum is."""
     k_ring, v_ring = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty, matrix_full, matrix_empty = barriers
     STAGES: gl.constexpr = k_ring.type.shape[0]
@@ -237,6 +264,8 @@ def forward_step(
     value = v_ring.index(index).reshape([TILE_K, PADDED_DIM])
     accumulating = warpgroup_mma(operand, value, accumulator, is_async=True)
     scores = warpgroup_mma_wait(1, deps=(scores,))
+    if FROM_RING:
+        added = load_bias(added.index(next_index), TILE_K, gl.SliceLayout(0, scores_layout))
     mbarrier.arrive(k_empty.index(next_index), count=1)
     if HAS_ADDED:
         scores = scores * scale_log2 + added[None, :]
@@ -265,6 +294,7 @@ def forward_consumer(
     normalizers,
     bias,
     virtual_bias,
+    mask,
     out_desc,
     linear_desc,
     lse,
@@ -286,6 +316,7 @@ def forward_consumer(
     HAS_VIRTUAL: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_COUNTS: gl.constexpr,
+    HAS_MASK: gl.constexpr,
 ):
     q_buffers, k_ring, v_ring, matrix_buffer, out_buffers = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty, matrix_full, matrix_empty = barriers
@@ -321,7 +352,12 @@ def forward_consumer(
         count = list_width
         if HAS_COUNTS:
             count = gl.load(counts + line)
-        first_start = gl.load(lists + line * list_width + count - 1) * TILE_K
+        if HAS_MASK:
+            bias_ring, _bias_desc, partial, _bias_rows = mask
+            biased = gl.maximum(gl.load(partial + line), 1)
+            count = gl.maximum(count, 1)
+        else:
+            first_start = gl.load(lists + line * list_width + count - 1) * TILE_K
 
         mbarrier.wait(q_full.index(CONSUMER), turn & 1)
         turn += 1
@@ -332,18 +368,36 @@ def forward_consumer(
         key = k_ring.index(index).reshape([TILE_K, PADDED_DIM])
         scores = warpgroup_mma(query, key.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=(scores,))
-        mbarrier.arrive(k_empty.index(index), count=1)
-        scores = gl.where((first_start + key_lanes < num_keys)[None, :], scores, float("-inf"))
-        running_max = gl.max(scores, 1) * scale_log2
-        weights = gl.exp2(scores * scale_log2 - running_max[:, None])
+        if HAS_MASK:
+            added = load_bias(bias_ring.index(index), TILE_K, gl.SliceLayout(0, scores_layout))
+            mbarrier.arrive(k_empty.index(index), count=1)
+            scores = scores * scale_log2 + added[None, :]
+            running_max = gl.max(scores, 1)
+            # a row without a key
+            running_max = gl.where(running_max == float("-inf"), 0.0, running_max)
+            weights = gl.exp2(scores - running_max[:, None])
+        else:
+            mbarrier.arrive(k_empty.index(index), count=1)
+            scores = gl.where((first_start + key_lanes < num_keys)[None, :], scores, float("-inf"))
+            running_max = gl.max(scores, 1) * scale_log2
+            weights = gl.exp2(scores * scale_log2 - running_max[:, None])
         running_sum = gl.sum(weights, 1)
         operand = gl.convert_layout(weights.to(dtype), weights_layout)
         accumulator = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
 
-        for _step in range(count - 1):
+        whole = count - 1
+        if HAS_MASK:
+            for _step in range(biased - 1):
+                accumulator, operand, running_max, running_sum, _sum = forward_step(
+                    accumulator, operand, running_max, running_sum, running_sum, query, rings, barriers, taken,
+                    scale_log2, bias_ring, True, True,
+                )  # fmt: skip
+                taken += 1
+            whole = count - biased
+        for _step in range(whole):
             accumulator, operand, running_max, running_sum, _sum = forward_step(
                 accumulator, operand, running_max, running_sum, running_sum, query, rings, barriers, taken, scale_log2,
-                running_max, False,
+                running_max, False, False,
             )  # fmt: skip
             taken += 1
         # the part of the sum that critical keys have
@@ -358,7 +412,7 @@ def forward_consumer(
                 following = gl.load(row_bias + columns, mask=columns < num_virtual, other=float("-inf"))
                 accumulator, operand, running_max, running_sum, critical_sum = forward_step(
                     accumulator, operand, running_max, running_sum, critical_sum, query, rings, barriers, taken,
-                    scale_log2, added, True,
+                    scale_log2, added, True, False,
                 )  # fmt: skip
                 taken += 1
         index = taken % STAGES
@@ -374,7 +428,10 @@ def forward_consumer(
         taken += 1
 
         first = query_tile * TILE_Q + CONSUMER * ROWS
-        accumulator = accumulator * gl.convert_layout(1.0 / running_sum, out_row_layout)[:, None]
+        inverse_sum = 1.0 / running_sum
+        if HAS_MASK:
+            inverse_sum = gl.where(running_sum > 0.0, inverse_sum, 0.0)
+        accumulator = accumulator * gl.convert_layout(inverse_sum, out_row_layout)[:, None]
         LN2: gl.constexpr = 0.6931471805599453
         row_lse = gl.convert_layout((running_max + gl.log2(running_sum)) * LN2, out_row_layout)
         rows = first + row_lanes
@@ -458,7 +515,16 @@ def forward_consumer(
 
 
 @gluon.jit(
-    do_not_specialize=["num_queries", "num_keys", "num_rows", "total_tiles", "list_width", "state_rows", "num_virtual"]
+    do_not_specialize=[
+        "bias_rows",
+        "num_queries",
+        "num_keys",
+        "num_rows",
+        "total_tiles",
+        "list_width",
+        "state_rows",
+        "num_virtual",
+    ]
 )
 def attention_forward_kernel(
     q_desc,
@@ -473,6 +539,9 @@ def attention_forward_kernel(
     normalizers,
     bias,
     virtual_bias,
+    key_bias_desc,
+    partial,
+    bias_rows,
     out_desc,
     linear_desc,
     lse,
@@ -501,6 +570,7 @@ def attention_forward_kernel(
     HAS_VIRTUAL: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_COUNTS: gl.constexpr,
+    HAS_MASK: gl.constexpr,
 ):
     CONSUMERS: gl.constexpr = TILE_Q // 64
     q_buffers = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
@@ -515,6 +585,12 @@ def attention_forward_kernel(
     if OUTPUTS > 0:
         shape: gl.constexpr = [CONSUMERS * OUTPUTS] + q_desc.block_type.shape
         out_buffers = gl.allocate_shared_memory(q_desc.dtype, shape, q_desc.layout)
+    mask = ()
+    if HAS_MASK:
+        bias_ring = gl.allocate_shared_memory(
+            gl.float32, [STAGES] + key_bias_desc.block_type.shape, key_bias_desc.layout
+        )
+        mask = (bias_ring, key_bias_desc, partial, bias_rows)
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -548,14 +624,14 @@ def attention_forward_kernel(
         gl.warp_specialize(
             [
                 (forward_consumer, (
-                    buffers, barriers, lists, counts, normalizers, bias, virtual_bias, out_desc, linear_desc, lse,
-                    scale_log2, stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
+                    buffers, barriers, lists, counts, normalizers, bias, virtual_bias, mask, out_desc, linear_desc,
+                    lse, scale_log2, stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
                     PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
-                    HAS_COUNTS,
+                    HAS_COUNTS, HAS_MASK,
                 )),
                 (forward_producer, (
-                    descriptors, buffers, barriers, lists, counts, extents, BLOCK_Q, TILE_Q, TILE_K,
-                    MATRICES_IN_RINGS, HAS_LINEAR, HAS_VIRTUAL, HAS_COUNTS,
+                    descriptors, buffers, barriers, lists, counts, mask, extents, BLOCK_Q, TILE_Q, TILE_K,
+                    MATRICES_IN_RINGS, HAS_LINEAR, HAS_VIRTUAL, HAS_COUNTS, HAS_MASK,
                 )),
             ],
             [1],
@@ -565,20 +641,20 @@ def attention_forward_kernel(
         gl.warp_specialize(
             [
                 (forward_consumer, (
-                    buffers, barriers, lists, counts, normalizers, bias, virtual_bias, out_desc, linear_desc, lse,
-                    scale_log2, stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
+                    buffers, barriers, lists, counts, normalizers, bias, virtual_bias, mask, out_desc, linear_desc,
+                    lse, scale_log2, stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
                     PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
-                    HAS_COUNTS,
+                    HAS_COUNTS, HAS_MASK,
                 )),
                 (forward_consumer, (
-                    buffers, barriers, lists, counts, normalizers, bias, virtual_bias, out_desc, linear_desc, lse,
-                    scale_log2, stride_bh, num_queries, num_keys, extents, 1, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
+                    buffers, barriers, lists, counts, normalizers, bias, virtual_bias, mask, out_desc, linear_desc,
+                    lse, scale_log2, stride_bh, num_queries, num_keys, extents, 1, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
                     PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
-                    HAS_COUNTS,
+                    HAS_COUNTS, HAS_MASK,
                 )),
                 (forward_producer, (
-                    descriptors, buffers, barriers, lists, counts, extents, BLOCK_Q, TILE_Q, TILE_K,
-                    MATRICES_IN_RINGS, HAS_LINEAR, HAS_VIRTUAL, HAS_COUNTS,
+                    descriptors, buffers, barriers, lists, counts, mask, extents, BLOCK_Q, TILE_Q, TILE_K,
+                    MATRICES_IN_RINGS, HAS_LINEAR, HAS_VIRTUAL, HAS_COUNTS, HAS_MASK,
                 )),
             ],
             [4, 1],
@@ -589,7 +665,7 @@ def attention_forward_kernel(
 def attention_forward(
     inputs: KernelInputs, lists: BlockLists, linear: LinearStates | None, options: BackwardOptions
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `Steps.attention_forward`; there is no key_bias, and every count is at least 1."""
+    """As `Steps.attention_forward`; without a mask every count is at least 1."""
     return _forward(inputs, lists, linear, None, options)
 
 
@@ -608,7 +684,7 @@ def _forward(
     virtual: VirtualKeys | None,
     options: BackwardOptions,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    q, k, v, gate, bias, _ = inputs
+    q, k, v, gate, bias, weights = inputs
     block_q, block_k = options.block_q, options.block_k
     batch, heads, queries, head_dim = q.shape
     padded = padded_dim(head_dim)
@@ -636,6 +712,10 @@ def _forward(
         linear.normalizers if linear is not None else lse,
         bias if bias is not None else q,
         virtual.bias if virtual is not None else lse,
+        # what is None is no parameter of the compiled kernel
+        vectors_descriptor(weights.bias, block_k) if weights is not None else None,
+        lists.partial,
+        weights.bias.shape[0] if weights is not None else None,
         tile_descriptor(out, 64),
         tile_descriptor(linear_out if linear is not None else out, 64),
         lse,
@@ -664,6 +744,7 @@ def _forward(
         HAS_VIRTUAL=virtual is not None,
         HAS_BIAS=bias is not None,
         HAS_COUNTS=lists.counts is not None,
+        HAS_MASK=weights is not None,
         num_warps=4,
         maxnreg=launch.registers,
     )

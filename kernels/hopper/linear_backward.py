@@ -327,7 +327,7 @@ def linear_kernel(
 def linear_backward(
     upstream: Upstream, inputs: KernelInputs, linear: LinearStates, options: BackwardOptions
 ) -> tuple[QueryGradients, LinearStates]:
-    """As `Steps.linear_backward` with a linear branch; there is no key_bias."""
+    """As `Steps.linear_backward` with a linear branch."""
     grad_out, out, linear_out, lse = upstream
     q, _, _, gate, bias, _ = inputs
     assert gate is not None, "a linear branch has a gate"

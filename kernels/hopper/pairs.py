@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .primitives import all_threads, descriptor_of, load_tile, locate_tile, view_as
+from .primitives import all_threads, load_tile, locate_tile, view_as
 
 __all__ = [
     "make_buffers",
@@ -17,7 +15,6 @@ __all__ = [
     "produce_pair",
     "read_turn",
     "split_pair",
-    "vectors_descriptor",
 ]
 
 
@@ -66,6 +63,7 @@ def pair_producer(
     lists,
     counts,
     order,
+    mask,
     extents,
     BLOCK: gl.constexpr,
     TILE: gl.constexpr,
@@ -78,10 +76,12 @@ def pair_producer(
     HAS_PRIOR: gl.constexpr,
     HAS_VIRTUAL: gl.constexpr,
     HAS_LAST_MATRIX: gl.constexpr,
+    HAS_MASK: gl.constexpr,
 ):
     """Load a pair of own tiles, then through the ring (own tiles of saved outputs, a matrix, pairs of tiles of virtual
     keys with their bias and the matrix again, and) pairs of tiles (and their rows' statistics) of the listed blocks
-    (and now a matrix); last, where there is one, what the output is to be added to.
+    (and now a matrix); last, where there is one, what the output is to be added to. With a ``mask``, tiles of the blocks
+    that are ``partial``, the last of each list, come with their keys' bias.
 
     With ``order``, of `longest_first`, programs take the next tile in it whenever they are done with one, and the
     consumers learn from ``turns`` which that is, -1 at the end, and how many blocks it has; without, each has its own.
@@ -150,7 +150,12 @@ def pair_producer(
                 filled += 1
             produce_matrix(matrix_desc, matrix_row, ring, ring_full, ring_empty, filled)
             filled += 1
-        for step in range(count):
+        whole = count
+        if HAS_MASK:
+            bias_desc, partial, bias_rows = mask
+            bias_row = gl.minimum(batch, bias_rows - 1)
+            whole = count - gl.load(partial + line)
+        for step in range(whole):
             first = entry * LISTED_BLOCK
             # read one ahead
             entry = gl.load(listed + gl.minimum(step + 1, count - 1))
@@ -160,6 +165,16 @@ def pair_producer(
                     ring, vectors_ring, ring_full, ring_empty, filled, VECTORS,
                 )  # fmt: skip
                 filled += 1
+        if HAS_MASK:
+            for step in range(whole, count):
+                first = entry * LISTED_BLOCK
+                entry = gl.load(listed + gl.minimum(step + 1, count - 1))
+                for part in gl.static_range(PARTS):
+                    produce_pair(
+                        listed_a_desc, listed_b_desc, bias_desc, batch, head, bias_row, first + part * LISTED_TILE,
+                        ring, vectors_ring, ring_full, ring_empty, filled, 1,
+                    )  # fmt: skip
+                    filled += 1
         if HAS_LAST_MATRIX:
             produce_matrix(matrix_desc, matrix_row, ring, ring_full, ring_empty, filled)
             filled += 1
@@ -265,15 +280,3 @@ def make_buffers(
     prior = (prior_full.index(0), prior_empty.index(0))
     barriers = (own_full.index(0), own_empty.index(0), ring_full, ring_empty, prior[0], prior[1], joint.index(0))
     return buffers, barriers
-
-
-def vectors_descriptor(vectors: torch.Tensor, tile: int) -> TensorDescriptor:
-    """TMA over contiguous float32 rows, of a multiple of 16 bytes, in parts of ``tile`` numbers."""
-    shape = vectors.shape
-
-    def make() -> TensorDescriptor:
-        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-        rows = shape[-1]
-        return TensorDescriptor(vectors, [vectors.numel() // rows, rows], [rows, 1], [1, tile], layout)
-
-    return descriptor_of((shape, tile, "vectors"), vectors, make)

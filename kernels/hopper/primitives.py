@@ -32,6 +32,7 @@ __all__ = [
     "reciprocal_or_zero",
     "store_tile",
     "tile_descriptor",
+    "vectors_descriptor",
     "view_as",
 ]
 
@@ -173,3 +174,15 @@ def matrix_descriptor(matrix: torch.Tensor, head_dim: int, rows: int | None = No
         return TensorDescriptor(matrix, [count, head_dim, head_dim], [head_dim * pitch, pitch, 1], block, layout)
 
     return descriptor_of((shape, pitch, matrix.dtype, head_dim, rows, "matrix"), matrix, make)
+
+
+def vectors_descriptor(vectors: torch.Tensor, tile: int) -> TensorDescriptor:
+    """TMA over contiguous float32 rows, of a multiple of 16 bytes, in parts of ``tile`` numbers."""
+    shape = vectors.shape
+
+    def make() -> TensorDescriptor:
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+        rows = shape[-1]
+        return TensorDescriptor(vectors, [vectors.numel() // rows, rows], [rows, 1], [1, tile], layout)
+
+    return descriptor_of((shape, tile, "vectors"), vectors, make)

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sla_compile.common.options import BackwardOptions
 
 from ..steps import KernelInputs, LinearStates
+from ..triton.primitives import LOG2E
 from ..triton.tiles import ceil_div, row_pitch
 from .primitives import (
     all_threads,
@@ -65,6 +66,7 @@ def states_consumer(
     empty,
     normalizers,
     pooled,
+    mask,
     num_keys,
     extents,
     BLOCK_K: gl.constexpr,
@@ -72,6 +74,7 @@ def states_consumer(
     PADDED_DIM: gl.constexpr,
     FEATURE_MAP: gl.constexpr,
     STORE_POOLED: gl.constexpr,
+    HAS_MASK: gl.constexpr,
 ):
     total_blocks, blocks_per_head, num_heads = extents
     STAGES: gl.constexpr = k_ring.type.shape[0]
@@ -91,15 +94,29 @@ def states_consumer(
         state = gl.zeros([PADDED_DIM, PADDED_DIM], gl.float32, layout)
         normalizer = gl.zeros([PADDED_DIM], gl.float32, dim_layout)
         key_sum = gl.zeros([PADDED_DIM], gl.float32, dim_layout)
+        if HAS_MASK:
+            key_bias, bias_rows = mask
+            bias_block = gl.minimum(batch, bias_rows - 1) * blocks_per_head + key_block
+            own_bias = key_bias + bias_block.to(gl.int64) * BLOCK_K
+            total = gl.to_tensor(0.0)
         for part in gl.static_range(BLOCK_K // 64):
             index = taken % STAGES
             mbarrier.wait(full.index(index), taken // STAGES & 1)
             key = k_ring.index(index).reshape([64, PADDED_DIM]).load(layout).to(gl.float32)
+            if HAS_MASK:
+                key_weight = gl.exp2(gl.load(own_bias + part * 64 + rows) * LOG2E)
             if STORE_POOLED:
-                key_sum += gl.convert_layout(gl.sum(key, 0), dim_layout)
+                weighed = key
+                if HAS_MASK:
+                    total += gl.sum(key_weight, 0)
+                    weighed = key * key_weight[:, None]
+                key_sum += gl.convert_layout(gl.sum(weighed, 0), dim_layout)
             phi = map_features(key, HEAD_DIM, PADDED_DIM, FEATURE_MAP, layout)
-            inside = key_block * BLOCK_K + part * 64 + rows < num_keys
-            phi = gl.where(inside[:, None], phi, 0.0).to(state_dtype)
+            if HAS_MASK:
+                phi = (phi * key_weight[:, None]).to(state_dtype)
+            else:
+                inside = key_block * BLOCK_K + part * 64 + rows < num_keys
+                phi = gl.where(inside[:, None], phi, 0.0).to(state_dtype)
             normalizer += gl.convert_layout(gl.sum(phi.to(gl.float32), 0), dim_layout)
             left = view_as(k_ring.index(index), state_dtype, [1, 1, 64, PADDED_DIM], tile_layout)
             left = left.reshape([64, PADDED_DIM])
@@ -125,17 +142,21 @@ def states_consumer(
         gl.store(normalizers + line + dims, normalizer, mask=dims < HEAD_DIM)
         if STORE_POOLED:
             count = gl.minimum(num_keys - key_block * BLOCK_K, BLOCK_K).to(gl.float32)
+            if HAS_MASK:
+                count = gl.where(total > 0.0, total, 1.0)
             gl.store(pooled + line + dims, key_sum / count, mask=dims < HEAD_DIM)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_keys", "total_blocks", "blocks_per_head"])
+@gluon.jit(do_not_specialize=["bias_rows", "num_keys", "total_blocks", "blocks_per_head"])
 def states_kernel(
     k_desc,
     v_desc,
     state_desc,
     normalizers,
     pooled,
+    key_bias,
+    bias_rows,
     num_keys,
     total_blocks,
     blocks_per_head,
@@ -146,6 +167,7 @@ def states_kernel(
     STAGES: gl.constexpr,
     FEATURE_MAP: gl.constexpr,
     STORE_POOLED: gl.constexpr,
+    HAS_MASK: gl.constexpr,
 ):
     k_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     v_ring = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
@@ -158,11 +180,14 @@ def states_kernel(
     fence_async_shared()
     all_threads()
     extents = (total_blocks, blocks_per_head, num_heads)
+    mask = ()
+    if HAS_MASK:
+        mask = (key_bias, bias_rows)
     gl.warp_specialize(
         [
             (states_consumer, (
-                state_desc, k_ring, v_ring, state_buffer, full, empty, normalizers, pooled, num_keys, extents, BLOCK_K,
-                HEAD_DIM, PADDED_DIM, FEATURE_MAP, STORE_POOLED,
+                state_desc, k_ring, v_ring, state_buffer, full, empty, normalizers, pooled, mask, num_keys, extents,
+                BLOCK_K, HEAD_DIM, PADDED_DIM, FEATURE_MAP, STORE_POOLED, HAS_MASK,
             )),
             (states_producer, (k_desc, v_desc, k_ring, v_ring, full, empty, extents, BLOCK_K)),
         ],
@@ -172,8 +197,8 @@ def states_kernel(
 
 
 def key_states(inputs: KernelInputs, options: BackwardOptions, *, pool: bool) -> tuple[LinearStates, torch.Tensor]:
-    """As `Steps.key_states`; there is no key_bias."""
-    k, v, block_k = inputs.k, inputs.v, options.block_k
+    """As `Steps.key_states`."""
+    k, v, weights, block_k = inputs.k, inputs.v, inputs.key_weights, options.block_k
     batch, heads, keys, head_dim = k.shape
     blocks = ceil_div(keys, block_k)
     shape = (batch, heads, blocks, head_dim)
@@ -187,6 +212,9 @@ def key_states(inputs: KernelInputs, options: BackwardOptions, *, pool: bool) ->
         matrix_descriptor(states, head_dim),
         normalizers,
         pooled,
+        # what is None is no parameter of the compiled kernel
+        weights.bias if weights is not None else None,
+        weights.bias.shape[0] if weights is not None else None,
         keys,
         total,
         blocks,
@@ -197,6 +225,7 @@ def key_states(inputs: KernelInputs, options: BackwardOptions, *, pool: bool) ->
         STAGES=2,
         FEATURE_MAP=options.feature_map,
         STORE_POOLED=pool,
+        HAS_MASK=weights is not None,
         num_warps=4,
         maxnreg=128,
     )

@@ -19,8 +19,8 @@ from ..steps import KernelInputs, Upstream, VirtualKeys
 from ..triton.primitives import bias_pitch
 from ..triton.tiles import ceil_div
 from .backward_key import key_steps
-from .pairs import make_buffers, produce_pair, vectors_descriptor
-from .primitives import load_tile, multiprocessors, padded_dim, tile_descriptor
+from .pairs import make_buffers, produce_pair
+from .primitives import load_tile, multiprocessors, padded_dim, tile_descriptor, vectors_descriptor
 
 __all__ = ["virtual_key_gradients"]
 
@@ -107,7 +107,7 @@ def stretch_consumer(
                 key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken,
                 steps, scale, bias + batch_head * num_rows * line_pitch + first_key,
                 grad_bias + batch_head * query_tiles * line_pitch + first_key, first, line_pitch,
-                num_virtual - first_key, BLOCK_Q, TILE_Q, 1, tile_layout, True,
+                num_virtual - first_key, bias, BLOCK_Q, TILE_Q, 1, tile_layout, True, False,
             )  # fmt: skip
         fence_async_shared()
         mbarrier.arrive(own_empty, count=1)
