@@ -1,6 +1,6 @@
 """The CUDA kernels by themselves: both directions beside SDPA, Gluon beside Triton, and where the time goes.
 
-    python benchmarks/kernels.py [--tokens 32760] [--blocks 128x128 64x64] [--run-time | --forms]
+    python benchmarks/kernels.py [--tokens 32760] [--blocks 128x128 64x64] [--run-time | --forms | --key-mask 0.1]
 
 The launchers are called without the library op around them, so no autograd or checks are timed; everything else is:
 classification, block states, attention, gate, every gradient. Milliseconds by CUDA events after a warm-up, the L2
@@ -83,11 +83,11 @@ def ours(
     return milliseconds(forward), milliseconds(lambda: triton_attention.backward(grad_out, call, saved, options))
 
 
-def dense(inputs: list[torch.Tensor], backend: SDPBackend) -> tuple[str, str]:
+def dense(inputs: list[torch.Tensor], backend: SDPBackend, mask: torch.Tensor | None = None) -> tuple[str, str]:
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
     with sdpa_kernel(backend):
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-        forward = milliseconds(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        forward = milliseconds(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, mask))
         return forward, milliseconds(lambda: torch.autograd.grad(out, (q, k, v), inputs[3], retain_graph=True))
 
 
@@ -119,9 +119,6 @@ def forms(inputs: list[torch.Tensor], blocks: list[tuple[int, int]], console: Co
     }
     table = Table("linear", "forward, ms", "backward, ms", title=f"{torch.cuda.get_device_name()}, in CUDA graphs")
 
-    def graphed(call: Callable[[], Any]) -> str:
-        return str(Times.of(do_bench_cudagraph(call, rep=60, return_mode="all")))
-
     for block_q, block_k in blocks:
         for name, (call, topk) in calls.items():
             options = options_of(block_q, block_k, topk, name.partition(",")[0])
@@ -129,6 +126,35 @@ def forms(inputs: list[torch.Tensor], blocks: list[tuple[int, int]], console: Co
             forward = graphed(lambda: triton_attention.forward(call, options))  # noqa: B023
             backward = graphed(lambda: triton_attention.backward(grad_out, call, saved, options))  # noqa: B023
             table.add_row(f"{block_q}x{block_k}: {name}", forward, backward)
+    console.print(table)
+
+
+def graphed(call: Callable[[], Any]) -> str:
+    """Milliseconds in a CUDA graph, so that no launch waits for the host."""
+    return str(Times.of(do_bench_cudagraph(call, rep=60, return_mode="all")))
+
+
+def key_mask(inputs: list[torch.Tensor], blocks: list[tuple[int, int]], share: float, console: Console) -> None:
+    """What a mask costs that takes the last ``share`` of the keys; ours in CUDA graphs."""
+    q, k, v, grad_out, weight, bias = inputs
+    keys = k.shape[2]
+    mask = (torch.arange(keys, device="cuda") < keys * (1 - share))[None]
+    title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}: the last {share:.0%} of the keys masked"
+    table = Table("", "forward, ms", "backward, ms", title=title)
+
+    def timed(given: torch.Tensor | None, block_q: int, block_k: int) -> tuple[str, str]:
+        call, options = AttentionInputs(q, k, v, weight, bias, given), options_of(block_q, block_k)
+        saved = triton_attention.forward(call, options)
+        forward = graphed(lambda: triton_attention.forward(call, options))
+        return forward, graphed(lambda: triton_attention.backward(grad_out, call, saved, options))
+
+    for block_q, block_k in blocks:
+        table.add_row(f"SLA {block_q}x{block_k}", *timed(mask, block_q, block_k))
+        table.add_row(f"SLA {block_q}x{block_k}, no mask", *timed(None, block_q, block_k))
+        with without_gluon():
+            table.add_row(f"SLA {block_q}x{block_k}, Triton alone", *timed(mask, block_q, block_k))
+    table.add_row("cuDNN SDPA", *dense(inputs, SDPBackend.CUDNN_ATTENTION, mask[:, None, None]))
+    table.add_row("cuDNN SDPA, no mask", *dense(inputs, SDPBackend.CUDNN_ATTENTION))
     console.print(table)
 
 
@@ -155,6 +181,7 @@ def main() -> None:
     parser.add_argument("--blocks", nargs="+", default=["128x128", "128x64", "64x64"])
     parser.add_argument("--stages", action="store_true", help="also the time of each kernel")
     parser.add_argument("--run-time", action="store_true", help="what run-time sparsity costs, and nothing else")
+    parser.add_argument("--key-mask", type=float, metavar="SHARE", help="the last share of keys masked, and nothing else")
     parser.add_argument("--forms", action="store_true", help="the forms of the rest, and nothing else")
     options = parser.parse_args()
     console = Console()
@@ -163,6 +190,9 @@ def main() -> None:
     blocks = [(int(size_q), int(size_k)) for size_q, size_k in (name.split("x") for name in options.blocks)]
     if options.run_time:
         at_run_time(inputs, blocks, console)
+        return
+    if options.key_mask is not None:
+        key_mask(inputs, blocks, options.key_mask, console)
         return
     if options.forms:
         forms(inputs, blocks, console)

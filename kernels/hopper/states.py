@@ -101,10 +101,13 @@ def states_consumer(
             total = gl.to_tensor(0.0)
         for part in gl.static_range(BLOCK_K // 64):
             index = taken % STAGES
+            if HAS_MASK:
+                # on its way while the tile is waited for
+                bias = gl.load(own_bias + part * 64 + rows)
             mbarrier.wait(full.index(index), taken // STAGES & 1)
             key = k_ring.index(index).reshape([64, PADDED_DIM]).load(layout).to(gl.float32)
             if HAS_MASK:
-                key_weight = gl.exp2(gl.load(own_bias + part * 64 + rows) * LOG2E)
+                key_weight = gl.exp2(bias * LOG2E)
             if STORE_POOLED:
                 weighed = key
                 if HAS_MASK:

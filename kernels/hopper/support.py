@@ -7,6 +7,7 @@ import functools
 import torch
 import triton
 
+from sla_compile.common.limits import TAYLOR
 from sla_compile.common.options import BackwardOptions
 
 __all__ = ["available", "usable"]
@@ -29,14 +30,14 @@ def available(device: int) -> bool:
 
 def usable(*tensors: torch.Tensor, options: BackwardOptions, has_key_mask: bool) -> bool:
     """Whether the Gluon kernels take this call: 16-bit, head dimension a multiple of 8 up to 128, blocks of 64 or more,
-    no mask of any kind.
+    not causal; with a mask over the keys, not linear="taylor".
 
     ``tensors`` (B, H, L, D) are `vector_readable`. A scale below zero would turn the maximum into a minimum.
     """
     first = tensors[0]
     return (
         first.is_cuda
-        and not has_key_mask
+        and not (has_key_mask and options.linear == TAYLOR)
         and not options.causal
         and first.numel() > 0  # TMA has no axis of size 0
         and first.dtype in (torch.float16, torch.bfloat16)

@@ -135,6 +135,11 @@ def key_mask(case: Case, device: str) -> torch.Tensor | None:
     moderate = torch.randn(live.shape, generator=generator, device=device) * 2
     if case.mask == "bool":
         return live
+    if case.mask == "tail":
+        return torch.arange(keys, device=device).expand(case.batch, keys) < keys * 9 // 10
+    if case.mask == "one key":
+        live[-1] = torch.arange(keys, device=device) == keys // 3
+        return live
     if case.mask == "one row":
         return live[-1:]
     if case.mask == "dead row":

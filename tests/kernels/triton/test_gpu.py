@@ -115,6 +115,24 @@ SPARSE_ALONE = [
     Case(tokens=300, head_dim=64, block_q=256, topk=0.5, weight="none", bias="none"),
 ]
 
+KEY_MASKS = [
+    Case(tokens=1003, heads=3, head_dim=128, batch=2, topk=0.2, block_q=128, block_k=128, mask="tail"),
+    Case(tokens=1003, heads=3, head_dim=128, batch=2, topk=0.2, mask="tail"),
+    Case(tokens=1003, heads=3, head_dim=128, batch=2, topk=0.4, block_q=128, block_k=128, mask="bool"),
+    Case(tokens=1003, head_dim=72, batch=2, block_q=256, block_k=128, feature_map="elu", linear="all", mask="moderate"),
+    Case(tokens=1003, head_dim=64, batch=2, block_q=128, feature_map="relu", mask="one key"),
+    Case(tokens=1003, head_dim=40, batch=2, topk=0.2, mask="bool", weight="per_head", bias="per_head"),
+    Case(tokens=1003, head_dim=96, batch=2, block_k=128, mask="dead row"),
+    Case(tokens=1003, keys=700, head_dim=80, batch=3, block_q=128, block_k=128, mask="-inf", weight="none"),
+    Case(tokens=1003, keys=2050, head_dim=128, mask="front", weight="none", bias="none"),
+    Case(tokens=1003, head_dim=128, batch=2, block_q=128, block_k=128, mask="dead row", weight="none", bias="none"),
+    Case(tokens=1003, head_dim=128, batch=2, mask="bool", linear="none", block_k=128, layout="packed"),
+    # more than two tiles for each of an H100's programs
+    Case(tokens=1003, heads=36, head_dim=128, batch=2, topk=0.2, block_q=128, block_k=128, mask="one row"),
+    Case(tokens=1003, heads=36, head_dim=64, batch=2, topk=0.2, mask="moderate"),
+    Case(tokens=3003, head_dim=64, batch=2, mask="bool", sparsity=(100_000, 300_000), always=(60, 200, -70, 10**9)),
+]
+
 VIRTUAL_KEYS = [
     Case(tokens=1003, heads=3, head_dim=128, topk=0.2, block_q=128, block_k=128, linear="taylor"),
     Case(tokens=1003, heads=3, head_dim=72, batch=2, topk=0.1, bottomk=0.0, linear="taylor"),
@@ -131,7 +149,9 @@ VIRTUAL_KEYS = [
 
 @pytest.mark.parametrize("gluon", [True, False], ids=["gluon", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
-@pytest.mark.parametrize("case", [*LARGE_BLOCKS, *PAIRS_OF_BLOCKS, *MANY_TILES, *SPARSE_ALONE, *VIRTUAL_KEYS], ids=str)
+@pytest.mark.parametrize(
+    "case", [*LARGE_BLOCKS, *PAIRS_OF_BLOCKS, *MANY_TILES, *SPARSE_ALONE, *KEY_MASKS, *VIRTUAL_KEYS], ids=str
+)
 def test_gluon_and_triton(case: Case, dtype: torch.dtype, gluon: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if gluon and not hopper.available(0):
         pytest.skip("needs a Hopper GPU and a Triton whose Gluon is known")
