@@ -181,7 +181,9 @@ def main() -> None:
     parser.add_argument("--blocks", nargs="+", default=["128x128", "128x64", "64x64"])
     parser.add_argument("--stages", action="store_true", help="also the time of each kernel")
     parser.add_argument("--run-time", action="store_true", help="what run-time sparsity costs, and nothing else")
-    parser.add_argument("--key-mask", type=float, metavar="SHARE", help="the last share of keys masked, and nothing else")
+    parser.add_argument(
+        "--key-mask", type=float, metavar="SHARE", help="with a mask of the last keys, and nothing else"
+    )
     parser.add_argument("--forms", action="store_true", help="the forms of the rest, and nothing else")
     options = parser.parse_args()
     console = Console()

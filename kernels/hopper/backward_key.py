@@ -146,8 +146,11 @@ def spread(vector, buffer, INDEX: gl.constexpr, layout: gl.constexpr, THROUGH_BU
 
 
 @gluon.jit
-def subtract_row(tile, row, factor, read_layout: gl.constexpr, tile_layout: gl.constexpr):
-    """A tile [1, 1, rows, dims] less ``row`` and times ``factor``, in its place, as bfloat16 [rows, dims]."""
+def subtract_row(
+    tile, row, factor, key_bias, read_layout: gl.constexpr, tile_layout: gl.constexpr, HAS_MASK: gl.constexpr
+):
+    """A tile [1, 1, rows, dims] less ``row`` and times ``factor`` and, with a mask, the weights of its keys, in its
+    place, as bfloat16 [rows, dims]."""
     ROWS: gl.constexpr = tile.type.shape[2]
     PADDED_DIM: gl.constexpr = tile.type.shape[3]
     before = tile.reshape([ROWS, PADDED_DIM])
@@ -155,6 +158,9 @@ def subtract_row(tile, row, factor, read_layout: gl.constexpr, tile_layout: gl.c
     # a few rows at a time, which takes few registers
     for part in gl.static_range(ROWS // 32):
         off = before.slice(part * 32, 32).load(read_layout).to(gl.float32) - row[None, :]
+        if HAS_MASK:
+            rows = gl.arange(0, 32, layout=gl.SliceLayout(1, read_layout))
+            off *= gl.exp2(gl.load(key_bias + part * 32 + rows) * LOG2E)[:, None]
         after.slice(part * 32, 32).store((off * factor).to(gl.bfloat16))
     return after
 
@@ -218,7 +224,7 @@ def key_consumer(
         batch_head = (batch * num_heads + head).to(gl.int64)
         zero = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
         if HAS_MASK:
-            key_bias, kinds, bias_rows = mask
+            key_bias, kinds, bias_rows, sizes = mask
             bias_block = gl.minimum(batch, bias_rows - 1) * tiles_per_head + key_tile
             kind = gl.load(kinds + bias_block)
             own_bias = key_bias + bias_block.to(gl.int64) * TILE_K + CONSUMER * ROWS
@@ -278,13 +284,23 @@ def key_consumer(
                 AHEAD, tile_layout, False, False,
             )  # fmt: skip
         if HAS_MOMENTS:
-            inverse = 1.0 / gl.minimum(num_keys - key_tile * TILE_K, TILE_K).to(gl.float32)
+            if HAS_MASK:
+                # of a block without weight, all of whose weights are 0, the size is -inf
+                inverse = gl.where(kind < 0, 0.0, gl.exp2(-gl.load(sizes + slot // HEAD_DIM) * LOG2E))
+                weighed_keys = own_bias
+            else:
+                inverse = 1.0 / gl.minimum(num_keys - key_tile * TILE_K, TILE_K).to(gl.float32)
+                weighed_keys = means
             if HAS_OUTPUTS:
                 tma.store_wait(0)
             mean_value = spread(mean_value, leaving, 0, gl.SliceLayout(0, read_layout), HAS_OUTPUTS)
-            off_value = subtract_row(own_v.index(CONSUMER), mean_value, inverse, read_layout, tile_layout)
+            off_value = subtract_row(
+                own_v.index(CONSUMER), mean_value, inverse, weighed_keys, read_layout, tile_layout, HAS_MASK
+            )
             mean = spread(mean, leaving, 1, gl.SliceLayout(0, read_layout), HAS_OUTPUTS)
-            off_key = subtract_row(own_k.index(CONSUMER), mean, inverse, read_layout, tile_layout)
+            off_key = subtract_row(
+                own_k.index(CONSUMER), mean, inverse, weighed_keys, read_layout, tile_layout, HAS_MASK
+            )
             # each thread's fence comes before any warp's product
             fence_async_shared()
             all_threads()
@@ -295,9 +311,15 @@ def key_consumer(
             value_accumulator = warpgroup_mma(off_key, grad_slope, value_accumulator, is_async=True)
             key_accumulator, value_accumulator = warpgroup_mma_wait(0, deps=(key_accumulator, value_accumulator))
             of_value = spread(of_value * inverse, leaving, 2, dim_layout, HAS_OUTPUTS)
-            value_accumulator += of_value[None, :]
+            if HAS_MASK:
+                value_accumulator += of_value[None, :] * key_weight[:, None]
+            else:
+                value_accumulator += of_value[None, :]
             of_mean = spread(of_mean * inverse, leaving, 3, dim_layout, HAS_OUTPUTS)
-            key_accumulator += of_mean[None, :]
+            if HAS_MASK:
+                key_accumulator += of_mean[None, :] * key_weight[:, None]
+            else:
+                key_accumulator += of_mean[None, :]
             of_variance = spread(2.0 * of_variance, leaving, 4, dim_layout, HAS_OUTPUTS)
             key_accumulator += off_key.load(out_layout).to(gl.float32) * of_variance[None, :]
             fence_async_shared()
@@ -350,6 +372,7 @@ def key_kernel(
     key_bias,
     kinds,
     bias_rows,
+    sizes,
     scale,
     total_tiles,
     tiles_per_head,
@@ -376,9 +399,7 @@ def key_kernel(
     listed_descs = (q_desc, grad_desc)
     descriptors = ((k_desc, v_desc), listed_descs, listed_descs, q_desc, matrix_desc, statistics_desc, k_desc)
     moments = (means, mean_values, grad_spans, grad_values)
-    mask = ()
-    if HAS_MASK:
-        mask = (key_bias, kinds, bias_rows)
+    mask = (key_bias, kinds, bias_rows, sizes) if HAS_MASK else ()
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
@@ -441,7 +462,7 @@ def virtual_backward_key(
     gradients: MomentGradients,
     options: BackwardOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `Steps.virtual_backward_key`; there is no key_bias, so n is the number of keys."""
+    """As `Steps.virtual_backward_key`."""
     return _backward_key(upstream, inputs, lists, order, statistics, None, (moments, gradients), options)
 
 
@@ -489,6 +510,7 @@ def _backward_key(
         weights.bias if weights is not None else None,
         weights.blocks if weights is not None else None,
         weights.bias.shape[0] if weights is not None else None,
+        moments[0].sizes if weights is not None and moments is not None else None,
         options.scale,
         total,
         tiles_per_head,

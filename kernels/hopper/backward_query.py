@@ -315,9 +315,7 @@ def query_kernel(
 ):
     CONSUMERS: gl.constexpr = TILE_Q // 64
     BIASES: gl.constexpr = 1 if HAS_VIRTUAL or HAS_MASK else 0
-    mask = ()
-    if HAS_MASK:
-        mask = (key_bias_desc, partial, bias_rows)
+    mask = (key_bias_desc, partial, bias_rows) if HAS_MASK else ()
     buffers, barriers = make_buffers(
         q_desc, k_desc, bias_desc, STAGES, CONSUMERS, BIASES, True, HAS_LINEAR, HAS_VIRTUAL
     )
@@ -335,8 +333,8 @@ def query_kernel(
                     HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS, HAS_MASK,
                 )),
                 (pair_producer, (
-                    descriptors, buffers, barriers, lists, counts, lists, mask, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
-                    HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL, False, HAS_MASK,
+                    descriptors, buffers, barriers, lists, counts, lists, mask, extents, BLOCK_Q, TILE_Q, BLOCK_K,
+                    TILE_K, HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL, False, HAS_MASK,
                 )),
             ],
             [1],
@@ -356,8 +354,8 @@ def query_kernel(
                     HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS, HAS_MASK,
                 )),
                 (pair_producer, (
-                    descriptors, buffers, barriers, lists, counts, lists, mask, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
-                    HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL, False, HAS_MASK,
+                    descriptors, buffers, barriers, lists, counts, lists, mask, extents, BLOCK_Q, TILE_Q, BLOCK_K,
+                    TILE_K, HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL, False, HAS_MASK,
                 )),
             ],
             [4, 1],

@@ -443,7 +443,11 @@ def forward_consumer(
                 fence_async_shared()
                 mbarrier.arrive(q_empty.index(CONSUMER), count=1)
             # the virtual keys' share, times the scale of the logits
-            factor = (1.0 - critical_sum / running_sum) * (scale_log2 * LN2)
+            if HAS_MASK:
+                critical_share = critical_sum * inverse_sum
+            else:
+                critical_share = critical_sum / running_sum
+            factor = (1.0 - critical_share) * (scale_log2 * LN2)
             factor = gl.convert_layout(factor, out_row_layout)
             weighed = gl.convert_layout((own * factor[:, None]).to(gl.bfloat16), weights_layout)
             if MATRICES_IN_RINGS:
@@ -585,12 +589,12 @@ def attention_forward_kernel(
     if OUTPUTS > 0:
         shape: gl.constexpr = [CONSUMERS * OUTPUTS] + q_desc.block_type.shape
         out_buffers = gl.allocate_shared_memory(q_desc.dtype, shape, q_desc.layout)
-    mask = ()
+    bias_ring = k_ring
     if HAS_MASK:
         bias_ring = gl.allocate_shared_memory(
             gl.float32, [STAGES] + key_bias_desc.block_type.shape, key_bias_desc.layout
         )
-        mask = (bias_ring, key_bias_desc, partial, bias_rows)
+    mask = (bias_ring, key_bias_desc, partial, bias_rows) if HAS_MASK else ()
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -20,6 +20,7 @@ from sla_compile.common.options import BackwardOptions
 
 from ..steps import KernelInputs, KeyMoments
 from ..triton.moments import fresh_moments
+from ..triton.primitives import LOG2E
 from .primitives import (
     all_threads,
     locate_tile,
@@ -54,11 +55,13 @@ def moments_consumer(
     variances,
     mean_keys,
     mean_values,
+    mask,
     num_keys,
     extents,
     BLOCK_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     PADDED_DIM: gl.constexpr,
+    HAS_MASK: gl.constexpr,
 ):
     total_blocks, blocks_per_head, num_heads = extents
     STAGES: gl.constexpr = k_ring.type.shape[0]
@@ -78,16 +81,34 @@ def moments_consumer(
     for block in range(gl.program_id(0), total_blocks, gl.num_programs(0)):
         key_block, batch, head = locate_tile(block, blocks_per_head, num_heads)
         slope = gl.zeros([PADDED_DIM, PADDED_DIM], gl.float32, layout)
+        if HAS_MASK:
+            key_bias, bias_rows = mask
+            bias_block = gl.minimum(batch, bias_rows - 1) * blocks_per_head + key_block
+            own_bias = key_bias + bias_block.to(gl.int64) * BLOCK_K
+            rows = gl.arange(0, 64, layout=gl.SliceLayout(1, read_layout))
+            total = gl.to_tensor(0.0)
         for part in gl.static_range(PARTS):
             index = taken % STAGES
+            if HAS_MASK:
+                # on its way while the tile is waited for
+                bias = gl.load(own_bias + part * 64 + rows)
             mbarrier.wait(full.index(index), taken // STAGES & 1)
             left = k_ring.index(index).reshape([64, PADDED_DIM])
             right = v_ring.index(index).reshape([64, PADDED_DIM])
             key = left.load(read_layout)
-            part_sums = sums_of_rows(key.to(gl.float32), GROUPS)
-            part_squares = sums_of_rows(key.to(gl.float32) * key.to(gl.float32), GROUPS)
-            value = right.load(read_layout)
-            part_values = sums_of_rows(value.to(gl.float32), GROUPS)
+            if HAS_MASK:
+                key_weight = gl.exp2(bias * LOG2E)
+                total += gl.sum(key_weight, 0)
+                weighed = key.to(gl.float32) * key_weight[:, None]
+                part_sums = sums_of_rows(weighed, GROUPS)
+                part_squares = sums_of_rows(weighed * key.to(gl.float32), GROUPS)
+                value = right.load(read_layout)
+                part_values = sums_of_rows(value.to(gl.float32) * key_weight[:, None], GROUPS)
+            else:
+                part_sums = sums_of_rows(key.to(gl.float32), GROUPS)
+                part_squares = sums_of_rows(key.to(gl.float32) * key.to(gl.float32), GROUPS)
+                value = right.load(read_layout)
+                part_values = sums_of_rows(value.to(gl.float32), GROUPS)
             if part == 0:
                 key_sums = part_sums
                 square_sums = part_squares
@@ -96,11 +117,16 @@ def moments_consumer(
                 key_sums += part_sums
                 square_sums += part_squares
                 value_sums += part_values
-            if dtype != gl.bfloat16:
-                # in place: states are bfloat16 beside float16 inputs
+            # in place: keys have their weights, and states are bfloat16 beside float16 inputs
+            if HAS_MASK:
+                left = view_as(k_ring.index(index), gl.bfloat16, [1, 1, 64, PADDED_DIM], tile_layout)
+                left = left.reshape([64, PADDED_DIM])
+                left.store(weighed.to(gl.bfloat16))
+            elif dtype != gl.bfloat16:
                 left = view_as(k_ring.index(index), gl.bfloat16, [1, 1, 64, PADDED_DIM], tile_layout)
                 left = left.reshape([64, PADDED_DIM])
                 left.store(key.to(gl.float32).to(gl.bfloat16))
+            if dtype != gl.bfloat16:
                 right = view_as(v_ring.index(index), gl.bfloat16, [1, 1, 64, PADDED_DIM], tile_layout)
                 right = right.reshape([64, PADDED_DIM])
                 right.store(value.to(gl.float32).to(gl.bfloat16))
@@ -110,7 +136,10 @@ def moments_consumer(
             slope = warpgroup_mma_wait(0, deps=(slope,))
             mbarrier.arrive(empty.index(index), count=1)
             taken += 1
-        count = gl.minimum(num_keys - key_block * BLOCK_K, BLOCK_K).to(gl.float32)
+        if HAS_MASK:
+            count = gl.where(total > 0.0, total, 1.0)
+        else:
+            count = gl.minimum(num_keys - key_block * BLOCK_K, BLOCK_K).to(gl.float32)
         inverse = 1.0 / count
         mean = gl.convert_layout(gl.sum(key_sums, 0), dim_layout) / count
         mean_square = gl.convert_layout(gl.sum(square_sums, 0), dim_layout) * inverse
@@ -121,6 +150,8 @@ def moments_consumer(
         gl.store(variances + line + dims, gl.maximum(mean_square - mean * mean, 0.0), mask=dims < HEAD_DIM)
         gl.store(mean_keys + line + dims, mean.to(dtype), mask=dims < HEAD_DIM)
         gl.store(mean_values + line + dims, mean_value.to(dtype), mask=dims < HEAD_DIM)
+        if HAS_MASK:
+            count = total
         size = gl.zeros([PADDED_DIM], gl.float32, dim_layout) + count
         gl.store(sizes + slot + dims, gl.log2(size) * LN2, mask=dims < 1)
         # (K - kbar)^T V is K^T V - n kbar vbar^T
@@ -134,7 +165,7 @@ def moments_consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_keys", "total_blocks", "blocks_per_head"])
+@gluon.jit(do_not_specialize=["bias_rows", "num_keys", "total_blocks", "blocks_per_head"])
 def moments_kernel(
     k_desc,
     v_desc,
@@ -144,6 +175,8 @@ def moments_kernel(
     variances,
     mean_keys,
     mean_values,
+    key_bias,
+    bias_rows,
     num_keys,
     total_blocks,
     blocks_per_head,
@@ -152,6 +185,7 @@ def moments_kernel(
     HEAD_DIM: gl.constexpr,
     PADDED_DIM: gl.constexpr,
     STAGES: gl.constexpr,
+    HAS_MASK: gl.constexpr,
 ):
     k_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     v_ring = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
@@ -164,11 +198,12 @@ def moments_kernel(
     fence_async_shared()
     all_threads()
     extents = (total_blocks, blocks_per_head, num_heads)
+    mask = (key_bias, bias_rows) if HAS_MASK else ()
     gl.warp_specialize(
         [
             (moments_consumer, (
                 slope_desc, k_ring, v_ring, slope_buffer, full, empty, sizes, means, variances, mean_keys, mean_values,
-                num_keys, extents, BLOCK_K, HEAD_DIM, PADDED_DIM,
+                mask, num_keys, extents, BLOCK_K, HEAD_DIM, PADDED_DIM, HAS_MASK,
             )),
             (states_producer, (k_desc, v_desc, k_ring, v_ring, full, empty, extents, BLOCK_K)),
         ],
@@ -178,8 +213,8 @@ def moments_kernel(
 
 
 def key_moments(inputs: KernelInputs, options: BackwardOptions) -> KeyMoments:
-    """As `Steps.key_moments`; there is no key_bias."""
-    k, v, block_k = inputs.k, inputs.v, options.block_k
+    """As `Steps.key_moments`."""
+    k, v, weights, block_k = inputs.k, inputs.v, inputs.key_weights, options.block_k
     batch, heads, keys, head_dim = k.shape
     moments = fresh_moments(k, block_k)
     blocks = moments.sizes.shape[2]
@@ -193,6 +228,9 @@ def key_moments(inputs: KernelInputs, options: BackwardOptions) -> KeyMoments:
         moments.spans[1],
         moments.keys,
         moments.values,
+        # what is None is no parameter of the compiled kernel
+        weights.bias if weights is not None else None,
+        weights.bias.shape[0] if weights is not None else None,
         keys,
         total,
         blocks,
@@ -201,6 +239,7 @@ def key_moments(inputs: KernelInputs, options: BackwardOptions) -> KeyMoments:
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim),
         STAGES=2,
+        HAS_MASK=weights is not None,
         num_warps=4,
         maxnreg=128,
     )

@@ -80,7 +80,7 @@ def pair_producer(
 ):
     """Load a pair of own tiles, then through the ring (own tiles of saved outputs, a matrix, pairs of tiles of virtual
     keys with their bias and the matrix again, and) pairs of tiles (and their rows' statistics) of the listed blocks
-    (and now a matrix); last, where there is one, what the output is to be added to. With a ``mask``, tiles of the blocks
+    (and now a matrix); last, where there is one, what the output is to be added to. With a ``mask``, tiles of blocks
     that are ``partial``, the last of each list, come with their keys' bias.
 
     With ``order``, of `longest_first`, programs take the next tile in it whenever they are done with one, and the

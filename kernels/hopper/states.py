@@ -183,9 +183,7 @@ def states_kernel(
     fence_async_shared()
     all_threads()
     extents = (total_blocks, blocks_per_head, num_heads)
-    mask = ()
-    if HAS_MASK:
-        mask = (key_bias, bias_rows)
+    mask = (key_bias, bias_rows) if HAS_MASK else ()
     gl.warp_specialize(
         [
             (states_consumer, (

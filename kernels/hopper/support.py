@@ -7,7 +7,6 @@ import functools
 import torch
 import triton
 
-from sla_compile.common.limits import TAYLOR
 from sla_compile.common.options import BackwardOptions
 
 __all__ = ["available", "usable"]
@@ -28,16 +27,15 @@ def available(device: int) -> bool:
     return known and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == HOPPER
 
 
-def usable(*tensors: torch.Tensor, options: BackwardOptions, has_key_mask: bool) -> bool:
+def usable(*tensors: torch.Tensor, options: BackwardOptions) -> bool:
     """Whether the Gluon kernels take this call: 16-bit, head dimension a multiple of 8 up to 128, blocks of 64 or more,
-    not causal; with a mask over the keys, not linear="taylor".
+    not causal.
 
     ``tensors`` (B, H, L, D) are `vector_readable`. A scale below zero would turn the maximum into a minimum.
     """
     first = tensors[0]
     return (
         first.is_cuda
-        and not (has_key_mask and options.linear == TAYLOR)
         and not options.causal
         and first.numel() > 0  # TMA has no axis of size 0
         and first.dtype in (torch.float16, torch.bfloat16)

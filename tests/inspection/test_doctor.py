@@ -100,7 +100,7 @@ def test_reasons_come_from_the_choosing_code(monkeypatch: pytest.MonkeyPatch) ->
 
     assert why(dtype=torch.float32) == "dtype float32"
     assert why(mask="causal", head_dim=256, block_q=128) == "head_dim 256, mask causal"
-    assert why(mask="keys") == "mask keys"
+    assert paths._takes_gluon(CPU, CallKind(torch.bfloat16, mask="keys"))
     assert why(block_k=256) == "block_k 256"
 
 

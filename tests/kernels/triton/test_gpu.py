@@ -120,7 +120,8 @@ KEY_MASKS = [
     Case(tokens=1003, heads=3, head_dim=128, batch=2, topk=0.2, mask="tail"),
     Case(tokens=1003, heads=3, head_dim=128, batch=2, topk=0.4, block_q=128, block_k=128, mask="bool"),
     Case(tokens=1003, head_dim=72, batch=2, block_q=256, block_k=128, feature_map="elu", linear="all", mask="moderate"),
-    Case(tokens=1003, head_dim=64, batch=2, block_q=128, feature_map="relu", mask="one key"),
+    Case(tokens=1003, head_dim=64, batch=2, block_q=128, feature_map="relu", mask="bool"),
+    Case(tokens=1003, head_dim=64, batch=2, block_q=128, mask="one key"),
     Case(tokens=1003, head_dim=40, batch=2, topk=0.2, mask="bool", weight="per_head", bias="per_head"),
     Case(tokens=1003, head_dim=96, batch=2, block_k=128, mask="dead row"),
     Case(tokens=1003, keys=700, head_dim=80, batch=3, block_q=128, block_k=128, mask="-inf", weight="none"),
@@ -146,11 +147,22 @@ VIRTUAL_KEYS = [
     Case(tokens=999, head_dim=64, block_k=128, topk=1.0, bottomk=0.0, linear="taylor"),
 ]
 
+MASKED_VIRTUAL_KEYS = [
+    Case(tokens=1003, heads=3, head_dim=128, batch=2, topk=0.2, block_q=128, block_k=128, mask="tail", linear="taylor"),
+    Case(tokens=1003, heads=3, head_dim=128, batch=2, topk=0.2, mask="bool", linear="taylor"),
+    Case(tokens=1003, keys=2050, head_dim=72, batch=2, topk=0.1, bottomk=0.0, mask="moderate", linear="taylor"),
+    Case(tokens=1003, head_dim=64, batch=2, block_q=256, mask="dead row", linear="taylor"),
+    Case(tokens=667, keys=1003, head_dim=96, batch=2, block_q=128, bottomk=0.0, mask="one key", linear="taylor"),
+    Case(tokens=1003, heads=36, head_dim=128, batch=2, topk=0.2, block_k=128, mask="-inf", linear="taylor"),
+]
+
 
 @pytest.mark.parametrize("gluon", [True, False], ids=["gluon", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
 @pytest.mark.parametrize(
-    "case", [*LARGE_BLOCKS, *PAIRS_OF_BLOCKS, *MANY_TILES, *SPARSE_ALONE, *KEY_MASKS, *VIRTUAL_KEYS], ids=str
+    "case",
+    [*LARGE_BLOCKS, *PAIRS_OF_BLOCKS, *MANY_TILES, *SPARSE_ALONE, *KEY_MASKS, *VIRTUAL_KEYS, *MASKED_VIRTUAL_KEYS],
+    ids=str,
 )
 def test_gluon_and_triton(case: Case, dtype: torch.dtype, gluon: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if gluon and not hopper.available(0):
