@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
+import math
 import os
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from tests.support.triton_cases import (
     check,
     expected_classes,
     inputs,
+    key_mask,
     run_kernels,
 )
 
@@ -250,6 +253,38 @@ else:
         block_map = block_map_of(case, tensors)
         row = torch.tensor([1] * 3 + [0] * 7 + [-1] * 3, dtype=torch.int8)
         assert torch.equal(block_map, row.expand_as(block_map))
+
+    @pytest.mark.parametrize("mask", ["bool", "one row", "dead row", "moderate"])
+    def test_classes_of_a_mask(mask: str) -> None:
+        """Lists hold no block without a key, and those in which something is weighed last."""
+        from sla_compile.kernels.steps import KernelInputs
+        from sla_compile.kernels.triton.classify import classes, critical_lists
+        from sla_compile.kernels.triton.masks import key_weights
+
+        case = Case(tokens=170, batch=2, heads=1, block_q=64, block_k=16, head_dim=32, topk=0.4, always=(40, 60))
+        case = replace(case, mask=mask)
+        given = key_mask(case, "cpu")
+        assert given is not None
+        weights = key_weights(given, 16)
+        bias = torch.nn.functional.pad(reference.key_bias(given, torch.zeros(1, 1, 170, 1)), (0, 6), value=-math.inf)
+        assert torch.equal(weights.bias, bias)
+        blocks = bias.view(-1, 11, 16)
+        dead, whole = (blocks == -math.inf).all(-1), (blocks == 0).all(-1)
+        assert torch.equal(weights.blocks, torch.where(dead, -1, torch.where(whole, 0, 2)).to(torch.int8))
+
+        q, k, v, *_ = inputs(case, torch.float32, "cpu")
+        scores = torch.randn(2, 1, 3, 11, generator=torch.Generator().manual_seed(0))
+        block_map, of_scores = classes(scores, KernelInputs(q, k, v, None, None, weights), None, case.attention_options)
+        assert not ((block_map == 1) & dead[:, None, None]).any()
+        for lists in (of_scores, critical_lists(block_map, by_column=False, weights=weights)):
+            assert lists.counts is not None
+            assert lists.partial is not None
+            for item, row in itertools.product(range(2), range(3)):
+                chosen = (block_map[item, 0, row] == 1).nonzero().flatten().tolist()
+                weighed = [block for block in chosen if not whole[item % len(whole), block]]
+                expected = [block for block in chosen if block not in weighed] + weighed
+                assert lists.blocks[item, 0, row, : len(expected)].tolist() == expected
+                assert (lists.counts[item, 0, row], lists.partial[item, 0, row]) == (len(expected), len(weighed))
 
     def test_classes_refuse_what_the_kernels_lack() -> None:
         case = Case(tokens=10)
