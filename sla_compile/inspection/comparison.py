@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from sla_compile.fitting.observer import Arguments, GatedCall, gated_calls, no_g
 from sla_compile.fitting.output_error import OutputError
 from sla_compile.fitting.statistics import Statistics, statistics_of
 from sla_compile.gate import gates
-from sla_compile.inspection.timing import digits, peak_bytes
+from sla_compile.inspection.timing import digits, peak_bytes, run_time
 from sla_compile.inspection.trial import best_gate, dense_copy, read_batches, trial_copy
 from sla_compile.reporting.model_report import explain
 from sla_compile.user_warnings import UntrainedGatesWarning
@@ -259,26 +258,14 @@ def _time(
         times: list[list[float]] = [[], []]
         peaks: list[int | None] = [None, None]
         with torch.random.fork_rng(sorted(gpu.index for gpu in gpus)):
+            calls = [partial(run, *example[0], **example[1]) for run in runs]
             for _ in range(2):
-                for run in runs:
-                    _milliseconds(run, example)
+                for call in calls:
+                    call()
             for _ in range(repeats):
-                for i, run in enumerate(runs):
-                    times[i].append(_milliseconds(run, example))
-            for i, run in enumerate(runs):
-                peaks[i] = peak_bytes(partial(run, *example[0], **example[1]), gpus)
+                for i, call in enumerate(calls):
+                    times[i].append(run_time(call))
+            for i, call in enumerate(calls):
+                peaks[i] = peak_bytes(call, gpus)
     before, after = (Forward(statistics.median(t), max(t), peak) for t, peak in zip(times, peaks, strict=True))
     return before, after
-
-
-def _milliseconds(run: Callable[..., Any], example: Arguments) -> float:
-    _wait()
-    start = time.perf_counter()
-    run(*example[0], **example[1])
-    _wait()
-    return 1000 * (time.perf_counter() - start)
-
-
-def _wait() -> None:
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()

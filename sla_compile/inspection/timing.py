@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.benchmark import timer
 
-__all__ = ["Times", "digits", "peak_bytes", "time_in_turn"]
+__all__ = ["Times", "digits", "peak_bytes", "run_time", "run_times", "time_in_turn"]
 
 Call = Callable[[], Any]
 
@@ -59,6 +60,28 @@ def time_in_turn(
         for name, call in calls.items():
             samples[name] += _samples(call, device, seconds / turns, clock)
     return {name: Times.of(found) for name, found in samples.items()}
+
+
+def run_time(call: Call) -> float:
+    """Milliseconds of one run by the clock on the wall, from idle GPUs until they are idle again: for whole models."""
+    _wait()
+    started = time.perf_counter()
+    call()
+    _wait()
+    return 1000 * (time.perf_counter() - started)
+
+
+def run_times(call: Call, *, seconds: float, least: int = 3, most: int = 20) -> list[float]:
+    """`run_time` of ``least`` runs, and of more, up to ``most``, for about ``seconds``."""
+    found: list[float] = []
+    while len(found) < least or (len(found) < most and sum(found) < 1000 * seconds):
+        found.append(run_time(call))
+    return found
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
 
 
 def _samples(call: Call, device: torch.device, seconds: float, clock: Callable[[], float]) -> list[float]:
