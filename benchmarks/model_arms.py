@@ -78,6 +78,8 @@ class Arm:
         self.example = model.example(self.model, options.device)
         if self.how.float8:
             make_float8(self.model)
+        if model.counts:
+            torch._dynamo.config.capture_dynamic_output_shape_ops = True
         how: dict[str, Any] = {"backend": options.inner}
         if self.how.sla is not None:
             settings = {**self.how.sla, **(_TINY if options.tiny else {}), "inner": options.inner}

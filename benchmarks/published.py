@@ -42,6 +42,8 @@ class Published:
     """Whether text and video are one sequence."""
     extra: int = 0
     """Tokens that are neither, in that sequence."""
+    counts: bool = False
+    """Whether it counts the tokens of its text on the device. Dynamo breaks there, unless it is told to go on."""
 
     @property
     def tokens(self) -> int:
@@ -235,7 +237,11 @@ PUBLISHED = {
         ),
         Published("LTX-2 512p", *_LTX2, (16, 16, 24), 1024, {"num_layers": 6}, {"rope_type": "split"}),
         Published("LTX-2 1024p", *_LTX2, (16, 32, 48), 1024, {"num_layers": 4}, {"rope_type": "split"}),
-        Published(*("Mochi 480p", "MochiTransformer3DModel", mochi, (28, 30, 53), 256, {"num_layers": 2}), joint=True),
+        Published(
+            *("Mochi 480p", "MochiTransformer3DModel", mochi, (28, 30, 53), 256, {"num_layers": 2}),
+            joint=True,
+            counts=True,
+        ),
         _image("Flux 1024", *_FLUX, 64, 512, {"num_layers": 4, "num_single_layers": 8}, guidance_embeds=True),
         _image("Flux 2048", *_FLUX, 128, 512, {"num_layers": 2, "num_single_layers": 4}, guidance_embeds=True),
         _image("QwenImage 1024", *_QWEN, 64, 256, {"num_layers": 8}),

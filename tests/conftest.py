@@ -41,7 +41,7 @@ LONGEST = (
     "flows/test_sparse_scale.py",
     "flows/test_memory_growth.py",
     "benchmarks/test_parallel.py",
-    "benchmarks/test_wan.py",
+    "benchmarks/test_models.py",
     "flows/test_distributed.py",
     "flows/test_modes.py",
     "compiler/test_gate_binding.py",
