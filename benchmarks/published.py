@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FLOAT8", "PUBLISHED", "Published", "tiny"]
+__all__ = ["FLOAT8", "PUBLISHED", "WANS", "Published", "tiny"]
 
 Grid = tuple[int, ...]
 Inputs = Callable[[Any, Grid, int], dict[str, Any]]
@@ -192,10 +192,16 @@ def qwen_image(config: Any, grid: Grid, text: int) -> dict[str, Any]:
 
 
 WAN_480P, WAN_720P = (21, 30, 52), (21, 45, 80)
-WAN_SMALL = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+WANS = {
+    "1.3B": {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
+    "14B": {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40},
+    "tiny": {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64, "num_layers": 1},
+}
+"""Configurations of Wan2.1's text-to-video models, and one to try things with."""
 
 
-def _wan(name: str, grid: Grid, layers: int, **config: Any) -> Published:
+def _wan(name: str, size: str, grid: Grid, layers: int, **config: Any) -> Published:
+    config = {**WANS[size], **config}
     return Published(name, "WanTransformer3DModel", wan, grid, 512, {"num_layers": layers}, config)
 
 
@@ -217,12 +223,12 @@ _LTX2 = ("LTX2VideoTransformer3DModel", ltx2)
 PUBLISHED = {
     model.name: model
     for model in (
-        _wan("Wan2.1-1.3B 480p", WAN_480P, 8, **WAN_SMALL),
-        _wan("Wan2.1-1.3B 720p", WAN_720P, 4, **WAN_SMALL),
-        _wan("Wan2.1-14B 480p", WAN_480P, 4),
-        _wan("Wan2.1-14B 720p", WAN_720P, 2),
-        _wan("Wan2.2-A14B 480p", WAN_480P, 4, in_channels=36),
-        _wan("Wan2.2-A14B 720p", WAN_720P, 2, in_channels=36),
+        _wan("Wan2.1-1.3B 480p", "1.3B", WAN_480P, 8),
+        _wan("Wan2.1-1.3B 720p", "1.3B", WAN_720P, 4),
+        _wan("Wan2.1-14B 480p", "14B", WAN_480P, 4),
+        _wan("Wan2.1-14B 720p", "14B", WAN_720P, 2),
+        _wan("Wan2.2-A14B 480p", "14B", WAN_480P, 4, in_channels=36),
+        _wan("Wan2.2-A14B 720p", "14B", WAN_720P, 2, in_channels=36),
         _hunyuan("HunyuanVideo 720p", (33, 45, 80), num_layers=1, num_single_layers=1),
         Published(
             *("HunyuanVideo 1.5 480p", "HunyuanVideo15Transformer3DModel", hunyuan_video_15, (31, 30, 53), 1000),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 import sla_compile
-from benchmarks.wan import MODELS
+from benchmarks.published import WANS
 from examples.wan.draws import Draw
 from examples.wan.student import Student, dtype_of, settings_of
+from sla_compile.inspection.timing import Times, run_time, run_times
 
 __all__ = ["benchmark"]
 
@@ -47,7 +47,7 @@ def benchmark(options: Mapping[str, Any], console: Console) -> dict[str, dict[st
 def _student(options: Mapping[str, Any], device: torch.device) -> Student:
     from diffusers import WanTransformer3DModel
 
-    config = MODELS[options["model"]] | ({"num_layers": options["layers"]} if options["layers"] else {})
+    config = WANS[options["model"]] | ({"num_layers": options["layers"]} if options["layers"] else {})
     torch.manual_seed(0)
     with torch.device(device):
         model = WanTransformer3DModel(patch_size=(1, 2, 2), text_dim=4096, freq_dim=256, **config)
@@ -73,16 +73,15 @@ def _draw(options: Mapping[str, Any], student: Student) -> Draw:
 def _measured(student: Student, draw: Draw, loss: str, options: Mapping[str, Any]) -> dict[str, float]:
     """Median milliseconds of a step, its peak memory, and the seconds of the first one, which compiles."""
     optimizer = student.optimizer(1e-5, 1e-5)
-    is_cuda, times = student.device.type == "cuda", []
-    for repeat in range(2 + options["repeats"]):
-        if is_cuda and repeat == 2:
-            torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
+
+    def step() -> None:
         student.loss(draw, loss).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    found = {"ms": 1000 * sorted(times[2:])[options["repeats"] // 2], "first_s": times[0]}
+
+    first, _ = run_time(step), run_time(step)
+    is_cuda, repeats = student.device.type == "cuda", options["repeats"]
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    found = {"ms": Times.of(run_times(step, seconds=0, least=repeats)).median, "first_s": first / 1000}
     return found | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if is_cuda else {})
