@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout co
 import sla_compile
 from benchmarks.dense_checkpoint import Batch, Study, parser
 from sla_compile.fitting.calibration import gather
+from sla_compile.inspection.timing import run_time
 
 
 def measured(model: torch.nn.Module, compiled: Callable[..., torch.Tensor], held_out: list[Batch]) -> tuple[float, ...]:
@@ -69,9 +69,7 @@ def main(given: Sequence[str] | None = None) -> None:
     for name, recipe in recipes.items():
         for gate in sla_compile.gates(model).values():
             gate.reset_parameters()
-        began = time.perf_counter()
-        recipe()
-        seconds = time.perf_counter() - began
+        seconds = run_time(recipe) / 1000
         attention, output, loss = measured(model, compiled, held_out)
         table.add_row(name, f"{attention:.4f}", f"{output:.4f}", f"{loss:.4f}", f"{seconds:.0f}")
         Console(stderr=True).print(f"{name}: {attention:.4f} {output:.4f} {loss:.4f}, {seconds:.0f} s")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +19,7 @@ from examples.wan.clips import save_video, side_by_side
 from examples.wan.draws import Draw
 from examples.wan.generating import with_shift
 from examples.wan.student import Student
+from sla_compile.inspection.timing import Times, run_times
 
 __all__ = ["Report", "Sampler", "held_out", "time_of_step"]
 
@@ -50,20 +50,17 @@ def held_out(
 
 def time_of_step(loss: Callable[[], Tensor], parameters: Sequence[Tensor], repeats: int) -> dict[str, float]:
     """Median ``ms`` of a forward and backward after two to warm up, and their ``peak_gib`` on a GPU."""
-    times = []
-    is_cuda = parameters[0].device.type == "cuda"
-    for repeat in range(2 + repeats):
-        if is_cuda and repeat == 2:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
+
+    def step() -> None:
         loss().backward()
         for parameter in parameters:
             parameter.grad = None
-        if is_cuda:
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - began))
-    found = {"ms": sorted(times[2:])[repeats // 2]}
+
+    run_times(step, seconds=0, least=2)
+    is_cuda = parameters[0].device.type == "cuda"
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    found = {"ms": Times.of(run_times(step, seconds=0, least=repeats)).median}
     return found | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if is_cuda else {})
 
 

@@ -105,6 +105,16 @@ def test_frames_that_see_earlier_frames_alone_are_rewritten_chunk_by_chunk() -> 
     assert site.segments == ((0, 128, 0, 128), (128, 256, 0, 256))
 
 
+def test_mochi_is_rewritten_where_dynamo_follows_its_count_of_text_tokens() -> None:
+    model, inputs = build("MochiTransformer3DModel")
+    options = OPTIONS | {"topk": 1.0, "bottomk": 0.0}
+    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        dense = call(model, inputs)
+        compiled = torch.compile(model, backend="sla", options=options, fullgraph=True)
+        assert_close("output", call(compiled, inputs), dense, 1e-5)
+    assert len(sla_compile.gates(model)) == 1
+
+
 @pytest.mark.parametrize("name", REWRITTEN)
 def test_every_gate_gets_a_gradient(name: str) -> None:
     model, inputs = build(name)

@@ -95,6 +95,8 @@ def test_times_are_medians_and_percentiles() -> None:
     assert timing.Times.of([2.0]) == timing.Times(2.0, 2.0, 2.0)
     found = timing.time_in_turn({"a": lambda: sum(range(100))}, torch.device("cpu"), seconds=3e-3)
     assert found["a"].median > 0
+    assert len(timing.run_times(lambda: None, seconds=0)) == 3
+    assert len(timing.run_times(lambda: None, seconds=60, most=4)) == 4
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
