@@ -102,6 +102,7 @@ class Arm:
         self.call(what)
         found: dict[str, Any] = {"first_s": time.perf_counter() - started}
         found["breaks"] = {str(reason).split("\n")[0]: count for reason, count in counters["graph_break"].items()}
+        counters["graph_break"].clear()
         if self.how.sla is not None:
             import sla_compile  # not in arms without it
 
