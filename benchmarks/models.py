@@ -65,7 +65,7 @@ class Run:
         if self.options.start == "forkserver":
             # Nothing of this checkout: the process that imports these is not told where it is.
             context.set_forkserver_preload(["torch._dynamo", "torch._functorch.aot_autograd", *_modules_of_models()])
-        with tempfile.TemporaryDirectory() as caches:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches:
             running = []
             for number, arm in enumerate(self.found):
                 self.ends[arm], theirs = context.Pipe()

@@ -43,12 +43,14 @@ class Published:
     extra: int = 0
     """Tokens that are neither, in that sequence."""
     counts: bool = False
-    """Whether it counts the tokens of its text on the device. Dynamo breaks there, unless it is told to go on."""
+    """Whether it counts the tokens of its text on the device and leaves its padding out. Dynamo breaks there, unless it is
+    told to go on."""
 
     @property
     def tokens(self) -> int:
         """Tokens of the self-attention that takes longest."""
-        return math.prod(self.grid) + (self.text + self.extra if self.joint else 0)
+        text = filled(self.text) if self.counts else self.text
+        return math.prod(self.grid) + (text + self.extra if self.joint else 0)
 
     def build(self, device: str) -> nn.Module:
         """The model with random weights in bf16."""
@@ -81,9 +83,14 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=DTYPE)
 
 
+def filled(tokens: int) -> int:
+    """How many of the ``tokens`` there is place for a text has."""
+    return tokens * 3 // 4
+
+
 def padded(tokens: int, dtype: torch.dtype) -> Tensor:
-    """A mask (1, tokens) of a text that fills three quarters of its place."""
-    return (torch.arange(tokens) < tokens * 3 // 4)[None].to(dtype)
+    """A mask (1, tokens) of such a text."""
+    return (torch.arange(tokens) < filled(tokens))[None].to(dtype)
 
 
 def positions(*grid: int) -> Tensor:
