@@ -11,11 +11,12 @@ from pathlib import Path
 from unittest import mock
 
 from benchmarks import parallel
+from benchmarks.parallel_arm import WHAT
 from tests.support.processes import launch
 
 TINY = (
     *("--model", "tiny", "--device", "cpu", "--inner", "eager", "--min-tokens", "0", "--attention", "dense", "sla 64"),
-    *("--frames", "5", "--height", "128", "--width", "128", "--repeats", "1"),
+    *("--frames", "5", "--height", "128", "--width", "128", "--repeats", "1", "--arms", "alone", "all+memory+keep"),
 )
 
 
@@ -34,11 +35,11 @@ def test_one_rank_and_two(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     launch(run, port, tmp_path, ranks=2)
     rows = json.loads((tmp_path / "found.json").read_text())["rows"]
-    named = [(row["attention"], row["ranks"], row["what"]) for row in rows]
-    whats = ("forward", "training step")
-    assert named == [(arm, ranks, what) for arm in ("dense", "sla 64") for ranks in (1, 2) for what in whats]
+    named = [(row["attention"], row["arm"], row["ranks"], row["what"]) for row in rows]
+    arms = (("alone", 1), ("all+memory+keep", 2))
+    assert named == [(attention, *arm, what) for attention in ("dense", "sla 64") for arm in arms for what in WHAT]
     for row in rows:
-        assert 0 < row["least_ms"] <= row["median_ms"] <= row["most_ms"]
+        assert 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"]
         assert row.get("rewritten", 1) == 1
         if row["ranks"] == 2:
             assert row["difference"] < 1e-5

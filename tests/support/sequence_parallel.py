@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_modul
 from torch.distributed.tensor.experimental import context_parallel, register_sharding
 
 import sla_compile
-from benchmarks.parallel import heads_for_tokens, tokens_for_heads
+from benchmarks.ulysses_wan import heads_for_tokens, tokens_for_heads
 from sla_compile.user_warnings import DenseAttentionWarning
 from tests.support.closeness import assert_close
 from tests.support.many_gpus import EAGER, INNER, PLAIN, SMALL, WITH_HEADS, outcome, summed, wan, with_gates
