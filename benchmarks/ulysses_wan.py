@@ -61,12 +61,12 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = nn.RMSNorm(width), nn.RMSNorm(width)
         self.heads, self.group = heads, group
 
-    def forward(self, x: Tensor, turn: Tensor) -> Tensor:
+    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
         # In this order each may travel while the next is projected: Inductor's passes of OVERLAPS wait that late.
         v = heads_for_tokens(self.v(x).unflatten(-1, (self.heads, -1)), self.group)
-        k = rotated(self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), turn)
+        k = rotated(self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), turns[1])
         k = heads_for_tokens(k, self.group)
-        q = rotated(self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)), turn)
+        q = rotated(self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)), turns[0])
         q = heads_for_tokens(q, self.group)
         return self.out(tokens_for_heads(F.scaled_dot_product_attention(q, k, v), self.group).flatten(2))
 
@@ -106,15 +106,15 @@ class Block(nn.Module):
         self.scale_shift = nn.Parameter(torch.randn(6, width) / width**0.5)
         self.kept = kept
 
-    def forward(self, x: Tensor, text: Tensor, turn: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
         # Inside what is compiled, so that the backward and what it computes again are one graph.
         if torch.is_grad_enabled():
-            return checkpoint(self._forward, x, text, turn, use_reentrant=False, **self.kept)
-        return self._forward(x, text, turn)
+            return checkpoint(self._forward, x, text, turns, use_reentrant=False, **self.kept)
+        return self._forward(x, text, turns)
 
-    def _forward(self, x: Tensor, text: Tensor, turn: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, text: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.scale_shift.unbind(0)
-        x = x + gate1 * self.attn1(self.norm1(x) * (1 + scale1) + shift1, turn)
+        x = x + gate1 * self.attn1(self.norm1(x) * (1 + scale1) + shift1, turns)
         x = x + self.attn2(self.norm2(x), text)
         return x + gate2 * self.ffn(self.norm3(x) * (1 + scale2) + shift2)
 
@@ -136,6 +136,8 @@ class Wan(nn.Module):
     def forward(self, x: Tensor, text: Tensor, turn: Tensor) -> Tensor:
         """x (B, N/P, 64), text (B, L, C), turn (2, N/P, D / 2) -> (B, N/P, 64)."""
         x, text = self.embed(x), self.text(text)
+        # Of queries and keys each its own: Inductor fuses what reads one tensor, and k would wait for q's projection.
+        turns = turn, turn.clone()
         for block in self.blocks:
-            x = block(x, text, turn)
+            x = block(x, text, turns)
         return self.head(x)
