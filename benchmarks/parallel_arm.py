@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -79,6 +80,8 @@ class Arm:
     def _diffusers(self) -> tuple[Any, tuple[Tensor, ...]]:
         from diffusers import WanTransformer3DModel
 
+        if not hasattr(logging.Logger, "warning_once"):  # transformers adds it, and diffusers counts on that
+            logging.Logger.warning_once = logging.Logger.warning  # type: ignore[attr-defined]
         options, sizes = self.options, MODELS[self.options.model]
         config = {"num_attention_heads": sizes["heads"], "attention_head_dim": sizes["head_dim"]}
         config |= {"ffn_dim": sizes["ffn"], "num_layers": 1, "text_dim": sizes["text_dim"]}
