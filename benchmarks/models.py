@@ -279,7 +279,7 @@ def main() -> None:
     add("--start", default="forkserver", choices=("forkserver", "spawn"), help="how processes start")
     options = parser.parse_args()
     of_each_class = {model.of: name for name, model in reversed(PUBLISHED.items())}
-    every = list(of_each_class.values()) if options.tiny else list(PUBLISHED)
+    every = [name for name in PUBLISHED if not options.tiny or name in of_each_class.values()]
     options.models = options.models or (list(FLOAT8) if options.float8 else every)
     options.arms = options.arms or list(USUAL_FLOAT8 if options.float8 else USUAL)
     options.no_training |= options.float8

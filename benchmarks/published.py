@@ -43,8 +43,8 @@ class Published:
     extra: int = 0
     """Tokens that are neither, in that sequence."""
     counts: bool = False
-    """Whether it counts the tokens of its text on the device and leaves its padding out. Dynamo breaks there, unless it is
-    told to go on."""
+    """Whether it counts the tokens of its text on the device, and leaves out what pads it: Dynamo breaks there, unless
+    it is told to go on."""
 
     @property
     def tokens(self) -> int:
