@@ -64,15 +64,24 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return LoadFileScheduling(config, log)
 
 
+TESTS_BETWEEN = 25
+"""How many tests of a file run before what is alive is hidden from collections again."""
+
+_tests_since = 0
+
+
 def _hide_from_collections() -> None:
     """What is alive now is no garbage: a collection, and who asks for all objects, need not look at it any more."""
+    global _tests_since
     gc.collect()
     gc.freeze()
+    _tests_since = 0
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
-    """The modules of torch and of the tests stay."""
+    """The modules of torch and of the tests stay; each trace makes objects by the ten thousands that do not."""
+    gc.set_threshold(5000)  # Python's own collects all of them about once a second
     _hide_from_collections()
 
 
@@ -82,8 +91,10 @@ def pytest_runtest_setup() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """After each file, what Dynamo keeps for good: the graphs of a thousand tests, or every compile waits for them."""
-    if nextitem is None or nextitem.path != item.path:
+    """Now and then, what Dynamo keeps for good: the graphs of a thousand tests, or every compile waits for them."""
+    global _tests_since
+    _tests_since += 1
+    if nextitem is None or nextitem.path != item.path or _tests_since == TESTS_BETWEEN:
         _hide_from_collections()
 
 
