@@ -37,6 +37,19 @@ def heads_for_tokens(x: Tensor, group: Any) -> Tensor:
     return sent.flatten(0, 1).permute(1, 2, 0, 3)
 
 
+def projected_heads(x: Tensor, layer: nn.Linear, heads: int, group: Any) -> Tensor:
+    """``layer`` of x (B, N/P, C) -> (B, H/P, N, D), projected for each rank apart, where what is sent has to lie."""
+    if group is None:
+        return layer(x).unflatten(-1, (heads, -1)).transpose(1, 2)
+    ranks = dist.get_world_size(group)
+    rows = zip(layer.weight.chunk(ranks), layer.bias.chunk(ranks), strict=True)
+    tokens = x.flatten(0, 1)
+    parts = torch.cat([F.linear(tokens, weight, bias) for weight, bias in rows])  # (P B N/P, H/P D)
+    sent = collectives.all_to_all_single_autograd(parts, None, None, group)
+    by_rank = sent.unflatten(0, (ranks, *x.shape[:2])).unflatten(-1, (heads // ranks, -1))
+    return by_rank.permute(1, 3, 0, 2, 4).flatten(2, 3)
+
+
 def tokens_for_heads(x: Tensor, group: Any) -> Tensor:
     """x (B, H/P, N, D) -> (B, N/P, H, D). Nothing is copied to be sent where B is 1 and x in memory (B, N, H/P, D)."""
     if group is None:
@@ -63,7 +76,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
         # In this order each may travel while the next is projected: Inductor's passes of OVERLAPS wait that late.
-        v = heads_for_tokens(self.v(x).unflatten(-1, (self.heads, -1)), self.group)
+        v = projected_heads(x, self.v, self.heads, self.group)
         k = rotated(self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), turns[1])
         k = heads_for_tokens(k, self.group)
         q = rotated(self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1)), turns[0])
