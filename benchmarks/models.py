@@ -28,11 +28,12 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -48,12 +49,15 @@ from sla_compile.inspection.timing import Times, digits
 Found = dict[str, dict[str, dict[str, Any]]]
 """Figures of a model by arm and call."""
 
+_ONE_AT_A_TIME = Lock()
+"""Arms that compile side by side answer in threads."""
+
 
 class Run:
     """The arms of one model in their processes, and every figure so far."""
 
-    def __init__(self, model: Published, options: argparse.Namespace) -> None:
-        self.model, self.options = model, options
+    def __init__(self, model: Published, options: argparse.Namespace, keep: Callable[[], None]) -> None:
+        self.model, self.options, self.keep = model, options, keep
         self.started = time.perf_counter()
         self.found: Found = {arm: {} for arm in options.arms}
         self.ends: dict[str, Connection] = {}
@@ -106,7 +110,9 @@ class Run:
         except (EOFError, OSError):
             answer = {"failed": "its process ended"}
         before = {key: value for key, value in self.found[arm].get(what, {}).items() if key != "failed"}
-        self.found[arm][what] = before | answer
+        with _ONE_AT_A_TIME:
+            self.found[arm][what] = before | answer
+            self.keep()
         told = answer.get("failed") or (f"first call {answer['first_s']:.1f} s" if method == "first" else "")
         told = told or f"{Times.of(answer['ms'])} ms, {len(answer['ms'])} calls"
         print(f"[{time.perf_counter() - self.started:4.0f} s] {self.model.name}, {arm}, {what}: {told}", flush=True)
@@ -118,9 +124,8 @@ def _modules_of_models() -> list[str]:
     return sorted({getattr(diffusers, model.of).__module__ for model in PUBLISHED.values()})
 
 
-def measure(models: list[Published], options: argparse.Namespace) -> list[Found]:
+def measure(runs: list[Run], options: argparse.Namespace) -> None:
     """Every figure of every arm of these models, which compile together."""
-    runs = [Run(model, options) for model in models]
     jobs = [(run, arm) for run in runs for arm in run.found]
     with contextlib.ExitStack() as processes:
         ended = [processes.enter_context(contextlib.ExitStack()) for _ in runs]
@@ -136,7 +141,6 @@ def measure(models: list[Published], options: argparse.Namespace) -> list[Found]
             if options.timing > 0:
                 run.time()
             until.close()
-    return [run.found for run in runs]
 
 
 def differences(found: Found) -> dict[str, float]:
@@ -160,6 +164,13 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
         if any(known[key] != results[key] for key in ("torch", "device")):
             raise SystemExit(f"--json: {file} is of {known['device']}, torch {known['torch']}; name another file")
         results = known
+
+    def keep() -> None:
+        if file:
+            file.write_text(
+                json.dumps(results, indent=1, default=lambda output: None)
+            )  # outputs are compared and dropped
+
     models = [PUBLISHED[name] for name in options.models if not complete(results["rows"].get(name), options.arms)]
     if options.tiny:
         models = [tiny(model) for model in models]
@@ -171,12 +182,15 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
         if options.seconds is not None and began - started + longest > options.seconds:
             print(f"--seconds: left out, {', '.join(model.name for model in models[at:])}", flush=True)
             break
-        for model, found in zip(group, measure(group, options), strict=True):
-            row = {"tokens": model.tokens, "layers": model.layers_in_words(), "differences": differences(found)}
-            results["rows"][model.name] = row | {"arms": found}
+        runs = [Run(model, options, keep) for model in group]
+        for run in runs:
+            row = {"tokens": run.model.tokens, "layers": run.model.layers_in_words(), "differences": {}}
+            results["rows"][run.model.name] = row | {"arms": run.found}
+        measure(runs, options)
+        for run in runs:
+            results["rows"][run.model.name]["differences"] = differences(run.found)
         longest = max(longest, time.perf_counter() - began)
-        if file:
-            file.write_text(json.dumps(results, indent=1))
+        keep()
     return results
 
 
@@ -276,7 +290,7 @@ def main() -> None:
     add("--json", help="write every figure to this file; what it has is not measured again")
     add("--tiny", action="store_true", help="a small model of each class on the CPU: to try this file")
     add("--inner", choices=("inductor", "eager"), help="what compiles; eager with --tiny, else inductor")
-    add("--start", default="forkserver", choices=("forkserver", "spawn"), help="how processes start")
+    add("--start", choices=("forkserver", "spawn"), help="how processes start; spawn on a GPU")
     options = parser.parse_args()
     of_each_class = {model.of: name for name, model in reversed(PUBLISHED.items())}
     every = [name for name in PUBLISHED if not options.tiny or name in of_each_class.values()]
@@ -287,7 +301,8 @@ def main() -> None:
     options.inner = options.inner or ("eager" if options.tiny else "inductor")
     if options.tiny:
         options.timing = min(options.timing, 1e-3)
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # no CUDA in the process that others are forked from
+    # what is imported for a fork has CUDA going there
+    options.start = options.start or ("forkserver" if options.tiny else "spawn")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     console = Console(width=190)
     for part in tables(measure_all(options)):
