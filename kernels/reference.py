@@ -75,11 +75,15 @@ class KeyBlocks(NamedTuple):
     def log_weight(self, squares: Tensor, scale: float) -> Tensor:
         """ln n_j + w_ij (B, H, Tm, Tn) of the mean squares (B, H, Tm, D) of query blocks; -inf where n_j = 0.
 
-        w_ij = 1/2 scale^2 sum_c mean_i(q_c^2) var_j(k_c), at most ln n_j: what the spread of the keys adds to the
-        logarithm of their mean weight, at second order.
+        w_ij is `spread`, at most ln n_j: a mean weight is at most the largest.
         """
         size = self.total.log()[:, None, None, :].to(squares.dtype)
-        return size + torch.minimum(squares @ self.variance.mT * scale**2 / 2, size.clamp(min=0))
+        return size + torch.minimum(self.spread(squares, scale), size.clamp(min=0))
+
+    def spread(self, squares: Tensor, scale: float) -> Tensor:
+        """1/2 scale^2 sum_c mean_i(q_c^2) var_j(k_c) (B, H, Tm, Tn) of the mean squares (B, H, Tm, D) of query blocks:
+        what the spread of the keys adds to the logarithm of their mean weight, at second order."""
+        return squares @ self.variance.mT * scale**2 / 2
 
 
 def budgets(
@@ -111,8 +115,8 @@ def classify(
 ) -> Tensor:
     """M (B, H, Tm, Tn) int8 from q (B, H, Lq, D) and k (B, H, Lk, D); no gradient (paper, section 4).
 
-    Each row is ranked by descending score, the product of block means, or with ``by_mass`` `virtual_logits` of the
-    mean query; ties by the lower key block first. The first
+    Each row is ranked by descending score, the product of block means, or with ``by_mass`` the logarithm of the
+    mass that a block is expected to have, without a bound on w; ties by the lower key block first. The first
     ``max(1, floor(topk * Tn))`` are critical, the last ``floor(bottomk * Tn)`` negligible, the rest marginal;
     blocks with no key to attend to rank last and are negligible in any case. Blocks that touch a range
     [start, stop) of ``always_critical`` are critical beside the budget. With ``causal``, blocks above the
@@ -128,7 +132,8 @@ def classify(
         queries = block_means(q.to(work), block_q)
         scores = queries @ keys.mean.mT * scale
         if by_mass:
-            scores = scores + keys.log_weight(block_means(q.to(work) ** 2, block_q), scale)
+            spread = keys.spread(block_means(q.to(work) ** 2, block_q), scale)
+            scores = scores + keys.total.log()[:, None, None, :].to(work) + spread
 
         rows, columns = scores.shape[2:]
         first_query = torch.arange(rows, device=q.device)[:, None] * block_q

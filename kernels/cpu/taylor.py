@@ -58,7 +58,7 @@ def forward(inputs: AttentionInputs, options: AttentionOptions) -> ForwardResult
         keys = key_side(k[group], v[group], block_k, work, bias, options.causal)
         moments = Moments.of(keys)
         rows = _Rows.of(q[group], moments, of_heads(shift, 0, group), options)
-        ranked = block_map[group] = classify(rows.logits - rows.shift, choice)
+        ranked = block_map[group] = classify(rows.rank, choice)
         rows.keep(ranked)
         lists = Lists.of(ranked, choice.candidates is None)
         for part in _chunks(rows, keys, lists, block_q):
@@ -204,6 +204,8 @@ class _Rows:
     """b (G, Tm, Tn)."""
     logits: Tensor
     """scale qbar.kbar + b (G, Tm, Tn)."""
+    rank: Tensor
+    """What blocks are ranked by (G, Tm, Tn): the logits without shift and without a bound to w."""
     mixture: Tensor
     """a (G, Tm, Tn), after `keep`."""
 
@@ -217,8 +219,9 @@ class _Rows:
         bounded = spread > bound
         added = 0.0 if shift is None else shift.detach().to(work).view(-1, 1, 1)
         bias = torch.minimum(spread, bound) + moments.size + added
-        logits = (mean @ moments.mean.mT).mul_(scale) + bias
-        return cls(mean, squares, bounded, added, bias, logits, logits)
+        scores = (mean @ moments.mean.mT).mul_(scale)
+        logits = scores + bias
+        return cls(mean, squares, bounded, added, bias, logits, spread + scores + moments.size, logits)
 
     def keep(self, block_map: Tensor) -> None:
         """Have virtual keys at the marginal blocks of a block map (G, Tm, Tn) alone."""

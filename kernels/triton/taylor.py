@@ -31,11 +31,13 @@ class _Blocks(NamedTuple):
     moments: KeyMoments
     logits: torch.Tensor
     spreads: torch.Tensor
+    ranks: torch.Tensor | None
+    """What blocks are ranked by, of a forward."""
 
     @classmethod
-    def of(cls, operands: KernelInputs, options: BackwardOptions, steps: Steps) -> _Blocks:
+    def of(cls, operands: KernelInputs, options: BackwardOptions, steps: Steps, ranked: bool) -> _Blocks:
         queries, moments = query_moments(operands.q, options.block_q), steps.key_moments(operands, options)
-        return cls(queries, moments, *virtual_keys.virtual_logits(queries, moments, options.scale))
+        return cls(queries, moments, *virtual_keys.virtual_logits(queries, moments, options.scale, ranked))
 
     def virtual(self, block_map: torch.Tensor, shift: torch.Tensor | None) -> tuple[VirtualKeys, torch.Tensor]:
         """The virtual keys at the marginal blocks, and how rows mix their slopes."""
@@ -47,8 +49,9 @@ class _Blocks(NamedTuple):
 
 def forward(inputs: AttentionInputs, operands: KernelInputs, options: AttentionOptions, steps: Steps) -> ForwardResult:
     """Output, and what its backward needs, of one call; ``operands`` have no gate."""
-    blocks = _Blocks.of(operands, options, steps)
-    block_map, lists = classes(blocks.logits, operands, inputs.sparsity, options)
+    blocks = _Blocks.of(operands, options, steps, ranked=True)
+    assert blocks.ranks is not None
+    block_map, lists = classes(blocks.ranks, operands, inputs.sparsity, options)
     virtual, _ = blocks.virtual(block_map, inputs.shift)
     out, lse = steps.virtual_forward(operands, lists, virtual, options)
     return ForwardResult(out, out.new_empty(0), lse, block_map)
@@ -64,7 +67,7 @@ def backward(
 ) -> Gradients:
     """Gradients of the call with this ``block_map``, which is a constant."""
     q = operands.q
-    blocks = _Blocks.of(operands, options, steps)
+    blocks = _Blocks.of(operands, options, steps, ranked=False)
     moments = blocks.moments
     virtual, mixture = blocks.virtual(block_map, shift)
     rows = critical_lists(block_map, by_column=False, weights=operands.key_weights)

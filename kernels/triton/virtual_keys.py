@@ -92,6 +92,7 @@ def logit_kernel(
     sizes,
     logits,
     spreads,
+    ranks,
     scale,
     num_queries,
     num_keys,
@@ -99,6 +100,7 @@ def logit_kernel(
     TILE: tl.constexpr,
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_RANKS: tl.constexpr,
 ):
     batch_head = tl.program_id(0).to(tl.int64)
     queries = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -125,6 +127,8 @@ def logit_kernel(
     mask = (queries < num_queries)[:, None] & (keys < num_keys)[None, :]
     tl.store(logits + at, score * scale + bounded_spread(spread, size) + size, mask=mask)
     tl.store(spreads + at, spread, mask=mask)
+    if HAS_RANKS:
+        tl.store(ranks + at, score * scale + spread + size, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_keys", "num_heads", "width"])
@@ -491,12 +495,15 @@ def _lanes(items: int) -> tuple[int, int]:
     return lanes, max(1, min(8, lanes // 256))
 
 
-def virtual_logits(query_moments: torch.Tensor, moments: KeyMoments, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the mean query of each query block, the logit of each key block without shift, by which blocks are ranked; and
-    scale^2 / 2 mean(q^2).var, which is w up to its bound. Both float32 (B, H, Tm, Tn), contiguous."""
+def virtual_logits(
+    query_moments: torch.Tensor, moments: KeyMoments, scale: float, ranked: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Of the mean query of each query block, the logit of each key block without shift; scale^2 / 2 mean(q^2).var, which
+    is w up to its bound; and, if ``ranked``, the logit without the bound, by which blocks are ranked. All float32
+    (B, H, Tm, Tn), contiguous."""
     _, batch, heads, num_queries, head_dim = query_moments.shape
     num_keys = moments.sizes.shape[2]
-    logits, spreads = (query_moments.new_empty(batch, heads, num_queries, num_keys) for _ in range(2))
+    logits, spreads, *ranks = (query_moments.new_empty(batch, heads, num_queries, num_keys) for _ in range(2 + ranked))
     tile = 64 if max(num_queries, num_keys) > 64 else 32
     logit_kernel[(batch * heads, ceil_div(num_queries, tile), ceil_div(num_keys, tile))](
         query_moments[0],
@@ -506,6 +513,7 @@ def virtual_logits(query_moments: torch.Tensor, moments: KeyMoments, scale: floa
         moments.sizes,
         logits,
         spreads,
+        ranks[0] if ranked else logits,
         scale,
         num_queries,
         num_keys,
@@ -513,8 +521,9 @@ def virtual_logits(query_moments: torch.Tensor, moments: KeyMoments, scale: floa
         TILE=tile,
         STEP=32,
         PRECISION=FULL_PRECISION,
+        HAS_RANKS=ranked,
     )
-    return logits, spreads
+    return logits, spreads, ranks[0] if ranked else None
 
 
 def virtual_rows(

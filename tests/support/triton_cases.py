@@ -54,6 +54,8 @@ class Case:
     sparsity: tuple[int, int] | tuple[tuple[int, int], ...] | None = None
     causal: bool = False
     always: tuple[int, ...] = ()
+    uneven: bool = False
+    """The keys lie the further apart the later they are."""
 
     def __str__(self) -> str:
         changed = [
@@ -163,6 +165,8 @@ def inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs
     generator = torch.Generator(device).manual_seed(seed)
     tokens = (case.tokens, case.num_keys, case.num_keys, case.tokens)
     q, k, v, grad_out = (activation(replace(case, tokens=n), generator, dtype) for n in tokens)
+    if case.uneven:
+        k *= torch.linspace(0.5, 3, case.num_keys, device=device, dtype=dtype)[:, None]
     gate_dtype = case.gate_dtype or dtype
     dim, heads = case.head_dim, case.heads
     # v off zero: else the linear branch, a mean over many keys, is too small to be seen in the sum
@@ -338,5 +342,6 @@ VIRTUAL = [
     Case(tokens=200, batch=2, block_q=16, block_k=64, head_dim=32, causal=True, mask="-inf", linear=TAYLOR),
     Case(tokens=200, block_q=32, block_k=16, head_dim=32, always=(0, 17), sparsity=(100_000, 200_000), linear=TAYLOR),
     Case(tokens=200, block_q=32, block_k=16, head_dim=32, sparsity=((90_000, 0), (300_000, 100_000)), linear=TAYLOR),
+    Case(tokens=200, block_q=32, block_k=16, head_dim=32, topk=0.2, bottomk=0.3, linear=TAYLOR, uneven=True),
 ]
-"""Virtual keys: blocks that are short, with masks, causal, with budgets of each head."""
+"""Virtual keys: blocks that are short, with masks, causal, with budgets of each head, with w above its bound."""

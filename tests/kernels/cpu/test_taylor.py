@@ -72,6 +72,20 @@ def test_of_second_order_in_the_spread_of_keys() -> None:
     assert errors[0] > 3.5 * errors[1] > 3.5**2 * errors[2] > 0
 
 
+def test_blocks_are_ranked_by_a_weight_without_a_bound() -> None:
+    """Of blocks with the same mean key and w above its bound the one whose keys lie further apart is critical."""
+    torch.manual_seed(0)
+    q, v = torch.randn(1, 1, 64, 16).double(), torch.randn(1, 1, 64, 16).double()
+    off = torch.randn(1, 1, 4, 8, 16).double()
+    off = torch.cat([off, -off], dim=3) * torch.tensor([20.0, 40.0, 30.0, 10.0]).view(4, 1, 1)  # a mean of zero
+    k = off.flatten(2, 3)
+    for topk, critical in ((0.25, [1]), (0.5, [1, 2]), (0.75, [0, 1, 2])):
+        _, _, _, found = torch.ops.sla.forward.default(
+            q, k, v, None, None, None, None, 0.25, topk, 0.0, 16, 16, "softmax", "taylor"
+        )
+        assert (found[0, 0] == 1).nonzero().tolist() == [[row, block] for row in range(4) for block in critical]
+
+
 def test_opcheck() -> None:
     q, k, v = (torch.randn(1, 2, 50, 16, requires_grad=True) for _ in range(3))
     rest = (None, None, None, None, 0.25, 0.3, 0.0, 16, 16, "softmax", "taylor", False, None, torch.randn(2))
