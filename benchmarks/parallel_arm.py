@@ -177,6 +177,7 @@ class Arm:
                 self.call(what)
                 self.model.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()  # a replay allocates nothing, so that the capture's peak is its
         graph = torch.cuda.CUDAGraph()
         # Thread-local: the thread that watches over NCCL may ask for events meanwhile.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
@@ -189,7 +190,7 @@ class Arm:
         call = self.ready(what)
         self._synchronize()
         found: dict[str, Any] = {"first_s": self._slowest(time.perf_counter() - started)}
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and "graph" not in self.added:
             torch.cuda.reset_peak_memory_stats()
         times: list[float] = []
         launched: list[float] = []

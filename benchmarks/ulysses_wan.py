@@ -64,7 +64,8 @@ def rotated(x: Tensor, turn: Tensor) -> Tensor:
     """x (B, N, H, D) turned by ``turn`` (2, N, D / 2), float32."""
     first, second = x.float().chunk(2, dim=-1)
     cosine, sine = turn[:, None, :, None].unbind(0)
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1).to(x.dtype)
+    halves = first * cosine - second * sine, second * cosine + first * sine
+    return torch.cat([half.to(x.dtype) for half in halves], dim=-1)  # written to memory before it is packed, if it is
 
 
 class SelfAttention(nn.Module):
