@@ -36,7 +36,7 @@ from tests.support.models import (
 )
 from tests.support.paths import ROOT
 
-EAGER: dict[str, Any] = {"inner": "aot_eager"}
+EAGER: dict[str, Any] = {"inner": "eager"}
 STRICT = pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 
 

@@ -19,7 +19,7 @@ from tests.support.models import OPTIONS, WIDTH, CalledTwice, Model, TwoAttentio
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
 
-EAGER: dict[str, Any] = {"inner": "aot_eager"}
+EAGER: dict[str, Any] = {"inner": "eager"}
 
 
 def refused(*parts: str) -> Any:

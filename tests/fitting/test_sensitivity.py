@@ -16,7 +16,7 @@ from tests.support.allocation import BUDGET, batches, errors, prepared, topks, u
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
 
 
-EAGER: dict[str, Any] = {"inner": "aot_eager"}
+EAGER: dict[str, Any] = {"inner": "eager"}
 
 
 def output_error(model: nn.Module, data: list[tuple[Tensor]]) -> float:

@@ -49,7 +49,7 @@ def video(grid: tuple[int, ...] = GRID) -> Tensor:
     return torch.randn(1, 3, grid[0], 2 * grid[1], 2 * grid[2])
 
 
-SETTINGS = {**OPTIONS, "reorder": "tiles", "inner": "aot_eager"}
+SETTINGS = {**OPTIONS, "reorder": "tiles", "inner": "eager"}
 
 
 def test_the_grid_is_seen_in_a_whole_model_and_the_result_is_dense_at_topk_of_one() -> None:

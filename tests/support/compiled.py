@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 from tests.support.models import OPTIONS, randomize_gates
 
-EAGER: dict[str, Any] = {**OPTIONS, "inner": "aot_eager"}
+EAGER: dict[str, Any] = {**OPTIONS, "inner": "eager"}
 
 
 def graphs() -> int:
