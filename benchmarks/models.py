@@ -261,9 +261,9 @@ def notes(arms: Found, apart: dict[str, float]) -> Iterator[str]:
             yield from (f"{arm}, {what}: {count} graph breaks, {why}" for why, count in found.get("breaks", {}).items())
     for arm, difference in apart.items():
         yield f"{arm}: its output is {difference:.2%} from that without float8"
-    timed = {arm: Times.of(answers["forward"]["ms"]).median for arm, answers in arms.items() if "float8" in str(apart)}
-    if all(arm in timed for arm in USUAL_FLOAT8):
-        dense, *saved = (timed[arm] for arm in USUAL_FLOAT8)
+    timed = [arms.get(arm, {}).get("forward", {}).get("ms") for arm in USUAL_FLOAT8]
+    if all(timed):
+        dense, *saved = (Times.of(ms).median for ms in timed)
         sla, float8, both = (dense - ms for ms in saved)
         told = f"SLA saves {digits(sla)} ms, float8 {digits(float8)}, both {digits(both)}"
         yield f"{told}: {both / (sla + float8):.0%} of the sum"

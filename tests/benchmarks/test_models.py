@@ -89,6 +89,11 @@ def test_tables() -> None:
         "float8: its output is 1.00% from that without float8",
         "SLA saves 50 ms, float8 20, both -25: -36% of the sum",
     ]
+    failed = arms | {"flash": {"forward": {"failed": "OutOfMemoryError"}}, "SLA": {"forward": {"first_s": 9.0}}}
+    assert list(models.notes(failed, {"float8": 0.01}))[::2] == [
+        "flash, forward: OutOfMemoryError",
+        "float8: its output is 1.00% from that without float8",
+    ]
 
 
 @pytest.mark.parametrize("model", ON_META, ids=lambda model: model.of)
