@@ -14,8 +14,8 @@ floor is the model without self-attention, and attention's share what dense atte
 Every arm has a process and empty caches of its own (a cached graph would silently keep another arm's attention kernel).
 The arms of a model, or of ``--together`` models, compile side by side, so that the time of a first call is that of a
 busy machine (``--at-once 1``: of an idle one); then each is timed alone. Peak memory is of the timed calls. A model
-that --json has is not measured again, and an arm that fails is asked once more, alone. ``--seconds`` begins no models
-that would probably not end in time.
+that --json has, with as many layers, is not measured again, and an arm that fails is asked once more, alone.
+``--seconds`` begins no models that would probably not end in time.
 """
 
 from __future__ import annotations
@@ -171,11 +171,10 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
                 json.dumps(results, indent=1, default=lambda output: None)
             )  # outputs are compared and dropped
 
-    models = [PUBLISHED[name] for name in options.models if not complete(results["rows"].get(name), options.arms)]
-    if options.tiny:
-        models = [tiny(model) for model in models]
+    models = [tiny(PUBLISHED[name]) if options.tiny else PUBLISHED[name] for name in options.models]
     if options.layers:
         models = [replace(model, layers=dict.fromkeys(model.layers, options.layers)) for model in models]
+    models = [model for model in models if not complete(results["rows"].get(model.name), model, options.arms)]
     started, longest = time.perf_counter(), 0.0
     for at in range(0, len(models), options.together):
         group, began = models[at : at + options.together], time.perf_counter()
@@ -194,9 +193,11 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def complete(row: dict[str, Any] | None, arms: list[str]) -> bool:
-    """Whether a row of a file of results has every arm."""
-    return row is not None and all("ms" in row["arms"].get(arm, {}).get("forward", {}) for arm in arms)
+def complete(row: dict[str, Any] | None, model: Published, arms: list[str]) -> bool:
+    """Whether a row of a file of results is of this size of the model and has every arm."""
+    if row is None or (row["tokens"], row["layers"]) != (model.tokens, model.layers_in_words()):
+        return False
+    return all("ms" in row["arms"].get(arm, {}).get("forward", {}) for arm in arms)
 
 
 def tables(results: dict[str, Any]) -> Iterator[Any]:

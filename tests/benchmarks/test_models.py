@@ -96,6 +96,15 @@ def test_tables() -> None:
     ]
 
 
+def test_a_row_of_another_size_is_measured_again() -> None:
+    model = PUBLISHED[WAN]
+    row = {"tokens": model.tokens, "layers": model.layers_in_words(), "arms": {"SLA": {"forward": {"ms": [1.0]}}}}
+    assert models.complete(row, model, ["SLA"])
+    assert not models.complete(row, model, ["SLA", "floor"])
+    assert not models.complete(row, replace(model, layers=dict.fromkeys(model.layers, 1)), ["SLA"])
+    assert not models.complete(None, model, ["SLA"])
+
+
 @pytest.mark.parametrize("model", ON_META, ids=lambda model: model.of)
 def test_a_call_of_the_true_size(model: Published, monkeypatch: pytest.MonkeyPatch) -> None:
     longest = 0
