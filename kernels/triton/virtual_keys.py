@@ -498,8 +498,8 @@ def _lanes(items: int) -> tuple[int, int]:
 def virtual_logits(
     query_moments: torch.Tensor, moments: KeyMoments, scale: float, ranked: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Of the mean query of each query block, the logit of each key block without shift; scale^2 / 2 mean(q^2).var, that
-    is w up to its bound; and, if ``ranked``, the logit without the bound, by which blocks are ranked. All float32
+    """Of the mean query of each query block, the logit of each key block without shift; scale^2 / 2 mean(q^2).var,
+    which is w up to its bound; and, if ``ranked``, the logit without the bound, by which blocks are ranked. All float32
     (B, H, Tm, Tn), contiguous."""
     _, batch, heads, num_queries, head_dim = query_moments.shape
     num_keys = moments.sizes.shape[2]
