@@ -262,7 +262,7 @@ def notes(arms: Found, apart: dict[str, float]) -> Iterator[str]:
             yield from (f"{arm}, {what}: {count} graph breaks, {why}" for why, count in found.get("breaks", {}).items())
     for arm, difference in apart.items():
         yield f"{arm}: its output is {difference:.2%} from that without float8"
-    timed = [arms.get(arm, {}).get("forward", {}).get("ms") for arm in USUAL_FLOAT8]
+    timed: list[Any] = [arms.get(arm, {}).get("forward", {}).get("ms") for arm in USUAL_FLOAT8]
     if all(timed):
         dense, *saved = (Times.of(ms).median for ms in timed)
         sla, float8, both = (dense - ms for ms in saved)
