@@ -38,7 +38,7 @@ from sla_compile.passes.decide import Rewrite
 from sla_compile.passes.operands import REPLACED_BY, example
 from sla_compile.passes.parts import parts
 
-__all__ = ["calls_of", "compile_ahead", "start"]
+__all__ = ["calls_of", "compile_ahead", "compile_calls", "start"]
 
 log = logging.getLogger(__name__)
 
@@ -50,18 +50,23 @@ _asked: set[tuple[torch.device, OpCall]] = set()
 
 def compile_ahead(sites: Iterable[Site]) -> None:
     """Start to compile the kernels of the rewritten ``sites`` where that can help; raises nothing."""
-    if os.environ.get("SLA_COMPILE_AHEAD", "1") == "0" or os.environ.get("TRITON_INTERPRET", "0") == "1":
-        return
     try:
         for device, calls in calls_of(sites).items():
-            if device.type != "cuda" or torch.version.hip is not None:
-                continue
-            new = [call for call in calls if (device, call) not in _asked]
-            _asked.update((device, call) for call in new)
-            if new:
-                start(CompileJob(_gpu(device), tuple(new)), Path(triton_cache_folder(device)))
+            compile_calls(device, calls)
     except Exception:  # a compile must not fail for what only makes it faster
         log.debug("the kernels will be compiled when they are launched", exc_info=True)
+
+
+def compile_calls(device: torch.device, calls: Iterable[OpCall]) -> threading.Thread | None:
+    """Start to compile the kernels of those ``calls`` that were not asked for; what waits for them, None where nothing
+    was started."""
+    if os.environ.get("SLA_COMPILE_AHEAD", "1") == "0" or os.environ.get("TRITON_INTERPRET", "0") == "1":
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    new = [call for call in calls if (device, call) not in _asked]
+    _asked.update((device, call) for call in new)
+    return start(CompileJob(_gpu(device), tuple(new)), Path(triton_cache_folder(device))) if new else None
 
 
 def calls_of(sites: Iterable[Site]) -> dict[torch.device, list[OpCall]]:

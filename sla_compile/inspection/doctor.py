@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 import sla_compile
+from sla_compile.compiler.precompile import compile_calls
 from sla_compile.inspection.kernel_paths import KernelPath, kernel_paths
-from sla_compile.inspection.self_test import SelfTest, self_tests
+from sla_compile.inspection.self_test import SelfTest, calls_to_compile, self_tests
 
 __all__ = ["DoctorReport", "doctor"]
 
@@ -95,7 +96,7 @@ def doctor(*, self_test: bool = True) -> DoctorReport:
     on_gpu = torch.cuda.is_available()
     devices = [torch.device("cpu"), *([torch.device("cuda", torch.cuda.current_device())] if on_gpu else [])]
     paths = [path for device in reversed(devices) for path in kernel_paths(device)]
-    tests = [test for device in devices for test in self_tests(device)] if self_test else []
+    tests = [*_self_tests(devices)] if self_test else []
     caches = {name: _cache_state(folder) for name, folder in _cache_folders().items()}
     entry_point = "sla" in torch.compiler.list_backends(exclude_tags=None)
     versions = _versions()
@@ -111,6 +112,16 @@ def doctor(*, self_test: bool = True) -> DoctorReport:
     )
 
 
+def _self_tests(devices: Sequence[torch.device]) -> Iterator[SelfTest]:
+    """The CPU's first, while the kernels of a GPU are compiled on all cores."""
+    compiling = [compile_calls(device, calls_to_compile(device)) for device in devices if device.type == "cuda"]
+    for device in devices:
+        if device.type == "cuda":
+            for thread in filter(None, compiling):
+                thread.join()
+        yield from self_tests(device)
+
+
 def _problems(
     versions: dict[str, str], tests: list[SelfTest], caches: dict[str, str], entry_point: bool
 ) -> Iterator[str]:
@@ -121,7 +132,7 @@ def _problems(
         )
     for test in tests:
         if not test.passed:
-            wrong = test.message or f"relative error {test.error:.2g}, accepted up to {test.budget:g}"
+            wrong = test.message or f"relative error {test.error:.2g} of {test.worst}, accepted up to {test.budget:g}"
             yield f"self-test on {test.call}: {wrong}"
     for name, state in caches.items():
         folder, colon, wrong = state.partition(": ")

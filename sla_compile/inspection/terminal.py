@@ -102,7 +102,7 @@ class DoctorView:
         rows: list[tuple[Text | str, ...]] = []
         for test in self.report.tests:
             verdict = Text("passed", style="green") if test.passed else Text("failed", style="red")
-            error = test.message or f"{test.error:.1e} of {test.budget:.0e}"
+            error = test.message or f"{test.error:.1e} of {test.budget:.0e} ({test.worst})"
             rows.append((test.call, verdict, error, f"{test.seconds:.2f} s"))
         title = "self-test: output and gradients against the definition"
         yield from rows_of(title, ("call", "result", "relative error", "time"), rows, width)

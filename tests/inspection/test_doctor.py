@@ -13,11 +13,14 @@ import torch
 
 import sla_compile
 from sla_compile.__main__ import main
+from sla_compile.common.kernel_interface import AttentionInputs
+from sla_compile.common.options import AttentionOptions
 from sla_compile.inspection import doctor as module
 from sla_compile.inspection.kernel_paths import CallKind, kernel_path
-from sla_compile.inspection.self_test import self_tests
+from sla_compile.inspection.self_test import SelfTest, calls_to_compile, self_tests
 from sla_compile.kernels.cpu import attention as cpu
 from sla_compile.kernels.hopper import support
+from sla_compile.kernels.triton.compile_process import OpCall, TensorForm
 from tests.support.reports import assert_fits
 
 CPU = torch.device("cpu")
@@ -55,6 +58,40 @@ def test_wrong_numbers_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     for linear in ("marginal", "taylor"):
         assert ("float32", linear, False) in found
         assert ("bfloat16", linear, True) in found  # its own rounding is larger
+
+
+def test_what_is_compiled_ahead_is_what_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[OpCall] = []
+    forward = cpu.forward
+
+    def recorded(inputs: AttentionInputs, options: AttentionOptions) -> Any:
+        calls.append(OpCall(tuple(None if x is None else TensorForm.of(x) for x in inputs), options, backward=True))
+        return forward(inputs, options)
+
+    monkeypatch.setattr(cpu, "forward", recorded)
+    assert all(test.passed for test in self_tests(CPU))
+    assert calls == calls_to_compile(CPU)
+
+
+def test_kernels_of_a_gpu_are_compiled_beside_the_tests_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+
+    class Compiling:
+        def __init__(self, *_: Any) -> None:
+            happened.append("started")
+
+        def join(self) -> None:
+            happened.append("compiled")
+
+    def tests(device: torch.device) -> list[SelfTest]:
+        happened.append(f"tests on {device}")
+        return []
+
+    monkeypatch.setattr(module, "calls_to_compile", lambda device: [])
+    monkeypatch.setattr(module, "compile_calls", Compiling)
+    monkeypatch.setattr(module, "self_tests", tests)
+    assert [*module._self_tests([CPU, torch.device("cuda", 0)])] == []
+    assert happened == ["started", "tests on cpu", "compiled", "tests on cuda:0"]
 
 
 def test_what_raises_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
