@@ -13,8 +13,9 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statica
 __all__ = ["SkippablePairs", "UnknownRange", "default_min_tokens", "forced_tokens", "token_ranges"]
 
 # From the measured crossovers (benchmarks/RESULTS.md): on an H100 SLA is the faster one from 3072 tokens in a CUDA
-# graph, later where launches wait for the host. What is on meta is prepared for another device, a GPU as a rule.
-_DEFAULT_MIN_TOKENS = {"cpu": 768, "cuda": 4096, "meta": 4096}
+# graph; where launches wait for the host, as in a model without one, it was slower at 4352 tokens and faster at 6144.
+# What is on meta is prepared for another device, a GPU as a rule.
+_DEFAULT_MIN_TOKENS = {"cpu": 768, "cuda": 6144, "meta": 6144}
 
 
 def default_min_tokens(device: str) -> int:

@@ -121,7 +121,7 @@ class SLAConfig:
     softmax), too large (SLA2, arXiv 2602.12675); W and b cannot undo that, a number can. See docs/fine-tuning.md."""
 
     min_tokens: int | None = _setting(None, OPTIONAL_MIN_TOKENS)
-    """Attention over fewer tokens stays dense: SLA is not faster there. None: by the device, 4096 on a GPU, 768 on a
+    """Attention over fewer tokens stays dense: SLA is not faster there. None: by the device, 6144 on a GPU, 768 on a
     CPU. Range: any integer of at least 0."""
 
     always_critical: tuple[tuple[int, int | None], ...] | str = _setting((), TOKEN_RANGES)

@@ -88,9 +88,9 @@ def test_how_many_tokens_are_enough_by_default_depends_on_the_device() -> None:
     assert str(kept.sites[0].decision) == reason
     assert run(sdpa, *qkv(768), min_tokens=None)[0].rewritten == 1
     # What is on meta is prepared for another device, which is not known yet.
-    for tokens in (4095, 4096):
+    for tokens in (6143, 6144):
         capture, _ = run(sdpa, *qkv(tokens, device="meta"), min_tokens=None)
-        assert isinstance(capture.sites[0].decision, Keep) == (tokens < 4096)
+        assert isinstance(capture.sites[0].decision, Keep) == (tokens < 6144)
 
 
 def test_attention_of_a_plain_function_stays_dense() -> None:

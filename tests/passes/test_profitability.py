@@ -18,7 +18,7 @@ def test_least_is_the_first_length_with_enough_pairs(min_tokens: int, forced: in
 
 
 def test_default_min_tokens() -> None:
-    assert [default_min_tokens(device) for device in ("cpu", "cuda", "meta", "another")] == [768, 4096, 4096, 4096]
+    assert [default_min_tokens(device) for device in ("cpu", "cuda", "meta", "another")] == [768, 6144, 6144, 6144]
     accepted = SkippablePairs(767, 20, False, 0, 768, "cpu").accepted
     assert accepted == "queries x keys of at least min_tokens=768 squared, the default on cpu"
 
