@@ -1,6 +1,7 @@
 """The CUDA kernels by themselves: both directions beside SDPA, Gluon beside Triton, and where the time goes.
 
-    python benchmarks/kernels.py [--tokens 32760] [--blocks 128x128 64x64] [--run-time | --forms | --key-mask 0.1]
+    python benchmarks/kernels.py [--tokens 32760] [--blocks 128x128 64x64] [OPTION]  # one of these, or none:
+    --run-time, --forms, --key-mask 0.1, --causal
 
 The launchers are called without the library op around them, so no autograd or checks are timed; everything else is:
 classification, block states, attention, gate, every gradient. Milliseconds by CUDA events after a warm-up, the L2
@@ -14,6 +15,8 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +161,41 @@ def key_mask(inputs: list[torch.Tensor], blocks: list[tuple[int, int]], share: f
     console.print(table)
 
 
+def causal(inputs: list[torch.Tensor], blocks: list[tuple[int, int]], console: Console) -> None:
+    """Causal attention beside one with about as many critical blocks; ours in CUDA graphs."""
+    q, k, v, grad_out, weight, bias = inputs
+    table = Table("", "forward, ms", "backward, ms", title=f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+
+    def timed(options: AttentionOptions) -> tuple[str, str]:
+        call = AttentionInputs(q, k, v, weight, bias)
+        saved = triton_attention.forward(call, options)
+        share = (saved.block_map == 1).float().mean().item()
+        forward = graphed(lambda: triton_attention.forward(call, options))
+        return (
+            f"{share:.2%} critical",
+            forward,
+            graphed(lambda: triton_attention.backward(grad_out, call, saved, options)),
+        )
+
+    for block_q, block_k in blocks:
+        options = replace(options_of(block_q, block_k), causal=True)
+        share, *times = timed(options)
+        table.add_row(f"SLA {block_q}x{block_k}, {share}", *times)
+        with without_gluon():
+            table.add_row(f"SLA {block_q}x{block_k}, Triton alone", *timed(options)[1:])
+        count = -(-q.shape[2] // block_k)
+        as_many = round(float(share.split("%")[0]) / 100 * count) / count
+        share, *times = timed(options_of(block_q, block_k, round(as_many + 1e-4, 4)))
+        table.add_row(f"SLA {block_q}x{block_k}, not causal, {share}", *times)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        x = [t.detach().requires_grad_() for t in inputs[:3]]
+        dense_call = partial(torch.nn.functional.scaled_dot_product_attention, *x, is_causal=True)
+        out = dense_call()
+        backward = milliseconds(lambda: torch.autograd.grad(out, x, grad_out, retain_graph=True))
+        table.add_row("cuDNN SDPA, causal", milliseconds(dense_call), backward)
+    console.print(table)
+
+
 def stages(inputs: list[torch.Tensor], block_q: int, block_k: int, console: Console) -> None:
     """Time of each kernel of one call in each direction, by the profiler."""
     q, k, v, grad_out, weight, bias = inputs
@@ -184,6 +222,7 @@ def main() -> None:
     parser.add_argument(
         "--key-mask", type=float, metavar="SHARE", help="with a mask of the last keys, and nothing else"
     )
+    parser.add_argument("--causal", action="store_true", help="causal attention, and nothing else")
     parser.add_argument("--forms", action="store_true", help="the forms of the rest, and nothing else")
     options = parser.parse_args()
     console = Console()
@@ -192,6 +231,9 @@ def main() -> None:
     blocks = [(int(size_q), int(size_k)) for size_q, size_k in (name.split("x") for name in options.blocks)]
     if options.run_time:
         at_run_time(inputs, blocks, console)
+        return
+    if options.causal:
+        causal(inputs, blocks, console)
         return
     if options.key_mask is not None:
         key_mask(inputs, blocks, options.key_mask, console)

@@ -87,7 +87,7 @@ def ours(inputs: list[Tensor], block: int, lists: Tensor, block_map: Tensor) -> 
     q, k, v, grad_out = inputs
     options = options_of(HEAD_DIM, block, "none")
     steps: Steps = triton_steps
-    if hopper.usable(q, k, v, options=options):
+    if hopper.usable(q, k, v, options=options, has_key_mask=False):
         from sla_compile.kernels.hopper import steps as hopper_steps
 
         steps = hopper_steps

@@ -47,12 +47,13 @@ def key_steps(
     key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken, steps, scale,
     bias, grad_bias, first_tile, line_pitch, num_keys, key_bias, BLOCK_Q: gl.constexpr, TILE_Q: gl.constexpr,
     AHEAD: gl.constexpr, tile_layout: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_KEY_BIAS: gl.constexpr,
+    CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Add to dK and dV of 64 keys those of at least one tile of queries; and how many stages of the ring were taken.
 
     ``bias`` (block rows, keys), where there is one, is added to the logits of these queries, which are tiles from
     ``first_tile`` on, and its gradients go to ``grad_bias`` (tiles, keys); both begin at these keys. A ``key_bias`` is
-    the same for all queries.
+    the same for all queries. Causal, the first of these queries is ``first_tile`` ahead of the first key.
     """
     STAGES: gl.constexpr = ring.type.shape[0]
     ROWS: gl.constexpr = key_accumulator.shape[0]
@@ -101,6 +102,9 @@ def key_steps(
             exponents += own_added[:, None]
         if HAS_BIAS:
             exponents += (added * LOG2E)[:, None]
+        if CAUSAL:
+            queries = first_tile + step * TILE_Q + gl.arange(0, TILE_Q, layout=query_layout)
+            exponents = gl.where(queries[None, :] >= rows[:, None], exponents, float("-inf"))
         weights = gl.exp2(exponents)
         weights_operand = gl.convert_layout(weights.to(dtype), operand_layout)
         # [keys, queries] x [queries, dims]
@@ -187,6 +191,7 @@ def key_consumer(
     HAS_MOMENTS: gl.constexpr,
     HAS_OUTPUTS: gl.constexpr,
     HAS_MASK: gl.constexpr,
+    CAUSAL: gl.constexpr,
 ):
     """dK and dV of 64 keys: the linear branch's part from dh and dz, then one step for each tile of queries, last the
     moments' part."""
@@ -269,19 +274,32 @@ def key_consumer(
             of_variance = load_row(grad_spans + total_tiles * HEAD_DIM + slot, lanes, HEAD_DIM, PADDED_DIM)
             of_value = load_row(grad_values + slot, lanes, HEAD_DIM, PADDED_DIM)
         whole = count
+        if CAUSAL:
+            # blocks of queries on the diagonal come first
+            edge_block = key_tile * TILE_K // BLOCK_Q
+            last_key = gl.minimum((key_tile + 1) * TILE_K, num_keys) - 1
+            edge = gl.minimum(last_key // BLOCK_Q - edge_block + 1, count)
+            ahead = edge_block * BLOCK_Q - key_tile * TILE_K - CONSUMER * ROWS
+            whole = count - edge
+            if edge > 0:
+                key_accumulator, value_accumulator, taken = key_steps(
+                    key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken,
+                    edge * PARTS, scale, grad_normalizers, grad_normalizers, ahead, 0, 0, grad_normalizers, TILE_Q,
+                    TILE_Q, AHEAD, tile_layout, False, False, True,
+                )  # fmt: skip
         if HAS_MASK:
             whole = gl.where(kind > 0, 0, count)
             if whole < count:
                 key_accumulator, value_accumulator, taken = key_steps(
                     key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken,
                     count * PARTS, scale, grad_normalizers, grad_normalizers, 0, 0, 0, own_bias, TILE_Q, TILE_Q, AHEAD,
-                    tile_layout, False, True,
+                    tile_layout, False, True, False,
                 )  # fmt: skip
         if whole > 0:
             key_accumulator, value_accumulator, taken = key_steps(
                 key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken,
                 whole * PARTS, scale, grad_normalizers, grad_normalizers, 0, 0, 0, grad_normalizers, TILE_Q, TILE_Q,
-                AHEAD, tile_layout, False, False,
+                AHEAD, tile_layout, False, False, False,
             )  # fmt: skip
         if HAS_MOMENTS:
             if HAS_MASK:
@@ -390,6 +408,7 @@ def key_kernel(
     HAS_LINEAR: gl.constexpr,
     HAS_MOMENTS: gl.constexpr,
     HAS_MASK: gl.constexpr,
+    CAUSAL: gl.constexpr,
 ):
     CONSUMERS: gl.constexpr = TILE_K // 64
     # two programs side by side have no room for them
@@ -406,11 +425,11 @@ def key_kernel(
                 (key_consumer, (
                     buffers, barriers, grad_normalizers, moments, mask, grad_k_desc, grad_v_desc, scale, extents, 0,
                     TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS, HAS_OUTPUTS,
-                    HAS_MASK,
+                    HAS_MASK, CAUSAL,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, order, (), extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
-                    HAS_LINEAR, True, True, False, False, False, HAS_MOMENTS, False,
+                    HAS_LINEAR, True, True, False, False, False, HAS_MOMENTS, False, False,
                 )),
             ],
             [1],
@@ -422,16 +441,16 @@ def key_kernel(
                 (key_consumer, (
                     buffers, barriers, grad_normalizers, moments, mask, grad_k_desc, grad_v_desc, scale, extents, 0,
                     TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS, HAS_OUTPUTS,
-                    HAS_MASK,
+                    HAS_MASK, CAUSAL,
                 )),
                 (key_consumer, (
                     buffers, barriers, grad_normalizers, moments, mask, grad_k_desc, grad_v_desc, scale, extents, 1,
                     TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS, HAS_OUTPUTS,
-                    HAS_MASK,
+                    HAS_MASK, CAUSAL,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, order, (), extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
-                    HAS_LINEAR, True, True, False, False, False, HAS_MOMENTS, False,
+                    HAS_LINEAR, True, True, False, False, False, HAS_MOMENTS, False, False,
                 )),
             ],
             [4, 1],
@@ -528,6 +547,7 @@ def _backward_key(
         HAS_LINEAR=linear is not None,
         HAS_MOMENTS=moments is not None,
         HAS_MASK=weights is not None,
+        CAUSAL=options.causal,
         num_warps=4,
         maxnreg=168 if block_k == 128 else 128,
     )

@@ -25,6 +25,7 @@ from ..triton.primitives import LOG2E
 from ..triton.tiles import ceil_div
 from .pairs import make_buffers, matrix_of, pair_producer, split_pair
 from .primitives import (
+    edge_blocks,
     locate_tile,
     matrix_descriptor,
     multiprocessors,
@@ -42,9 +43,10 @@ __all__ = ["attention_backward_query", "fresh_gradients", "virtual_backward_quer
 def query_step(
     accumulator, query, grad, unit, full, empty, phase, row_lse, delta, scale, bias, share, TILE_K: gl.constexpr,
     tile_layout: gl.constexpr, scores_layout: gl.constexpr, operand_layout: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_SHARE: gl.constexpr,
+    HAS_SHARE: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """dQ of the pair of tiles in ``unit``, maybe with a ``bias``, which comes with it; and the rows' sums of P."""
+    """dQ of the pair of tiles in ``unit``, maybe with a ``bias``, which comes with it; and the rows' sums of P. Causal,
+    the first query is ``bias`` ahead of the first key."""
     dtype: gl.constexpr = unit.dtype
     ROWS: gl.constexpr = accumulator.shape[0]
     PADDED_DIM: gl.constexpr = accumulator.shape[1]
@@ -61,6 +63,10 @@ def query_step(
         vector_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
         added = view_as(bias, gl.float32, [TILE_K], vector_layout).load(gl.SliceLayout(0, scores_layout))
         exponents += (added * LOG2E)[None, :]
+    if CAUSAL:
+        rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, scores_layout))
+        keys = gl.arange(0, TILE_K, layout=gl.SliceLayout(0, scores_layout))
+        exponents = gl.where((bias + rows)[:, None] >= keys[None, :], exponents, float("-inf"))
     # at most 1 by the definition of lse; past the last key, where K is 0, it could be infinite
     weights = gl.exp2(gl.minimum(exponents, 0.0))
     if HAS_SHARE:
@@ -102,6 +108,7 @@ def query_consumer(
     HAS_VIRTUAL: gl.constexpr,
     MAKES_STATISTICS: gl.constexpr,
     HAS_MASK: gl.constexpr,
+    CAUSAL: gl.constexpr,
 ):
     """dQ of 64 queries, to which the linear branch's part, which is there already, is added; with virtual keys also its
     share of the tile's dS."""
@@ -187,7 +194,7 @@ def query_consumer(
                 accumulator, share = query_step(
                     accumulator, query, grad, ring.index(index), ring_full.index(index), ring_empty.index(index),
                     taken // STAGES & 1, row_lse, against, scale, bias_ring.index(index), share, TILE_K, tile_layout,
-                    scores_layout, operand_layout, True, True,
+                    scores_layout, operand_layout, True, True, False,
                 )  # fmt: skip
                 taken += 1
             factor = gl.convert_layout(share * scale, gl.SliceLayout(1, out_layout))
@@ -232,12 +239,17 @@ def query_consumer(
         whole = count
         if HAS_MASK:
             whole = count - gl.load(partial + line)
+        if CAUSAL:
+            row = query_tile * TILE_Q // BLOCK_Q
+            edge_block, edge, unseen = edge_blocks(query_tile * TILE_Q, row, num_queries, BLOCK_Q, TILE_Q, BLOCK_K)
+            count -= unseen
+            whole = count - edge
         for _step in range(whole * PARTS):
             index = taken % STAGES
             accumulator, share = query_step(
                 accumulator, query, grad, ring.index(index), ring_full.index(index), ring_empty.index(index),
                 taken // STAGES & 1, row_lse, delta, scale, bias_ring, share, TILE_K, tile_layout, scores_layout,
-                operand_layout, False, False,
+                operand_layout, False, False, False,
             )  # fmt: skip
             taken += 1
         if HAS_MASK:
@@ -246,7 +258,16 @@ def query_consumer(
                 accumulator, share = query_step(
                     accumulator, query, grad, ring.index(index), ring_full.index(index), ring_empty.index(index),
                     taken // STAGES & 1, row_lse, delta, scale, bias_ring.index(index), share, TILE_K, tile_layout,
-                    scores_layout, operand_layout, True, False,
+                    scores_layout, operand_layout, True, False, False,
+                )  # fmt: skip
+                taken += 1
+        if CAUSAL:
+            for step in range(edge * PARTS):
+                index = taken % STAGES
+                accumulator, share = query_step(
+                    accumulator, query, grad, ring.index(index), ring_full.index(index), ring_empty.index(index),
+                    taken // STAGES & 1, row_lse, delta, scale, first - edge_block * BLOCK_K - step * TILE_K, share,
+                    TILE_K, tile_layout, scores_layout, operand_layout, False, False, True,
                 )  # fmt: skip
                 taken += 1
         if HAS_LINEAR:
@@ -312,10 +333,12 @@ def query_kernel(
     HAS_VIRTUAL: gl.constexpr,
     MAKES_STATISTICS: gl.constexpr,
     HAS_MASK: gl.constexpr,
+    CAUSAL: gl.constexpr,
 ):
     CONSUMERS: gl.constexpr = TILE_Q // 64
     BIASES: gl.constexpr = 1 if HAS_VIRTUAL or HAS_MASK else 0
-    mask = (key_bias_desc, partial, bias_rows) if HAS_MASK else ()
+    causal_mask = (num_queries,) if CAUSAL else ()
+    mask = (key_bias_desc, partial, bias_rows) if HAS_MASK else causal_mask
     buffers, barriers = make_buffers(
         q_desc, k_desc, bias_desc, STAGES, CONSUMERS, BIASES, True, HAS_LINEAR, HAS_VIRTUAL
     )
@@ -330,11 +353,12 @@ def query_kernel(
                 (query_consumer, (
                     buffers, barriers, counts, partial, lse, statistics, virtual_statistics, out_desc, grad_slope_desc,
                     scale, num_queries, row_pitch, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM,
-                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS, HAS_MASK,
+                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS, HAS_MASK, CAUSAL,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, lists, mask, extents, BLOCK_Q, TILE_Q, BLOCK_K,
                     TILE_K, HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL, False, HAS_MASK,
+                    CAUSAL,
                 )),
             ],
             [1],
@@ -346,16 +370,17 @@ def query_kernel(
                 (query_consumer, (
                     buffers, barriers, counts, partial, lse, statistics, virtual_statistics, out_desc, grad_slope_desc,
                     scale, num_queries, row_pitch, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM,
-                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS, HAS_MASK,
+                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS, HAS_MASK, CAUSAL,
                 )),
                 (query_consumer, (
                     buffers, barriers, counts, partial, lse, statistics, virtual_statistics, out_desc, grad_slope_desc,
                     scale, num_queries, row_pitch, extents, 1, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM,
-                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS, HAS_MASK,
+                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS, HAS_MASK, CAUSAL,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, lists, mask, extents, BLOCK_Q, TILE_Q, BLOCK_K,
                     TILE_K, HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL, False, HAS_MASK,
+                    CAUSAL,
                 )),
             ],
             [4, 1],
@@ -459,6 +484,7 @@ def _backward_query(
         HAS_VIRTUAL=virtual is not None,
         MAKES_STATISTICS=makes_statistics,
         HAS_MASK=weights is not None,
+        CAUSAL=options.causal,
         num_warps=4,
         maxnreg=168 if tile_q == 128 else 128,
     )

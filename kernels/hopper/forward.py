@@ -28,6 +28,7 @@ from ..triton.primitives import LOG2E, bias_pitch
 from ..triton.tiles import ceil_div, head_stride
 from .primitives import (
     all_threads,
+    edge_blocks,
     load_row,
     load_tile,
     locate_tile,
@@ -114,6 +115,7 @@ def forward_producer(
     HAS_VIRTUAL: gl.constexpr,
     HAS_COUNTS: gl.constexpr,
     HAS_MASK: gl.constexpr,
+    CAUSAL: gl.constexpr,
 ):
     q_desc, k_desc, v_desc, state_desc, gate_desc, virtual_k_desc, virtual_v_desc = descriptors
     q_buffers, k_ring, v_ring, matrix_buffer, _out_buffers = buffers
@@ -140,6 +142,9 @@ def forward_producer(
             block = gl.load(row_list + gl.maximum(count - 1, 0), mask=count > 0, other=0)
             count = gl.maximum(count, 1)
         else:
+            if CAUSAL:
+                _first, _edge, unseen = edge_blocks(query_tile * TILE_Q, row, mask[0], BLOCK_Q, TILE_Q, TILE_K)
+                count -= unseen
             block = gl.load(row_list + count - 1)
 
         for consumer in gl.static_range(CONSUMERS):
@@ -236,12 +241,21 @@ def load_bias(buffer, TILE_K: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
+def hide_later_keys(scores, ahead, layout: gl.constexpr):
+    """-inf where a key comes after its query, of a tile whose first query is ``ahead`` of its first key."""
+    rows = gl.arange(0, scores.shape[0], layout=gl.SliceLayout(1, layout))
+    keys = gl.arange(0, scores.shape[1], layout=gl.SliceLayout(0, layout))
+    return gl.where((ahead + rows)[:, None] >= keys[None, :], scores, float("-inf"))
+
+
+@gluon.jit
 def forward_step(
     accumulator, operand, running_max, running_sum, critical_sum, query, rings, barriers, taken, scale_log2, added,
-    HAS_ADDED: gl.constexpr, FROM_RING: gl.constexpr,
+    ahead, HAS_ADDED: gl.constexpr, FROM_RING: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """The P V of the tile before, whose P is ``operand``, and the softmax of the next, to whose logits in base 2
-    ``added`` is added, or the bias in the ring ``added``; ``critical_sum`` is rescaled as the sum is."""
+    ``added`` is added, or the bias in the ring ``added``; ``critical_sum`` is rescaled as the sum is. Causal, the first
+    query is ``ahead`` of the next tile's first key, and a row may have had no key so far."""
     k_ring, v_ring = rings
     q_full, q_empty, k_full, k_empty, v_full, v_empty, matrix_full, matrix_empty = barriers
     STAGES: gl.constexpr = k_ring.type.shape[0]
@@ -267,14 +281,23 @@ def forward_step(
     if FROM_RING:
         added = load_bias(added.index(next_index), TILE_K, gl.SliceLayout(0, scores_layout))
     mbarrier.arrive(k_empty.index(next_index), count=1)
+    shift = running_max
     if HAS_ADDED:
         scores = scores * scale_log2 + added[None, :]
         new_max = gl.maximum(running_max, gl.max(scores, 1))
         weights = gl.exp2(scores - new_max[:, None])
+    elif CAUSAL:
+        scores = hide_later_keys(scores, ahead, scores_layout)
+        new_max = gl.maximum(running_max, gl.max(scores, 1) * scale_log2)
+        shift = gl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = gl.exp2(scores * scale_log2 - shift[:, None])
     else:
         new_max = gl.maximum(running_max, gl.max(scores, 1) * scale_log2)
         weights = gl.exp2(scores * scale_log2 - new_max[:, None])
-    rescale = gl.exp2(running_max - new_max)
+    if CAUSAL:
+        rescale = gl.exp2(running_max - shift)
+    else:
+        rescale = gl.exp2(running_max - new_max)
     running_sum = running_sum * rescale + gl.sum(weights, 1)
     critical_sum = critical_sum * rescale
     accumulator, operand = warpgroup_mma_wait(0, deps=(accumulating, operand))
@@ -317,6 +340,7 @@ def forward_consumer(
     HAS_BIAS: gl.constexpr,
     HAS_COUNTS: gl.constexpr,
     HAS_MASK: gl.constexpr,
+    CAUSAL: gl.constexpr,
 ):
     q_buffers, k_ring, v_ring, matrix_buffer, out_buffers = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty, matrix_full, matrix_empty = barriers
@@ -356,6 +380,11 @@ def forward_consumer(
             bias_ring, _bias_desc, partial, _bias_rows = mask
             biased = gl.maximum(gl.load(partial + line), 1)
             count = gl.maximum(count, 1)
+        elif CAUSAL:
+            edge_block, edge, unseen = edge_blocks(query_tile * TILE_Q, row, num_queries, BLOCK_Q, TILE_Q, TILE_K)
+            count -= unseen
+            # of the block that is last on the diagonal, which comes first
+            ahead = query_tile * TILE_Q + CONSUMER * ROWS - (edge_block + edge - 1) * TILE_K
         else:
             first_start = gl.load(lists + line * list_width + count - 1) * TILE_K
 
@@ -376,6 +405,12 @@ def forward_consumer(
             # a row without a key
             running_max = gl.where(running_max == float("-inf"), 0.0, running_max)
             weights = gl.exp2(scores - running_max[:, None])
+        elif CAUSAL:
+            mbarrier.arrive(k_empty.index(index), count=1)
+            scores = hide_later_keys(scores, ahead, scores_layout)
+            running_max = gl.max(scores, 1) * scale_log2
+            # a row that has had no key so far
+            weights = gl.exp2(scores * scale_log2 - gl.where(running_max == float("-inf"), 0.0, running_max)[:, None])
         else:
             mbarrier.arrive(k_empty.index(index), count=1)
             scores = gl.where((first_start + key_lanes < num_keys)[None, :], scores, float("-inf"))
@@ -390,14 +425,22 @@ def forward_consumer(
             for _step in range(biased - 1):
                 accumulator, operand, running_max, running_sum, _sum = forward_step(
                     accumulator, operand, running_max, running_sum, running_sum, query, rings, barriers, taken,
-                    scale_log2, bias_ring, True, True,
+                    scale_log2, bias_ring, 0, True, True, False,
                 )  # fmt: skip
                 taken += 1
             whole = count - biased
+        if CAUSAL:
+            for step in range(1, edge):
+                accumulator, operand, running_max, running_sum, _sum = forward_step(
+                    accumulator, operand, running_max, running_sum, running_sum, query, rings, barriers, taken,
+                    scale_log2, running_max, ahead + step * TILE_K, False, False, True,
+                )  # fmt: skip
+                taken += 1
+            whole = count - edge
         for _step in range(whole):
             accumulator, operand, running_max, running_sum, _sum = forward_step(
                 accumulator, operand, running_max, running_sum, running_sum, query, rings, barriers, taken, scale_log2,
-                running_max, False, False,
+                running_max, 0, False, False, False,
             )  # fmt: skip
             taken += 1
         # the part of the sum that critical keys have
@@ -412,7 +455,7 @@ def forward_consumer(
                 following = gl.load(row_bias + columns, mask=columns < num_virtual, other=float("-inf"))
                 accumulator, operand, running_max, running_sum, critical_sum = forward_step(
                     accumulator, operand, running_max, running_sum, critical_sum, query, rings, barriers, taken,
-                    scale_log2, added, True, False,
+                    scale_log2, added, 0, True, False, False,
                 )  # fmt: skip
                 taken += 1
         index = taken % STAGES
@@ -575,6 +618,7 @@ def attention_forward_kernel(
     HAS_BIAS: gl.constexpr,
     HAS_COUNTS: gl.constexpr,
     HAS_MASK: gl.constexpr,
+    CAUSAL: gl.constexpr,
 ):
     CONSUMERS: gl.constexpr = TILE_Q // 64
     q_buffers = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
@@ -594,7 +638,8 @@ def attention_forward_kernel(
         bias_ring = gl.allocate_shared_memory(
             gl.float32, [STAGES] + key_bias_desc.block_type.shape, key_bias_desc.layout
         )
-    mask = (bias_ring, key_bias_desc, partial, bias_rows) if HAS_MASK else ()
+    causal_mask = (num_queries,) if CAUSAL else ()
+    mask = (bias_ring, key_bias_desc, partial, bias_rows) if HAS_MASK else causal_mask
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -631,11 +676,11 @@ def attention_forward_kernel(
                     buffers, barriers, lists, counts, normalizers, bias, virtual_bias, mask, out_desc, linear_desc,
                     lse, scale_log2, stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
                     PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
-                    HAS_COUNTS, HAS_MASK,
+                    HAS_COUNTS, HAS_MASK, CAUSAL,
                 )),
                 (forward_producer, (
                     descriptors, buffers, barriers, lists, counts, mask, extents, BLOCK_Q, TILE_Q, TILE_K,
-                    MATRICES_IN_RINGS, HAS_LINEAR, HAS_VIRTUAL, HAS_COUNTS, HAS_MASK,
+                    MATRICES_IN_RINGS, HAS_LINEAR, HAS_VIRTUAL, HAS_COUNTS, HAS_MASK, CAUSAL,
                 )),
             ],
             [1],
@@ -648,17 +693,17 @@ def attention_forward_kernel(
                     buffers, barriers, lists, counts, normalizers, bias, virtual_bias, mask, out_desc, linear_desc,
                     lse, scale_log2, stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
                     PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
-                    HAS_COUNTS, HAS_MASK,
+                    HAS_COUNTS, HAS_MASK, CAUSAL,
                 )),
                 (forward_consumer, (
                     buffers, barriers, lists, counts, normalizers, bias, virtual_bias, mask, out_desc, linear_desc,
                     lse, scale_log2, stride_bh, num_queries, num_keys, extents, 1, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
                     PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
-                    HAS_COUNTS, HAS_MASK,
+                    HAS_COUNTS, HAS_MASK, CAUSAL,
                 )),
                 (forward_producer, (
                     descriptors, buffers, barriers, lists, counts, mask, extents, BLOCK_Q, TILE_Q, TILE_K,
-                    MATRICES_IN_RINGS, HAS_LINEAR, HAS_VIRTUAL, HAS_COUNTS, HAS_MASK,
+                    MATRICES_IN_RINGS, HAS_LINEAR, HAS_VIRTUAL, HAS_COUNTS, HAS_MASK, CAUSAL,
                 )),
             ],
             [4, 1],
@@ -749,6 +794,7 @@ def _forward(
         HAS_BIAS=bias is not None,
         HAS_COUNTS=lists.counts is not None,
         HAS_MASK=weights is not None,
+        CAUSAL=options.causal,
         num_warps=4,
         maxnreg=launch.registers,
     )

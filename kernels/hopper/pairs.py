@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .primitives import all_threads, load_tile, locate_tile, view_as
+from .primitives import all_threads, edge_blocks, load_tile, locate_tile, view_as
 
 __all__ = [
     "make_buffers",
@@ -77,11 +77,13 @@ def pair_producer(
     HAS_VIRTUAL: gl.constexpr,
     HAS_LAST_MATRIX: gl.constexpr,
     HAS_MASK: gl.constexpr,
+    CAUSAL: gl.constexpr,
 ):
     """Load a pair of own tiles, then through the ring (own tiles of saved outputs, a matrix, pairs of tiles of virtual
     keys with their bias and the matrix again, and) pairs of tiles (and their rows' statistics) of the listed blocks
     (and now a matrix); last, where there is one, what the output is to be added to. With a ``mask``, tiles of blocks
-    that are ``partial``, the last of each list, come with their keys' bias.
+    that are ``partial``, the last of each list, come with their keys' bias. ``CAUSAL`` leaves out key blocks of a row's
+    list that its tile does not see.
 
     With ``order``, of `longest_first`, programs take the next tile in it whenever they are done with one, and the
     consumers learn from ``turns`` which that is, -1 at the end, and how many blocks it has; without, each has its own.
@@ -115,6 +117,9 @@ def pair_producer(
         line = batch_head * num_lines + block
         listed = lists + line.to(gl.int64) * list_width
         count = gl.load(counts + line)
+        if CAUSAL:
+            _first, _edge, unseen = edge_blocks(own_tile * TILE, block, mask[0], BLOCK, TILE, LISTED_BLOCK)
+            count -= unseen
         entry = gl.load(listed, mask=count > 0, other=0)
 
         mbarrier.wait(own_empty, (turn & 1) ^ 1)

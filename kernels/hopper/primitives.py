@@ -21,6 +21,7 @@ from ..triton.primitives import LOG2E
 __all__ = [
     "all_threads",
     "descriptor_of",
+    "edge_blocks",
     "feature_map_backward",
     "load_row",
     "load_tile",
@@ -59,6 +60,16 @@ def locate_tile(tile, tiles_per_head, num_heads):
     """(query tile, batch, head) of a flat index; the tiles of one head are neighbours, so share L2."""
     batch_head = tile // tiles_per_head
     return tile % tiles_per_head, batch_head // num_heads, batch_head % num_heads
+
+
+@gluon.jit
+def edge_blocks(first_query, row, num_queries, BLOCK_Q: gl.constexpr, TILE_Q: gl.constexpr, BLOCK_K: gl.constexpr):
+    """In causal attention, of a tile of queries: the first of the key blocks on the diagonal, which end its row's list,
+    their number, and how many of that list come after them, which the tile does not see."""
+    first = first_query // BLOCK_K
+    last = (gl.minimum(first_query + TILE_Q, num_queries) - 1) // BLOCK_K
+    last_of_row = (gl.minimum((row + 1) * BLOCK_Q, num_queries) - 1) // BLOCK_K
+    return first, gl.maximum(last - first + 1, 0), last_of_row - last
 
 
 @gluon.jit

@@ -27,16 +27,16 @@ def available(device: int) -> bool:
     return known and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == HOPPER
 
 
-def usable(*tensors: torch.Tensor, options: BackwardOptions) -> bool:
+def usable(*tensors: torch.Tensor, options: BackwardOptions, has_key_mask: bool) -> bool:
     """Whether the Gluon kernels take this call: 16-bit, head dimension a multiple of 8 up to 128, blocks of 64 or more,
-    not causal.
+    causal only without a mask and with as many keys as queries.
 
     ``tensors`` (B, H, L, D) are `vector_readable`. A scale below zero would turn the maximum into a minimum.
     """
     first = tensors[0]
     return (
         first.is_cuda
-        and not options.causal
+        and not (options.causal and (has_key_mask or len({x.shape[2] for x in tensors}) > 1))
         and first.numel() > 0  # TMA has no axis of size 0
         and first.dtype in (torch.float16, torch.bfloat16)
         and first.shape[3] <= 128

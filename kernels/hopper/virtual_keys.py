@@ -108,6 +108,7 @@ def stretch_consumer(
                 steps, scale, bias + batch_head * num_rows * line_pitch + first_key,
                 grad_bias + batch_head * query_tiles * line_pitch + first_key, first, line_pitch,
                 num_virtual - first_key, bias, BLOCK_Q, TILE_Q, 1, tile_layout, True, False,
+                False,
             )  # fmt: skip
         fence_async_shared()
         mbarrier.arrive(own_empty, count=1)

@@ -40,7 +40,7 @@ def forward(inputs: AttentionInputs, options: AttentionOptions) -> ForwardResult
         gate = gate_matrix(weight, q.dtype) if weight is not None and has_linear else None
         weights = None if key_mask is None else key_weights(key_mask, options.block_k)
         operands = KernelInputs(q, k, v, gate, bias, weights)
-        steps = _steps(q, k, v, options=options)
+        steps = _steps(q, k, v, options=options, has_key_mask=key_mask is not None)
         if options.linear == TAYLOR:
             return taylor.forward(inputs, operands, options, steps)
         pooled_q = block_means(q, options.block_q)
@@ -74,7 +74,7 @@ def backward(
             linear_out = vector_readable(linear_out)
         operands = KernelInputs(q, k, v, gate, bias, weights)
         upstream = Upstream(grad_out, out, linear_out, lse)
-        steps = _steps(grad_out, q, k, v, options=options)
+        steps = _steps(grad_out, q, k, v, options=options, has_key_mask=key_mask is not None)
         if options.linear == TAYLOR:
             return taylor.backward(upstream, block_map, inputs.shift, operands, options, steps)
         linear = matrix = None
@@ -98,9 +98,9 @@ def backward(
         return Gradients(gradients.dq, dk, dv, dweight, dbias, q.new_empty(0))
 
 
-def _steps(*tensors: torch.Tensor, options: BackwardOptions) -> Steps:
+def _steps(*tensors: torch.Tensor, options: BackwardOptions, has_key_mask: bool) -> Steps:
     """Gluon's steps where they take a call with these ``tensors``, else Triton's."""
-    return _gluon() if hopper.usable(*tensors, options=options) else triton_steps
+    return _gluon() if hopper.usable(*tensors, options=options, has_key_mask=has_key_mask) else triton_steps
 
 
 def _gluon() -> Steps:

@@ -110,7 +110,7 @@ def _takes_gluon(device: torch.device, kind: CallKind) -> bool:
     from sla_compile.kernels.triton.tiles import vector_readable
 
     q = vector_readable(_empty(device, kind))
-    return support.usable(q, options=_options(kind))
+    return support.usable(q, options=_options(kind), has_key_mask=kind.mask == "keys")
 
 
 def _why_not_gluon(device: torch.device, kind: CallKind) -> str:

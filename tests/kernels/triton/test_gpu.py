@@ -135,6 +135,19 @@ KEY_MASKS = [
     Case(tokens=3003, head_dim=64, batch=2, mask="bool", sparsity=(100_000, 300_000), always=(60, 200, -70, 10**9)),
 ]
 
+CAUSAL = [
+    Case(tokens=1003, heads=3, head_dim=128, batch=2, topk=0.2, block_q=128, block_k=128, causal=True),
+    Case(tokens=1003, heads=36, head_dim=128, batch=2, topk=0.2, causal=True),
+    Case(tokens=1003, head_dim=72, block_q=256, topk=0.3, feature_map="elu", linear="all", causal=True),
+    Case(tokens=999, head_dim=128, block_k=128, topk=0.3, bottomk=0.5, feature_map="relu", causal=True),
+    Case(tokens=1001, head_dim=96, block_q=128, topk=0.2, sparsity=(100_000, 200_000), always=(0, 70), causal=True),
+    Case(tokens=300, head_dim=64, block_q=256, block_k=128, topk=0.5, weight="none", bias="none", causal=True),
+    Case(tokens=1003, heads=36, head_dim=128, block_q=128, block_k=128, weight="none", bias="none", causal=True),
+    Case(tokens=1003, heads=3, head_dim=128, topk=0.2, block_q=128, block_k=128, linear="taylor", causal=True),
+    Case(tokens=1003, head_dim=72, batch=2, topk=0.1, bottomk=0.0, linear="taylor", causal=True),
+    Case(tokens=1003, head_dim=64, block_q=256, topk=0.1, bottomk=0.0, linear="taylor", causal=True),
+]
+
 VIRTUAL_KEYS = [
     Case(tokens=1003, heads=3, head_dim=128, topk=0.2, block_q=128, block_k=128, linear="taylor"),
     Case(tokens=1003, heads=3, head_dim=72, batch=2, topk=0.1, bottomk=0.0, linear="taylor"),
@@ -162,7 +175,16 @@ MASKED_VIRTUAL_KEYS = [
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
 @pytest.mark.parametrize(
     "case",
-    [*LARGE_BLOCKS, *PAIRS_OF_BLOCKS, *MANY_TILES, *SPARSE_ALONE, *KEY_MASKS, *VIRTUAL_KEYS, *MASKED_VIRTUAL_KEYS],
+    [
+        *LARGE_BLOCKS,
+        *PAIRS_OF_BLOCKS,
+        *MANY_TILES,
+        *SPARSE_ALONE,
+        *KEY_MASKS,
+        *CAUSAL,
+        *VIRTUAL_KEYS,
+        *MASKED_VIRTUAL_KEYS,
+    ],
     ids=str,
 )
 def test_gluon_and_triton(case: Case, dtype: torch.dtype, gluon: bool, monkeypatch: pytest.MonkeyPatch) -> None:
