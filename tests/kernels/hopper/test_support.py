@@ -41,26 +41,36 @@ def activations(head_dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> Tens
 def test_takes(head_dim: int, dtype: torch.dtype) -> None:
     x = activations(head_dim, dtype)
     for block_q, block_k in ((64, 64), (128, 64), (256, 128)):
-        assert hopper.usable(x, x, x, options=replace(OPTIONS, block_q=block_q, block_k=block_k))
+        assert hopper.usable(x, x, x, options=replace(OPTIONS, block_q=block_q, block_k=block_k), has_key_mask=False)
 
 
 @pytest.mark.parametrize(
-    "change", [{"causal": True}, {"scale": -0.1}, {"scale": 0.0}, {"block_q": 32}, {"block_k": 256}, {"block_k": 16}]
+    "change", [{"scale": -0.1}, {"scale": 0.0}, {"block_q": 32}, {"block_k": 256}, {"block_k": 16}]
 )
 def test_leaves_options(change: dict[str, Any]) -> None:
     x = activations()
-    assert not hopper.usable(x, x, x, options=replace(OPTIONS, **change))
+    assert not hopper.usable(x, x, x, options=replace(OPTIONS, **change), has_key_mask=False)
+
+
+def test_takes_masks_of_keys_and_causal_attention_but_not_both() -> None:
+    x, longer = activations(), on_cuda(torch.zeros(1, 256, 2, 64, dtype=torch.bfloat16).transpose(1, 2))
+    causal = replace(OPTIONS, causal=True)
+    assert hopper.usable(x, x, x, options=OPTIONS, has_key_mask=True)
+    assert hopper.usable(x, longer, longer, options=OPTIONS, has_key_mask=True)
+    assert hopper.usable(x, x, x, options=causal, has_key_mask=False)
+    assert not hopper.usable(x, x, x, options=causal, has_key_mask=True)
+    assert not hopper.usable(x, longer, longer, options=causal, has_key_mask=False)
 
 
 def test_leaves_tensors() -> None:
     x = activations()
     on_the_cpu = torch.zeros(1, 2, 128, 64).bfloat16()
     for other in (activations(head_dim=256), activations(head_dim=36), activations(dtype=torch.float32), on_the_cpu):
-        assert not hopper.usable(other, other, other, options=OPTIONS)
+        assert not hopper.usable(other, other, other, options=OPTIONS, has_key_mask=False)
     # TMA wants strides above zero
     expanded = on_cuda(torch.zeros(1, 2, 128, 64, dtype=torch.bfloat16).expand(3, 2, 128, 64))
-    assert not hopper.usable(expanded, x, x, options=OPTIONS)
-    assert not hopper.usable(x, x, expanded, options=OPTIONS)
+    assert not hopper.usable(expanded, x, x, options=OPTIONS, has_key_mask=False)
+    assert not hopper.usable(x, x, expanded, options=OPTIONS, has_key_mask=False)
 
 
 def test_leaves_other_gpus_and_unknown_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
