@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +85,17 @@ def ours(
     return milliseconds(forward), milliseconds(lambda: triton_attention.backward(grad_out, call, saved, options))
 
 
-def dense(inputs: list[torch.Tensor], backend: SDPBackend, mask: torch.Tensor | None = None) -> tuple[str, str]:
+def dense(
+    inputs: list[torch.Tensor], backend: SDPBackend, mask: torch.Tensor | None = None, is_causal: bool = False
+) -> tuple[str, str]:
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
+
+    def call() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
+
     with sdpa_kernel(backend):
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
-        forward = milliseconds(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, mask))
+        out = call()
+        forward = milliseconds(call)
         return forward, milliseconds(lambda: torch.autograd.grad(out, (q, k, v), inputs[3], retain_graph=True))
 
 
@@ -166,7 +171,7 @@ def causal(inputs: list[torch.Tensor], blocks: list[tuple[int, int]], console: C
     q, k, v, grad_out, weight, bias = inputs
     table = Table("", "forward, ms", "backward, ms", title=f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
 
-    def timed(options: AttentionOptions) -> tuple[str, str]:
+    def timed(options: AttentionOptions) -> tuple[str, str, str]:
         call = AttentionInputs(q, k, v, weight, bias)
         saved = triton_attention.forward(call, options)
         share = (saved.block_map == 1).float().mean().item()
@@ -187,12 +192,7 @@ def causal(inputs: list[torch.Tensor], blocks: list[tuple[int, int]], console: C
         as_many = round(float(share.split("%")[0]) / 100 * count) / count
         share, *times = timed(options_of(block_q, block_k, round(as_many + 1e-4, 4)))
         table.add_row(f"SLA {block_q}x{block_k}, not causal, {share}", *times)
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        x = [t.detach().requires_grad_() for t in inputs[:3]]
-        dense_call = partial(torch.nn.functional.scaled_dot_product_attention, *x, is_causal=True)
-        out = dense_call()
-        backward = milliseconds(lambda: torch.autograd.grad(out, x, grad_out, retain_graph=True))
-        table.add_row("cuDNN SDPA, causal", milliseconds(dense_call), backward)
+    table.add_row("cuDNN SDPA, causal", *dense(inputs, SDPBackend.CUDNN_ATTENTION, is_causal=True))
     console.print(table)
 
 

@@ -82,7 +82,7 @@ CASES = [
 
 
 HOPPER_CASES = [
-    (Case(tokens=300, head_dim=72, block_q=256, block_k=128, linear="all"), torch.bfloat16),
+    (Case(tokens=300, head_dim=72, block_q=256, block_k=128, linear="all", causal=True), torch.bfloat16),
     (Case(tokens=300, head_dim=128, feature_map="elu"), torch.bfloat16),
     (Case(tokens=300, block_q=128, feature_map="relu", mask="bool", sparsity=(100_000, 100_000)), torch.float16),
     (Case(tokens=300, keys=200, head_dim=128, block_k=128, weight="none"), torch.bfloat16),
