@@ -25,6 +25,7 @@ from sla_compile.config import SLAConfig
 from sla_compile.fitting.observer import Arguments, Topk, no_gated_call_message, peek_first, prepared_or_rolled_back
 from sla_compile.fitting.ranks import over_ranks
 from sla_compile.fitting.sensitivity import OutputErrors, SiteSensitivity, measure_sites
+from sla_compile.fitting.water_fill import water_fill
 from sla_compile.gate import gates, model_config, owner_path
 
 __all__ = ["LADDER", "AllocationReport", "SiteAllocation", "allocate", "choose"]
@@ -35,9 +36,6 @@ _OUTPUT_BATCHES = 4
 
 LADDER = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 """topks to choose from, in units of the budget."""
-
-_ROUNDING = 1e-9
-"""Relative difference that two sums of the same costs may have, when added in another order."""
 
 
 @dataclass(frozen=True)
@@ -203,61 +201,16 @@ def choose(
     outputs = OutputErrors(model, first_batches[:_OUTPUT_BATCHES], reached)
     if objective == "output":
         outputs.measure_effects(budget)
-    chosen: Mapping[str, Topk] = _water_fill(list(reached.values()), budget, _at_run_time(model))
+    chosen: Mapping[str, Topk] = water_fill([list(reached.values())], budget, at_run_time(model))[0]
     losses = outputs.relative_loss(uniform), outputs.relative_loss(chosen)
     if objective == "output" and losses[1] > losses[0]:
         chosen, losses = uniform, (losses[0], losses[0])
     return _report(model, count, budget, objective, losses, reached, chosen, known), chosen
 
 
-def _at_run_time(model: nn.Module) -> bool:
+def at_run_time(model: nn.Module) -> bool:
     """Whether the topk of every gate is in its buffer."""
     return all(gate.sparsity is not None for gate in gates(model).values())
-
-
-@dataclass
-class _SharedTopk:
-    """Attentions that get one topk: their loss and cost at each rung, and the rung they are on."""
-
-    members: list[SiteSensitivity]
-    rungs: tuple[float, ...]
-    """Those that all members have, ascending."""
-    loss: list[float]
-    """For each rung, the members' relative losses, weighted by their effect on the output and summed."""
-    cost: list[float]
-    """For each rung, pairs of tokens in critical blocks."""
-    rung: int = 0
-    """Index of the rung they are on."""
-
-    @classmethod
-    def of_heads(cls, site: SiteSensitivity) -> list[_SharedTopk]:
-        """One for each head of ``site``."""
-        weight, heads = 1.0 if site.effect is None else site.effect, site.squared_errors.shape[1]
-        losses = [[weight * loss for loss in site.relative_losses(head)] for head in range(heads)]
-        return [cls([site], site.rungs, loss, [part / heads for part in site.critical]) for loss in losses]
-
-    @classmethod
-    def of(cls, members: list[SiteSensitivity]) -> _SharedTopk:
-        shared = set(members[0].rungs).intersection(*(member.rungs for member in members))
-        rungs = tuple(sorted(shared))
-        places = [[member.rungs.index(rung) for rung in rungs] for member in members]
-        weights = [1.0 if member.effect is None else member.effect for member in members]
-        losses = [[w * loss for loss in member.relative_losses()] for w, member in zip(weights, members, strict=True)]
-        loss = [sum(own[p[i]] for own, p in zip(losses, places, strict=True)) for i in range(len(rungs))]
-        cost = [sum(m.critical[p[i]] for m, p in zip(members, places, strict=True)) for i in range(len(rungs))]
-        return cls(members, rungs, loss, cost)
-
-    def best_raise(self, room: float) -> tuple[float, int] | None:
-        """The raise to a higher rung, of those that cost at most ``room``, that removes most loss per cost.
-
-        Returns that ratio and the index of the rung; None if no raise removes any loss.
-        """
-        raises: list[tuple[float, int]] = []
-        for rung in range(self.rung + 1, len(self.rungs)):
-            gain, cost = self.loss[self.rung] - self.loss[rung], self.cost[rung] - self.cost[self.rung]
-            if gain > 0 and cost <= room:
-                raises.append((gain / cost if cost > 0 else math.inf, rung))
-        return max(raises, default=None)
 
 
 def _check_arguments(budget: float, ladder: Sequence[float], objective: str, max_batches: int | None) -> None:
@@ -268,38 +221,6 @@ def _check_arguments(budget: float, ladder: Sequence[float], objective: str, max
         raise ValueError(f"objective: got {objective!r}; accepted: one of {OBJECTIVES}")
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches: got {max_batches}; accepted: an integer of at least 1, or None")
-
-
-def _water_fill(sites: list[SiteSensitivity], budget: float, at_run_time: bool) -> dict[str, Topk]:
-    """topk by gate path: the raises that remove most loss per cost, from the lowest rungs up to the budget's cost.
-
-    Attentions of one module get one topk, unless it is set ``at_run_time``, in the buffer of each gate; those of
-    a site with ``by_head`` one for each head.
-    """
-    by_key: dict[str, list[SiteSensitivity]] = {}
-    for site in sites:
-        if not site.by_head:
-            by_key.setdefault(site.path if at_run_time else owner_path(site.path), []).append(site)
-    heads = {site.path: _SharedTopk.of_heads(site) for site in sites if site.by_head}
-    groups = [*map(_SharedTopk.of, by_key.values()), *chain.from_iterable(heads.values())]
-    total = sum(group.cost[group.rungs.index(budget)] for group in groups)
-    room = total * (1 + _ROUNDING) - sum(group.cost[0] for group in groups)
-    while True:
-        raises = [(found, group) for group in groups if (found := group.best_raise(room)) is not None]
-        if not raises:
-            break
-        (_, rung), group = max(raises, key=lambda item: item[0][0])
-        room -= group.cost[rung] - group.cost[group.rung]
-        group.rung = rung
-    for group in groups:  # as many blocks as with the budget: at other lengths the budget's share of them
-        even = group.rungs.index(budget)
-        if group.cost[even] == group.cost[group.rung] and group.loss[even] <= group.loss[group.rung]:
-            group.rung = even
-    uniform = sum(group.loss[group.rungs.index(budget)] for group in groups)
-    if sum(group.loss[group.rung] for group in groups) > uniform:
-        return {site.path: budget for site in sites}
-    chosen: dict[str, Topk] = {site.path: group.rungs[group.rung] for group in groups for site in group.members}
-    return chosen | {path: tuple(own.rungs[own.rung] for own in groups) for path, groups in heads.items()}
 
 
 def _report(
@@ -355,7 +276,7 @@ def _report(
 def _set_topks(model: nn.Module, first: Arguments, chosen: Mapping[str, Topk]) -> None:
     """Give each gate its chosen topk: in its buffer where all have one, else by overrides of the settings."""
     found, config = gates(model), model_config(model)
-    if _at_run_time(model):
+    if at_run_time(model):
         with torch.no_grad():
             for path, topk in chosen.items():
                 sparsity = found[path].sparsity

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import sla_compile
 from sla_compile.common.blocks import num_critical
-from sla_compile.fitting.allocation import _set_topks, _water_fill
+from sla_compile.fitting.allocation import _set_topks
 from sla_compile.fitting.sensitivity import SiteSensitivity
+from sla_compile.fitting.water_fill import water_fill
 from tests.support.allocation import BLOCK, BUDGET, TOKENS, batches, errors, prepared, topks, uneven
 from tests.support.models import OPTIONS, WIDTH, CalledTwice, Model, TwoAttentions, assert_follows_definition
 
@@ -133,11 +134,11 @@ def test_never_worse_than_the_budget_spread_evenly() -> None:
 
     tempting = site("a.sla", (0.1, 0.2, 0.25), [1.0, 2.0, 2.5], [10.0, 5.1, 2.5])
     plain = site("b.sla", (0.1, 0.2), [1.0, 2.0], [10.0, 5.1])
-    assert _water_fill([tempting, plain], 0.2, True) == {"a.sla": 0.2, "b.sla": 0.2}
+    assert water_fill([[tempting, plain]], 0.2, True) == [{"a.sla": 0.2, "b.sla": 0.2}]
     roomy = site("b.sla", (0.1, 0.2), [0.5, 1.5], [10.0, 5.1])
-    assert _water_fill([tempting, roomy], 0.2, True) == {"a.sla": 0.2, "b.sla": 0.2}
+    assert water_fill([[tempting, roomy]], 0.2, True) == [{"a.sla": 0.2, "b.sla": 0.2}]
     worthless = site("b.sla", (0.1, 0.2), [1.0, 2.0], [10.0, 9.9])
-    assert _water_fill([tempting, worthless], 0.2, True) == {"a.sla": 0.25, "b.sla": 0.1}
+    assert water_fill([[tempting, worthless]], 0.2, True) == [{"a.sla": 0.25, "b.sla": 0.1}]
 
 
 @pytest.mark.parametrize(
