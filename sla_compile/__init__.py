@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from sla_compile.compiler.preparation import prepare
     from sla_compile.config import SLAConfig
     from sla_compile.fitting.allocation import AllocationReport, allocate
+    from sla_compile.fitting.allocation_by_time import allocate_by_time
     from sla_compile.fitting.calibration import CalibrationReport, calibrate
     from sla_compile.fitting.distillation import DistillationReport, distill
     from sla_compile.fitting.sparsity import anneal, set_sparsity
+    from sla_compile.fitting.sparsity_plan import SparsityPlan
     from sla_compile.gate import Gate, detach, gate_parameters, gates
     from sla_compile.inspection.atlas import Atlas, atlas
     from sla_compile.inspection.benchmark import BenchReport, bench
@@ -52,10 +54,12 @@ __all__ = [
     "Report",
     "RunCounters",
     "SLAConfig",
+    "SparsityPlan",
     "TokenOrderWarning",
     "UnmatchedPatternWarning",
     "UntrainedGatesWarning",
     "allocate",
+    "allocate_by_time",
     "anneal",
     "atlas",
     "bench",
@@ -95,7 +99,9 @@ _HOMES = {
     "Report": "reporting.model_report",
     "RunCounters": "inspection.counters",
     "SLAConfig": "config",
+    "SparsityPlan": "fitting.sparsity_plan",
     "allocate": "fitting.allocation",
+    "allocate_by_time": "fitting.allocation_by_time",
     "anneal": "fitting.sparsity",
     "atlas": "inspection.atlas",
     "bench": "inspection.benchmark",

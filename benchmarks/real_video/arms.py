@@ -38,6 +38,10 @@ class AnyArm(Protocol):
         """Its learning rate, of the model's weights, in units of the study's."""
 
     @property
+    def by_time(self) -> bool:
+        """Whether a batch is to hold like times, which choose its number of critical blocks."""
+
+    @property
     def sparsity(self) -> str:
         """As the tables have it."""
 
@@ -72,6 +76,7 @@ class Arm:
     """Layers that stay dense."""
     loss: Loss = "flow"
     rate: float = 1.0
+    by_time: bool = False
 
     def count(self, tokens: int) -> int:
         """Critical blocks of a row, on average."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Batch", "Windows", "noisy"]
+__all__ = ["LEVELS", "Batch", "Windows", "by_time", "noisy", "shifted"]
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """The video (B, 3, T, S, S) noisy but for frame 0, its time (B), the velocity that flow matching wants (as video)."""
@@ -22,6 +22,17 @@ Batch = tuple[Tensor, Tensor, Tensor]
 def shifted(uniform: Tensor, shift: float = 3.0) -> Tensor:
     """Times of flow matching, from 0 (data) to 1 (noise), moved towards noise as video models do."""
     return shift * uniform / (1 + (shift - 1) * uniform)
+
+
+LEVELS: tuple[float, ...] = tuple(shifted(torch.tensor([0.125, 0.375, 0.625, 0.875])).tolist())
+"""The middle of each quarter of the times: each stands for as many steps of a sampler."""
+
+
+def by_time(batches: Sequence[Batch]) -> list[Batch]:
+    """The same videos in batches of like times, from least noise to most."""
+    order = torch.cat([time for _, time, _ in batches]).argsort()
+    parts = [torch.cat(part)[order].split(len(batches[0][1])) for part in zip(*batches, strict=True)]
+    return list(zip(*parts, strict=True))
 
 
 def noisy(video: Tensor, time: Tensor, noise: Tensor) -> Batch:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from examples.study.video_dit import VideoDiTConfig, denoised, waves
+from sla_compile import SparsityPlan
 
 __all__ = ["CONFIG", "Block", "RotaryVideoDiT", "fast_attention", "rotate", "rotation", "tile_order"]
 
@@ -125,13 +126,15 @@ class RotaryVideoDiT(nn.Module):
     """Predicts the velocity of a noisy video whose first frame is clean.
 
     tile: tokens stand in tiles of this shape (frames, rows, columns) inside the blocks, in raster order without it.
+    plan: how many blocks are critical at the mean time of a batch; without it as many at all times.
     """
 
     tile: tuple[int, int, int] | None
+    plan: SparsityPlan | None
 
     def __init__(self, config: VideoDiTConfig = CONFIG) -> None:
         super().__init__()
-        self.config, self.tile = config, None
+        self.config, self.tile, self.plan = config, None, None
         width = config.width
         self.embed = nn.Conv3d(config.channels + 1, width, kernel_size=config.patch, stride=config.patch)
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
@@ -154,6 +157,8 @@ class RotaryVideoDiT(nn.Module):
 
     def enter(self, video: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the first block takes: x (B, N, C) float32, the time's embedding (B, C), the rotation."""
+        if self.plan is not None:
+            self.plan.set(self, time)
         given = torch.zeros_like(video[:, :1])
         given[:, :, 0] = 1
         x = self.embed(torch.cat([video, given], dim=1))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import sla_compile
-from benchmarks.real_video.data import Batch
+from benchmarks.real_video.data import LEVELS, Batch, shifted
 from benchmarks.real_video.losses import LOSSES, Loss
 from benchmarks.real_video.measuring import autocast
 from benchmarks.real_video.model import RotaryVideoDiT
@@ -33,6 +33,8 @@ class PackageArm:
     """Of the model's weights, in units of the study's learning rate."""
     tile: tuple[int, int, int] | None = None
     """The model's tokens stand in tiles of this shape."""
+    by_time: bool = False
+    """Whether each head gets a topk for each quarter of the times, by ``allocate_by_time``, instead."""
 
     @property
     def sparsity(self) -> str:
@@ -48,10 +50,17 @@ class PackageArm:
         """Prepare the dense ``model``, fit it on ``batches``, and have its blocks compiled one by one."""
         model.tile = self.tile
         calls = [(video, time) for video, time, _ in batches]
-        by_head = {"topk_by": "head", "max_topk": min(1.0, 5 * self.topk)} if self.heads else {}
+        by_head = {"topk_by": "head", "max_topk": min(1.0, (10 if self.by_time else 5) * self.topk)}
         with autocast(model.head.weight.device):
-            sla_compile.prepare(model, calls[0], config={"topk": self.topk, **by_head, **self.settings})
-            if self.heads:
+            settings = {"topk": self.topk, **(by_head if self.heads else {}), **self.settings}
+            sla_compile.prepare(model, calls[0], config=settings)
+            if self.by_time:
+                size = len(calls) // len(LEVELS)
+                levels = {time: calls[size * at : size * (at + 1)] for at, time in enumerate(LEVELS)}
+                model.plan = sla_compile.allocate_by_time(model, levels, budget=self.topk)
+                print(model.plan, f"{sampled_topk(model.plan):.2%} on average over a sampling", sep="\n", flush=True)
+                calls = one_by_one(calls)
+            elif self.heads:
                 print(sla_compile.allocate(model, calls, budget=self.topk).title, flush=True)
             if self.calibrated:
                 sla_compile.calibrate(model, calls)
@@ -66,10 +75,24 @@ class PackageArm:
 
     def budgets(self, model: RotaryVideoDiT) -> list[Any]:
         """Of each layer: the topk, of each head where they differ."""
+        if model.plan is not None:
+            return [dict(level) for level in model.plan.to_dict()["levels"]]
         found: list[Any] = []
         for gate in sla_compile.gates(model).values():
             found.append(gate.shares()[0] if gate.sparsity is None else (gate.sparsity[..., 0] / 1e6).tolist())
         return found
+
+
+def one_by_one(calls: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """A call for each video, in any order, so that those held back from a fit have any time."""
+    found = [one for video, time in calls for one in zip(video.split(1), time.split(1), strict=True)]
+    return [found[at] for at in torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()]
+
+
+def sampled_topk(plan: sla_compile.SparsityPlan, steps: int = 24) -> float:
+    """The mean topk of a sampling with as many steps of Euler's method."""
+    times = shifted(torch.linspace(1, 0, steps + 1))[:-1].tolist()
+    return sum(plan.at(time).mean_topk for time in times) / steps
 
 
 _TAYLOR = {"linear": "taylor"}
@@ -83,16 +106,23 @@ PACKAGE_ARMS = {
         "the package, taylor, a topk for each head, calibrated", _TAYLOR, heads=True, calibrated=True
     ),
 }
+PACKAGE_ARMS["package-taylor-levels-cal"] = replace(
+    PACKAGE_ARMS["package-taylor-heads-cal"],
+    title="the package, taylor, a topk for each head and quarter of the times, calibrated",
+    by_time=True,
+)
 _BEST = PACKAGE_ARMS["package-taylor-heads-cal"]
 for _tile in ((1, 8, 8), (2, 4, 8), (4, 4, 4)):
     _shape = "x".join(map(str, _tile))
     PACKAGE_ARMS[f"package-taylor-heads-cal-{_shape}"] = replace(
         _BEST, title=f"{_BEST.title}, tokens in tiles of {_shape}", tile=_tile
     )
-for _name in ("package-taylor-heads-cal", "package-taylor-heads-cal-1x8x8"):
+for _name in ("package-taylor-heads-cal", "package-taylor-heads-cal-1x8x8", "package-taylor-levels-cal"):
     _arm = PACKAGE_ARMS[_name]
     _settings = {**_arm.settings, "block_k": 32}
     PACKAGE_ARMS[f"{_name}-k32"] = replace(_arm, title=f"{_arm.title}, key blocks of 32", settings=_settings)
+    _settings = {**_settings, "block_q": 32}
+    PACKAGE_ARMS[f"{_name}-q32k32"] = replace(_arm, title=f"{_arm.title}, blocks of 32", settings=_settings)
 for _name in list(PACKAGE_ARMS):
     for _topk in (0.1, 0.03):
         PACKAGE_ARMS[f"{_name}@{1 - _topk:.0%}"] = replace(PACKAGE_ARMS[_name], topk=_topk)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.real_video.arms import ARMS, CLOSED, AnyArm
 from benchmarks.real_video.clips import load
-from benchmarks.real_video.data import Windows
+from benchmarks.real_video.data import LEVELS, Batch, Windows, by_time
 from benchmarks.real_video.losses import loss_of
 from benchmarks.real_video.measuring import Sampler, feature_distance, held_out_loss, psnr
 from benchmarks.real_video.model import CONFIG, RotaryVideoDiT, fast_attention
@@ -44,9 +44,10 @@ class Study:
         frames = TINY_FRAMES if tiny else options.frames
         self.train = Windows(train, (frames, stage.side), stage.batch, stage.oversample)
         measured = Windows(held_out, (frames, stage.side), stage.batch, stage.oversample)
-        self.held_out = measured.held_out(2 if tiny else options.held_out)
+        self.held_out = by_time(measured.held_out(4 if tiny else options.held_out))
         self.sampler = Sampler(measured, 1 if tiny else 2, 2 if tiny else 24)
         self.calibration = [self.train(CALIBRATION_SEED + index) for index in range(2 if tiny else 4)]
+        self.spread = by_time(self.train.held_out(4 if tiny else 8, CALIBRATION_SEED))
         self.tokens = frames * (stage.side // config.patch[1]) * (stage.side // config.patch[2])
         self.steps, self.lr, self.gate_lr = options.steps, options.lr, options.gate_lr
         self.device, self.tiny, self.folder = device, tiny, options.out
@@ -87,7 +88,7 @@ class Study:
     def closed(self, name: str) -> None:
         """An arm right after the switch."""
         began, arm = time.monotonic(), self.arm(name)
-        model = arm.put_into(self.fresh(), self.tokens, self.calibration)
+        model = arm.put_into(self.fresh(), self.tokens, self.spread if arm.by_time else self.calibration)
         row = self.measure(model, self.samples_wanted)
         row["seconds"], row["budgets"] = time.monotonic() - began, arm.budgets(model)
         self.add(name, row)
@@ -95,10 +96,19 @@ class Study:
             self.picture(name, self.samples)
         self.say(name, row, "dense")
 
+    def batch(self, seed: int, step: int, like_times: bool) -> Batch:
+        """The batch of a step; with ``like_times`` the videos of each four steps are sorted by their times."""
+        if not like_times:
+            return self.train(seed + step)
+        place = step % len(LEVELS)
+        if place == 0:
+            self.sorted = by_time([self.train(seed + step + number) for number in range(len(LEVELS))])
+        return self.sorted[place]
+
     def tune(self, name: str, seed: int) -> None:
         """An arm, fine-tuned."""
         began, arm = time.monotonic(), self.arm(name)
-        model = arm.put_into(self.fresh(), self.tokens, self.calibration)
+        model = arm.put_into(self.fresh(), self.tokens, self.spread if arm.by_time else self.calibration)
         row: dict[str, Any] = {"before": held_out_loss(model, self.held_out), "budgets": arm.budgets(model)}
         gates = arm.gates(model)
         known = {id(gate) for gate in gates}
@@ -117,7 +127,7 @@ class Study:
             share = min(1.0, (step + 1) / warm_up) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / self.steps)))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
-            batch = self.train(TUNING_SEED + SEED_STRIDE * seed + step)
+            batch = self.batch(TUNING_SEED + SEED_STRIDE * seed, step, arm.by_time)
             update(model, optimizer, loss_of(model, batch, arm.loss, self.dense))
             if step == 9:
                 self._wait()

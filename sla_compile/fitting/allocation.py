@@ -31,7 +31,7 @@ from sla_compile.gate import gates, model_config, owner_path
 __all__ = ["LADDER", "AllocationReport", "SiteAllocation", "allocate", "choose"]
 
 OBJECTIVES = ("output", "attention")
-_OUTPUT_BATCHES = 4
+OUTPUT_BATCHES = 4
 """How many batches, the first ones, errors of the model's output are measured on."""
 
 LADDER = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
@@ -169,10 +169,11 @@ def allocate(
         ValueError: a refused setting, a budget above a site's ``max_topk`` or 1 - bottomk, no batch, no gate reached,
             or numbers that are not finite. The model is then as it was.
     """
-    _check_arguments(budget, ladder, objective, max_batches)
+    check_spending(budget, ladder)
+    _check_arguments(objective, max_batches)
     model = unwrapped(model)
     first, stream = peek_first(batches, max_batches)
-    first_batches = list(islice(stream, _OUTPUT_BATCHES))
+    first_batches = list(islice(stream, OUTPUT_BATCHES))
     with over_ranks(model, group) as model, prepared_or_rolled_back(model, first, config):
         known = {path: SiteSensitivity.of_gate(path, gate, budget, ladder) for path, gate in gates(model).items()}
         count = measure_sites(model, chain(first_batches, stream), known)
@@ -198,7 +199,7 @@ def choose(
     """
     reached = {path: site for path, site in known.items() if site.calls}
     uniform = dict.fromkeys(reached, budget)
-    outputs = OutputErrors(model, first_batches[:_OUTPUT_BATCHES], reached)
+    outputs = OutputErrors(model, first_batches[:OUTPUT_BATCHES], reached)
     if objective == "output":
         outputs.measure_effects(budget)
     chosen: Mapping[str, Topk] = water_fill([list(reached.values())], budget, at_run_time(model))[0]
@@ -213,10 +214,14 @@ def at_run_time(model: nn.Module) -> bool:
     return all(gate.sparsity is not None for gate in gates(model).values())
 
 
-def _check_arguments(budget: float, ladder: Sequence[float], objective: str, max_batches: int | None) -> None:
+def check_spending(budget: float, ladder: Sequence[float]) -> None:
+    """Raise ValueError where ``budget`` is no topk, or ``ladder`` not made of finite numbers above 0."""
     SLAConfig.check_value("topk", budget)
     if not ladder or not all(0 < rung < math.inf for rung in ladder):
         raise ValueError(f"ladder: got {ladder!r}; accepted: at least one finite number above 0")
+
+
+def _check_arguments(objective: str, max_batches: int | None) -> None:
     if objective not in OBJECTIVES:
         raise ValueError(f"objective: got {objective!r}; accepted: one of {OBJECTIVES}")
     if max_batches is not None and max_batches < 1:

@@ -40,6 +40,11 @@ class OutputError:
         return distance / self.dense_square if self.dense_square > 0 else distance
 
     @property
+    def mean_square(self) -> float:
+        """The mean square of the dense output's numbers; 0 if it has none."""
+        return self.dense_square / max(1.0, total(sum(dense.numel() for dense in self.dense)))
+
+    @property
     def is_defined(self) -> bool:
         """Whether the dense output has floating-point tensors, and all their numbers are finite."""
         return total(len(self.dense)) > 0 and math.isfinite(self.dense_square)

@@ -118,6 +118,10 @@ class SiteSensitivity:
             return self.relative_loss(self.topk_before)
         return self.own_errors.sum().item() / max(self.dense_square, torch.finfo(torch.float64).tiny)
 
+    def of_heads(self, topk: Topk) -> tuple[float, ...]:
+        """``topk`` as one for each head."""
+        return topk if isinstance(topk, tuple) else (topk,) * self.squared_errors.shape[1]
+
     def critical_work(self, topk: Topk) -> float:
         """How much of ``work`` lies in critical blocks with these topks."""
         own = topk if isinstance(topk, tuple) else (topk,)

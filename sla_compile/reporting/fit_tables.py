@@ -15,8 +15,9 @@ from sla_compile.reporting.terminal import TABLE_WIDTH
 if TYPE_CHECKING:
     from sla_compile.fitting.allocation import SiteAllocation
     from sla_compile.fitting.calibration import CalibratedSite, SiteError
+    from sla_compile.fitting.sparsity_plan import PlanLevel, SparsityPlan
 
-__all__ = ["AllocationView", "CalibrationView", "ErrorsView"]
+__all__ = ["AllocationView", "CalibrationView", "ErrorsView", "PlanView"]
 
 
 class _SitesView:
@@ -117,3 +118,29 @@ class AllocationView(_SitesView):
     def sentence(self, site: SiteAllocation) -> str:
         topk, before, uniform, now = self.cells(site)
         return f"topk {topk}, error {before} -> {now} ({uniform} with the budget as topk)"
+
+
+class PlanView:
+    """The levels of a plan: mean, smallest and largest topk, and the error of the model's output."""
+
+    def __init__(self, plan: SparsityPlan) -> None:
+        self.plan = plan
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        plan = self.plan
+        title = f"topk {plan.mean_topk:.3g} on average over {len(plan.levels)} time(s), budget {plan.budget:g}"
+        yield Text(title, style="bold")
+        table = Table(
+            caption="relative error of the model's output: with the budget as topk everywhere, and as planned"
+        )
+        for name in ("time", "topk", "least to most", "budget", "planned"):
+            table.add_column(name, justify="right")
+        for level in plan.levels:
+            table.add_row(*map(Text, self._cells(level)))
+        yield table
+
+    def _cells(self, level: PlanLevel) -> tuple[str, ...]:
+        topks = [own for topk in level.topks.values() for own in (topk if isinstance(topk, tuple) else (topk,))]
+        errors = ("" if error is None else f"{error:.4f}" for error in (level.output_uniform, level.output))
+        spread = f"{100 * min(topks):.3g} to {100 * max(topks):.3g}%"
+        return f"{level.time:g}", f"{100 * level.mean_topk:.3g}%", spread, *errors

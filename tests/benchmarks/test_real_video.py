@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.real_video import report, study, train
 from benchmarks.real_video.arms import ARMS, Arm
 from benchmarks.real_video.clips import segments, split
-from benchmarks.real_video.data import Windows
+from benchmarks.real_video.data import LEVELS, Windows, by_time
 from benchmarks.real_video.fitting import allocate, calibrate, head_errors, install, walk
 from benchmarks.real_video.forms import Budget, Form, FormSpec
 from benchmarks.real_video.listed_attention import Routing, dense_reference, listed_attention
@@ -150,6 +150,18 @@ def test_budgets_are_kept_and_spent_where_errors_fall() -> None:
     assert allocate(errors, (1, 2, 4), 3) == [1, 1, 1]
 
 
+def test_batches_of_like_times_hold_the_same_videos() -> None:
+    batches = Windows(clips()[0], (4, 16), 2).held_out(4)
+    sorted_ones = by_time(batches)
+    times = torch.cat([time for _, time, _ in sorted_ones])
+    assert times.tolist() == sorted(torch.cat([time for _, time, _ in batches]).tolist())
+    assert [time.shape for _, time, _ in sorted_ones] == [(2,)] * 4
+    place = torch.cat([time for _, time, _ in batches]).argsort()[0]
+    for mine, theirs in zip(sorted_ones[0], batches[place // 2], strict=True):
+        assert torch.equal(mine[0], theirs[place % 2])
+    assert [(times < border).sum() for border in (0.5, 0.75, 0.9)] == [2, 4, 6]  # a quarter each, as LEVELS
+
+
 def test_tiles_change_nothing_of_a_dense_model() -> None:
     windows = Windows(clips()[0], (4, 16), 2)
     model = shaken(RotaryVideoDiT(train.TINY_CONFIG))
@@ -200,17 +212,30 @@ def test_from_pretraining_to_the_table(tmp_path: Path, monkeypatch: pytest.Monke
     train.main()  # nothing is left to do, and the state is as it was
     again = torch.load(tmp_path / "state/state.pt", weights_only=True)
     assert all(torch.equal(again["model"][name], value) for name, value in state["model"].items())
-    mine, theirs = "mass-gate-heads", "package-taylor-heads-cal"
-    tasks = ["--closed", "sparse", mine, theirs, "--tune", "dense", f"{mine}+features", theirs, "--steps", "2"]
+    mine, theirs, levels = "mass-gate-heads", "package-taylor-heads-cal", "package-taylor-levels-cal"
+    tasks = ["--closed", "sparse", mine, theirs, "--steps", "2"]
+    tasks += ["--tune", "dense", f"{mine}+features", theirs, f"{levels}+teacher"]
     monkeypatch.setattr(sys, "argv", ["study", *common, "--out", str(out), *tasks])
     study.main()
     results = json.loads((out / "results.json").read_text())
-    assert set(results) == {"dense", "sparse", mine, theirs, "dense/0", f"{mine}+features/0", f"{theirs}/0"}
+    assert set(results) == {
+        "dense",
+        "sparse",
+        mine,
+        theirs,
+        "dense/0",
+        f"{mine}+features/0",
+        f"{theirs}/0",
+        f"{levels}+teacher/0",
+    }
     counts = [sum(layer[0]) for layer in results[mine]["budgets"]]
     assert sum(counts) <= 2 * 2 * 2  # layers, heads, 15% of 16 blocks
     topks = torch.tensor(results[theirs]["budgets"])
     assert topks.shape == (2, 2)
     assert (16 * topks).int().clamp(min=1).sum() <= 2 * 2 * 2
+    found = results[f"{levels}+teacher/0"]["budgets"]
+    assert [level["time"] for level in found] == list(LEVELS)
+    assert sum(level["mean_topk"] for level in found) <= 4 * 0.15 * (1 + 1e-9)
     table = "\n".join(report.tables(results))
     assert "| virtual keys, w, S of the row, ranked by mass, gate, spread over heads | 95% |" in table
     assert (out / "mass-gate-heads-features-tuned.png").exists()
