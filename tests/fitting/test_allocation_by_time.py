@@ -16,7 +16,7 @@ import sla_compile
 from sla_compile.common.blocks import num_critical
 from sla_compile.fitting.sparsity_plan import PlanLevel, SparsityPlan
 from tests.support.allocation import BLOCK, BUDGET, TOKENS, batches, prepared, uneven
-from tests.support.models import OPTIONS, WIDTH, Model
+from tests.support.models import OPTIONS, Model
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
 
