@@ -35,6 +35,8 @@ class PackageArm:
     """The model's tokens stand in tiles of this shape."""
     by_time: bool = False
     """Whether each head gets a topk for each quarter of the times, by ``allocate_by_time``, instead."""
+    weights: tuple[float, ...] = (1.0,) * len(LEVELS)
+    """Of the errors at each of these times."""
 
     @property
     def sparsity(self) -> str:
@@ -57,7 +59,8 @@ class PackageArm:
             if self.by_time:
                 size = len(calls) // len(LEVELS)
                 levels = {time: calls[size * at : size * (at + 1)] for at, time in enumerate(LEVELS)}
-                model.plan = sla_compile.allocate_by_time(model, levels, budget=self.topk)
+                weights = dict(zip(LEVELS, self.weights, strict=True))
+                model.plan = sla_compile.allocate_by_time(model, levels, budget=self.topk, weights=weights)
                 print(model.plan, f"{sampled_topk(model.plan):.2%} on average over a sampling", sep="\n", flush=True)
                 calls = one_by_one(calls)
             elif self.heads:
@@ -111,13 +114,18 @@ PACKAGE_ARMS["package-taylor-levels-cal"] = replace(
     title="the package, taylor, a topk for each head and quarter of the times, calibrated",
     by_time=True,
 )
+_arm = PACKAGE_ARMS["package-taylor-levels-cal"]
+PACKAGE_ARMS["package-taylor-skewed-cal"] = replace(
+    _arm, title=f"{_arm.title}, errors at little noise count more", weights=(2.0, 1.0, 0.6, 0.4)
+)
+_LEVELS = ("package-taylor-levels-cal", "package-taylor-skewed-cal")
 _BEST = PACKAGE_ARMS["package-taylor-heads-cal"]
 for _tile in ((1, 8, 8), (2, 4, 8), (4, 4, 4)):
     _shape = "x".join(map(str, _tile))
     PACKAGE_ARMS[f"package-taylor-heads-cal-{_shape}"] = replace(
         _BEST, title=f"{_BEST.title}, tokens in tiles of {_shape}", tile=_tile
     )
-for _name in ("package-taylor-heads-cal", "package-taylor-heads-cal-1x8x8", "package-taylor-levels-cal"):
+for _name in ("package-taylor-heads-cal", "package-taylor-heads-cal-1x8x8", *_LEVELS):
     _arm = PACKAGE_ARMS[_name]
     _settings = {**_arm.settings, "block_k": 32}
     PACKAGE_ARMS[f"{_name}-k32"] = replace(_arm, title=f"{_arm.title}, key blocks of 32", settings=_settings)

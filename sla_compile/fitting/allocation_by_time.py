@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ def allocate_by_time(
     batches: Mapping[float, Iterable[Any]],
     *,
     budget: float = 0.05,
+    weights: Mapping[float, float] | None = None,
     config: SLAConfig | Mapping[str, Any] | None = None,
     ladder: Sequence[float] = LADDER,
     group: Any = None,
@@ -34,15 +36,16 @@ def allocate_by_time(
     """Choose a topk for each attention of ``model`` at each of several diffusion times, ``budget`` on average.
 
     Measured at each time is what `allocate` measures. The topks of all times are then chosen together, so that the
-    mean over the times of ||output - dense output||^2 is small: there are never more critical blocks in all than with
-    ``topk=budget`` at all times, and if no better choice is found, that is it. No topk of ``model`` changes:
-    ``SparsityPlan.set`` does that for a time. With ``topk_by="head"`` each head gets topks.
+    mean over the times of ||output - dense output||^2 is small, by which a flow loss grows. There are never more
+    critical blocks in all than with ``topk=budget`` at all times, and if no better choice is found, that is it. No topk
+    of ``model`` changes: ``SparsityPlan.set`` does that for a time. With ``topk_by="head"`` each head gets topks.
 
     Args:
         model: any module, prepared with ``max_topk``, compiled, or neither.
         batches: by time, in any units, what `allocate` takes; the batches of a time should have times near to it. Each
             time counts the same, so take times that stand for equally many steps of the sampler.
         budget: mean topk, weighted by each attention's work (its pairs of tokens).
+        weights: how much an error counts at some of these times, at others 1: more where fine-tuning repairs less.
         config: settings for ``prepare``; by default those the model has been prepared with.
         ladder: topks to choose from, in units of the budget; those beyond a site's range are left out.
         group: ranks with batches of their own, all to get the same topks; by default those of DDP or FSDP2.
@@ -50,12 +53,16 @@ def allocate_by_time(
     Raises:
         TypeError: ``model`` is no module, ``batches`` no mapping, ``group`` no group, or a batch is neither a tuple nor
             a mapping.
-        ValueError: a refused setting, a gate without ``max_topk``, a budget above a site's ``max_topk`` or 1 - bottomk,
-            no batch, no gate reached at a time, or numbers that are not finite. The model is then as it was.
+        ValueError: a refused setting or weight, a gate without ``max_topk``, a budget above a site's ``max_topk`` or
+            1 - bottomk, no batch, no gate reached at a time, or numbers that are not finite. The model is then as it was.
     """
     check_spending(budget, ladder)
     if not isinstance(batches, Mapping) or not batches or not all(isinstance(time, int | float) for time in batches):
         raise TypeError(f"batches: got {type(batches).__name__}; accepted: a mapping from times, numbers, to batches")
+    weights = dict(weights or {})
+    for time, weight in weights.items():
+        if time not in batches or not 0 < weight < math.inf:
+            raise ValueError(f"weights: got {weight!r} for {time!r}; accepted: numbers above 0, for times of batches")
     model = unwrapped(model)
     data = {float(time): list(peek_first(batches[time], None)[1]) for time in sorted(batches)}
     first = next(iter(data.values()))[0]
@@ -65,7 +72,8 @@ def allocate_by_time(
                 f"{type(model).__name__}: the topk of a gate is a constant of the compiled graph; accepted: a model "
                 f"prepared with max_topk, the most that topk will be: config={{'max_topk': 0.25}}"
             )
-        return _plan([_measured(model, time, own, budget, ladder) for time, own in data.items()], budget)
+        levels = [_measured(model, time, own, budget, ladder) for time, own in data.items()]
+        return _plan(levels, [weights.get(level.time, 1.0) for level in levels], budget)
 
 
 @dataclass
@@ -81,6 +89,10 @@ class _Level:
     def error(self, topks: Mapping[str, Topk]) -> float:
         """The mean square of the output's error with ``topks``."""
         return self.outputs.relative_loss(topks) * self.outputs.error.mean_square
+
+    def weighted(self, weight: float) -> list[SiteSensitivity]:
+        """Its sites, their effects ``weight`` times as large."""
+        return [dataclasses.replace(site, effect=weight * (site.effect or 0.0)) for site in self.sites.values()]
 
     def planned(self, topks: Mapping[str, Topk], budget: float) -> PlanLevel:
         """The level of a plan that gives this time ``topks``."""
@@ -111,7 +123,7 @@ def _measured(
     return _Level(time, reached, outputs)
 
 
-def _plan(levels: Sequence[_Level], budget: float) -> SparsityPlan:
+def _plan(levels: Sequence[_Level], weights: Sequence[float], budget: float) -> SparsityPlan:
     for level in levels:
         for path in levels[0].sites.keys() ^ level.sites.keys():
             raise ValueError(
@@ -119,8 +131,13 @@ def _plan(levels: Sequence[_Level], budget: float) -> SparsityPlan:
                 f"of one kind at all times"
             )
     uniform: list[Mapping[str, Topk]] = [dict.fromkeys(level.sites, budget) for level in levels]
-    chosen: list[Mapping[str, Topk]] = [*water_fill([list(level.sites.values()) for level in levels], budget, True)]
-    errors = [sum(level.error(own) for level, own in zip(levels, topks, strict=True)) for topks in (uniform, chosen)]
+    chosen: list[Mapping[str, Topk]] = [
+        *water_fill([level.weighted(own) for level, own in zip(levels, weights, strict=True)], budget, True)
+    ]
+    errors = [
+        sum(weight * level.error(own) for weight, level, own in zip(weights, levels, topks, strict=True))
+        for topks in (uniform, chosen)
+    ]
     if errors[1] > errors[0]:
         chosen = uniform
     found = [level.planned(topks, budget) for level, topks in zip(levels, chosen, strict=True)]

@@ -73,6 +73,9 @@ def test_a_time_counts_as_much_as_another_however_many_videos_it_has() -> None:
     plan = sla_compile.allocate_by_time(model, data, budget=BUDGET)
     again = sla_compile.allocate_by_time(model, {100: data[100], 900: data[900] * 3}, budget=BUDGET)
     assert [level.topks for level in again.levels] == [level.topks for level in plan.levels]
+    weighted = sla_compile.allocate_by_time(model, data, budget=BUDGET, weights={900: 1e6})
+    assert weighted.levels[1].mean_topk > plan.levels[1].mean_topk
+    assert weighted.mean_topk <= BUDGET * (1 + 1e-9)
 
 
 def test_levels_change_without_recompiling_and_the_model_computes_with_them() -> None:
@@ -162,6 +165,8 @@ def test_what_a_plan_does_not_fit_changes_nothing() -> None:
     [
         ({"budget": 0.0}, "topk: got 0.0"),
         ({"ladder": ()}, "ladder: got ()"),
+        ({"weights": {500: 2.0}}, "weights: got 2.0 for 500"),
+        ({"weights": {900: 0}}, "weights: got 0 for 900; accepted: numbers above 0"),
         ({"batches": lambda: {100: []}}, "batches: empty"),
         (
             {"batches": lambda: {100: batches(1), 900: [(batches(1)[0][0][:, :8],)]}},
