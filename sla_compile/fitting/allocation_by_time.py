@@ -54,7 +54,8 @@ def allocate_by_time(
         TypeError: ``model`` is no module, ``batches`` no mapping, ``group`` no group, or a batch is neither a tuple nor
             a mapping.
         ValueError: a refused setting or weight, a gate without ``max_topk``, a budget above a site's ``max_topk`` or
-            1 - bottomk, no batch, no gate reached at a time, or numbers that are not finite. The model is then as it was.
+            1 - bottomk, no batch, no gate reached at a time, or numbers that are not finite. The model is then as it
+            was.
     """
     check_spending(budget, ladder)
     if not isinstance(batches, Mapping) or not batches or not all(isinstance(time, int | float) for time in batches):
