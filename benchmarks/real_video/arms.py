@@ -38,8 +38,8 @@ class AnyArm(Protocol):
         """Its learning rate, of the model's weights, in units of the study's."""
 
     @property
-    def by_time(self) -> bool:
-        """Whether a batch is to hold like times, which choose its number of critical blocks."""
+    def levels(self) -> int:
+        """How many parts of the times have numbers of critical blocks of their own; 0: a batch may mix times."""
 
     @property
     def sparsity(self) -> str:
@@ -76,7 +76,7 @@ class Arm:
     """Layers that stay dense."""
     loss: Loss = "flow"
     rate: float = 1.0
-    by_time: bool = False
+    levels: int = 0
 
     def count(self, tokens: int) -> int:
         """Critical blocks of a row, on average."""

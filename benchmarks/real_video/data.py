@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["LEVELS", "Batch", "Windows", "by_time", "noisy", "shifted"]
+__all__ = ["Batch", "Windows", "by_time", "middles", "noisy", "shifted"]
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """The video (B, 3, T, S, S) noisy but for frame 0, its time (B), the velocity that flow matching wants (as video)."""
@@ -24,8 +24,9 @@ def shifted(uniform: Tensor, shift: float = 3.0) -> Tensor:
     return shift * uniform / (1 + (shift - 1) * uniform)
 
 
-LEVELS: tuple[float, ...] = tuple(shifted(torch.tensor([0.125, 0.375, 0.625, 0.875])).tolist())
-"""The middle of each quarter of the times: each stands for as many steps of a sampler."""
+def middles(parts: int) -> tuple[float, ...]:
+    """The middle of each of so many parts of the times, of which each stands for as many steps of a sampler."""
+    return tuple(shifted((torch.arange(parts) + 0.5) / parts).tolist())
 
 
 def by_time(batches: Sequence[Batch]) -> list[Batch]:

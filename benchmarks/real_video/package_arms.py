@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import sla_compile
-from benchmarks.real_video.data import LEVELS, Batch, shifted
+from benchmarks.real_video.data import Batch, middles, shifted
 from benchmarks.real_video.losses import LOSSES, Loss
 from benchmarks.real_video.measuring import autocast
 from benchmarks.real_video.model import RotaryVideoDiT
@@ -33,10 +33,14 @@ class PackageArm:
     """Of the model's weights, in units of the study's learning rate."""
     tile: tuple[int, int, int] | None = None
     """The model's tokens stand in tiles of this shape."""
-    by_time: bool = False
-    """Whether each head gets a topk for each quarter of the times, by ``allocate_by_time``, instead."""
-    weights: tuple[float, ...] = (1.0,) * len(LEVELS)
-    """Of the errors at each of these times."""
+    weights: tuple[float, ...] = ()
+    """Of the errors at each part of the times, of which there are as many. Each head then gets a topk for each part, by
+    ``allocate_by_time``; with none it has one for all times."""
+
+    @property
+    def levels(self) -> int:
+        """How many parts of the times there are."""
+        return len(self.weights)
 
     @property
     def sparsity(self) -> str:
@@ -52,14 +56,14 @@ class PackageArm:
         """Prepare the dense ``model``, fit it on ``batches``, and have its blocks compiled one by one."""
         model.tile = self.tile
         calls = [(video, time) for video, time, _ in batches]
-        by_head = {"topk_by": "head", "max_topk": min(1.0, (10 if self.by_time else 5) * self.topk)}
+        by_head = {"topk_by": "head", "max_topk": min(1.0, (10 if self.levels else 5) * self.topk)}
         with autocast(model.head.weight.device):
             settings = {"topk": self.topk, **(by_head if self.heads else {}), **self.settings}
             sla_compile.prepare(model, calls[0], config=settings)
-            if self.by_time:
-                size = len(calls) // len(LEVELS)
-                levels = {time: calls[size * at : size * (at + 1)] for at, time in enumerate(LEVELS)}
-                weights = dict(zip(LEVELS, self.weights, strict=True))
+            if self.levels:
+                times, size = middles(self.levels), len(calls) // self.levels
+                levels = {time: calls[size * at : size * (at + 1)] for at, time in enumerate(times)}
+                weights = dict(zip(times, self.weights, strict=True))
                 model.plan = sla_compile.allocate_by_time(model, levels, budget=self.topk, weights=weights)
                 print(model.plan, f"{sampled_topk(model.plan):.2%} on average over a sampling", sep="\n", flush=True)
                 calls = one_by_one(calls)
@@ -109,17 +113,18 @@ PACKAGE_ARMS = {
         "the package, taylor, a topk for each head, calibrated", _TAYLOR, heads=True, calibrated=True
     ),
 }
-PACKAGE_ARMS["package-taylor-levels-cal"] = replace(
-    PACKAGE_ARMS["package-taylor-heads-cal"],
-    title="the package, taylor, a topk for each head and quarter of the times, calibrated",
-    by_time=True,
-)
-_arm = PACKAGE_ARMS["package-taylor-levels-cal"]
-PACKAGE_ARMS["package-taylor-skewed-cal"] = replace(
-    _arm, title=f"{_arm.title}, errors at little noise count more", weights=(2.0, 1.0, 0.6, 0.4)
-)
-_LEVELS = ("package-taylor-levels-cal", "package-taylor-skewed-cal")
 _BEST = PACKAGE_ARMS["package-taylor-heads-cal"]
+for _name, _weights in {
+    "levels": (1.0,) * 4,
+    "skewed": (2.0, 1.0, 0.6, 0.4),
+    "levels8": (1.0,) * 8,
+    "skewed8": (2.4, 1.7, 1.2, 0.9, 0.7, 0.55, 0.45, 0.35),
+}.items():
+    _counts = "" if len(set(_weights)) == 1 else ", little noise counts more"
+    PACKAGE_ARMS[f"package-taylor-{_name}-cal"] = replace(
+        _BEST, title=f"{_BEST.title}, for each of {len(_weights)} parts of the times{_counts}", weights=_weights
+    )
+_LEVELS = [name for name, arm in PACKAGE_ARMS.items() if arm.weights]
 for _tile in ((1, 8, 8), (2, 4, 8), (4, 4, 4)):
     _shape = "x".join(map(str, _tile))
     PACKAGE_ARMS[f"package-taylor-heads-cal-{_shape}"] = replace(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.real_video.arms import ARMS, CLOSED, AnyArm
 from benchmarks.real_video.clips import load
-from benchmarks.real_video.data import LEVELS, Batch, Windows, by_time
+from benchmarks.real_video.data import Batch, Windows, by_time
 from benchmarks.real_video.losses import loss_of
 from benchmarks.real_video.measuring import Sampler, feature_distance, held_out_loss, psnr
 from benchmarks.real_video.model import CONFIG, RotaryVideoDiT, fast_attention
@@ -47,7 +47,6 @@ class Study:
         self.held_out = by_time(measured.held_out(4 if tiny else options.held_out))
         self.sampler = Sampler(measured, 1 if tiny else 2, 2 if tiny else 24)
         self.calibration = [self.train(CALIBRATION_SEED + index) for index in range(2 if tiny else 4)]
-        self.spread = by_time(self.train.held_out(4 if tiny else 8, CALIBRATION_SEED))
         self.tokens = frames * (stage.side // config.patch[1]) * (stage.side // config.patch[2])
         self.steps, self.lr, self.gate_lr = options.steps, options.lr, options.gate_lr
         self.device, self.tiny, self.folder = device, tiny, options.out
@@ -88,7 +87,7 @@ class Study:
     def closed(self, name: str) -> None:
         """An arm right after the switch."""
         began, arm = time.monotonic(), self.arm(name)
-        model = arm.put_into(self.fresh(), self.tokens, self.spread if arm.by_time else self.calibration)
+        model = arm.put_into(self.fresh(), self.tokens, self.fitted_on(arm))
         row = self.measure(model, self.samples_wanted)
         row["seconds"], row["budgets"] = time.monotonic() - began, arm.budgets(model)
         self.add(name, row)
@@ -96,19 +95,25 @@ class Study:
             self.picture(name, self.samples)
         self.say(name, row, "dense")
 
-    def batch(self, seed: int, step: int, like_times: bool) -> Batch:
-        """The batch of a step; with ``like_times`` the videos of each four steps are sorted by their times."""
-        if not like_times:
+    def fitted_on(self, arm: AnyArm) -> list[Batch]:
+        """Training batches; where the times are in parts, two of each part."""
+        if not arm.levels:
+            return self.calibration
+        return by_time(self.train.held_out((1 if self.tiny else 2) * arm.levels, CALIBRATION_SEED))
+
+    def batch(self, seed: int, step: int, levels: int) -> Batch:
+        """The batch of a step; with ``levels`` the videos of as many steps are sorted by their times."""
+        if not levels:
             return self.train(seed + step)
-        place = step % len(LEVELS)
+        place = step % levels
         if place == 0:
-            self.sorted = by_time([self.train(seed + step + number) for number in range(len(LEVELS))])
+            self.sorted = by_time([self.train(seed + step + number) for number in range(levels)])
         return self.sorted[place]
 
     def tune(self, name: str, seed: int) -> None:
         """An arm, fine-tuned."""
         began, arm = time.monotonic(), self.arm(name)
-        model = arm.put_into(self.fresh(), self.tokens, self.spread if arm.by_time else self.calibration)
+        model = arm.put_into(self.fresh(), self.tokens, self.fitted_on(arm))
         row: dict[str, Any] = {"before": held_out_loss(model, self.held_out), "budgets": arm.budgets(model)}
         gates = arm.gates(model)
         known = {id(gate) for gate in gates}
@@ -127,7 +132,7 @@ class Study:
             share = min(1.0, (step + 1) / warm_up) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / self.steps)))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
-            batch = self.batch(TUNING_SEED + SEED_STRIDE * seed, step, arm.by_time)
+            batch = self.batch(TUNING_SEED + SEED_STRIDE * seed, step, arm.levels)
             update(model, optimizer, loss_of(model, batch, arm.loss, self.dense))
             if step == 9:
                 self._wait()
