@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Batch", "Windows", "by_time", "middles", "noisy", "shifted"]
+__all__ = ["Batch", "Windows", "by_time", "noisy", "part_middles", "shifted", "unshifted"]
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """The video (B, 3, T, S, S) noisy but for frame 0, its time (B), the velocity that flow matching wants (as video)."""
@@ -24,9 +24,14 @@ def shifted(uniform: Tensor, shift: float = 3.0) -> Tensor:
     return shift * uniform / (1 + (shift - 1) * uniform)
 
 
-def middles(parts: int) -> tuple[float, ...]:
-    """The middle of each of so many parts of the times, of which each stands for as many steps of a sampler."""
-    return tuple(shifted((torch.arange(parts) + 0.5) / parts).tolist())
+def unshifted(time: Tensor, shift: float = 3.0) -> Tensor:
+    """The reverse of ``shifted``: in this unit the steps of a sampler are even."""
+    return time / (shift - (shift - 1) * time)
+
+
+def part_middles(parts: int) -> tuple[float, ...]:
+    """The middle, ``unshifted``, of each of so many parts of the times with equally many steps of a sampler."""
+    return tuple((part + 0.5) / parts for part in range(parts))
 
 
 def by_time(batches: Sequence[Batch]) -> list[Batch]:
@@ -94,6 +99,18 @@ class Windows:
             video = self.videos(seed + number)
             generator = torch.Generator(self.device).manual_seed(seed + number)
             found.append(noisy(video, time, torch.randn(video.shape, generator=generator, device=self.device)))
+        return found
+
+    def of_parts(self, parts: int, batches: int, seed: int) -> list[list[Batch]]:
+        """For each part of the times as many batches: the same videos and noise, times spread evenly in it."""
+        found: list[list[Batch]] = [[] for _ in range(parts)]
+        for number in range(batches):
+            video = self.videos(seed + number)
+            generator = torch.Generator(self.device).manual_seed(seed + number)
+            noise = torch.randn(video.shape, generator=generator, device=self.device)
+            within = (torch.arange(number, batches * self.batch, batches) + 0.5) / (batches * self.batch)
+            for part, own in enumerate(found):
+                own.append(noisy(video, shifted((part + within) / parts).to(self.device), noise))
         return found
 
     def _window(self, generator: torch.Generator) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.real_video.data import unshifted
 from examples.study.video_dit import VideoDiTConfig, denoised, waves
 from sla_compile import SparsityPlan
 
@@ -126,7 +127,7 @@ class RotaryVideoDiT(nn.Module):
     """Predicts the velocity of a noisy video whose first frame is clean.
 
     tile: tokens stand in tiles of this shape (frames, rows, columns) inside the blocks, in raster order without it.
-    plan: how many blocks are critical at the mean time of a batch; without it as many at all times.
+    plan: how many blocks are critical at the mean time, ``unshifted``, of a batch; without it as many at all times.
     """
 
     tile: tuple[int, int, int] | None
@@ -158,7 +159,7 @@ class RotaryVideoDiT(nn.Module):
     def enter(self, video: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the first block takes: x (B, N, C) float32, the time's embedding (B, C), the rotation."""
         if self.plan is not None:
-            self.plan.set(self, time)
+            self.plan.set(self, unshifted(time))
         given = torch.zeros_like(video[:, :1])
         given[:, :, 0] = 1
         x = self.embed(torch.cat([video, given], dim=1))

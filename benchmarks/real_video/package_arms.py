@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import sla_compile
-from benchmarks.real_video.data import Batch, middles, shifted
+from benchmarks.real_video.data import Batch, part_middles
 from benchmarks.real_video.losses import LOSSES, Loss
 from benchmarks.real_video.measuring import autocast
 from benchmarks.real_video.model import RotaryVideoDiT
@@ -61,11 +61,13 @@ class PackageArm:
             settings = {"topk": self.topk, **(by_head if self.heads else {}), **self.settings}
             sla_compile.prepare(model, calls[0], config=settings)
             if self.levels:
-                times, size = middles(self.levels), len(calls) // self.levels
+                times, size = part_middles(self.levels), len(calls) // self.levels
                 levels = {time: calls[size * at : size * (at + 1)] for at, time in enumerate(times)}
                 weights = dict(zip(times, self.weights, strict=True))
                 model.plan = sla_compile.allocate_by_time(model, levels, budget=self.topk, weights=weights)
-                print(model.plan, f"{sampled_topk(model.plan):.2%} on average over a sampling", sep="\n", flush=True)
+                print(
+                    model.plan, f"{sampled(model.plan):.2%} critical on average over a sampling", sep="\n", flush=True
+                )
                 calls = one_by_one(calls)
             elif self.heads:
                 print(sla_compile.allocate(model, calls, budget=self.topk).title, flush=True)
@@ -96,10 +98,9 @@ def one_by_one(calls: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Ten
     return [found[at] for at in torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()]
 
 
-def sampled_topk(plan: sla_compile.SparsityPlan, steps: int = 24) -> float:
-    """The mean topk of a sampling with as many steps of Euler's method."""
-    times = shifted(torch.linspace(1, 0, steps + 1))[:-1].tolist()
-    return sum(plan.at(time).mean_topk for time in times) / steps
+def sampled(plan: sla_compile.SparsityPlan, steps: int = 24) -> float:
+    """The mean share of critical blocks over a sampling with as many steps of Euler's method."""
+    return sum(plan.at((step + 1) / steps).critical or 0.0 for step in range(steps)) / steps
 
 
 _TAYLOR = {"linear": "taylor"}

@@ -96,10 +96,11 @@ class Study:
         self.say(name, row, "dense")
 
     def fitted_on(self, arm: AnyArm) -> list[Batch]:
-        """Training batches; where the times are in parts, two of each part."""
+        """Training batches; where the times are in parts, those of each part after the other."""
         if not arm.levels:
             return self.calibration
-        return by_time(self.train.held_out((1 if self.tiny else 2) * arm.levels, CALIBRATION_SEED))
+        parts = self.train.of_parts(arm.levels, 1 if self.tiny else 16 // arm.levels, CALIBRATION_SEED)
+        return [batch for of_part in parts for batch in of_part]
 
     def batch(self, seed: int, step: int, levels: int) -> Batch:
         """The batch of a step; with ``levels`` the videos of as many steps are sorted by their times."""

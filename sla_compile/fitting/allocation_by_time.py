@@ -42,8 +42,9 @@ def allocate_by_time(
 
     Args:
         model: any module, prepared with ``max_topk``, compiled, or neither.
-        batches: by time, in any units, what `allocate` takes; the batches of a time should have times near to it. Each
-            time counts the same, so take times that stand for equally many steps of the sampler.
+        batches: by time, in any units, what `allocate` takes; the batches of a time should have times near to it, and
+            best the same data at all times. Each time counts the same, so take times that stand for equally many steps
+            of the sampler: units in which its steps are even make the nearest time the right one.
         budget: mean topk, weighted by each attention's work (its pairs of tokens).
         weights: how much an error counts at some of these times, at others 1: more where fine-tuning repairs less.
         config: settings for ``prepare``; by default those the model has been prepared with.
@@ -102,6 +103,7 @@ class _Level:
             time=self.time,
             topks={path: topk if self.sites[path].by_head else topk[0] for path, topk in own.items()},
             mean_topk=sum(sum(own[path]) / len(own[path]) * site.work for path, site in self.sites.items()),
+            critical=sum(site.critical_work(own[path]) for path, site in self.sites.items()),
             output_uniform=math.sqrt(self.outputs.relative_loss(dict.fromkeys(topks, budget))),
             output=math.sqrt(self.outputs.relative_loss(topks)),
         )

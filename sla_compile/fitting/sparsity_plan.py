@@ -29,6 +29,8 @@ class PlanLevel:
     """By gate path: of the attention, or with ``topk_by="head"`` of each of its heads."""
     mean_topk: float
     """Weighted by each attention's work."""
+    critical: float | None = None
+    """Share of all pairs of blocks that is critical: rows have whole blocks, so it is below ``mean_topk``."""
     output_uniform: float | None = None
     """||output - dense output|| / ||dense output|| at this time with the budget as topk everywhere."""
     output: float | None = None
@@ -43,7 +45,7 @@ class SparsityPlan:
     """
 
     budget: float
-    """Mean topk over the levels, of which each stands for equally many steps."""
+    """Together the levels, each of which stands for as many steps, have at most the critical blocks of this topk."""
     levels: tuple[PlanLevel, ...]
     """Ascending in time."""
     _tables: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, compare=False)

@@ -123,6 +123,11 @@ class AllocationView(_SitesView):
 class PlanView:
     """The levels of a plan: mean, smallest and largest topk, and the error of the model's output."""
 
+    caption = (
+        "topk, share of the blocks that is critical, relative error of the model's output: with the budget as topk "
+        "everywhere, and as planned"
+    )
+
     def __init__(self, plan: SparsityPlan) -> None:
         self.plan = plan
 
@@ -133,7 +138,7 @@ class PlanView:
         table = Table(
             caption="relative error of the model's output: with the budget as topk everywhere, and as planned"
         )
-        for name in ("time", "topk", "least to most", "budget", "planned"):
+        for name in ("time", "topk", "least to most", "critical", "budget", "planned"):
             table.add_column(name, justify="right")
         for level in plan.levels:
             table.add_row(*map(Text, self._cells(level)))
@@ -143,4 +148,5 @@ class PlanView:
         topks = [own for topk in level.topks.values() for own in (topk if isinstance(topk, tuple) else (topk,))]
         errors = ("" if error is None else f"{error:.4f}" for error in (level.output_uniform, level.output))
         spread = f"{100 * min(topks):.3g} to {100 * max(topks):.3g}%"
-        return f"{level.time:g}", f"{100 * level.mean_topk:.3g}%", spread, *errors
+        critical = "" if level.critical is None else f"{100 * level.critical:.3g}%"
+        return f"{level.time:g}", f"{100 * level.mean_topk:.3g}%", spread, critical, *errors

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.real_video import report, study, train
 from benchmarks.real_video.arms import ARMS, Arm
 from benchmarks.real_video.clips import segments, split
-from benchmarks.real_video.data import Windows, by_time, middles
+from benchmarks.real_video.data import Windows, by_time, part_middles, shifted, unshifted
 from benchmarks.real_video.fitting import allocate, calibrate, head_errors, install, walk
 from benchmarks.real_video.forms import Budget, Form, FormSpec
 from benchmarks.real_video.listed_attention import Routing, dense_reference, listed_attention
@@ -160,7 +160,11 @@ def test_batches_of_like_times_hold_the_same_videos() -> None:
     for mine, theirs in zip(sorted_ones[0], batches[place // 2], strict=True):
         assert torch.equal(mine[0], theirs[place % 2])
     assert [(times < border).sum() for border in (0.5, 0.75, 0.9)] == [2, 4, 6]
-    assert middles(4) == pytest.approx((0.3, 9 / 14, 5 / 6, 21 / 22))
+    torch.testing.assert_close(unshifted(shifted(times)), times)
+    (first, second), (_, noisier) = Windows(clips()[0], (4, 16), 2).of_parts(2, 2, seed=0)
+    torch.testing.assert_close(unshifted(torch.cat([first[1], second[1]])), torch.tensor([1, 5, 3, 7]) / 16)
+    torch.testing.assert_close(unshifted(noisier[1]), torch.tensor([11, 15]) / 16)
+    assert torch.equal(noisier[2], second[2])  # the same noise and video
 
 
 def test_tiles_change_nothing_of_a_dense_model() -> None:
@@ -235,8 +239,8 @@ def test_from_pretraining_to_the_table(tmp_path: Path, monkeypatch: pytest.Monke
     assert topks.shape == (2, 2)
     assert (16 * topks).int().clamp(min=1).sum() <= 2 * 2 * 2
     found = results[f"{levels}+teacher/0"]["budgets"]
-    assert [level["time"] for level in found] == list(middles(4))
-    assert sum(level["mean_topk"] for level in found) <= 4 * 0.15 * (1 + 1e-9)
+    assert [level["time"] for level in found] == list(part_middles(4))
+    assert sum(level["critical"] for level in found) <= 4 * 2 / 16  # 15% of 16 blocks
     table = "\n".join(report.tables(results))
     assert "| virtual keys, w, S of the row, ranked by mass, gate, spread over heads | 95% |" in table
     assert (out / "mass-gate-heads-features-tuned.png").exists()

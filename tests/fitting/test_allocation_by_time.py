@@ -55,13 +55,12 @@ def test_the_time_that_needs_them_gets_more_blocks(settings: dict[str, Any]) -> 
     assert (sharp.time, flat.time) == (100.0, 900.0)
     assert sharp.mean_topk > 1.3 * BUDGET > BUDGET > 1.3 * flat.mean_topk
     assert 0.8 * BUDGET < plan.mean_topk <= BUDGET * (1 + 1e-9)
-    blocks = [
-        num_critical(own, TOKENS // BLOCK)
-        for level in plan.levels
-        for topk in level.topks.values()
-        for own in (topk if isinstance(topk, tuple) else (topk,))
-    ]
-    assert sum(blocks) <= len(blocks) * num_critical(BUDGET, TOKENS // BLOCK)
+    blocks = TOKENS // BLOCK
+    for level in plan.levels:
+        topks = [topk if isinstance(topk, tuple) else (topk,) for topk in level.topks.values()]
+        counts = [num_critical(own, blocks) for topk in topks for own in topk]
+        assert level.critical == pytest.approx(sum(counts) / len(counts) / blocks)
+    assert (sharp.critical or 0) + (flat.critical or 0) <= 2 * num_critical(BUDGET, blocks) / blocks + 1e-9
     assert sharp.output is not None
     assert sharp.output_uniform is not None
     assert sharp.output < 0.9 * sharp.output_uniform
