@@ -75,7 +75,9 @@ def allocate_by_time(
                 f"prepared with max_topk, the most that topk will be: config={{'max_topk': 0.25}}"
             )
         levels = [_measured(model, time, own, budget, ladder) for time, own in data.items()]
-        return _plan(levels, [weights.get(level.time, 1.0) for level in levels], budget)
+        plan = _plan(levels, [weights.get(level.time, 1.0) for level in levels], budget)
+        plan.move_to(model)
+        return plan
 
 
 @dataclass

@@ -65,7 +65,8 @@ class SparsityPlan:
     def set(self, model: nn.Module, time: float | Tensor) -> None:
         """Put the topks of the level nearest to ``time`` into the gates of ``model``; no compile follows.
 
-        The next call of ``model`` uses them, until the next ``set``. Nothing waits for the device.
+        The next call of ``model`` uses them, until the next ``set``. Nothing waits for the device, after the first
+        call. In a hook that is compiled with the model, a plan of ``from_json`` needs a ``move_to(model)`` before.
 
         Args:
             model: a model with the gates that the plan was made for, compiled or not.
@@ -90,6 +91,11 @@ class SparsityPlan:
                 for buffer, topks in zip(found, torch.split(row, sizes), strict=True):
                     if buffer.device == device:
                         buffer.copy_(topks)
+
+    def move_to(self, model: nn.Module) -> None:
+        """Make what `set` copies from, on the devices of ``model``, so that no compiled hook sees it made."""
+        for device in {buffer.device for buffer in self._buffers(unwrapped(model))}:
+            self._on(device)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: the budget and the levels."""

@@ -115,23 +115,37 @@ def test_gradients_are_those_of_the_level() -> None:
     assert any((a - b).norm() > 1e-3 * b.norm() for a, b in zip(few, many, strict=True))
 
 
-def test_a_hook_that_reads_the_time_serves_calibrate_too() -> None:
-    class Timed(Model):
-        def forward(self, x: Tensor, time: Tensor) -> Tensor:  # type: ignore[override]
-            return super().forward(x)
+class Timed(Model):
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)
 
+
+def test_a_hook_that_reads_the_time_serves_calibrate_and_the_compiled_model() -> None:
     model = Timed(1)
     calls = [(x, torch.tensor([time])) for (x,), time in zip(batches(), (100, 900), strict=True)]
     sla_compile.prepare(model, calls[0], config={**OPTIONS, "topk": BUDGET, **BY_HEAD})
-    plan, seen = by_hand(model, 0.6, 0.1), set()
+    plan, seen = SparsityPlan.from_json(by_hand(model, 0.6, 0.1).to_json()), set()
+    plan.move_to(model)
+    set_by_hand, compiled, graphs = [], [], []
+    run: Any = torch.compile(model, backend="sla", options={"inner": "eager"}, fullgraph=True)
+    for call in calls:
+        plan.set(model, call[1])
+        set_by_hand.append(run(*call))
 
     def follow(module: nn.Module, args: Any) -> None:
         plan.set(module, args[1])
         seen.update(topks_of(module)["blocks.0.attention.sla"])
 
     with model.register_forward_pre_hook(follow):
-        sla_compile.calibrate(model, calls)
+        sla_compile.calibrate(copy.deepcopy(model), calls)
     assert {0.1, 0.6} <= seen
+    torch._dynamo.reset()
+    with model.register_forward_pre_hook(lambda module, args: plan.set(module, args[1])):
+        for call in (calls[0], *calls):
+            compiled.append(run(*call))
+            graphs.append(int(counters["stats"]["unique_graphs"]))
+    assert len(set(graphs)) == 1  # all of it in the first call
+    torch.testing.assert_close(compiled[1:], set_by_hand)
 
 
 def test_round_trip() -> None:
