@@ -10,7 +10,7 @@ What is found in --run is not done again, so the same command goes on after a ki
 
 1. cache/: latents and text embeddings, made once by the pipeline's own VAE and text encoder, which then go;
 2. dense/: what the dense model gives on videos held out;
-3. fitted/: gates from a few batches, with no training: a topk for each head (allocate), then calibrate;
+3. fitted/: gates from a few batches, with no training: a topk for each head and level of noise, then calibrate;
 4. running.pt: the fine-tuning of LoRA and gates (or gates alone, or all weights) towards the dense model's velocity;
 5. result/: gates, with a LoRA or all weights; report.json; validation/: videos, dense left and SLA right.
 
@@ -37,7 +37,19 @@ from sla_compile import SLAConfig, UntrainedGatesWarning
 
 RATES = {"lora": 1e-4, "gates": 1e-4, "all": 1e-5}
 """Learning rates of the weights."""
-COUNTS = ("frames", "height", "width", "fps", "batch", "rank", "accumulate", "save_every", "validate_every", "measure")
+COUNTS = (
+    "frames",
+    "height",
+    "width",
+    "fps",
+    "batch",
+    "rank",
+    "accumulate",
+    "save_every",
+    "validate_every",
+    "measure",
+    "levels",
+)
 """Options that are above 0."""
 
 
@@ -88,6 +100,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fit", type=int, default=8, help="batches for allocate and calibrate, on each GPU; 0: neither"
     )
+    parser.add_argument("--levels", type=int, default=4, help="parts of the sampler's times with topks of their own")
     parser.add_argument("--anneal", type=int, default=0, help="steps from max-topk down to each head's topk")
     parser.add_argument("--ema", type=float, default=0.99, help="decay of the average that is the result; 0: none")
     parser.add_argument("--drop-captions", type=float, default=0.1, help="share without caption, for guidance")
@@ -154,6 +167,8 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.command == "train":
         if options.steps < 0:
             parser.error(f"--steps: got {options.steps}; accepted: 0 (fitted alone) or more")
+        if options.anneal and options.levels > 1:
+            parser.error(f"--anneal: got {options.anneal} with --levels {options.levels}; accepted: with --levels 1")
         options.lr = RATES[options.train] if options.lr is None else options.lr
 
 

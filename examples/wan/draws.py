@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Draw", "Draws", "as_batches", "shifted"]
+__all__ = ["Draw", "Draws", "as_batches", "even", "shifted"]
 
 _ORDER, _TRAINING, _FITTING, _HELD_OUT = "order", "training", "fitting", "held out"
 """Each with random numbers of its own."""
@@ -43,6 +43,7 @@ class Draws:
 
     shift: as of Wan's sampler; times are s u / (1 + (s - 1) u) for u even in (0, 1]: 3 at 480p, 5 at 720p.
     empty: the embedding of no caption, which stands for a share ``drop`` of the captions, for guidance.
+    levels: equal parts of (0, 1]; the times of a batch are of one of them, all of (0, 1] as likely as ever.
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class Draws:
         seed: int,
         empty: Tensor | None = None,
         drop: float = 0.0,
+        levels: int = 1,
     ) -> None:
         self.videos, self.held_out, self.batch, self.device = videos, held_out, batch, device
-        self.shift, self.seed, self.empty, self.drop = shift, seed, empty, drop
+        self.shift, self.seed, self.empty, self.drop, self.levels = shift, seed, empty, drop, levels
 
     def training(self, position: int) -> Draw:
         """Batch number ``position``: every video once before any comes again, in another order each time."""
@@ -71,7 +73,11 @@ class Draws:
         if self.empty is not None and self.drop:
             without = torch.rand(self.batch, generator=random) < self.drop
             chosen = [(x, self.empty if no else text) for (x, text), no in zip(chosen, without.tolist(), strict=True)]
-        return self._noisy(chosen, torch.rand(self.batch, generator=random), random)
+        uniform = torch.rand(self.batch, generator=random)
+        if self.levels > 1:
+            level = int(torch.randint(self.levels, (), generator=random))
+            uniform = (level + uniform) / self.levels
+        return self._noisy(chosen, uniform, random)
 
     def fitting(self, count: int, rank: int = 0) -> list[Draw]:
         """``count`` batches of one to calibrate on, their times spread evenly; others for each ``rank``."""
@@ -83,6 +89,16 @@ class Draws:
             )
             for i in range(count)
         ]
+
+    def fitting_by_level(self, count: int, rank: int = 0) -> dict[float, list[Draw]]:
+        """``count`` batches of one for the middle of each level, of the same videos and noise in all levels."""
+
+        def draw(level: int, i: int) -> Draw:
+            uniform = 1 - (level + (i + 0.5) / count) / self.levels
+            video, random = self.videos[(rank * count + i) % len(self.videos)], self._random(_FITTING, rank * count + i)
+            return self._noisy([video], torch.tensor([uniform]), random)
+
+        return {(level + 0.5) / self.levels: [draw(level, i) for i in range(count)] for level in range(self.levels)}
 
     def measuring(self, count: int) -> list[Draw]:
         """``count`` batches of one of videos held out, the same in every run of a seed."""
@@ -112,6 +128,11 @@ def shifted(uniform: Tensor, shift: float) -> Tensor:
     return shift * uniform / (1 + (shift - 1) * uniform)
 
 
+def even(time: Tensor, shift: float) -> Tensor:
+    """What ``shifted`` makes ``time`` of."""
+    return time / (shift - (shift - 1) * time)
+
+
 def as_batches(draws: Sequence[Draw], dtype: torch.dtype) -> list[Mapping[str, Any]]:
-    """Batches for ``calibrate`` and ``allocate``."""
+    """Batches for ``calibrate``, ``allocate`` and ``allocate_by_time``."""
     return [draw.arguments(dtype) for draw in draws]

@@ -18,6 +18,7 @@ from examples.wan import Refused
 from examples.wan.clips import Clip, clips_in
 from examples.wan.draws import Draw, Draws, as_batches
 from examples.wan.encoding import Cache, Encoded, VideoSize, check_checkpoint
+from examples.wan.levels import Levels
 from examples.wan.measuring import Report, Sampler, held_out, time_of_step
 from examples.wan.student import Student, dtype_of, settings_of, transformer_of
 from examples.wan.training import Schedule, Training
@@ -94,6 +95,7 @@ class Run:
             seed=settings["seed"],
             empty=self.empty,
             drop=settings["drop_captions"],
+            levels=settings["levels"],
         )
         self.console.print(f"{len(training)} videos to train on, {len(held)} held out")
         frames, height, width = self.draws.held_out[0][0].shape[1:]
@@ -164,17 +166,29 @@ class Run:
             self._allocate_and_calibrate()
         self._tell("calibrated", measured() | self._time())
         if self.is_main:
-            sla_compile.save(student.model, _made(fitted))
+            student.save_gates(_made(fitted))
         self.accelerator.wait_for_everyone()
 
     def _allocate_and_calibrate(self) -> None:
-        student, process = self.student, self.accelerator
-        batches = as_batches(self.draws.fitting(self.settings["fit"], process.process_index), student.dtype)
-        group = dist.group.WORLD if process.num_processes > 1 else None
-        with student.autocast(), self.console.status("allocate"):
-            self.console.print(
-                sla_compile.allocate(student.model, batches, budget=self.settings["topk"], group=group).title
-            )
+        student, process, settings = self.student, self.accelerator, self.settings
+        rank, low, group = (
+            process.process_index,
+            student.dtype,
+            None if process.num_processes == 1 else dist.group.WORLD,
+        )
+        given: dict[str, Any] = {"budget": settings["topk"], "group": group}
+        if settings["levels"] > 1:
+            draws = self.draws.fitting_by_level(max(1, settings["fit"] // settings["levels"]), rank)
+            by_time = {time: as_batches(of_level, low) for time, of_level in draws.items()}
+            with student.autocast(), self.console.status("allocate"):
+                plan = sla_compile.allocate_by_time(student.model, by_time, **given)
+            self.console.print(plan)
+            student.follow(Levels(plan, self.draws.shift))
+            batches = [batch for of_level in by_time.values() for batch in of_level]
+        else:
+            batches = as_batches(self.draws.fitting(settings["fit"], rank), low)
+            with student.autocast(), self.console.status("allocate"):
+                self.console.print(sla_compile.allocate(student.model, batches, **given).title)
         with student.autocast(), self.console.status("calibrate"):
             self.console.print(sla_compile.calibrate(student.model, batches, group=group).title)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import sla_compile
 from examples.wan.draws import Draw
+from examples.wan.levels import Levels
 
 __all__ = ["LORA", "TRAINED", "Student", "dtype_of", "load_result", "settings_of", "transformer_of"]
 
@@ -71,6 +72,7 @@ class Student:
         self.model, self.trained, self.inner, self.other_teacher = model, trained, inner, teacher
         self.device = next(model.parameters()).device
         self.dtype = dtype
+        self.levels: Levels | None = None
         model.requires_grad_(trained == "all")
         if trained == "lora":
             from peft import LoraConfig
@@ -91,9 +93,23 @@ class Student:
         self._with_gates()
 
     def load_gates(self, folder: Path) -> None:
-        """The same with gates that were saved."""
+        """The same with gates that were saved, and the topks of each level, if there are levels."""
         sla_compile.load(self.model, folder)
         self._with_gates()
+        if (levels := Levels.of(folder)) is not None:
+            self.follow(levels)
+
+    def save_gates(self, folder: Path) -> None:
+        """What ``load_gates`` loads."""
+        if self.levels is not None:
+            self.levels.plan.set(self.model, 0.5)  # in the file are the topks of one level: the same one always
+            self.levels.save(folder)
+        sla_compile.save(self.model, folder)
+
+    def follow(self, levels: Levels) -> None:
+        """Have the topks of its level in each call from here on."""
+        self.levels = levels
+        levels.follow(self.model)
 
     def switch(self) -> None:
         """Compile the blocks with sparse-linear attention."""
@@ -165,7 +181,7 @@ class Student:
     def save_result(self, folder: Path) -> None:
         """Gates, and the adapter or the weights if they were trained, for ``load_result``."""
         folder.mkdir(parents=True, exist_ok=True)
-        sla_compile.save(self.model, folder)
+        self.save_gates(folder)
         if self.trained == "lora":
             from diffusers import WanPipeline
             from peft import get_peft_model_state_dict
@@ -183,6 +199,8 @@ def load_result(pipe: Any, folder: Path, *, inner: str = "inductor") -> None:
     if (folder / LORA_FILE).is_file():
         pipe.load_lora_weights(str(folder), weight_name=LORA_FILE)
     sla_compile.load(pipe.transformer, folder)
+    if (levels := Levels.of(folder)) is not None:
+        levels.follow(pipe.transformer)
     _switch(pipe.transformer, inner)
 
 

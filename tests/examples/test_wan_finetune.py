@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -19,9 +20,10 @@ import sla_compile
 from examples import wan_finetune
 from examples.wan import clips, generating
 from examples.wan.clips import Clip, clips_in, read_frames
-from examples.wan.draws import Draws, shifted
+from examples.wan.draws import Draws, even, shifted
 from examples.wan.encoding import Cache, VideoSize
-from examples.wan.student import Student, settings_of
+from examples.wan.levels import Levels
+from examples.wan.student import Student, load_result, settings_of
 from examples.wan.training import Training
 from tests.support.closeness import assert_close
 from tests.support.tiny_wan import CAPTIONS, save_clips, save_tiny_wan
@@ -34,7 +36,7 @@ pytest.importorskip("accelerate")
 SIZE = VideoSize(frames=9, height=64, width=96, fps=16.0)
 SMALL = ["--frames", "9", "--height", "64", "--width", "96", "--inner", "eager", "--min-tokens", "0", "--block", "16"]
 STUDENT = [*SMALL, "--topk", "0.25", "--max-topk", "0.75", "--rank", "2"]
-SHORT = ["--steps", "4", "--save-every", "1", "--fit", "2", "--measure", "2"]
+SHORT = ["--steps", "4", "--save-every", "1", "--fit", "2", "--levels", "2", "--measure", "2"]
 SAMPLED = ["--samples", "1", "--sampling-steps", "1", "--validate-every", "3", "--guidance", "1"]
 
 pytestmark = [
@@ -204,10 +206,34 @@ def test_generate(tiny: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert np.abs(video - dense).max() > 1e-5
 
 
+def test_each_call_has_the_topks_of_its_level(tiny: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the plan beside the gates has them, at the sampler's shifted times; and with more blocks where it says so."""
+    kept = json.loads((whole / "result/levels.json").read_text())
+    plan = sla_compile.SparsityPlan.from_json(json.dumps(kept["plan"]))
+    assert [level.time for level in plan.levels] == [0.25, 0.75]
+    assert kept["shift"] == 3.0  # of the checkpoint's sampler
+    pipe = diffusers.WanPipeline.from_pretrained(tiny / "wan")
+    load_result(pipe, whole / "result", inner="eager")
+    gate = next(iter(sla_compile.gates(pipe.transformer).values()))
+    other = dataclasses.replace(plan.levels[1], topks=dict.fromkeys(plan.levels[1].topks, (0.75, 0.5)))
+    Levels(dataclasses.replace(plan, levels=(plan.levels[0], other)), 3.0).follow(pipe.transformer)
+    arguments = {"hidden_states": torch.randn(1, 16, 3, 8, 12), "encoder_hidden_states": torch.randn(1, 512, 32)}
+    found = []
+    for even_time in (0.1, 0.49, 0.51, 0.9):
+        time = shifted(torch.tensor([even_time]), 3.0)
+        assert_close("time", even(time, 3.0), torch.tensor([even_time]), 1e-6)
+        with torch.no_grad():
+            pipe.transformer(timestep=1000 * time, **arguments)
+        assert gate.sparsity is not None
+        found.append(tuple((gate.sparsity[:, 0] / 1e6).tolist()))
+    (first,) = plan.levels[0].topks.values()
+    assert found == [pytest.approx(first), pytest.approx(first), (0.75, 0.5), (0.75, 0.5)]
+
+
 @pytest.mark.parametrize(
     "form",
     [
-        [*("--train", "all", "--linear", "marginal", "--precision", "bf16", "--anneal", "2", "--accumulate", "2")],
+        [*("--train", "all", "--linear", "marginal", "--precision", "bf16", "--anneal", "2", "--levels", "1")],
         ["--train", "gates", "--loss", "flow", "--topk-by", "site", "--ema", "0", "--fit", "0", "--no-checkpointing"],
     ],
     ids=["all", "gates"],
@@ -267,6 +293,16 @@ def test_draws_are_functions_of_their_position() -> None:
     assert not torch.equal(one.velocity, next_one.velocity)
     clean = one.noisy - one.time.view(-1, 1, 1, 1, 1) * one.velocity
     assert_close("latents", clean, one.text[:, :1, :1, None, None].expand_as(clean), 1e-6)
+    parts = draws(3, levels=4)
+    times = torch.stack([parts.training(position).time for position in range(80)])
+    assert torch.equal((4 * times).ceil().amax(1), (4 * times).ceil().amin(1))  # a batch is of one level
+    assert {*(4 * times[:, 0]).ceil().tolist()} == {1.0, 2.0, 3.0, 4.0}
+    by_level = parts.fitting_by_level(2)
+    assert [*by_level] == [0.125, 0.375, 0.625, 0.875]
+    assert {len({float(draw.text[0, 0, 0]) for draw in of_level}) for of_level in by_level.values()} == {2}
+    for time, of_level in by_level.items():
+        assert all(time - 0.125 < float(draw.time) <= time + 0.125 for draw in of_level)
+        assert torch.equal(of_level[0].velocity, by_level[0.125][0].velocity)  # the same videos and noise
     without = draws(3, empty=torch.full((3, 2), -1.0), drop=0.5)
     texts = [float(text[0, 0]) for position in range(40) for text in without.training(position).text]
     assert 20 < texts.count(-1.0) < 60
@@ -302,6 +338,8 @@ def test_what_cannot_be_done_is_told(
         wan, videos, "--steps", "9", "--lr", "1", run=whole
     )
     assert "--frames: got 10; accepted: 4 k + 1" in told(wan, videos, "--frames", "10")
+    assert "--anneal: got 2 with --levels 2; accepted: with --levels 1" in told(wan, videos, "--anneal", "2")
+    assert "--levels: got 0; accepted: above 0" in told(wan, videos, "--levels", "0")
     assert "--max-topk: got 0.1; accepted: more than --topk 0.25" in told(wan, videos, "--max-topk", "0.1")
     assert "--steps: got -1; accepted: 0 (fitted alone) or more" in told(wan, videos, "--steps", "-1")
     assert "--accumulate: got 0; accepted: above 0" in told(wan, videos, "--accumulate", "0")
