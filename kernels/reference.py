@@ -3,7 +3,8 @@
 For tests alone: it costs a full attention map, differentiates by autograd and is right in float64. It shares
 no helper with any kernel. Axes: B batch, H heads, Lq queries, Lk keys (N where they are as many), D head
 dimension, Tm = ceil(Lq / block_q) query blocks, Tn = ceil(Lk / block_k) key blocks. ``block_map`` holds M: +1
-critical, 0 marginal, -1 negligible. A mask gives key j the weight exp(b_j) in every branch.
+critical, 0 marginal, -1 negligible. A mask gives key j the weight exp(b_j) in every branch. With fewer heads of k and v,
+Hk, query head h has the keys of head h // (H / Hk).
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def classify(
     always_critical: list[int] | None = None,
     by_mass: bool = False,
 ) -> Tensor:
-    """M (B, H, Tm, Tn) int8 from q (B, H, Lq, D) and k (B, H, Lk, D); no gradient (paper, section 4).
+    """M (B, H, Tm, Tn) int8 from q (B, H, Lq, D) and k (B, Hk, Lk, D); no gradient (paper, section 4).
 
     Each row is ranked by descending score, the product of block means, or with ``by_mass`` the logarithm of the
     mass that a block is expected to have, without a bound on w; ties by the lower key block first. The first
@@ -125,6 +126,7 @@ def classify(
     millionths.
     """
     with torch.no_grad():
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         work = torch.float64 if q.dtype == torch.float64 else torch.float32
         weights = key_bias(key_mask, k).exp()
         keys = KeyBlocks.of(k.to(work), None, weights, block_k)
@@ -283,7 +285,7 @@ def sparse_linear_attention(
     always_critical: list[int] | None = None,
     block_map: Tensor | None = None,
 ) -> Tensor:
-    """O (B, H, Lq, D) = O^s + O^l weight^T + bias from q (B, H, Lq, D), k, v (B, H, Lk, D) (paper, section 4).
+    """O (B, H, Lq, D) = O^s + O^l weight^T + bias from q (B, H, Lq, D), k, v (B, Hk, Lk, D) (paper, section 4).
 
     weight is (D, D) or (H, D, D), bias (D) or (H, D); without weight there is no linear branch. ``linear`` is
     "marginal" (the paper), "all" (the authors' released code: every key block, with ``causal`` every one below
@@ -291,6 +293,7 @@ def sparse_linear_attention(
     is `key_bias`'s; the other options are those of `classify`, whose place a given ``block_map`` takes.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if block_map is None:
         block_map = classify(
             q,

@@ -1,7 +1,8 @@
 """The steps of a call on a GPU that have kernels in Triton and, for Hopper, in Gluon: one signature for both.
 
 ``triton/steps.py`` and ``hopper/steps.py`` are the two `Steps`; ``triton/attention.py`` chooses one for each call.
-Axes: B batch, H heads, Lq queries, Lk keys, D head dimension, Tm and Tn query and key blocks.
+Axes: B batch, H heads, Hk heads of keys and values, each of which serves H / Hk query heads that follow each other, Lq
+queries, Lk keys, D head dimension, Tm and Tn query and key blocks.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class KernelInputs(NamedTuple):
     """The tensors of a call in the form in which kernels read them."""
 
     q: Tensor
-    """(B, H, Lq, D), `vector_readable` as k and v, (B, H, Lk, D)."""
+    """(B, H, Lq, D), `vector_readable` as k and v, (B, Hk, Lk, D)."""
     k: Tensor
     v: Tensor
     gate: Tensor | None
@@ -55,12 +56,18 @@ class KernelInputs(NamedTuple):
         """The bias alone."""
         return None if self.key_weights is None else self.key_weights.bias
 
+    @property
+    def group(self) -> int:
+        """Query heads to one head of keys and values."""
+        return self.q.shape[1] // max(1, self.k.shape[1])
+
 
 class BlockLists(NamedTuple):
     """The critical blocks of each row of the block map, or of each column."""
 
     blocks: Tensor
-    """int32 (B, H, lines, width), ascending; with ``partial``, those that it counts after the others."""
+    """int32 (B, H, lines, width), ascending; with ``partial``, those that it counts after the others. Of a column, (B, Hk,
+    Tn, width): entry m * H / Hk + g is block m of the g-th query head of the key head."""
     counts: Tensor | None
     """int32 (B, H, lines): how many entries of each list are written; None: all of them."""
     partial: Tensor | None = None
@@ -80,15 +87,15 @@ class KeyMoments(NamedTuple):
     """Of each key block; 0 where all weights are."""
 
     sizes: Tensor
-    """ln n, float32 (B, H, Tn); -inf where n is 0."""
+    """ln n, float32 (B, Hk, Tn); -inf where n is 0."""
     spans: Tensor
-    """kbar and var, float32 (2, B, H, Tn, D)."""
+    """kbar and var, float32 (2, B, Hk, Tn, D)."""
     keys: Tensor
-    """kbar in the inputs' type, (B, H, Tn, D up to a multiple of 8)."""
+    """kbar in the inputs' type, (B, Hk, Tn, D up to a multiple of 8)."""
     values: Tensor
     """vbar like ``keys``."""
     slopes: Tensor
-    """C (B, H, Tn, D, D up to a multiple of 8), in the type of block states."""
+    """C (B, Hk, Tn, D, D up to a multiple of 8), in the type of block states."""
 
 
 class MomentGradients(NamedTuple):
@@ -103,7 +110,7 @@ class VirtualKeys(NamedTuple):
     """The virtual keys of a call, one for each key block, and what each query block makes of them."""
 
     keys: Tensor
-    """(B, H, Tn, D up to a multiple of 8), in the inputs' type, as ``values``."""
+    """(B, Hk, Tn, D up to a multiple of 8), in the inputs' type, as ``values``."""
     values: Tensor
     bias: Tensor
     """float32 (B, H, Tm, Tn up to a multiple of 64): added to their logits; -inf where the row has no such key."""
@@ -154,7 +161,7 @@ class Steps(Protocol):
 
     def key_states(self, inputs: KernelInputs, options: BackwardOptions, *, pool: bool) -> tuple[LinearStates, Tensor]:
         """h and z of each key block, in one pass over k and v that are weighed by the mask, and the float32 means
-        of k by blocks (B, H, Tn, D), of shape (0,) without ``pool``."""
+        of k by blocks (B, Hk, Tn, D), of shape (0,) without ``pool``."""
 
     def key_moments(self, inputs: KernelInputs, options: BackwardOptions) -> KeyMoments:
         """The moments of all key blocks, in one pass over k and v."""
@@ -202,8 +209,8 @@ class Steps(Protocol):
         linear: LinearStates | None,
         options: BackwardOptions,
     ) -> tuple[Tensor, Tensor]:
-        """dK and dV (B, H, Lk, D), in memory (B, Lk, H, D), of the critical ``lists`` of the columns and, with a linear
-        branch, of ``linear``: dh and dz, (B, H, Tn or 1, ...). Work begins in the ``order`` of `longest_first`."""
+        """dK and dV (B, Hk, Lk, D), in memory (B, Lk, Hk, D), of the critical ``lists`` of the columns and, with a linear
+        branch, of ``linear``: dh and dz, (B, Hk, Tn or 1, ...). Work begins in the ``order`` of `longest_first`."""
 
     def virtual_backward_query(
         self,
@@ -224,7 +231,7 @@ class Steps(Protocol):
         statistics: Tensor,
         options: BackwardOptions,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the ``virtual`` keys and of their values by attention, float32 (B, H, Tn, D), and the sums of dl
+        """Gradients of the ``virtual`` keys and of their values by attention, float32 (B, Hk, Tn, D), and the sums of dl
         by tiles of queries, of which block_q is a multiple, float32 (B, H, tiles, ...) in rows like those of ``bias``,
         unwritten past Tn; from the ``statistics`` of virtual keys."""
 

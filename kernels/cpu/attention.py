@@ -12,8 +12,8 @@ A key mask adds b_c to the scores of key c and multiplies phi(K_c) by exp(b_c).
 
 Work goes by groups of heads, so that copies of K and V (padding, casts, strided views) stay small, and within
 a group by chunks of query blocks, so that gathered keys and scores stay in cache. No buffer has Lq x Lk
-elements. Axes: B batch, H heads, Lq queries, Lk keys, D head dimension, Tm and Tn query and key blocks, G heads
-of a group, C query blocks of a chunk. 16-bit inputs are computed in float32.
+elements. Axes: B batch, H heads, Hk heads of keys, Lq queries, Lk keys, D head dimension, Tm and Tn query and key blocks,
+G heads of a group and Gk of their keys, C query blocks of a chunk. 16-bit inputs are computed in float32.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from .gathered import (
     Keys,
     Lists,
     accumulate,
+    add_onto_keys,
     bias_of,
     chunks,
     gather,
@@ -41,6 +42,7 @@ from .gathered import (
     key_side,
     listed_scores,
     of_heads,
+    of_key_heads,
     scatter_add,
     score_chunks,
     softmax,
@@ -68,7 +70,7 @@ def forward(inputs: AttentionInputs, options: AttentionOptions) -> ForwardResult
     linear_out = token_major(q) if branch else q.new_empty(0)
     lse = q.new_empty(batch, heads, tokens, dtype=work)
     block_map = q.new_empty(batch, heads, query_blocks, key_blocks, dtype=torch.int8)
-    for group in groups(batch, heads, query_blocks):
+    for group, key_group in groups(q, k, query_blocks):
         key_scores_bias = bias_of(key_mask, group[0], block_k, work)
         choice = Choice.of(
             tokens,
@@ -77,11 +79,11 @@ def forward(inputs: AttentionInputs, options: AttentionOptions) -> ForwardResult
             of_heads(sparsity, 1, group),
             options,
         )
-        ranked = classify(_block_scores(q[group], k[group], key_scores_bias, options), choice)
+        ranked = classify(_block_scores(q[group], k[key_group], key_scores_bias, options), choice)
         block_map[group] = ranked
-        keys = _key_side(k[group], v[group], work, key_scores_bias, options, branch)
+        keys = _key_side(k[key_group], v[key_group], work, key_scores_bias, options, branch)
         keys.phi = None  # only its states are needed from here on
-        lists = Lists.of(ranked, choice.candidates is None)
+        lists = Lists.of(ranked, keys.k.shape[0], choice.candidates is None)
         summed = _summed_blocks(ranked, work, options) if branch else None
         for rows in chunks(query_blocks, ranked.shape[0] * dim * max(dim, block_q)):
             span = slice(rows.start * block_q, min(rows.stop * block_q, tokens))
@@ -113,18 +115,18 @@ def backward(grad_out: Tensor, inputs: AttentionInputs, result: ForwardResult, o
     q, k, v, weight, bias, key_mask, _, _ = inputs
     linear_out, block_map = result.linear_out, result.block_map
     block_q, block_k, feature_map = options.block_q, options.block_k, options.feature_map
-    batch, heads, tokens, dim = q.shape
+    tokens, dim = q.shape[2:]
     work = work_dtype(q)
     branch = has_linear_branch(weight, options)
     dq, dk, dv = (token_major(x) for x in (q, k, v))
     dweight = torch.zeros(weight.shape if weight is not None else 0, dtype=work, device=q.device)
     dbias = torch.zeros(bias.shape if bias is not None else 0, dtype=work, device=q.device)
-    for group in groups(batch, heads, block_map.shape[2]):
+    for group, key_group in groups(q, k, block_map.shape[2]):
         ranked = block_map[group]
         key_scores_bias = bias_of(key_mask, group[0], block_k, work)
-        keys = _key_side(k[group], v[group], work, key_scores_bias, options, branch)
+        keys = _key_side(k[key_group], v[key_group], work, key_scores_bias, options, branch)
         grads = _KeyGradients.zeros(keys)
-        lists = Lists.of(ranked)
+        lists = Lists.of(ranked, keys.k.shape[0])
         summed = _summed_blocks(ranked, work, options) if branch else None
         for rows in chunks(block_map.shape[2], ranked.shape[0] * dim * max(dim, block_q)):
             span = slice(rows.start * block_q, min(rows.stop * block_q, tokens))
@@ -143,8 +145,8 @@ def backward(grad_out: Tensor, inputs: AttentionInputs, result: ForwardResult, o
                 accumulate(dbias, upstream.sum(dim=(1, 2)), 1, group)
             dq[group][:, span] = dqueries.flatten(1, 2)[:, :width]
         grads.finish(keys, feature_map)
-        dk[group] = grads.k.flatten(1, 2)[:, : k.shape[2]]
-        dv[group] = grads.v.flatten(1, 2)[:, : k.shape[2]]
+        dk[key_group] = grads.k.flatten(1, 2)[:, : k.shape[2]]
+        dv[key_group] = grads.v.flatten(1, 2)[:, : k.shape[2]]
         del keys, grads  # or they would lie in memory beside the next group's
     dweight = dweight if weight is None else dweight.to(weight.dtype)
     dbias = dbias if bias is None else dbias.to(bias.dtype)
@@ -155,7 +157,7 @@ def _block_scores(q: Tensor, k: Tensor, bias: Tensor | None, options: AttentionO
     """pool(Q) pool(K)^T scale, (G, Tm, Tn)."""
     work = work_dtype(q)
     pooled = pool(k, options.block_k, work) if bias is None else pool_weighted(k, bias.exp())
-    return (pool(q, options.block_q, work) @ pooled.mT).mul_(options.scale)
+    return of_key_heads(pool(q, options.block_q, work), pooled.mT).mul_(options.scale)
 
 
 def _summed_blocks(block_map: Tensor, dtype: torch.dtype, options: BackwardOptions) -> Tensor:
@@ -170,7 +172,7 @@ def _summed_blocks(block_map: Tensor, dtype: torch.dtype, options: BackwardOptio
 
 @dataclass
 class _Keys(Keys):
-    """With phi (G, Tn, block_k, D), h (G, Tn, D, D) and z (G, Tn, D) of the linear branch; h and z are weighted."""
+    """With phi (Gk, Tn, block_k, D), h (Gk, Tn, D, D) and z (Gk, Tn, D) of the linear branch; h and z are weighted."""
 
     phi: Tensor | None = None
     h: Tensor | None = None
@@ -180,7 +182,7 @@ class _Keys(Keys):
 def _key_side(
     k: Tensor, v: Tensor, dtype: torch.dtype, bias: Tensor | None, options: BackwardOptions, branch: bool
 ) -> _Keys:
-    """Blocks of k, v (G, T, D), and their linear states where there is a linear branch."""
+    """Blocks of k, v (Gk, T, D), and their linear states where there is a linear branch."""
     keys = _Keys(**vars(key_side(k, v, options.block_k, dtype, bias, options.causal)))
     if branch:
         keys.phi = _feature(keys.k, options.feature_map)
@@ -261,8 +263,8 @@ class _Rows:
     def of(cls, phi_q: Tensor, keys: _Keys, summed: Tensor) -> _Rows:
         assert keys.h is not None
         assert keys.z is not None
-        z = summed @ keys.z
-        h = (summed @ keys.h.flatten(2)).view(*z.shape, -1)
+        z = of_key_heads(summed, keys.z)
+        h = of_key_heads(summed, keys.h.flatten(2)).view(*z.shape, -1)
         denominator = phi_q @ z.unsqueeze(-1)
         vanishing = denominator <= torch.finfo(phi_q.dtype).tiny ** _VANISHING_POWER
         return cls(h, z, denominator.reciprocal_().masked_fill_(vanishing, 0))
@@ -287,14 +289,14 @@ def _linear_backward(
     delta = (dmarginal * marginal).sum(dim=-1, keepdim=True)
     dphi_q = (dmarginal @ rows.h.mT).sub_(delta * rows.z.unsqueeze(-2)).mul_(rows.inverse)
     normalised = phi_q * rows.inverse
-    grads.h.baddbmm_(summed.mT, (normalised.mT @ dmarginal).flatten(2))
-    grads.z.baddbmm_(summed.mT, (normalised.mT @ delta).squeeze(-1), alpha=-1)
+    add_onto_keys(grads.h, summed, (normalised.mT @ dmarginal).flatten(2))
+    add_onto_keys(grads.z, summed, (normalised.mT @ delta).squeeze(-1), -1)
     return _feature_backward(dphi_q, phi_q, feature_map)
 
 
 @dataclass
 class _KeyGradients:
-    """dk, dv (G, Tn, block_k, D) and, with a linear branch, dh (G, Tn, D * D) and dz (G, Tn, D)."""
+    """dk, dv (Gk, Tn, block_k, D) and, with a linear branch, dh (Gk, Tn, D * D) and dz (Gk, Tn, D)."""
 
     k: Tensor
     v: Tensor

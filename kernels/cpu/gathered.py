@@ -1,6 +1,7 @@
 """How the CPU path goes through an attention: groups of heads, chunks of query blocks, and gathered critical blocks.
 
-Axes as in `attention`: G heads of a group, Tm and Tn query and key blocks, C query blocks of a chunk, D head dimension.
+Axes as in `attention`: G heads of a group and Gk of their keys, Tm and Tn query and key blocks, C query blocks of a chunk,
+D head dimension.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ __all__ = [
     "Keys",
     "Lists",
     "accumulate",
+    "add_onto_keys",
     "bias_of",
     "chunks",
     "gather",
@@ -25,6 +27,7 @@ __all__ = [
     "key_side",
     "listed_scores",
     "of_heads",
+    "of_key_heads",
     "scatter_add",
     "score_chunks",
     "softmax",
@@ -43,12 +46,31 @@ def token_major(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
 
 
-def groups(batch: int, heads: int, query_blocks: int) -> Iterator[tuple[int, slice]]:
-    """Indices (batch, heads) of groups: one head of a long sequence, several of a short one."""
-    size = max(1, _ROWS_PER_GROUP // query_blocks)
+Group = tuple[int, slice]
+"""An index (batch, heads)."""
+
+
+def groups(q: Tensor, k: Tensor, query_blocks: int) -> Iterator[tuple[Group, Group]]:
+    """Groups of heads of q (B, H, Lq, D), and those of k (B, Hk, Lk, D) that they have: one key head of a long sequence,
+    several of a short one."""
+    batch, heads = k.shape[:2]
+    each = q.shape[1] // max(1, heads)
+    size = max(1, _ROWS_PER_GROUP // (query_blocks * max(1, each)))
     for b in range(batch):
         for first in range(0, heads, size):
-            yield b, slice(first, min(first + size, heads))
+            last = min(first + size, heads)
+            yield (b, slice(first * each, last * each)), (b, slice(first, last))
+
+
+def of_key_heads(rows: Tensor, keys: Tensor) -> Tensor:
+    """rows (G, C, ..., n) times what each key head has, keys (Gk, n, m): (G, C, ..., m)."""
+    return (rows.reshape(keys.shape[0], -1, rows.shape[-1]) @ keys).view(*rows.shape[:-1], keys.shape[-1])
+
+
+def add_onto_keys(total: Tensor, rows: Tensor, others: Tensor, factor: float = 1) -> None:
+    """Add to total (Gk, n, m) rows (G, C, ..., n), transposed, times others (G, C, ..., m) and a factor."""
+    left, right = (x.reshape(total.shape[0], -1, x.shape[-1]) for x in (rows, others))
+    total.baddbmm_(left.mT, right, alpha=factor)
 
 
 def chunks(rows: int, elements_per_row: int) -> Iterator[slice]:
@@ -69,7 +91,7 @@ def bias_of(key_mask: Tensor | None, batch: int, block: int, dtype: torch.dtype)
 
 @dataclass
 class Lists:
-    """Critical key blocks (G, C, width) of query blocks ``first`` to first + C, as rows of G * Tn key blocks.
+    """Critical key blocks (G, C, width) of query blocks ``first`` to first + C, as rows of Gk * Tn key blocks.
 
     Ascending; where rows have unequal numbers, other blocks follow, and ``absent`` is true there.
     """
@@ -79,7 +101,7 @@ class Lists:
     first: int
 
     @classmethod
-    def of(cls, block_map: Tensor, equal: bool | None = None) -> Lists:
+    def of(cls, block_map: Tensor, key_heads: int, equal: bool | None = None) -> Lists:
         """From a block map (G, Tm, Tn); ``equal``: whether all rows have as many, None where that is to be seen."""
         group, query_blocks, key_blocks = block_map.shape
         member, absent = block_map == 1, None
@@ -93,7 +115,8 @@ class Lists:
             width = max(1, int(counts.max()))
             lists = member.to(torch.int8).sort(dim=2, descending=True, stable=True).indices[:, :, :width]
             absent = torch.arange(width, device=lists.device) >= counts
-        return cls(lists + torch.arange(group, device=lists.device).view(-1, 1, 1) * key_blocks, absent, 0)
+        head = torch.arange(group, device=lists.device) // (group // key_heads)
+        return cls(lists + head.view(-1, 1, 1) * key_blocks, absent, 0)
 
     def may_be_empty(self, keys: Keys) -> bool:
         """Whether a query may have no key."""
@@ -111,7 +134,7 @@ class Lists:
 
 @dataclass
 class Keys:
-    """k, v (G, Tn, block_k, D); tokens missing in the last block.
+    """k, v (Gk, Tn, block_k, D); tokens missing in the last block.
 
     bias (Tn, block_k): of the scores, -inf at masked and missing tokens; None where only the last block's missing
     tokens are to be masked. weights (Tn, block_k, 1): exp(bias).
@@ -126,7 +149,7 @@ class Keys:
 
 
 def key_side(k: Tensor, v: Tensor, block: int, dtype: torch.dtype, bias: Tensor | None, causal: bool) -> Keys:
-    """Blocks of k, v (G, T, D) in ``dtype``."""
+    """Blocks of k, v (Gk, T, D) in ``dtype``."""
     weights = None if bias is None else bias.exp().unsqueeze(-1)
     # every block is gathered many times: one copy of these heads costs less than strided reads
     dense_k, dense_v = (blocks_of(x, block, dtype).contiguous() for x in (k, v))
@@ -134,7 +157,7 @@ def key_side(k: Tensor, v: Tensor, block: int, dtype: torch.dtype, bias: Tensor 
 
 
 def gather(blocks: Tensor, lists: Tensor) -> Tensor:
-    """blocks (G, Tn, block_k, D) at lists (G, C, width): (G * C, width * block_k, D)."""
+    """blocks (Gk, Tn, block_k, D) at lists (G, C, width): (G * C, width * block_k, D)."""
     rows = blocks.flatten(0, 1).index_select(0, lists.flatten())
     return rows.view(-1, lists.shape[-1] * blocks.shape[2], blocks.shape[3])
 
@@ -151,10 +174,9 @@ def listed_scores(scaled: Tensor, gathered: Tensor, keys: Keys, lists: Lists) ->
     if lists.may_be_empty(keys):
         _mask_scores(scores, keys, lists)
     elif keys.missing:
-        group, key_blocks = keys.k.shape[:2]
-        last = torch.arange(1, group + 1, device=scores.device).view(-1, 1) * key_blocks - 1
+        key_blocks = keys.k.shape[1]
         # lists ascend, so the short block can only be the last of its row
-        short = (lists.blocks[..., -1] == last).view(-1, 1, 1)
+        short = (lists.blocks[..., -1] % key_blocks == key_blocks - 1).view(-1, 1, 1)
         scores[..., -keys.missing :].masked_fill_(short, float("-inf"))
     return scores
 
@@ -187,17 +209,17 @@ def _mask_scores(scores: Tensor, keys: Keys, lists: Lists) -> None:
 
 
 def scatter_add(total: Tensor, lists: Tensor, gathered: Tensor) -> None:
-    """Add gathered (G * C, width * block_k, D) to total (G, Tn, block_k, D), in the order of the lists."""
+    """Add gathered (G * C, width * block_k, D) to total (Gk, Tn, block_k, D), in the order of the lists."""
     rows = total.view(total.shape[0] * total.shape[1], -1)
     rows.index_add_(0, lists.flatten(), gathered.view(-1, rows.shape[1]))
 
 
-def of_heads(tensor: Tensor | None, shared_dims: int, group: tuple[int, slice]) -> Any:
+def of_heads(tensor: Tensor | None, shared_dims: int, group: Group) -> Any:
     """The part of a group's heads (G, ...) of ``tensor``: itself where the heads share it, and so without that axis."""
     return tensor if tensor is None or tensor.dim() == shared_dims else tensor[group[1]]
 
 
-def accumulate(total: Tensor, per_head: Tensor, shared_dims: int, group: tuple[int, slice]) -> None:
+def accumulate(total: Tensor, per_head: Tensor, shared_dims: int, group: Group) -> None:
     """Add the part of a group's heads (G, ...) to ``total``, which has ``shared_dims`` axes where heads share it."""
     if total.dim() == shared_dims:
         total += per_head.sum(dim=0)

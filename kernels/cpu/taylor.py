@@ -25,6 +25,7 @@ from .gathered import (
     Keys,
     Lists,
     accumulate,
+    add_onto_keys,
     bias_of,
     chunks,
     gather,
@@ -32,6 +33,7 @@ from .gathered import (
     key_side,
     listed_scores,
     of_heads,
+    of_key_heads,
     scatter_add,
     softmax,
     token_major,
@@ -51,22 +53,22 @@ def forward(inputs: AttentionInputs, options: AttentionOptions) -> ForwardResult
     out = token_major(q)
     lse = q.new_empty(batch, heads, tokens, dtype=work)
     block_map = q.new_empty(batch, heads, query_blocks, key_blocks, dtype=torch.int8)
-    for group in groups(batch, heads, query_blocks):
+    for group, key_group in groups(q, k, query_blocks):
         bias = bias_of(key_mask, group[0], block_k, work)
         live = None if bias is None else bias.amax(dim=1) > float("-inf")
         choice = Choice.of(tokens, k.shape[2], live, of_heads(sparsity, 1, group), options)
-        keys = key_side(k[group], v[group], block_k, work, bias, options.causal)
+        keys = key_side(k[key_group], v[key_group], block_k, work, bias, options.causal)
         moments = Moments.of(keys)
         rows = _Rows.of(q[group], moments, of_heads(shift, 0, group), options)
         ranked = block_map[group] = classify(rows.rank, choice)
         rows.keep(ranked)
-        lists = Lists.of(ranked, choice.candidates is None)
+        lists = Lists.of(ranked, keys.k.shape[0], choice.candidates is None)
         for part in _chunks(rows, keys, lists, block_q):
             span = slice(part.start * block_q, min(part.stop * block_q, tokens))
             queries = blocks_of(q[group][:, span], block_q, work)
             scaled = queries * options.scale
             chunk = _Chunk.of(scaled, keys, moments, rows, lists, part)
-            values = chunk.p_exact @ chunk.values + (chunk.p_virtual @ moments.value.unsqueeze(1)).flatten(0, 1)
+            values = chunk.p_exact @ chunk.values + of_key_heads(chunk.p_virtual, moments.value).flatten(0, 1)
             values += chunk.share * (scaled @ chunk.slope).flatten(0, 1)
             out[group][:, span] = values.view(queries.shape).flatten(1, 2)[:, : span.stop - span.start]
             lse[group][:, span] = chunk.lse.view(queries.shape[:3]).flatten(1, 2)[:, : span.stop - span.start]
@@ -77,17 +79,16 @@ def backward(grad_out: Tensor, inputs: AttentionInputs, result: ForwardResult, o
     """Gradients at grad_out of the call that gave ``result``, whose classes are constants; out and lse are not read."""
     q, k, v, _, _, key_mask, _, shift = inputs
     block_q, scale, tokens = options.block_q, options.scale, q.shape[2]
-    batch, heads = q.shape[:2]
     work = work_dtype(q)
     dq, dk, dv = (token_major(x) for x in (q, k, v))
     dshift = torch.zeros(shift.shape if shift is not None else 0, dtype=work, device=q.device)
-    for group in groups(batch, heads, result.block_map.shape[2]):
+    for group, key_group in groups(q, k, result.block_map.shape[2]):
         key_bias = bias_of(key_mask, group[0], options.block_k, work)
-        keys = key_side(k[group], v[group], options.block_k, work, key_bias, options.causal)
+        keys = key_side(k[key_group], v[key_group], options.block_k, work, key_bias, options.causal)
         moments = Moments.of(keys)
         rows = _Rows.of(q[group], moments, of_heads(shift, 0, group), options)
         rows.keep(result.block_map[group])
-        lists = Lists.of(result.block_map[group])
+        lists = Lists.of(result.block_map[group], keys.k.shape[0])
         grad_k, grad_v = torch.zeros_like(keys.k), torch.zeros_like(keys.v)
         grad_q = keys.k.new_empty(q[group].shape)
         grads = moments.zeros()
@@ -102,7 +103,7 @@ def backward(grad_out: Tensor, inputs: AttentionInputs, result: ForwardResult, o
             # dO.v of every key, then dl = p (dO.v - sum of p dO.v)
             along = upstream @ chunk.slope.mT
             gained = (along * scaled).sum(dim=-1, keepdim=True).flatten(0, 1)
-            of_exact, of_virtual = g @ chunk.values.mT, (upstream @ moments.value.mT.unsqueeze(1)).flatten(0, 1)
+            of_exact, of_virtual = g @ chunk.values.mT, of_key_heads(upstream, moments.value.mT).flatten(0, 1)
             p_virtual = chunk.p_virtual.flatten(0, 1)
             of_virtual += gained
             delta = (chunk.p_exact * of_exact).sum(dim=-1, keepdim=True)
@@ -111,31 +112,31 @@ def backward(grad_out: Tensor, inputs: AttentionInputs, result: ForwardResult, o
             d_virtual = (p_virtual * (of_virtual - delta)).view(chunk.p_virtual.shape)
             scatter_add(grad_v, listed, chunk.p_exact.mT @ g)
             scatter_add(grad_k, listed, d_exact.mT @ flat)
-            grads.value += (chunk.p_virtual.flatten(1, 2).mT) @ upstream.flatten(1, 2)
-            grads.mean += d_virtual.flatten(1, 2).mT @ scaled.flatten(1, 2)
-            dscaled = (d_exact @ chunk.keys).view(queries.shape) + d_virtual @ moments.mean.unsqueeze(1)
+            add_onto_keys(grads.value, chunk.p_virtual, upstream)
+            add_onto_keys(grads.mean, d_virtual, scaled)
+            dscaled = (d_exact @ chunk.keys).view(queries.shape) + of_key_heads(d_virtual, moments.mean)
             # of scaled S, which the share of the virtual keys weighs
             share = chunk.share.view(*queries.shape[:3], 1)
             dscaled += share * along
             grad_slope = (scaled.mT @ (share * upstream)).flatten(2)
             mixture = rows.mixture[:, part]
-            grads.slope += (mixture.mT @ grad_slope).view(grads.slope.shape)
-            d_mixture = grad_slope @ moments.slope.flatten(2).mT
+            add_onto_keys(grads.slope.flatten(2), mixture, grad_slope)
+            d_mixture = of_key_heads(grad_slope, moments.slope.flatten(2).mT)
             d_logits = torch._softmax_backward_data(d_mixture, mixture, -1, mixture.dtype)
-            grad_mean[:, part] = d_logits @ moments.mean * scale
-            grads.mean += d_logits.mT @ rows.mean[:, part] * scale
+            grad_mean[:, part] = of_key_heads(d_logits, moments.mean) * scale
+            add_onto_keys(grads.mean, d_logits, rows.mean[:, part], scale)
             grad_bias[:, part] = d_logits + d_virtual.sum(dim=2)
             grad_q[:, span] = (dscaled * scale).flatten(1, 2)[:, : span.stop - span.start]
         if shift is not None:
             accumulate(dshift, grad_bias.sum(dim=(1, 2)), 0, group)
         # w = scale^2 / 2 (mean of q^2).var where it is below its bound
         d_spread = grad_bias.masked_fill_(rows.bounded, 0) * (scale * scale / 2)
-        grads.variance += d_spread.mT @ rows.squares
-        _add_row_gradients(grad_q, q[group], grad_mean, d_spread @ moments.variance, block_q)
+        add_onto_keys(grads.variance, d_spread, rows.squares)
+        _add_row_gradients(grad_q, q[group], grad_mean, of_key_heads(d_spread, moments.variance), block_q)
         moments.add_gradients(grads, keys, grad_k, grad_v)
         dq[group] = grad_q
-        dk[group] = grad_k.flatten(1, 2)[:, : k.shape[2]]
-        dv[group] = grad_v.flatten(1, 2)[:, : k.shape[2]]
+        dk[key_group] = grad_k.flatten(1, 2)[:, : k.shape[2]]
+        dv[key_group] = grad_v.flatten(1, 2)[:, : k.shape[2]]
     dshift = dshift if shift is None else dshift.to(shift.dtype)
     return Gradients(dq, dk, dv, q.new_empty(0), q.new_empty(0), dshift)
 
@@ -149,13 +150,13 @@ class Moments:
     shares: Tensor
     """(Tn, block_k, 1): each key's weight over n."""
     mean: Tensor
-    """kbar (G, Tn, D)."""
+    """kbar (Gk, Tn, D)."""
     variance: Tensor
-    """(G, Tn, D)."""
+    """(Gk, Tn, D)."""
     value: Tensor
-    """vbar (G, Tn, D)."""
+    """vbar (Gk, Tn, D)."""
     slope: Tensor
-    """C (G, Tn, D, D): the mean of (k - kbar) v^T."""
+    """C (Gk, Tn, D, D): the mean of (k - kbar) v^T."""
 
     @classmethod
     def of(cls, keys: Keys) -> Moments:
@@ -180,7 +181,7 @@ class Moments:
         return Moments(self.size, self.shares, *zeros)
 
     def add_gradients(self, grads: Moments, keys: Keys, grad_k: Tensor, grad_v: Tensor) -> None:
-        """Carry ``grads`` on to those of the keys and values (G, Tn, block_k, D)."""
+        """Carry ``grads`` on to those of the keys and values (Gk, Tn, block_k, D)."""
         off = keys.k - self.mean.unsqueeze(2)
         of_k = grads.mean.unsqueeze(2) + 2 * off * grads.variance.unsqueeze(2)
         of_k += (keys.v - self.value.unsqueeze(2)) @ grads.slope.mT
@@ -214,12 +215,12 @@ class _Rows:
         """From q (G, Lq, D) and shift (G)."""
         work, scale = moments.mean.dtype, options.scale
         mean, squares = pool(q, options.block_q, work), pool(q.to(work).square(), options.block_q, work)
-        spread = (squares @ moments.variance.mT).mul_(scale * scale / 2)
+        spread = of_key_heads(squares, moments.variance.mT).mul_(scale * scale / 2)
         bound = moments.size.clamp(min=0)
         bounded = spread > bound
         added = 0.0 if shift is None else shift.detach().to(work).view(-1, 1, 1)
         bias = torch.minimum(spread, bound) + moments.size + added
-        scores = (mean @ moments.mean.mT).mul_(scale)
+        scores = of_key_heads(mean, moments.mean.mT).mul_(scale)
         logits = scores + bias
         return cls(mean, squares, bounded, added, bias, logits, spread + scores + moments.size, logits)
 
@@ -254,10 +255,11 @@ class _Chunk:
         listed = lists.rows(part)
         gathered = gather(keys.k, listed.blocks)
         exact = listed_scores(scaled.flatten(0, 1), gathered, keys, listed)
-        virtual = scaled @ moments.mean.mT.unsqueeze(1) + rows.bias[:, part].unsqueeze(2)
+        virtual = of_key_heads(scaled, moments.mean.mT) + rows.bias[:, part].unsqueeze(2)
         scores = torch.cat([exact, virtual.flatten(0, 1)], dim=-1)
         p_exact, p_virtual = torch.split(softmax(scores), [exact.shape[-1], virtual.shape[-1]], dim=-1)
-        slope = (rows.mixture[:, part] @ moments.slope.flatten(2)).view(*scaled.shape[:2], *moments.slope.shape[2:])
+        slope = of_key_heads(rows.mixture[:, part], moments.slope.flatten(2))
+        slope = slope.view(*scaled.shape[:2], *moments.slope.shape[2:])
         return cls(
             gathered,
             gather(keys.v, listed.blocks),

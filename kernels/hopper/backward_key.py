@@ -47,13 +47,14 @@ def key_steps(
     key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken, steps, scale,
     bias, grad_bias, first_tile, line_pitch, num_keys, key_bias, BLOCK_Q: gl.constexpr, TILE_Q: gl.constexpr,
     AHEAD: gl.constexpr, tile_layout: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_KEY_BIAS: gl.constexpr,
-    CAUSAL: gl.constexpr,
+    CAUSAL: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Add to dK and dV of 64 keys those of at least one tile of queries; and how many stages of the ring were taken.
 
     ``bias`` (block rows, keys), where there is one, is added to the logits of these queries, which are tiles from
     ``first_tile`` on, and its gradients go to ``grad_bias`` (tiles, keys); both begin at these keys. A ``key_bias`` is
-    the same for all queries. Causal, the first of these queries is ``first_tile`` ahead of the first key.
+    the same for all queries. Causal, the first of these queries is ``first_tile`` ahead of the first key; of each block
+    of them come those of GROUP heads.
     """
     STAGES: gl.constexpr = ring.type.shape[0]
     ROWS: gl.constexpr = key_accumulator.shape[0]
@@ -103,7 +104,12 @@ def key_steps(
         if HAS_BIAS:
             exponents += (added * LOG2E)[:, None]
         if CAUSAL:
-            queries = first_tile + step * TILE_Q + gl.arange(0, TILE_Q, layout=query_layout)
+            if GROUP > 1:
+                PARTS: gl.constexpr = BLOCK_Q // TILE_Q
+                first_row = first_tile + step // (PARTS * GROUP) * BLOCK_Q + step % PARTS * TILE_Q
+            else:
+                first_row = first_tile + step * TILE_Q
+            queries = first_row + gl.arange(0, TILE_Q, layout=query_layout)
             exponents = gl.where(queries[None, :] >= rows[:, None], exponents, float("-inf"))
         weights = gl.exp2(exponents)
         weights_operand = gl.convert_layout(weights.to(dtype), operand_layout)
@@ -192,6 +198,7 @@ def key_consumer(
     HAS_OUTPUTS: gl.constexpr,
     HAS_MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
+    GROUP: gl.constexpr,
 ):
     """dK and dV of 64 keys: the linear branch's part from dh and dz, then one step for each tile of queries, last the
     moments' part."""
@@ -278,14 +285,14 @@ def key_consumer(
             # blocks of queries on the diagonal come first
             edge_block = key_tile * TILE_K // BLOCK_Q
             last_key = gl.minimum((key_tile + 1) * TILE_K, num_keys) - 1
-            edge = gl.minimum(last_key // BLOCK_Q - edge_block + 1, count)
+            edge = gl.minimum((last_key // BLOCK_Q - edge_block + 1) * GROUP, count)
             ahead = edge_block * BLOCK_Q - key_tile * TILE_K - CONSUMER * ROWS
             whole = count - edge
             if edge > 0:
                 key_accumulator, value_accumulator, taken = key_steps(
                     key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken,
-                    edge * PARTS, scale, grad_normalizers, grad_normalizers, ahead, 0, 0, grad_normalizers, TILE_Q,
-                    TILE_Q, AHEAD, tile_layout, False, False, True,
+                    edge * PARTS, scale, grad_normalizers, grad_normalizers, ahead, 0, 0, grad_normalizers, BLOCK_Q,
+                    TILE_Q, AHEAD, tile_layout, False, False, True, GROUP,
                 )  # fmt: skip
         if HAS_MASK:
             whole = gl.where(kind > 0, 0, count)
@@ -293,13 +300,13 @@ def key_consumer(
                 key_accumulator, value_accumulator, taken = key_steps(
                     key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken,
                     count * PARTS, scale, grad_normalizers, grad_normalizers, 0, 0, 0, own_bias, TILE_Q, TILE_Q, AHEAD,
-                    tile_layout, False, True, False,
+                    tile_layout, False, True, False, GROUP,
                 )  # fmt: skip
         if whole > 0:
             key_accumulator, value_accumulator, taken = key_steps(
                 key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken,
                 whole * PARTS, scale, grad_normalizers, grad_normalizers, 0, 0, 0, grad_normalizers, TILE_Q, TILE_Q,
-                AHEAD, tile_layout, False, False, False,
+                AHEAD, tile_layout, False, False, False, GROUP,
             )  # fmt: skip
         if HAS_MOMENTS:
             if HAS_MASK:
@@ -409,6 +416,7 @@ def key_kernel(
     HAS_MOMENTS: gl.constexpr,
     HAS_MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
+    GROUP: gl.constexpr,
 ):
     CONSUMERS: gl.constexpr = TILE_K // 64
     # two programs side by side have no room for them
@@ -425,11 +433,11 @@ def key_kernel(
                 (key_consumer, (
                     buffers, barriers, grad_normalizers, moments, mask, grad_k_desc, grad_v_desc, scale, extents, 0,
                     TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS, HAS_OUTPUTS,
-                    HAS_MASK, CAUSAL,
+                    HAS_MASK, CAUSAL, GROUP,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, order, (), extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
-                    HAS_LINEAR, True, True, False, False, False, HAS_MOMENTS, False, False,
+                    HAS_LINEAR, True, True, False, False, False, HAS_MOMENTS, False, False, GROUP,
                 )),
             ],
             [1],
@@ -441,16 +449,16 @@ def key_kernel(
                 (key_consumer, (
                     buffers, barriers, grad_normalizers, moments, mask, grad_k_desc, grad_v_desc, scale, extents, 0,
                     TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS, HAS_OUTPUTS,
-                    HAS_MASK, CAUSAL,
+                    HAS_MASK, CAUSAL, GROUP,
                 )),
                 (key_consumer, (
                     buffers, barriers, grad_normalizers, moments, mask, grad_k_desc, grad_v_desc, scale, extents, 1,
                     TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS, HAS_OUTPUTS,
-                    HAS_MASK, CAUSAL,
+                    HAS_MASK, CAUSAL, GROUP,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, order, (), extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
-                    HAS_LINEAR, True, True, False, False, False, HAS_MOMENTS, False, False,
+                    HAS_LINEAR, True, True, False, False, False, HAS_MOMENTS, False, False, GROUP,
                 )),
             ],
             [4, 1],
@@ -548,6 +556,7 @@ def _backward_key(
         HAS_MOMENTS=moments is not None,
         HAS_MASK=weights is not None,
         CAUSAL=options.causal,
+        GROUP=inputs.group,
         num_warps=4,
         maxnreg=168 if block_k == 128 else 128,
     )

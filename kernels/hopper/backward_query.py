@@ -334,6 +334,7 @@ def query_kernel(
     MAKES_STATISTICS: gl.constexpr,
     HAS_MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
+    GROUP: gl.constexpr,
 ):
     CONSUMERS: gl.constexpr = TILE_Q // 64
     BIASES: gl.constexpr = 1 if HAS_VIRTUAL or HAS_MASK else 0
@@ -358,7 +359,7 @@ def query_kernel(
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, lists, mask, extents, BLOCK_Q, TILE_Q, BLOCK_K,
                     TILE_K, HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL, False, HAS_MASK,
-                    CAUSAL,
+                    CAUSAL, GROUP,
                 )),
             ],
             [1],
@@ -380,7 +381,7 @@ def query_kernel(
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, lists, mask, extents, BLOCK_Q, TILE_Q, BLOCK_K,
                     TILE_K, HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL, False, HAS_MASK,
-                    CAUSAL,
+                    CAUSAL, GROUP,
                 )),
             ],
             [4, 1],
@@ -485,6 +486,7 @@ def _backward_query(
         MAKES_STATISTICS=makes_statistics,
         HAS_MASK=weights is not None,
         CAUSAL=options.causal,
+        GROUP=inputs.group,
         num_warps=4,
         maxnreg=168 if tile_q == 128 else 128,
     )

@@ -116,6 +116,7 @@ def forward_producer(
     HAS_COUNTS: gl.constexpr,
     HAS_MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
+    GROUP: gl.constexpr,
 ):
     q_desc, k_desc, v_desc, state_desc, gate_desc, virtual_k_desc, virtual_v_desc = descriptors
     q_buffers, k_ring, v_ring, matrix_buffer, _out_buffers = buffers
@@ -128,6 +129,7 @@ def forward_producer(
     turn = 0
     for tile in range(gl.program_id(0), total_tiles, gl.num_programs(0)):
         query_tile, batch, head = locate_tile(tile, tiles_per_head, num_heads)
+        key_head = head // GROUP
         row = query_tile * TILE_Q // BLOCK_Q
         line = (batch * num_heads + head) * num_rows + row
         row_list = lists + line.to(gl.int64) * list_width
@@ -168,10 +170,10 @@ def forward_producer(
                     mbarrier.expect(k_full.index(index), k_desc.block_type.nbytes)
             else:
                 mbarrier.expect(k_full.index(index), k_desc.block_type.nbytes)
-            load_tile(k_desc, [batch, head, start, 0], k_full.index(index), k_ring.index(index))
+            load_tile(k_desc, [batch, key_head, start, 0], k_full.index(index), k_ring.index(index))
             mbarrier.wait(v_empty.index(index), phase)
             mbarrier.expect(v_full.index(index), v_desc.block_type.nbytes)
-            load_tile(v_desc, [batch, head, start, 0], v_full.index(index), v_ring.index(index))
+            load_tile(v_desc, [batch, key_head, start, 0], v_full.index(index), v_ring.index(index))
             filled += 1
         if HAS_VIRTUAL:
             for start in range(0, num_virtual, TILE_K):
@@ -179,10 +181,10 @@ def forward_producer(
                 phase = (filled // STAGES & 1) ^ 1
                 mbarrier.wait(k_empty.index(index), phase)
                 mbarrier.expect(k_full.index(index), virtual_k_desc.block_type.nbytes)
-                load_tile(virtual_k_desc, [batch, head, start, 0], k_full.index(index), k_ring.index(index))
+                load_tile(virtual_k_desc, [batch, key_head, start, 0], k_full.index(index), k_ring.index(index))
                 mbarrier.wait(v_empty.index(index), phase)
                 mbarrier.expect(v_full.index(index), virtual_v_desc.block_type.nbytes)
-                load_tile(virtual_v_desc, [batch, head, start, 0], v_full.index(index), v_ring.index(index))
+                load_tile(virtual_v_desc, [batch, key_head, start, 0], v_full.index(index), v_ring.index(index))
                 filled += 1
             if MATRICES_IN_RINGS:
                 index = filled % STAGES
@@ -619,6 +621,7 @@ def attention_forward_kernel(
     HAS_COUNTS: gl.constexpr,
     HAS_MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
+    GROUP: gl.constexpr,
 ):
     CONSUMERS: gl.constexpr = TILE_Q // 64
     q_buffers = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
@@ -680,7 +683,7 @@ def attention_forward_kernel(
                 )),
                 (forward_producer, (
                     descriptors, buffers, barriers, lists, counts, mask, extents, BLOCK_Q, TILE_Q, TILE_K,
-                    MATRICES_IN_RINGS, HAS_LINEAR, HAS_VIRTUAL, HAS_COUNTS, HAS_MASK, CAUSAL,
+                    MATRICES_IN_RINGS, HAS_LINEAR, HAS_VIRTUAL, HAS_COUNTS, HAS_MASK, CAUSAL, GROUP,
                 )),
             ],
             [1],
@@ -703,7 +706,7 @@ def attention_forward_kernel(
                 )),
                 (forward_producer, (
                     descriptors, buffers, barriers, lists, counts, mask, extents, BLOCK_Q, TILE_Q, TILE_K,
-                    MATRICES_IN_RINGS, HAS_LINEAR, HAS_VIRTUAL, HAS_COUNTS, HAS_MASK, CAUSAL,
+                    MATRICES_IN_RINGS, HAS_LINEAR, HAS_VIRTUAL, HAS_COUNTS, HAS_MASK, CAUSAL, GROUP,
                 )),
             ],
             [4, 1],
@@ -795,6 +798,7 @@ def _forward(
         HAS_COUNTS=lists.counts is not None,
         HAS_MASK=weights is not None,
         CAUSAL=options.causal,
+        GROUP=inputs.group,
         num_warps=4,
         maxnreg=launch.registers,
     )

@@ -78,12 +78,14 @@ def pair_producer(
     HAS_LAST_MATRIX: gl.constexpr,
     HAS_MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
+    GROUP: gl.constexpr,
 ):
     """Load a pair of own tiles, then through the ring (own tiles of saved outputs, a matrix, pairs of tiles of virtual
     keys with their bias and the matrix again, and) pairs of tiles (and their rows' statistics) of the listed blocks
     (and now a matrix); last, where there is one, what the output is to be added to. With a ``mask``, tiles of blocks
     that are ``partial``, the last of each list, come with their keys' bias. ``CAUSAL`` leaves out key blocks of a row's
-    list that its tile does not see.
+    list that its tile does not see. GROUP query heads share a key head: own tiles of queries have the keys of one, listed
+    tiles of queries, which are those with statistics, are of all, as `BlockLists.blocks` says.
 
     With ``order``, of `longest_first`, programs take the next tile in it whenever they are done with one, and the
     consumers learn from ``turns`` which that is, -1 at the end, and how many blocks it has; without, each has its own.
@@ -149,7 +151,7 @@ def pair_producer(
         if HAS_VIRTUAL:
             for start in range(0, num_virtual, LISTED_TILE):
                 produce_pair(
-                    virtual_a_desc, virtual_b_desc, vectors_desc, batch, head, line, start, ring, vectors_ring,
+                    virtual_a_desc, virtual_b_desc, vectors_desc, batch, head // GROUP, line, start, ring, vectors_ring,
                     ring_full, ring_empty, filled, 1,
                 )  # fmt: skip
                 filled += 1
@@ -161,12 +163,18 @@ def pair_producer(
             bias_row = gl.minimum(batch, bias_rows - 1)
             whole = count - gl.load(partial + line)
         for step in range(whole):
+            listed_head = head // GROUP
+            vector = batch_head * 2
             first = entry * LISTED_BLOCK
+            if HAS_STATISTICS and GROUP > 1:
+                listed_head = head * GROUP + entry % GROUP
+                vector = (batch_head * GROUP + entry % GROUP) * 2
+                first = entry // GROUP * LISTED_BLOCK
             # read one ahead
             entry = gl.load(listed + gl.minimum(step + 1, count - 1))
             for part in gl.static_range(PARTS):
                 produce_pair(
-                    listed_a_desc, listed_b_desc, vectors_desc, batch, head, batch_head * 2, first + part * LISTED_TILE,
+                    listed_a_desc, listed_b_desc, vectors_desc, batch, listed_head, vector, first + part * LISTED_TILE,
                     ring, vectors_ring, ring_full, ring_empty, filled, VECTORS,
                 )  # fmt: skip
                 filled += 1
@@ -176,8 +184,8 @@ def pair_producer(
                 entry = gl.load(listed + gl.minimum(step + 1, count - 1))
                 for part in gl.static_range(PARTS):
                     produce_pair(
-                        listed_a_desc, listed_b_desc, bias_desc, batch, head, bias_row, first + part * LISTED_TILE,
-                        ring, vectors_ring, ring_full, ring_empty, filled, 1,
+                        listed_a_desc, listed_b_desc, bias_desc, batch, head // GROUP, bias_row,
+                        first + part * LISTED_TILE, ring, vectors_ring, ring_full, ring_empty, filled, 1,
                     )  # fmt: skip
                     filled += 1
         if HAS_LAST_MATRIX:

@@ -40,7 +40,7 @@ def locate_stretch(item, extents):
 
 
 @gluon.jit
-def stretch_producer(descriptors, buffers, barriers, extents, TILE_Q: gl.constexpr):
+def stretch_producer(descriptors, buffers, barriers, extents, TILE_Q: gl.constexpr, GROUP: gl.constexpr):
     k_desc, v_desc, q_desc, grad_desc, statistics_desc = descriptors
     own_k, own_v, ring, statistics_ring, _turns, _out_buffers = buffers
     own_full, own_empty, ring_full, ring_empty, _prior_full, _prior_empty, _joint = barriers
@@ -52,7 +52,7 @@ def stretch_producer(descriptors, buffers, barriers, extents, TILE_Q: gl.constex
         mbarrier.wait(own_empty, (turn & 1) ^ 1)
         mbarrier.expect(own_full, 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
         for consumer in gl.static_range(2):
-            at = [batch, head, tile * 128 + consumer * 64, 0]
+            at = [batch, head // GROUP, tile * 128 + consumer * 64, 0]
             load_tile(k_desc, at, own_full, own_k.index(consumer))
             load_tile(v_desc, at, own_full, own_v.index(consumer))
         turn += 1
@@ -108,7 +108,7 @@ def stretch_consumer(
                 steps, scale, bias + batch_head * num_rows * line_pitch + first_key,
                 grad_bias + batch_head * query_tiles * line_pitch + first_key, first, line_pitch,
                 num_virtual - first_key, bias, BLOCK_Q, TILE_Q, 1, tile_layout, True, False,
-                False,
+                False, 1,
             )  # fmt: skip
         fence_async_shared()
         mbarrier.arrive(own_empty, count=1)
@@ -144,6 +144,7 @@ def virtual_key_kernel(
     HEAD_DIM: gl.constexpr,
     PADDED_DIM: gl.constexpr,
     STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
 ):
     buffers, barriers = make_buffers(k_desc, q_desc, statistics_desc, STAGES, 2, 2, False, False, False)
     extents = (total, tiles_per_head, num_heads, splits, query_tiles, num_virtual)
@@ -158,7 +159,7 @@ def virtual_key_kernel(
                 buffers, barriers, bias, grad_keys, grad_values, grad_bias, scale, num_rows, extents, 1, BLOCK_Q,
                 TILE_Q, HEAD_DIM, PADDED_DIM,
             )),
-            (stretch_producer, (descriptors, buffers, barriers, extents, TILE_Q)),
+            (stretch_producer, (descriptors, buffers, barriers, extents, TILE_Q, GROUP)),
         ],
         [4, 1],
         [240, 24],
@@ -211,8 +212,9 @@ def virtual_key_gradients(
         HEAD_DIM=head_dim,
         PADDED_DIM=padded,
         STAGES=4 * (128 // padded),
+        GROUP=inputs.group,
         num_warps=4,
         maxnreg=168,
     )
-    of_keys, of_values = grads.sum(dim=1)
+    of_keys, of_values = grads.unflatten(3, (-1, inputs.group)).sum(dim=(1, 4))
     return of_keys, of_values, grad_bias

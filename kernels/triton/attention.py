@@ -53,7 +53,7 @@ def forward(inputs: AttentionInputs, options: AttentionOptions) -> ForwardResult
         block_map, lists = classes(scores, operands, inputs.sparsity, options)
         del scores  # its memory serves what follows
         if linear is not None:
-            linear = sum_over_blocks(_summed_blocks(block_map, linear.states.dtype, options), linear)
+            linear = sum_over_blocks(_summed_blocks(block_map, linear.states.dtype, options), linear, q.shape[1])
         return ForwardResult(*steps.attention_forward(operands, lists, linear, options), block_map)
 
 
@@ -81,17 +81,17 @@ def backward(
         if has_linear:
             linear, _ = steps.key_states(operands, options, pool=False)
             matrix = _summed_blocks(block_map, linear.states.dtype, options)
-            linear = sum_over_blocks(matrix, linear)
+            linear = sum_over_blocks(matrix, linear, q.shape[1])
         gradients, linear = steps.linear_backward(upstream, operands, linear, options)
         if linear is not None:
             tiles_per_block = linear.states.shape[2] // block_map.shape[2]
             if tiles_per_block > 1:
                 matrix = _summed_blocks(block_map, linear.states.dtype, options, tiles_per_block)
-            linear = sum_over_blocks(matrix, linear, transpose=True)
+            linear = sum_over_blocks(matrix, linear, k.shape[1], transpose=True)
         rows = critical_lists(block_map, by_column=False, weights=weights)
-        columns = critical_lists(block_map, by_column=True)
+        columns = critical_lists(block_map, by_column=True, group=operands.group)
         # some keys are popular: rows have about as many critical blocks as each other, columns have not
-        order = longest_first(columns, block_map.shape[2])
+        order = longest_first(columns, columns.blocks.shape[3])
         steps.attention_backward_query(upstream, operands, rows, gradients, options)
         dk, dv = steps.attention_backward_key(upstream, operands, columns, order, gradients.statistics, linear, options)
         dweight, dbias = gate_backward(grad_out, linear_out, weight, bias, has_linear)

@@ -84,6 +84,7 @@ def attention_backward_query_kernel(
     HAS_LINEAR: tl.constexpr,
     HAS_KEY_BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """dQ of one tile of queries: the linear branch's part, which is in ``grad_q``, then its critical keys."""
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
@@ -115,8 +116,8 @@ def attention_backward_query_kernel(
         accumulator = tl.load(address, mask=mask, other=0.0).to(tl.float32)
     else:
         accumulator = tl.zeros([TILE_Q, PADDED_DIM], tl.float32)
-    k_base = head_pointer(k, batch, head, stride_kb, stride_kh)
-    v_base = head_pointer(v, batch, head, stride_vb, stride_vh)
+    k_base = head_pointer(k, batch, head // GROUP, stride_kb, stride_kh)
+    v_base = head_pointer(v, batch, head // GROUP, stride_vb, stride_vh)
     row_list = lists + (batch_head * num_rows + block_row) * num_columns
     num_critical = tl.load(counts + batch_head * num_rows + block_row)
     key_bias_base = key_bias + batch.to(tl.int64) * stride_key_bias
@@ -197,8 +198,10 @@ def attention_backward_key_kernel(
     HAS_LINEAR: tl.constexpr,
     HAS_KEY_BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """dK and dV of one tile of keys: the linear part from dh_j and dz_j, then its critical rows."""
+    """dK and dV of one tile of keys: the linear part from dh_j and dz_j, then its critical rows, of each query head that
+    has these keys."""
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
     PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
     PARTS: tl.constexpr = BLOCK_Q // TILE_Q
@@ -267,7 +270,15 @@ def attention_backward_key_kernel(
     column_list = lists + column.to(tl.int64) * num_rows
     num_critical = tl.load(counts + column)
     for step in range(num_critical * PARTS):
-        start = tl.load(column_list + step // PARTS) * BLOCK_Q + (step % PARTS) * TILE_Q
+        if GROUP == 1:
+            start = tl.load(column_list + step // PARTS) * BLOCK_Q + (step % PARTS) * TILE_Q
+        else:
+            entry = tl.load(column_list + step // PARTS)
+            start = entry // GROUP * BLOCK_Q + (step % PARTS) * TILE_Q
+            query_head = head * GROUP + entry % GROUP
+            q_base = head_pointer(q, batch, query_head, stride_qb, stride_qh)
+            grad_base = head_pointer(grad_out, batch, query_head, stride_gb, stride_gh)
+            row_statistics = statistics + (batch_head * GROUP + entry % GROUP) * 2 * row_pitch
         query = load_tile(q_base, start, rows, dims, stride_qn, num_tokens, PITCH, PADDED)
         row_lse = tl.load(row_statistics + start + rows)
         # [TILE_K, PADDED_DIM] x [PADDED_DIM, TILE_Q]; keys past the end make rows that are never stored
@@ -355,6 +366,7 @@ def attention_backward_query(
         HAS_LINEAR=gradients.started,
         HAS_KEY_BIAS=key_bias is not None,
         CAUSAL=options.causal,
+        GROUP=inputs.group,
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
@@ -372,7 +384,8 @@ def attention_backward_key(
     """As `Steps.attention_backward_key`."""
     q, k, v, key_bias = *inputs[:3], inputs.key_bias
     grad_out, block_k = upstream.grad_out, options.block_k
-    batch, heads, tokens, head_dim = q.shape
+    batch, _, tokens, head_dim = q.shape
+    heads = k.shape[1]
     launch = launch_for("backward_key", head_dim, q.dtype, options.block_q, block_k)
     columns = ceil_div(k.shape[2], block_k)
     programs = batch * heads * columns * (block_k // launch.tile_k)
@@ -414,6 +427,7 @@ def attention_backward_key(
         HAS_LINEAR=linear is not None,
         HAS_KEY_BIAS=key_bias is not None,
         CAUSAL=options.causal,
+        GROUP=inputs.group,
         num_warps=launch.warps,
         num_stages=launch.stages,
     )

@@ -27,7 +27,7 @@ from sla_compile.common.options import AttentionOptions
 
 from ..steps import BlockLists, KernelInputs, KeyWeights
 from .masks import batch_stride, block_tiers
-from .tiles import FULL_PRECISION, ceil_div, power_of_two
+from .tiles import FULL_PRECISION, ceil_div, power_of_two, stacked
 
 __all__ = ["block_scores", "classes", "classify_rows", "classify_rows_with_options", "critical_lists", "longest_first"]
 
@@ -251,6 +251,7 @@ def classify_with_options_kernel(
         "stride_matrix",
         "stride_line",
         "stride_item",
+        "stride_member",
     ]
 )
 def critical_list_kernel(
@@ -266,14 +267,19 @@ def critical_list_kernel(
     stride_matrix,
     stride_line,
     stride_item,
+    stride_member,
     LANES: tl.constexpr,
     HAS_PARTIAL: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
+    """Items are those of GROUP matrices, ``stride_member`` apart, of each the first before the second of any."""
     program = tl.program_id(0).to(tl.int64)
     matrix = program // num_lines
     line = program % num_lines
     lanes = tl.arange(0, LANES)
-    address = block_map + matrix * stride_matrix + line * stride_line + lanes.to(tl.int64) * stride_item
+    address = block_map + matrix * stride_matrix + line * stride_line + (lanes // GROUP).to(tl.int64) * stride_item
+    if GROUP > 1:
+        address += (lanes % GROUP).to(tl.int64) * stride_member
     member = tl.load(address, mask=lanes < num_items, other=0) == 1
     if HAS_PARTIAL:
         kind = tl.load(kinds + matrix // num_heads * stride_kinds + lanes, mask=lanes < num_items, other=0)
@@ -311,13 +317,14 @@ def _lanes_and_warps(items: int) -> tuple[int, int]:
 
 
 def block_scores(pooled_q: torch.Tensor, pooled_k: torch.Tensor, scale: float) -> torch.Tensor:
-    """pool(Q) pool(K)^T * scale, float32 (B, H, Tm, Tn), of contiguous float32 (B, H, Tm, D) and (B, H, Tn, D).
+    """pool(Q) pool(K)^T * scale, float32 (B, H, Tm, Tn), of contiguous float32 (B, H, Tm, D) and (B, Hk, Tn, D).
 
     Not ``torch.matmul``: under TF32, allowed by the user for the model's own products, rankings would change.
     """
-    batch, heads, num_queries, head_dim = pooled_q.shape
-    num_keys = pooled_k.shape[2]
-    scores = pooled_q.new_empty(batch, heads, num_queries, num_keys)
+    scores = pooled_q.new_empty(*pooled_q.shape[:3], pooled_k.shape[2])
+    batch, heads, num_keys, head_dim = pooled_k.shape
+    pooled_q = stacked(pooled_q, heads)
+    num_queries = pooled_q.shape[2]
     tile = 64 if max(num_queries, num_keys) > 64 else 32
     grid = (batch * heads, ceil_div(num_queries, tile), ceil_div(num_keys, tile))
     score_kernel[grid](
@@ -432,14 +439,18 @@ def _within_32_bits(share: Fraction) -> Fraction:
     return share.limit_denominator(2**31 - 1)
 
 
-def critical_lists(block_map: torch.Tensor, *, by_column: bool, weights: KeyWeights | None = None) -> BlockLists:
+def critical_lists(
+    block_map: torch.Tensor, *, by_column: bool, weights: KeyWeights | None = None, group: int = 1
+) -> BlockLists:
     """The critical blocks of each row (or column) of a contiguous int8 block map (B, H, Tm, Tn).
 
     The lists are as wide as the worst case, (B, H, lines, items), because the true one is known only on the device.
-    With ``weights``, of rows, the lists have those that are ``partial`` at their ends.
+    With ``weights``, of rows, the lists have those that are ``partial`` at their ends. Of columns, those of a ``group`` of
+    query heads are one list, as `BlockLists.blocks` says.
     """
     batch, heads, num_queries, num_keys = block_map.shape
-    lines, items = (num_keys, num_queries) if by_column else (num_queries, num_keys)
+    heads //= group
+    lines, items = (num_keys, num_queries * group) if by_column else (num_queries, num_keys)
     strides = (1, num_keys) if by_column else (num_keys, 1)
     lists = torch.empty((batch, heads, lines, items), dtype=torch.int32, device=block_map.device)
     counts = torch.empty((batch, heads, lines), dtype=torch.int32, device=block_map.device)
@@ -457,11 +468,13 @@ def critical_lists(block_map: torch.Tensor, *, by_column: bool, weights: KeyWeig
         heads if kinds is not None else None,
         lines,
         items,
-        num_queries * num_keys,
+        num_queries * num_keys * group,
         strides[0],
         strides[1],
+        num_queries * num_keys if group > 1 else None,
         LANES=lanes,
         HAS_PARTIAL=weights is not None,
+        GROUP=group,
         num_warps=warps,
     )
     return BlockLists(lists, counts, partial)

@@ -106,6 +106,7 @@ def attention_forward_kernel(
     HAS_COUNTS: tl.constexpr,
     HAS_KEY_BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
     PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
@@ -121,8 +122,8 @@ def attention_forward_kernel(
     rows = tl.arange(0, TILE_Q)
     keys = tl.arange(0, TILE_K)
     dims = tl.arange(0, PADDED_DIM)
-    k_base = head_pointer(k, batch, head, stride_kb, stride_kh)
-    v_base = head_pointer(v, batch, head, stride_vb, stride_vh)
+    k_base = head_pointer(k, batch, head // GROUP, stride_kb, stride_kh)
+    v_base = head_pointer(v, batch, head // GROUP, stride_vb, stride_vh)
     q_base = head_pointer(q, batch, head, stride_qb, stride_qh)
     query = load_tile(q_base, first_query, rows, dims, stride_qn, num_tokens, PITCH, PADDED)
 
@@ -245,6 +246,7 @@ def attention_forward(
         HAS_COUNTS=lists.counts is not None,
         HAS_KEY_BIAS=key_bias is not None,
         CAUSAL=options.causal,
+        GROUP=inputs.group,
         num_warps=launch.warps,
         num_stages=launch.stages,
     )

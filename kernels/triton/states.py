@@ -18,7 +18,7 @@ from sla_compile.common.options import BackwardOptions
 from ..steps import KernelInputs, LinearStates
 from .masks import batch_stride
 from .primitives import feature_map, head_pointer, load_key_bias, load_tile, locate_program, store_tile
-from .tiles import ceil_div, launch_for, padded_dim, power_of_two, row_pitch, vector_strides
+from .tiles import ceil_div, launch_for, padded_dim, power_of_two, row_pitch, stacked, vector_strides
 
 __all__ = [
     "block_means",
@@ -310,50 +310,67 @@ def marginal_matrix(
     return matrix[:, :, :columns]
 
 
-def sum_over_blocks(matrix: torch.Tensor | None, linear: LinearStates, *, transpose: bool = False) -> LinearStates:
-    """`sum_of_states` and `sum_of_normalizers` of ``linear``: H and Z from h and z, or dh and dz from dH and dZ."""
+def sum_over_blocks(
+    matrix: torch.Tensor | None, linear: LinearStates, heads: int, *, transpose: bool = False
+) -> LinearStates:
+    """`sum_of_states` and `sum_of_normalizers` of ``linear``: H and Z of all query ``heads`` from h and z, or dh and dz
+    of all key ``heads`` from dH and dZ."""
     return LinearStates(
-        sum_of_states(matrix, linear.states, transpose=transpose),
-        sum_of_normalizers(matrix, linear.normalizers, transpose=transpose),
+        sum_of_states(matrix, linear.states, heads, transpose=transpose),
+        sum_of_normalizers(matrix, linear.normalizers, heads, transpose=transpose),
     )
 
 
-def sum_of_states(matrix: torch.Tensor | None, states: torch.Tensor, *, transpose: bool = False) -> torch.Tensor:
-    """Sum ``states`` (B, H, T, *state) over blocks, weighted by a 0/1 ``matrix`` (B*H, rows, T).
+def sum_of_states(
+    matrix: torch.Tensor | None, states: torch.Tensor, heads: int, *, transpose: bool = False
+) -> torch.Tensor:
+    """Sum ``states`` (B, Hk, T, *state) over blocks, weighted by a 0/1 ``matrix`` (B*H, rows, T), H ``heads``.
 
-    Returns (B, H, rows, *state); with ``transpose`` the matrix is (B*H, T, rows). Without a matrix every
-    block counts in the one row that is returned, (B, H, 1, *state).
+    Returns (B, H, rows, *state). With ``transpose`` states are (B, H, T, *state), the matrix (B*H, T, rows) and ``heads``
+    Hk: (B, Hk, rows, *state), the query heads of a key head added up. Without a matrix every block counts in the one
+    row that is returned, (B, heads, 1, *state).
     """
     if matrix is None:
-        return states.sum(dim=2, keepdim=True, dtype=states.dtype)
-    batch, heads, blocks = states.shape[:3]
-    state_shape = states.shape[3:]
+        return _of_every_block(states, heads, states.dtype)
+    batch, given = states.shape[:2]
+    own_heads, state_shape = min(given, heads), states.shape[3:]
+    states, matrix = stacked(states, own_heads), stacked(matrix, batch * own_heads, 0)
+    blocks = states.shape[2]
     matrix = matrix.transpose(1, 2) if transpose else matrix
-    sums = states.new_empty((batch, heads, matrix.shape[1], *state_shape))
+    sums = states.new_empty((batch, own_heads, matrix.shape[1], *state_shape))
     # out= keeps an enclosing autocast from changing the type of the product
     torch.bmm(
         matrix,
-        states.view(batch * heads, blocks, state_shape.numel()),
-        out=sums.view(batch * heads, matrix.shape[1], state_shape.numel()),
+        states.view(batch * own_heads, blocks, state_shape.numel()),
+        out=sums.view(batch * own_heads, matrix.shape[1], state_shape.numel()),
     )
-    return sums
+    return sums.view(batch, heads, -1, *state_shape)
+
+
+def _of_every_block(states: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """`sum_of_states` without a matrix. Query heads get copies of their key head's one sum."""
+    sums = stacked(states, min(states.shape[1], heads)).sum(dim=2, keepdim=True, dtype=dtype)
+    return sums if sums.shape[1] == heads else sums.repeat_interleave(heads // sums.shape[1], dim=1)
 
 
 def sum_of_normalizers(
-    matrix: torch.Tensor | None, normalizers: torch.Tensor, *, transpose: bool = False
+    matrix: torch.Tensor | None, normalizers: torch.Tensor, heads: int, *, transpose: bool = False
 ) -> torch.Tensor:
-    """`sum_of_states` of ``normalizers`` (B, H, T, D), float32, in float32.
+    """`sum_of_states` of ``normalizers`` (B, Hk or H, T, D), float32, in float32.
 
     Not ``torch.bmm``: it would want a matrix in float32, and under TF32, allowed by the user for the model's own
     products, round the normalizers.
     """
     if matrix is None:
-        return normalizers.sum(dim=2, keepdim=True)
-    batch, heads, blocks, head_dim = normalizers.shape
+        return _of_every_block(normalizers, heads, normalizers.dtype)
+    batch, given = normalizers.shape[:2]
+    own_heads = min(given, heads)
+    normalizers, matrix = stacked(normalizers, own_heads), stacked(matrix, batch * own_heads, 0)
+    blocks, head_dim = normalizers.shape[2:]
     rows = matrix.shape[2 if transpose else 1]
-    sums = normalizers.new_empty(batch, heads, rows, head_dim)
+    sums = normalizers.new_empty(batch, own_heads, rows, head_dim)
     tile = 64 if rows > 64 else 32
-    normalizer_sum_kernel[(batch * heads, ceil_div(rows, tile), ceil_div(head_dim, tile))](
+    normalizer_sum_kernel[(batch * own_heads, ceil_div(rows, tile), ceil_div(head_dim, tile))](
         matrix,
         normalizers,
         sums,
@@ -365,4 +382,4 @@ def sum_of_normalizers(
         STEP=64,
         TRANSPOSE=transpose,
     )
-    return sums
+    return sums.view(batch, heads, -1, head_dim)

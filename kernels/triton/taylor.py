@@ -19,6 +19,7 @@ from . import virtual_keys
 from .classify import classes, critical_lists, longest_first
 from .moments import add_query_gradients, query_moments
 from .states import sum_of_states
+from .tiles import stacked
 
 __all__ = ["backward", "forward"]
 
@@ -43,7 +44,7 @@ class _Blocks(NamedTuple):
         """The virtual keys at the marginal blocks, and how rows mix their slopes."""
         moments = self.moments
         rows = virtual_keys.virtual_rows(self.logits, self.spreads, moments, block_map, shift)
-        slopes = sum_of_states(rows.mixture, moments.slopes)
+        slopes = sum_of_states(rows.mixture, moments.slopes, block_map.shape[1])
         return VirtualKeys(moments.keys, moments.values, rows.bias, slopes), rows.mixture
 
 
@@ -66,7 +67,7 @@ def backward(
     steps: Steps,
 ) -> Gradients:
     """Gradients of the call with this ``block_map``, which is a constant."""
-    q = operands.q
+    q, key_heads = operands.q, operands.k.shape[1]
     blocks = _Blocks.of(operands, options, steps, ranked=False)
     moments = blocks.moments
     virtual, mixture = blocks.virtual(block_map, shift)
@@ -83,13 +84,15 @@ def backward(
     if tiles > 1:
         mixture = mixture.repeat_interleave(tiles, dim=1)
     # of gradients alone, so the user's TF32 may round them; classes and logits are made by products of our own
-    of_spans = by_rows.of_spans.mT @ blocks.queries
+    of_rows = stacked(by_rows.of_spans, key_heads, 2)
+    of_spans = of_rows.mT @ stacked(blocks.queries, key_heads, 2)
     of_spans[0] += of_keys
-    of_moments = MomentGradients(of_spans, of_values, sum_of_states(mixture, by_query.slopes, transpose=True))
-    add_query_gradients(q, by_rows.of_spans @ moments.spans, by_query.dq, options.block_q)
+    of_slopes = sum_of_states(mixture, by_query.slopes, key_heads, transpose=True)
+    of_moments = MomentGradients(of_spans, of_values, of_slopes)
+    add_query_gradients(q, (of_rows @ moments.spans).view(blocks.queries.shape), by_query.dq, options.block_q)
 
-    columns = critical_lists(block_map, by_column=True)
-    order = longest_first(columns, block_map.shape[2])
+    columns = critical_lists(block_map, by_column=True, group=operands.group)
+    order = longest_first(columns, columns.blocks.shape[3])
     dk, dv = steps.virtual_backward_key(
         upstream, operands, columns, order, by_query.statistics, moments, of_moments, options
     )
@@ -100,8 +103,9 @@ def backward(
 def _of_mixture(grad_slopes: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
     """The products of each dS with each C: (B*H, tiles, Tn)."""
     batch, heads, tiles = grad_slopes.shape[:3]
-    left = grad_slopes.view(batch * heads, tiles, -1)
-    right = slopes.view(batch * heads, slopes.shape[2], -1)
-    products = left.new_empty(batch * heads, tiles, slopes.shape[2])
+    right = slopes.view(batch * slopes.shape[1], slopes.shape[2], -1)
+    left = stacked(grad_slopes, slopes.shape[1]).view(right.shape[0], -1, right.shape[2])
+    products = left.new_empty(*left.shape[:2], right.shape[1])
     # out= keeps an enclosing autocast from changing the type of the product
-    return torch.bmm(left, right.mT, out=products)
+    torch.bmm(left, right.mT, out=products)
+    return products.view(batch * heads, tiles, right.shape[1])

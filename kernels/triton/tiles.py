@@ -38,6 +38,7 @@ __all__ = [
     "row_of",
     "row_pitch",
     "shipped_launch",
+    "stacked",
     "vector_readable",
     "vector_strides",
     "virtual_launch",
@@ -51,6 +52,13 @@ is that of float32 (1.5e-7 of block scores, 2.1e-7 by "ieee") in a third of the 
 def ceil_div(size: int, part: int) -> int:
     """Parts in ``size``, the last one maybe short. ``triton.cdiv``, made for kernels too, takes 4 us on the host."""
     return -(-size // part)
+
+
+def stacked(x: torch.Tensor, heads: int, axis: int = 1) -> torch.Tensor:
+    """x (..., H, T, ...), H at ``axis``, as (..., heads, T * H / heads, ...): what belongs to the query heads of a key
+    head lies one after the other, so this is a view."""
+    group = x.shape[axis] // max(1, heads)
+    return x if group == 1 else x.unflatten(axis, (heads, group)).flatten(axis + 1, axis + 2)
 
 
 def power_of_two(size: int) -> int:

@@ -44,7 +44,7 @@ from .primitives import (
     tile_pointer,
     token_major_pointer,
 )
-from .tiles import FULL_PRECISION, ceil_div, clamped, padded_dim, power_of_two, vector_strides, virtual_launch
+from .tiles import FULL_PRECISION, ceil_div, clamped, padded_dim, power_of_two, stacked, vector_strides, virtual_launch
 
 __all__ = [
     "RowGradients",
@@ -134,7 +134,7 @@ def logit_kernel(
 @triton.jit(do_not_specialize=["num_rows", "num_keys", "num_heads", "width"])
 def row_kernel(
     logits, spreads, sizes, shift, block_map, bias, mixture, num_rows, num_keys, num_heads, width,
-    LANES: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    LANES: tl.constexpr, HAS_SHIFT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """b and a of one row of the block map."""
     row = tl.program_id(0).to(tl.int64)
@@ -144,7 +144,7 @@ def row_kernel(
     virtual = tl.load(block_map + row * num_keys + lanes, mask=valid, other=1) == 0
     logit = tl.load(logits + row * num_keys + lanes, mask=virtual, other=float("-inf"))
     spread = tl.load(spreads + row * num_keys + lanes, mask=virtual, other=0.0)
-    size = tl.load(sizes + batch_head * num_keys + lanes, mask=virtual, other=0.0)
+    size = tl.load(sizes + batch_head // GROUP * num_keys + lanes, mask=virtual, other=0.0)
     added = bounded_spread(spread, size) + size
     if HAS_SHIFT:
         added += tl.load(shift + batch_head % num_heads).to(tl.float32)
@@ -182,6 +182,7 @@ def virtual_forward_kernel(
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
     CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Attention of one tile of queries to virtual keys, on top of that to critical ones, whose output it replaces."""
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
@@ -210,8 +211,9 @@ def virtual_forward_kernel(
     running_sum = tl.where(running_max == float("-inf"), 0.0, 1.0)
     share = tl.zeros([TILE_Q], tl.float32)
     scale_log2 = scale * LOG2E
-    key_base = mean_keys + batch_head * num_virtual * PITCH
-    value_base = mean_values + batch_head * num_virtual * PITCH
+    key_head = batch_head // GROUP
+    key_base = mean_keys + key_head * num_virtual * PITCH
+    value_base = mean_values + key_head * num_virtual * PITCH
     row_bias = bias + line * bias_pitch(num_virtual)
     for start in range(0, num_virtual, TILE_K):
         first = origin + start
@@ -282,6 +284,7 @@ def virtual_backward_query_kernel(
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
     CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Of one tile of queries: both statistics, the virtual keys' part of dQ, and dS."""
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
@@ -340,8 +343,9 @@ def virtual_backward_query_kernel(
     scale_log2 = scale * LOG2E
     share = tl.zeros([TILE_Q], tl.float32)
     accumulator = tl.zeros([TILE_Q, PADDED_DIM], tl.float32)
-    key_base = mean_keys + batch_head * num_virtual * PITCH
-    value_base = mean_values + batch_head * num_virtual * PITCH
+    key_head = batch_head // GROUP
+    key_base = mean_keys + key_head * num_virtual * PITCH
+    value_base = mean_values + key_head * num_virtual * PITCH
     row_bias = bias + line * bias_pitch(num_virtual)
     for start in range(0, num_virtual, TILE_K):
         first = origin + start
@@ -410,6 +414,7 @@ def virtual_backward_key_kernel(
     BLOCK_Q: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Gradients of one tile of virtual keys and their values, over one stretch of the queries, and the sums of dl over
     each tile of queries."""
@@ -422,8 +427,9 @@ def virtual_backward_key_kernel(
     rows = tl.arange(0, TILE_Q)
     keys = tl.arange(0, TILE_K)
     dims = tl.arange(0, PADDED_DIM)
-    key_base = mean_keys + batch_head * num_virtual * PITCH
-    value_base = mean_values + batch_head * num_virtual * PITCH
+    key_head = batch_head // GROUP
+    key_base = mean_keys + key_head * num_virtual * PITCH
+    value_base = mean_values + key_head * num_virtual * PITCH
     key = load_tile(key_base, first_key, keys, dims, PITCH // 8, num_virtual, PITCH, PADDED)
     value = load_tile(value_base, first_key, keys, dims, PITCH // 8, num_virtual, PITCH, PADDED)
     grad_base = head_pointer(grad_out, batch, head, stride_gb, stride_gh)
@@ -501,9 +507,11 @@ def virtual_logits(
     """Of the mean query of each query block, the logit of each key block without shift; scale^2 / 2 mean(q^2).var,
     which is w up to its bound; and, if ``ranked``, the logit without the bound, by which blocks are ranked. All float32
     (B, H, Tm, Tn), contiguous."""
-    _, batch, heads, num_queries, head_dim = query_moments.shape
-    num_keys = moments.sizes.shape[2]
-    logits, spreads, *ranks = (query_moments.new_empty(batch, heads, num_queries, num_keys) for _ in range(2 + ranked))
+    batch, heads, num_keys = moments.sizes.shape
+    shape = (*query_moments.shape[1:4], num_keys)
+    logits, spreads, *ranks = (query_moments.new_empty(shape) for _ in range(2 + ranked))
+    query_moments = stacked(query_moments, heads, 2)
+    num_queries, head_dim = query_moments.shape[3:]
     tile = 64 if max(num_queries, num_keys) > 64 else 32
     logit_kernel[(batch * heads, ceil_div(num_queries, tile), ceil_div(num_keys, tile))](
         query_moments[0],
@@ -553,6 +561,7 @@ def virtual_rows(
         width,
         LANES=lanes,
         HAS_SHIFT=shift is not None,
+        GROUP=heads // max(1, moments.sizes.shape[1]),
         num_warps=warps,
     )
     return VirtualRows(bias, mixture[:, :, :columns])
@@ -589,6 +598,7 @@ def virtual_forward(
         TILE_Q=launch.tile_q,
         TILE_K=launch.tile_k,
         CHUNK=launch.chunk,
+        GROUP=inputs.group,
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
@@ -636,6 +646,7 @@ def virtual_backward_query(
         TILE_Q=launch.tile_q,
         TILE_K=launch.tile_k,
         CHUNK=launch.chunk,
+        GROUP=inputs.group,
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
@@ -707,10 +718,11 @@ def virtual_key_gradients(
         BLOCK_Q=options.block_q,
         TILE_Q=launch.tile_q,
         TILE_K=launch.tile_k,
+        GROUP=inputs.group,
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
-    of_keys, of_values = grads.sum(dim=1)
+    of_keys, of_values = grads.unflatten(3, (-1, inputs.group)).sum(dim=(1, 4))
     return of_keys, of_values, grad_bias
 
 
@@ -737,7 +749,8 @@ def mixture_backward(
         of_spans[1],
         of_shift,
         scale,
-        rows,
+        # of a key head, whose moments these rows have
+        rows * heads // max(1, moments.sizes.shape[1]),
         columns,
         mixture.stride(1),
         grad_bias.shape[3],

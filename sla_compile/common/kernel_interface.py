@@ -1,6 +1,7 @@
 """What the op asks of the kernels of a device: two functions with one signature, whatever the device.
 
-Axes: B batch, H heads, Lq queries, Lk keys, D head dimension, Tm = ceil(Lq / block_q), Tn = ceil(Lk / block_k).
+Axes: B batch, H heads, Hk heads of keys and values, Lq queries, Lk keys, D head dimension, Tm = ceil(Lq / block_q), Tn =
+ceil(Lk / block_k).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class AttentionInputs(NamedTuple):
     q: Tensor
     """(B, H, Lq, D)."""
     k: Tensor
-    """(B, H, Lk, D), as ``v``; both in the dtype of ``q``."""
+    """(B, Hk, Lk, D), as ``v``; both in the dtype of ``q``. Hk divides H: query head h has the keys of head h // (H / Hk)."""
     v: Tensor
     weight: Tensor | None
     """The gate's weight (D, D) or (H, D, D), any floating dtype; None: no linear branch."""
@@ -51,7 +52,7 @@ class ForwardResult(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """dq, dk, dv (B, H, L, D) over (B, L, H, D) memory; dweight, dbias and dshift like weight, bias and
+    """dq, dk, dv (B, H or Hk, L, D) over (B, L, H or Hk, D) memory; dweight, dbias and dshift like weight, bias and
     shift, or of shape (0,)."""
 
     dq: Tensor

@@ -2,7 +2,8 @@
 
 Importing this module registers the ops; a device's kernels are imported when an op first runs on it. Every
 check stands in plain Python that Dynamo traces, and again inside the op for those who call that directly.
-Axes: B batch, H heads, Lq queries, Lk keys, D head dimension, Tm = ceil(Lq / block_q), Tn = ceil(Lk / block_k).
+Axes: B batch, H heads, Hk heads of keys and values, Lq queries, Lk keys, D head dimension, Tm = ceil(Lq / block_q), Tn =
+ceil(Lk / block_k).
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ def sparse_linear_attention(
     ValueError for an argument that is not accepted.
 
     Args:
-        q, k, v: (B, H, Lq, D) and twice (B, H, Lk, D), any strides, one dtype and device; D from 16 to 256;
-            float32, float16 or bfloat16, on the CPU float64 too.
+        q, k, v: (B, H, Lq, D) and twice (B, Hk, Lk, D), any strides, one dtype and device; D from 16 to 256;
+            float32, float16 or bfloat16, on the CPU float64 too. Hk divides H: query head h has key head h // (H / Hk).
         weight: the gate, (D, D) shared by the heads or (H, D, D), any floating dtype; None: no linear branch.
         bias: (D) or (H, D), any floating dtype; None: zero.
         key_mask: (B, Lk) or (1, Lk), bool (true: attend) or additive, which gets no gradient: key j's weight is 0 or

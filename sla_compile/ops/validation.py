@@ -124,15 +124,20 @@ def check_activations(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise TypeError(f"{name} has dtype {x.dtype}, accepted is that of q, {q.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, accepted is the device of q, {q.device}")
-    if (k.shape[0], k.shape[1], k.shape[3]) != (q.shape[0], q.shape[1], q.shape[3]):
+    if (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]) or (k.shape[1] != q.shape[1] and not _is_grouped(q, k)):
         raise ValueError(
-            f"k has shape {tuple(k.shape)}, accepted is that of q, {tuple(q.shape)}, but for the number of tokens: "
-            "as many key heads as query heads"
+            f"k has shape {tuple(k.shape)}, accepted is that of q, {tuple(q.shape)}, but for the number of tokens, and "
+            "for heads of which each serves as many query heads as any other"
         )
     if v.shape != k.shape:
         raise ValueError(f"v has shape {tuple(v.shape)}, accepted is that of k, {tuple(k.shape)}")
     if not MIN_HEAD_DIM <= q.shape[3] <= MAX_HEAD_DIM:
         raise ValueError(f"head dimension {q.shape[3]}, accepted is {MIN_HEAD_DIM} to {MAX_HEAD_DIM}")
+
+
+def _is_grouped(q: Tensor, k: Tensor) -> bool:
+    """Whether each key head can serve as many query heads as any other."""
+    return k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
 
 
 def effective_dtype(x: Tensor) -> torch.dtype:

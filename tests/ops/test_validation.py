@@ -39,9 +39,9 @@ VALUE_ERRORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ),
     (
         "grouped",
-        {"k": x(1, 1, 40, 16)},
+        {"q": x(1, 3, 40, 16)},
         ValueError,
-        "k has shape (1, 1, 40, 16), accepted is that of q, (1, 2, 40, 16), but for the number of tokens: as many key",
+        "k has shape (1, 2, 40, 16), accepted is that of q, (1, 3, 40, 16), but for the number of tokens, and for heads",
     ),
     (
         "causal_cross",

@@ -38,6 +38,8 @@ class Case:
     head_dim: int = 64
     batch: int = 1
     heads: int = 2
+    group: int = 1
+    """Query heads to a head of k and v."""
     block_q: int = 64
     block_k: int = 64
     topk: float = 0.3
@@ -164,21 +166,23 @@ def inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs
     """Random tensors of the case; with ``linear="taylor"`` there is a shift in the place of the bias."""
     generator = torch.Generator(device).manual_seed(seed)
     tokens = (case.tokens, case.num_keys, case.num_keys, case.tokens)
-    q, k, v, grad_out = (activation(replace(case, tokens=n), generator, dtype) for n in tokens)
+    heads = (case.heads, *(case.heads // case.group,) * 2, case.heads)
+    sizes = zip(tokens, heads, strict=True)
+    q, k, v, grad_out = (activation(replace(case, tokens=n, heads=h), generator, dtype) for n, h in sizes)
     if case.uneven:
         k *= torch.linspace(0.5, 3, case.num_keys, device=device, dtype=dtype)[:, None]
     gate_dtype = case.gate_dtype or dtype
-    dim, heads = case.head_dim, case.heads
+    dim = case.head_dim
     # v off zero: else the linear branch, a mean over many keys, is too small to be seen in the sum
     v += 0.5
     weight = bias = None
     if case.weight != "none":
-        shape: tuple[int, ...] = (dim, dim) if case.weight == "shared" else (heads, dim, dim)
+        shape: tuple[int, ...] = (dim, dim) if case.weight == "shared" else (case.heads, dim, dim)
         weight = (torch.randn(shape, generator=generator, device=device) * 2 / dim**0.5).to(gate_dtype)
     if case.linear == TAYLOR:
-        weight, bias = None, torch.randn(heads, generator=generator, device=device).to(gate_dtype)
+        weight, bias = None, torch.randn(case.heads, generator=generator, device=device).to(gate_dtype)
     elif case.bias != "none":
-        shape = (dim,) if case.bias == "shared" else (heads, dim)
+        shape = (dim,) if case.bias == "shared" else (case.heads, dim)
         bias = torch.randn(shape, generator=generator, device=device).to(gate_dtype)
     return q, k, v, weight, bias, grad_out
 
