@@ -85,8 +85,8 @@ class Cost:
 
 
 @lru_cache
-def dense_cost(cross: bool = False, causal: bool = False) -> Cost:
-    """Dense softmax attention by a fused kernel, over L key tokens where ``cross``.
+def dense_cost(cross: bool = False, causal: bool = False, group: int = 1) -> Cost:
+    """Dense softmax attention by a fused kernel, over L key tokens where ``cross``, whose heads serve a ``group`` each.
 
     A mask saves nothing here; a ``causal`` kernel skips what lies above the diagonal.
     """
@@ -94,7 +94,7 @@ def dense_cost(cross: bool = False, causal: bool = False) -> Cost:
     rows = BATCH * HEADS
     matmul = rows * TOKENS * (TOKENS + 1) * HEAD_DIM if causal else 2 * rows * TOKENS * keys * HEAD_DIM
     token = rows * HEAD_DIM * ELEMENT_BYTES
-    traffic = {"inputs": token * (TOKENS + 2 * keys), "output": token * TOKENS}
+    traffic = {"inputs": token * (TOKENS + 2 * keys / sympy.Integer(group)), "output": token * TOKENS}
     return Cost({"scores": matmul, "values": matmul}, traffic)
 
 
@@ -108,50 +108,54 @@ def sla_cost(
     cross: bool = False,
     causal: bool = False,
     forced: int = 0,
+    group: int = 1,
 ) -> Cost:
     """Sparse-Linear Attention (paper, section 4) in the stages of ``kernels/``.
 
     The sums of block states are one matrix product over all key blocks, whatever their classes, so ``bottomk``
     saves no FLOPs; with ``linear="all"`` they are one sum for all rows. Gates are there, so they are counted.
     With ``linear="taylor"`` virtual keys take the linear branch's place; there is no gate that costs anything.
-    ``forced`` key blocks are critical in every row, beside ``topk``. Where ``causal``, C is that of the mean row.
+    ``forced`` key blocks are critical in every row, beside ``topk``. Where ``causal``, C is that of the mean row. What is
+    made of keys alone is made once for the ``group`` of query heads that share them.
     """
     keys = KEY_TOKENS if cross else TOKENS
     rows = BATCH * HEADS
+    key_rows = rows / sympy.Integer(group)
     pairs = _QUERY_BLOCKS * _KEY_BLOCKS
-    token = rows * HEAD_DIM * ELEMENT_BYTES
+    token, key_token = rows * HEAD_DIM * ELEMENT_BYTES, key_rows * HEAD_DIM * ELEMENT_BYTES
     stages = {
         "sparse": 4 * rows * _QUERY_BLOCKS * _BLOCK_Q * CRITICAL_BLOCKS * _BLOCK_K * HEAD_DIM,
         "classify": 2 * rows * pairs * HEAD_DIM,
     }
-    means = rows * (_QUERY_BLOCKS + _KEY_BLOCKS) * HEAD_DIM * _FLOAT32
+    means = (rows * _QUERY_BLOCKS + key_rows * _KEY_BLOCKS) * HEAD_DIM * _FLOAT32
     lists = rows * _QUERY_BLOCKS * CRITICAL_BLOCKS * _INT32
     traffic = {
-        "pooling": token * (TOKENS if linear != "none" else TOKENS + keys) + means,
+        "pooling": token * TOKENS + (key_token * keys if linear == "none" else 0) + means,
         "classify": means + rows * pairs * (2 * _FLOAT32 + _INT8) + lists,
-        "attention": token * (2 * TOKENS + 2 * keys) + lists + rows * TOKENS * _FLOAT32,
+        "attention": 2 * token * TOKENS + 2 * key_token * keys + lists + rows * TOKENS * _FLOAT32,
     }
     state = rows * (HEAD_DIM**2 * ELEMENT_BYTES + HEAD_DIM * _FLOAT32)
+    key_states = state * _KEY_BLOCKS / group
     if linear == TAYLOR:
         stages["classify"] *= 2  # logits, and what the spread of the keys adds
-        stages["states"] = 2 * rows * keys * HEAD_DIM**2
+        stages["states"] = 2 * key_rows * keys * HEAD_DIM**2
         stages["combine"] = 2 * rows * pairs * HEAD_DIM**2
         stages["virtual"] = 4 * rows * _QUERY_BLOCKS * _BLOCK_Q * _KEY_BLOCKS * HEAD_DIM
         stages["slope"] = 2 * rows * TOKENS * HEAD_DIM**2
         traffic["pooling"] = token * TOKENS + 2 * means
         traffic["classify"] += rows * pairs * _FLOAT32
-        traffic["states"] = 2 * token * keys + state * _KEY_BLOCKS
-        traffic["combine"] = state * (_KEY_BLOCKS + _QUERY_BLOCKS) + rows * pairs * (_INT8 + 3 * _FLOAT32)
+        traffic["states"] = 2 * key_token * keys + key_states
+        traffic["combine"] = key_states + state * _QUERY_BLOCKS + rows * pairs * (_INT8 + 3 * _FLOAT32)
         traffic["virtual"] = 3 * token * TOKENS + state * _QUERY_BLOCKS + rows * (pairs + 2 * TOKENS) * _FLOAT32
     elif linear != "none":
         row_states = 1 if linear == "all" and not causal else _QUERY_BLOCKS
-        additions = 2 * pairs if linear == "marginal" or causal else _KEY_BLOCKS
-        stages["states"] = 2 * rows * keys * HEAD_DIM**2
+        additions = 2 * pairs if linear == "marginal" or causal else _KEY_BLOCKS / sympy.Integer(group)
+        stages["states"] = 2 * key_rows * keys * HEAD_DIM**2
         stages["combine"] = rows * additions * (HEAD_DIM**2 + HEAD_DIM)
         stages["linear"] = 2 * rows * TOKENS * HEAD_DIM**2 + 2 * rows * TOKENS * HEAD_DIM
         stages["gate"] = 2 * rows * TOKENS * HEAD_DIM**2
-        traffic["states"] = 2 * token * keys + state * _KEY_BLOCKS
-        traffic["combine"] = state * (_KEY_BLOCKS + row_states)
+        traffic["states"] = 2 * key_token * keys + key_states
+        traffic["combine"] = key_states + state * row_states
         if linear == "marginal" or causal:
             traffic["combine"] += rows * pairs * (_INT8 + 2 * ELEMENT_BYTES)
         traffic["linear"] = state * row_states + token * TOKENS
@@ -161,13 +165,13 @@ def sla_cost(
 
 @lru_cache
 def sla_cost_in_runs(
-    topk: float, block_q: int, block_k: int, linear: str, runs: tuple[tuple[int, int, int], ...]
+    topk: float, block_q: int, block_k: int, linear: str, runs: tuple[tuple[int, int, int], ...], group: int = 1
 ) -> Cost:
     """The sum of `sla_cost` over ``runs``, so many queries, keys and forced key blocks each, in B, H, d and s."""
     stages: dict[str, sympy.Expr] = {}
     traffic: dict[str, sympy.Expr] = {}
     for queries, keys, forced in runs:
-        cost = sla_cost(topk, block_q, block_k, linear, cross=True, forced=forced)
+        cost = sla_cost(topk, block_q, block_k, linear, cross=True, forced=forced, group=group)
         for total, terms in ((stages, cost.stages), (traffic, cost.traffic)):
             for name, term in terms.items():
                 here = substitute(cost.exact(term), {TOKENS: queries, KEY_TOKENS: keys})
@@ -176,7 +180,9 @@ def sla_cost_in_runs(
 
 
 @lru_cache
-def sla_backward_cost(block_q: int, block_k: int, linear: str, *, cross: bool = False, causal: bool = False) -> Cost:
+def sla_backward_cost(
+    block_q: int, block_k: int, linear: str, *, cross: bool = False, causal: bool = False, group: int = 1
+) -> Cost:
     """FLOPs of one backward in the stages of ``kernels/``, its critical blocks in a mean row left as a symbol.
 
     The sparse branch is five products for the forward's two: scores again, and the gradients of probabilities, v, q and
@@ -184,25 +190,26 @@ def sla_backward_cost(block_q: int, block_k: int, linear: str, *, cross: bool = 
     """
     keys = KEY_TOKENS if cross else TOKENS
     rows = BATCH * HEADS
+    key_rows = rows / sympy.Integer(group)
     pairs = _QUERY_BLOCKS * _KEY_BLOCKS
     stages = {"sparse": 10 * rows * _QUERY_BLOCKS * _BLOCK_Q * CRITICAL_BLOCKS * _BLOCK_K * HEAD_DIM}
     if linear == TAYLOR:
         stages["classify"] = 12 * rows * pairs * HEAD_DIM  # logits and spreads, and their gradients on both sides
-        stages["states"] = 2 * rows * keys * HEAD_DIM**2
+        stages["states"] = 2 * key_rows * keys * HEAD_DIM**2
         stages["combine"] = 2 * rows * pairs * HEAD_DIM**2
         stages["virtual"] = 10 * rows * _QUERY_BLOCKS * _BLOCK_Q * _KEY_BLOCKS * HEAD_DIM
         stages["slope"] = 4 * rows * TOKENS * HEAD_DIM**2
         stages["combine back"] = 4 * rows * pairs * HEAD_DIM**2
-        stages["keys"] = 4 * rows * keys * HEAD_DIM**2
+        stages["keys"] = 4 * key_rows * keys * HEAD_DIM**2
     elif linear != "none":
-        additions = 2 * pairs if linear == "marginal" or causal else _KEY_BLOCKS
+        additions = 2 * pairs if linear == "marginal" or causal else _KEY_BLOCKS / sympy.Integer(group)
         state = HEAD_DIM**2 + HEAD_DIM
-        stages["states"] = 2 * rows * keys * HEAD_DIM**2
+        stages["states"] = 2 * key_rows * keys * HEAD_DIM**2
         stages["combine"] = rows * additions * state
         stages["gate"] = 4 * rows * TOKENS * HEAD_DIM**2  # of the linear branch's output, and of the weight
         stages["linear"] = 4 * rows * TOKENS * HEAD_DIM**2  # phi(Q) and H
         stages["combine back"] = rows * additions * state
-        stages["keys"] = 4 * rows * keys * HEAD_DIM**2  # phi(K) and V
+        stages["keys"] = 4 * key_rows * keys * HEAD_DIM**2  # phi(K) and V
     definitions = {
         _QUERY_BLOCKS: sympy.ceiling(TOKENS / _BLOCK_Q),
         _KEY_BLOCKS: sympy.ceiling(keys / _BLOCK_K),

@@ -48,7 +48,8 @@ Size = int | torch.SymInt
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of an attention call; each may be symbolic. ``keys`` is None where they are as many as the queries."""
+    """Sizes of an attention call; each may be symbolic. ``keys`` is None where they are as many as the queries, and
+    ``key_heads`` where keys have as many heads."""
 
     batch: Size
     heads: Size
@@ -57,17 +58,14 @@ class Shape:
     dtype: torch.dtype
     device: torch.device
     keys: Size | None = None
+    key_heads: int | None = None
 
     @property
     def sizes(self) -> dict[str, Size]:
         """The sizes by name."""
-        sizes = {
-            "batch": self.batch,
-            "heads": self.heads,
-            "tokens": self.tokens,
-            "head_dim": self.head_dim,
-        }
-        return sizes if self.keys is None else {**sizes, "key_tokens": self.keys}
+        sizes = {"batch": self.batch, "heads": self.heads, "tokens": self.tokens, "head_dim": self.head_dim}
+        others = (("key_tokens", self.keys), ("key_heads", self.key_heads))
+        return sizes | {name: size for name, size in others if size is not None}
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Rewrite:
     query_mask: Source | None = None
     """(B or 1, queries or 1) bool. Queries that it masks have no keys: dense attention gives 0 there."""
     causal: bool = False
-    repeats: int = 1
+    group: int = 1
     """Query heads to one head of keys and values."""
     always_critical: tuple[int, ...] = ()
     """start, stop, start, stop, ... of key tokens in ``order``, by the rules of slices."""
@@ -95,10 +93,19 @@ class Rewrite:
     """A query all of whose keys are masked, by boolean masks, gives the mean of all values."""
 
     def operands(self, call: AttentionCall) -> tuple[Source, Source, Source]:
-        """Queries, keys and values with as many heads each, their tokens in ``order``."""
-        steps = [Step("repeat_interleave", (self.repeats, 1))] if self.repeats > 1 else []
+        """Queries, keys and values, their tokens in ``order``.
+
+        Keys and values have as many heads as queries have where ranks cannot have whole heads of fewer.
+        """
+        split = isinstance(self.shards, HeadShards) and self.shards.distributed
+        apart = split and self.shards.unequal(int(self.shape.heads) // self.group)
+        steps = self.for_each_query_head() if apart else ()
         key, value = (after(ordered(source, self.order.keys), *steps) for source in (call.key, call.value))
         return ordered(self.without_masked(call.query), self.order.queries), key, value
+
+    def for_each_query_head(self) -> tuple[Step, ...]:
+        """The steps that give (B, H, ...) each query head's of what is of key heads."""
+        return (Step("repeat_interleave", (self.group, 1)),) if self.group > 1 else ()
 
     def without_masked(self, source: Any) -> Any:
         """``source`` (B, H, N, D), in the model's order, with 0 for masked queries.
@@ -211,7 +218,7 @@ def decide(
         key_mask=masks.keys,
         query_mask=masks.queries,
         causal=causal,
-        repeats=int(shape.heads) // int(_example(call.key).shape[1]),
+        group=int(shape.heads) // int(_example(call.key).shape[1]),
         always_critical=ranges,
         order=order,
         shards=_shards(call),
@@ -359,10 +366,13 @@ def example_shape(call: AttentionCall) -> Shape | None:
     query, key = _example(call.query), _example(call.key)
     if not isinstance(query, torch.Tensor) or query.dim() != 4:
         return None
-    batch, heads, tokens, head_dim = query.shape
-    same = isinstance(key, torch.Tensor) and key.dim() == 4 and statically_known_true(tokens == key.shape[2])
-    keys = key.shape[2] if not same and isinstance(key, torch.Tensor) and key.dim() == 4 else None
-    return Shape(batch, heads, tokens, head_dim, _dtype(call), query.device, keys)
+    (batch, heads, tokens, head_dim), kind = query.shape, (_dtype(call), query.device)
+    if not isinstance(key, torch.Tensor) or key.dim() != 4:
+        return Shape(batch, heads, tokens, head_dim, *kind)
+    keys = None if statically_known_true(tokens == key.shape[2]) else key.shape[2]
+    of_keys = key.shape[1]
+    grouped = type(heads) is type(of_keys) is int and 0 < of_keys < heads and heads % of_keys == 0
+    return Shape(batch, heads, tokens, head_dim, *kind, keys, of_keys if grouped else None)
 
 
 def _dtype(call: AttentionCall) -> torch.dtype:

@@ -112,7 +112,7 @@ def _fill(call: AttentionCall, decision: Rewrite, output: fx.Node) -> tuple[Step
         return ()
     if not decision.mean_if_masked:
         return (Step("masked_fill", (masked, 0.0)),)
-    mean = after(call.value, Step("mean", (2, True)), Step("type_as", (output,)))
+    mean = after(call.value, Step("mean", (2, True)), Step("type_as", (output,)), *decision.for_each_query_head())
     return (Step("where", (after(masked, Step("logical_not")), mean)),)
 
 

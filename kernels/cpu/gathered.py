@@ -70,7 +70,8 @@ def of_key_heads(rows: Tensor, keys: Tensor) -> Tensor:
 def add_onto_keys(total: Tensor, rows: Tensor, others: Tensor, factor: float = 1) -> None:
     """Add to total (Gk, n, m) rows (G, C, ..., n), transposed, times others (G, C, ..., m) and a factor."""
     left, right = (x.reshape(total.shape[0], -1, x.shape[-1]) for x in (rows, others))
-    total.baddbmm_(left.mT, right, alpha=factor)
+    # not baddbmm_, whose FLOPs torch does not count
+    torch.baddbmm(total, left.mT, right, alpha=factor, out=total)
 
 
 def chunks(rows: int, elements_per_row: int) -> Iterator[slice]:

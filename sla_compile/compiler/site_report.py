@@ -83,7 +83,8 @@ class SiteReport:
     causal: bool = False
     """Whether a query sees only the keys up to its own place."""
     shape: dict[str, int | str] = field(default_factory=dict)
-    """batch, heads, tokens, head_dim, dtype, device; key_tokens where they differ; a symbolic size is a string."""
+    """batch, heads, tokens, head_dim, dtype, device; key_tokens and key_heads where they differ; a symbolic size is a
+    string."""
     traced: dict[str, int] = field(default_factory=dict)
     """The sizes of ``shape`` while it was traced, which the numbers below are for; empty where unknown."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -219,7 +220,8 @@ def _sizes(shape: Shape | None) -> tuple[dict[str, int | str], dict[str, int]]:
 
 
 def _costs(site: Site, shape: Shape, traced: dict[str, int]) -> dict[str, Any]:
-    form = {"cross": shape.keys is not None, "causal": site.call.is_causal is True}
+    group = 1 if shape.key_heads is None else int(shape.heads) // shape.key_heads
+    form = {"cross": shape.keys is not None, "causal": site.call.is_causal is True, "group": group}
     dense = dense_cost(**form)
     after = dense
     if isinstance(site.decision, Rewrite):
@@ -233,7 +235,7 @@ def _sparse_cost(
     settings: Mapping[str, Any],
     ranges: tuple[int, ...],
     traced: dict[str, int],
-    form: dict[str, bool],
+    form: dict[str, Any],
     segments: Sequence[tuple[int, int, int, int]],
 ) -> Cost:
     """The cost with ``settings``, as ``_settings`` gives them; ``traced`` are the sizes, empty where unknown."""
@@ -247,7 +249,7 @@ def _sparse_cost(
             )
             for first, last, start, stop in segments
         ]
-        return sla_cost_in_runs(*how, tuple(runs))
+        return sla_cost_in_runs(*how, tuple(runs), form["group"])
     return sla_cost(*how, forced=_forced(settings, ranges, traced.get("key_tokens", traced.get("tokens", 0))), **form)
 
 
@@ -298,7 +300,8 @@ def with_sparsity_of(report: SiteReport, gate: Gate | None) -> SiteReport:
     settings = {**report.settings, "topk": topk, "bottomk": bottomk}
     if not report.traced:
         return dataclasses.replace(report, settings=settings)
-    form = {"cross": "key_tokens" in report.shape, "causal": report.causal}
+    group = report.traced["heads"] // report.traced.get("key_heads", report.traced["heads"])
+    form = {"cross": "key_tokens" in report.shape, "causal": report.causal, "group": group}
     after = _sparse_cost(settings, report.critical_tokens, report.traced, form, report.segments)
     dtype = getattr(torch, str(report.shape["dtype"]))
     numbers = _numbers("after", after, report.traced, dtype)

@@ -118,7 +118,8 @@ class _AllowedKeys:
     def weights(self, call: GatedCall, item: int, head: int, rows: slice) -> tuple[Tensor, Tensor]:
         """Attention weights (R, L), 0 where a query does not attend; and how many keys each query attends to, (R)."""
         work = torch.float64 if call.query.dtype == torch.float64 else torch.float32
-        logits = call.query[item, head, rows].to(work) @ call.key[item, head].to(work).mT * call.scale
+        key = call.key[item, head // (call.query.shape[1] // call.key.shape[1])]
+        logits = call.query[item, head, rows].to(work) @ key.to(work).mT * call.scale
         keys = logits.shape[1]
         if self.bias is not None:
             logits += self.bias[item % self.bias.shape[0]].to(work)

@@ -57,7 +57,8 @@ def forward_flops(
     touched = forced_blocks(always_critical or (), k.shape[2], block_k)
     forced = len({block for first, last in touched for block in range(first, last)})
     branch = linear if weight is not None or linear == TAYLOR else "none"
-    cost = sla_cost(topk, block_q, block_k, branch, cross=q.shape[2] != k.shape[2], causal=causal, forced=forced)
+    form = {"cross": q.shape[2] != k.shape[2], "causal": causal, "group": _group(q, k)}
+    cost = sla_cost(topk, block_q, block_k, branch, forced=forced, **form)
     return evaluate(cost.flops, _sizes(q, k))
 
 
@@ -89,10 +90,16 @@ def backward_flops(
     if block_map.is_meta or type(block_map) is not torch.Tensor:
         raise NotImplementedError("FLOPs of sla::backward need its block map's values; accepted: a run on real tensors")
     branch = linear if weight is not None or linear == TAYLOR else "none"
-    cost = sla_backward_cost(block_q, block_k, branch, cross=q.shape[2] != k.shape[2], causal=causal)
+    form = {"cross": q.shape[2] != k.shape[2], "causal": causal, "group": _group(q, k)}
+    cost = sla_backward_cost(block_q, block_k, branch, **form)
     rows = block_map.shape[0] * block_map.shape[1] * block_map.shape[2]
     mean = sympy.Rational(int(torch.count_nonzero(block_map == 1)), max(rows, 1))
     return int(cost.flops.subs({**_sizes(q, k), CRITICAL_BLOCKS: mean}))
+
+
+def _group(q: Tensor, k: Tensor) -> int:
+    """Query heads to one key head."""
+    return q.shape[1] // max(1, k.shape[1])
 
 
 def _sizes(q: Tensor, k: Tensor) -> dict[Any, int]:

@@ -256,6 +256,8 @@ def _shape(site: SiteReport) -> Text:
     text = " x ".join(str(shape[name]) for name in names) + f" {shape['dtype']} on {shape['device']}"
     if "key_tokens" in shape:
         text += f", {shape['key_tokens']} keys"
+    if "key_heads" in shape:
+        text += f", {shape['key_heads']} head(s) of keys"
     if site.causal:
         text += ", causal"
     if site.mask:
