@@ -349,3 +349,24 @@ VIRTUAL = [
     Case(tokens=200, block_q=32, block_k=16, head_dim=32, topk=0.2, bottomk=0.3, linear=TAYLOR, uneven=True),
 ]
 """Virtual keys: blocks that are short, with masks, causal, with budgets of each head, with w above its bound."""
+
+GROUPED = [
+    Case(tokens=150, batch=2, heads=4, group=2, block_q=32, block_k=16, head_dim=32),
+    Case(tokens=90, keys=120, heads=4, group=4, block_q=32, block_k=16, head_dim=40, mask="bool", weight="per_head"),
+    Case(tokens=100, batch=2, heads=6, group=3, block_q=16, block_k=32, head_dim=32, causal=True, layout="packed"),
+    Case(tokens=120, heads=4, group=2, block_q=32, block_k=32, head_dim=32, linear="all"),
+    Case(tokens=120, batch=2, heads=4, group=2, block_q=32, block_k=16, head_dim=32, topk=0.2, linear=TAYLOR),
+    Case(
+        tokens=100,
+        heads=4,
+        group=2,
+        block_q=64,
+        block_k=16,
+        head_dim=40,
+        causal=True,
+        mask="bool",
+        linear=TAYLOR,
+        sparsity=((90_000, 0), (300_000, 100_000), (100_000, 0), (400_000, 200_000)),
+    ),
+]
+"""Grouped queries: every form, and gates, shares and shifts that are those of query heads."""

@@ -15,7 +15,17 @@ from sla_compile.kernels.cpu import attention as cpu
 from sla_compile.kernels.cpu import gathered
 from sla_compile.ops.attention import sparse_linear_attention
 from tests.support.closeness import assert_close
-from tests.support.triton_cases import NAMES, OPTIONS, Case, check, expected_classes, inputs, key_mask, run_kernels
+from tests.support.triton_cases import (
+    GROUPED,
+    NAMES,
+    OPTIONS,
+    Case,
+    check,
+    expected_classes,
+    inputs,
+    key_mask,
+    run_kernels,
+)
 
 pytestmark = pytest.mark.usefixtures("nan_fresh_buffers")
 
@@ -25,6 +35,16 @@ def test_matches_the_definition(case: Case) -> None:
     tensors = inputs(case, torch.float64, "cpu")
     assert torch.equal(check(case, tensors, 1e-10, 1e-10, cpu), expected_classes(case, tensors))
     check(case, inputs(case, torch.float32, "cpu", seed=1), 2e-6, 5e-6, cpu)
+
+
+@pytest.mark.parametrize("rows_per_group", [1, 1000])
+@pytest.mark.parametrize("case", GROUPED, ids=str)
+def test_grouped_queries_match_the_definition(
+    case: Case, rows_per_group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gathered, "_ROWS_PER_GROUP", rows_per_group)
+    tensors = inputs(case, torch.float64, "cpu")
+    assert torch.equal(check(case, tensors, 1e-10, 1e-10, cpu), expected_classes(case, tensors))
 
 
 @pytest.mark.parametrize("elements_per_chunk", [1, 1 << 14])

@@ -24,6 +24,7 @@ from sla_compile.kernels import reference
 from tests.support.closeness import assert_close
 from tests.support.interpreter import INTERPRETED
 from tests.support.triton_cases import (
+    GROUPED,
     OPTIONS,
     VIRTUAL,
     Case,
@@ -134,6 +135,11 @@ else:
     @pytest.mark.parametrize("case", VIRTUAL[::3], ids=str)
     def test_virtual(case: Case) -> None:
         check_smaller(case)
+
+    @pytest.mark.parametrize("case", GROUPED[1::2], ids=str)
+    def test_grouped_queries(case: Case) -> None:
+        tensors = inputs(case, torch.float32, "cpu")
+        assert torch.equal(check(case, tensors, 1e-5, 1e-5), expected_classes(case, tensors))
 
     @pytest.mark.parametrize("topk", [1 / 3, 0.3, 0.07, 1e-9])
     def test_options_have_exact_shares_when_causal(topk: float) -> None:

@@ -73,20 +73,23 @@ SHARED_MEMORY = 232448
 
 CASES = [
     Case(tokens=70, keys=50, head_dim=72, mask="moderate", always=(0, 10), sparsity=(100_000, 100_000)),
-    Case(tokens=70, head_dim=32, causal=True, linear="all", feature_map="elu"),
+    Case(tokens=70, heads=4, group=2, head_dim=32, causal=True, linear="all", feature_map="elu"),
     Case(tokens=70, head_dim=32, feature_map="relu", bias="none"),
     Case(tokens=70, head_dim=32, weight="none", causal=True, mask="bool", sparsity=(100_000, 100_000)),
-    Case(tokens=70, linear="taylor", head_dim=72, mask="moderate"),
+    Case(tokens=70, heads=6, group=3, linear="taylor", head_dim=72, mask="moderate"),
 ]
-"""Each branch of each kernel in one of them, and not every combination."""
+"""Each branch of each kernel in one of them, grouped queries too, and not every combination."""
 
 
 HOPPER_CASES = [
-    (Case(tokens=300, head_dim=72, block_q=256, block_k=128, linear="all", causal=True), torch.bfloat16),
+    (Case(tokens=300, heads=4, group=2, head_dim=72, block_q=256, block_k=128, linear="all", causal=True), torch.bfloat16),
     (Case(tokens=300, head_dim=128, feature_map="elu"), torch.bfloat16),
-    (Case(tokens=300, block_q=128, feature_map="relu", mask="bool", sparsity=(100_000, 100_000)), torch.float16),
+    (
+        Case(tokens=300, heads=6, group=3, block_q=128, feature_map="relu", mask="bool", sparsity=(100_000, 100_000)),
+        torch.float16,
+    ),
     (Case(tokens=300, keys=200, head_dim=128, block_k=128, weight="none"), torch.bfloat16),
-    (Case(tokens=300, head_dim=128, block_q=128, block_k=128, linear="taylor"), torch.bfloat16),
+    (Case(tokens=300, heads=4, group=4, head_dim=128, block_q=128, block_k=128, linear="taylor"), torch.bfloat16),
     (Case(tokens=300, head_dim=128, mask="bool", linear="taylor"), torch.float16),
 ]
 """Likewise. The first has the largest tiles, of which the second fills the shared memory without room to write out."""

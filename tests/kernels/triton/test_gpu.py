@@ -16,6 +16,7 @@ from sla_compile.kernels import reference
 from sla_compile.kernels.hopper import support as hopper
 from tests.support.closeness import assert_close, relative_error
 from tests.support.triton_cases import (
+    GROUPED,
     NAMES,
     OPTIONS,
     VIRTUAL,
@@ -171,6 +172,24 @@ MASKED_VIRTUAL_KEYS = [
 ]
 
 
+GROUPED_QUERIES = [
+    *(
+        Case(tokens=1003, heads=8, group=group, head_dim=dim, batch=2, block_q=q, block_k=k, **form)
+        for group, dim, q, k, form in (
+            (2, 128, 128, 128, {}),
+            (4, 80, 64, 64, {"weight": "per_head", "mask": "bool"}),
+            (8, 64, 64, 128, {"causal": True}),
+            (4, 128, 128, 128, {"causal": True, "linear": "all"}),
+            (2, 80, 256, 64, {"causal": True, "linear": "none"}),
+            (4, 128, 128, 128, {"topk": 0.1, "linear": "taylor"}),
+            (8, 80, 64, 64, {"topk": 0.1, "linear": "taylor", "mask": "moderate"}),
+            (2, 64, 128, 64, {"topk": 0.1, "linear": "taylor", "causal": True}),
+        )
+    ),
+    Case(tokens=667, keys=1003, heads=9, group=3, head_dim=72, linear="all", mask="tail"),
+]
+
+
 @pytest.mark.parametrize("gluon", [True, False], ids=["gluon", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
 @pytest.mark.parametrize(
@@ -184,6 +203,7 @@ MASKED_VIRTUAL_KEYS = [
         *CAUSAL,
         *VIRTUAL_KEYS,
         *MASKED_VIRTUAL_KEYS,
+        *GROUPED_QUERIES,
     ],
     ids=str,
 )
@@ -443,7 +463,7 @@ def larger(case: Case) -> Case:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("case", OPTIONS, ids=str)
+@pytest.mark.parametrize("case", [*OPTIONS, *GROUPED], ids=str)
 def test_options(case: Case, dtype: torch.dtype) -> None:
     case = larger(case)
     tensors = inputs(case, dtype, "cuda")
