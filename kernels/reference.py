@@ -3,8 +3,8 @@
 For tests alone: it costs a full attention map, differentiates by autograd and is right in float64. It shares
 no helper with any kernel. Axes: B batch, H heads, Lq queries, Lk keys (N where they are as many), D head
 dimension, Tm = ceil(Lq / block_q) query blocks, Tn = ceil(Lk / block_k) key blocks. ``block_map`` holds M: +1
-critical, 0 marginal, -1 negligible. A mask gives key j the weight exp(b_j) in every branch. With fewer heads of k and v,
-Hk, query head h has the keys of head h // (H / Hk).
+critical, 0 marginal, -1 negligible. A mask gives key j the weight exp(b_j) in every branch. With fewer heads of k and
+v, Hk, query head h has the keys of head h // (H / Hk).
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ class BlockLists(NamedTuple):
     """The critical blocks of each row of the block map, or of each column."""
 
     blocks: Tensor
-    """int32 (B, H, lines, width), ascending; with ``partial``, those that it counts after the others. Of a column, (B, Hk,
-    Tn, width): entry m * H / Hk + g is block m of the g-th query head of the key head."""
+    """int32 (B, H, lines, width), ascending; with ``partial``, those that it counts after the others. Of columns,
+    (B, Hk, Tn, width): entry m * H / Hk + g is block m of the g-th query head of the key head."""
     counts: Tensor | None
     """int32 (B, H, lines): how many entries of each list are written; None: all of them."""
     partial: Tensor | None = None
@@ -209,8 +209,9 @@ class Steps(Protocol):
         linear: LinearStates | None,
         options: BackwardOptions,
     ) -> tuple[Tensor, Tensor]:
-        """dK and dV (B, Hk, Lk, D), in memory (B, Lk, Hk, D), of the critical ``lists`` of the columns and, with a linear
-        branch, of ``linear``: dh and dz, (B, Hk, Tn or 1, ...). Work begins in the ``order`` of `longest_first`."""
+        """dK and dV (B, Hk, Lk, D), in memory (B, Lk, Hk, D), of the critical ``lists`` of the columns and, with a
+        linear branch, of ``linear``: dh and dz, (B, Hk, Tn or 1, ...). Work begins in the ``order`` of
+        `longest_first`."""
 
     def virtual_backward_query(
         self,
@@ -231,9 +232,9 @@ class Steps(Protocol):
         statistics: Tensor,
         options: BackwardOptions,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the ``virtual`` keys and of their values by attention, float32 (B, Hk, Tn, D), and the sums of dl
-        by tiles of queries, of which block_q is a multiple, float32 (B, H, tiles, ...) in rows like those of ``bias``,
-        unwritten past Tn; from the ``statistics`` of virtual keys."""
+        """Gradients of the ``virtual`` keys and of their values by attention, float32 (B, Hk, Tn, D), and the sums of
+        dl by tiles of queries, of which block_q is a multiple, float32 (B, H, tiles, ...) in rows like those of
+        ``bias``, unwritten past Tn; from the ``statistics`` of virtual keys."""
 
     def virtual_backward_key(
         self,

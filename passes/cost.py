@@ -115,13 +115,11 @@ def sla_cost(
     The sums of block states are one matrix product over all key blocks, whatever their classes, so ``bottomk``
     saves no FLOPs; with ``linear="all"`` they are one sum for all rows. Gates are there, so they are counted.
     With ``linear="taylor"`` virtual keys take the linear branch's place; there is no gate that costs anything.
-    ``forced`` key blocks are critical in every row, beside ``topk``. Where ``causal``, C is that of the mean row. What is
-    made of keys alone is made once for the ``group`` of query heads that share them.
+    ``forced`` key blocks are critical in every row, beside ``topk``. Where ``causal``, C is that of the mean row. What
+    is made of keys alone is made once for the ``group`` of query heads that share them.
     """
-    keys = KEY_TOKENS if cross else TOKENS
-    rows = BATCH * HEADS
-    key_rows = rows / sympy.Integer(group)
-    pairs = _QUERY_BLOCKS * _KEY_BLOCKS
+    rows, pairs = BATCH * HEADS, _QUERY_BLOCKS * _KEY_BLOCKS
+    keys, key_rows = KEY_TOKENS if cross else TOKENS, rows / sympy.Integer(group)
     token, key_token = rows * HEAD_DIM * ELEMENT_BYTES, key_rows * HEAD_DIM * ELEMENT_BYTES
     stages = {
         "sparse": 4 * rows * _QUERY_BLOCKS * _BLOCK_Q * CRITICAL_BLOCKS * _BLOCK_K * HEAD_DIM,

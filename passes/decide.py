@@ -97,8 +97,8 @@ class Rewrite:
 
         Keys and values have as many heads as queries have where ranks cannot have whole heads of fewer.
         """
-        split = isinstance(self.shards, HeadShards) and self.shards.distributed
-        apart = split and self.shards.unequal(int(self.shape.heads) // self.group)
+        shards = self.shards if isinstance(self.shards, HeadShards) and self.shards.distributed else None
+        apart = shards is not None and shards.unequal(int(self.shape.heads) // self.group)
         steps = self.for_each_query_head() if apart else ()
         key, value = (after(ordered(source, self.order.keys), *steps) for source in (call.key, call.value))
         return ordered(self.without_masked(call.query), self.order.queries), key, value

@@ -12,8 +12,8 @@ A key mask adds b_c to the scores of key c and multiplies phi(K_c) by exp(b_c).
 
 Work goes by groups of heads, so that copies of K and V (padding, casts, strided views) stay small, and within
 a group by chunks of query blocks, so that gathered keys and scores stay in cache. No buffer has Lq x Lk
-elements. Axes: B batch, H heads, Hk heads of keys, Lq queries, Lk keys, D head dimension, Tm and Tn query and key blocks,
-G heads of a group and Gk of their keys, C query blocks of a chunk. 16-bit inputs are computed in float32.
+elements. Axes: B batch, H heads, Hk heads of keys, Lq queries, Lk keys, D head dimension, Tm and Tn query and key
+blocks, G heads of a group and Gk of their keys, C query blocks of a chunk. 16-bit inputs are computed in float32.
 """
 
 from __future__ import annotations

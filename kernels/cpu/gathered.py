@@ -1,7 +1,7 @@
 """How the CPU path goes through an attention: groups of heads, chunks of query blocks, and gathered critical blocks.
 
-Axes as in `attention`: G heads of a group and Gk of their keys, Tm and Tn query and key blocks, C query blocks of a chunk,
-D head dimension.
+Axes as in `attention`: G heads of a group and Gk of their keys, Tm and Tn query and key blocks, C query blocks of a
+chunk, D head dimension.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ Group = tuple[int, slice]
 
 
 def groups(q: Tensor, k: Tensor, query_blocks: int) -> Iterator[tuple[Group, Group]]:
-    """Groups of heads of q (B, H, Lq, D), and those of k (B, Hk, Lk, D) that they have: one key head of a long sequence,
-    several of a short one."""
+    """Groups of heads of q (B, H, Lq, D), and those of k (B, Hk, Lk, D) that they have: one key head of a long
+    sequence, several of a short one."""
     batch, heads = k.shape[:2]
     each = q.shape[1] // max(1, heads)
     size = max(1, _ROWS_PER_GROUP // (query_blocks * max(1, each)))

@@ -84,8 +84,8 @@ def pair_producer(
     keys with their bias and the matrix again, and) pairs of tiles (and their rows' statistics) of the listed blocks
     (and now a matrix); last, where there is one, what the output is to be added to. With a ``mask``, tiles of blocks
     that are ``partial``, the last of each list, come with their keys' bias. ``CAUSAL`` leaves out key blocks of a row's
-    list that its tile does not see. GROUP query heads share a key head: own tiles of queries have the keys of one, listed
-    tiles of queries, which are those with statistics, are of all, as `BlockLists.blocks` says.
+    list that its tile does not see. GROUP query heads share a key head: own tiles of queries have the keys of one,
+    listed tiles of queries, which are those with statistics, are of all, as `BlockLists.blocks` says.
 
     With ``order``, of `longest_first`, programs take the next tile in it whenever they are done with one, and the
     consumers learn from ``turns`` which that is, -1 at the end, and how many blocks it has; without, each has its own.

@@ -200,8 +200,8 @@ def attention_backward_key_kernel(
     CAUSAL: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """dK and dV of one tile of keys: the linear part from dh_j and dz_j, then its critical rows, of each query head that
-    has these keys."""
+    """dK and dV of one tile of keys: the linear part from dh_j and dz_j, then its critical rows, of each query head
+    that has these keys."""
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
     PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
     PARTS: tl.constexpr = BLOCK_Q // TILE_Q

@@ -445,8 +445,8 @@ def critical_lists(
     """The critical blocks of each row (or column) of a contiguous int8 block map (B, H, Tm, Tn).
 
     The lists are as wide as the worst case, (B, H, lines, items), because the true one is known only on the device.
-    With ``weights``, of rows, the lists have those that are ``partial`` at their ends. Of columns, those of a ``group`` of
-    query heads are one list, as `BlockLists.blocks` says.
+    With ``weights``, of rows, the lists have those that are ``partial`` at their ends. Of columns, those of a ``group``
+    of query heads are one list, as `BlockLists.blocks` says.
     """
     batch, heads, num_queries, num_keys = block_map.shape
     heads //= group

@@ -326,9 +326,9 @@ def sum_of_states(
 ) -> torch.Tensor:
     """Sum ``states`` (B, Hk, T, *state) over blocks, weighted by a 0/1 ``matrix`` (B*H, rows, T), H ``heads``.
 
-    Returns (B, H, rows, *state). With ``transpose`` states are (B, H, T, *state), the matrix (B*H, T, rows) and ``heads``
-    Hk: (B, Hk, rows, *state), the query heads of a key head added up. Without a matrix every block counts in the one
-    row that is returned, (B, heads, 1, *state).
+    Returns (B, H, rows, *state). With ``transpose`` states are (B, H, T, *state), the matrix (B*H, T, rows) and
+    ``heads`` Hk: (B, Hk, rows, *state), the query heads of a key head added up. Without a matrix every block counts in
+    the one row that is returned, (B, heads, 1, *state).
     """
     if matrix is None:
         return _of_every_block(states, heads, states.dtype)

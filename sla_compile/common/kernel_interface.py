@@ -1,7 +1,7 @@
 """What the op asks of the kernels of a device: two functions with one signature, whatever the device.
 
-Axes: B batch, H heads, Hk heads of keys and values, Lq queries, Lk keys, D head dimension, Tm = ceil(Lq / block_q), Tn =
-ceil(Lk / block_k).
+Axes: B batch, H heads, Hk heads of keys and values, Lq queries, Lk keys, D head dimension, Tm = ceil(Lq / block_q),
+Tn = ceil(Lk / block_k).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class AttentionInputs(NamedTuple):
     q: Tensor
     """(B, H, Lq, D)."""
     k: Tensor
-    """(B, Hk, Lk, D), as ``v``; both in the dtype of ``q``. Hk divides H: query head h has the keys of head h // (H / Hk)."""
+    """(B, Hk, Lk, D), as ``v``; both in the dtype of ``q``. Hk divides H: query head h has key head h // (H / Hk)."""
     v: Tensor
     weight: Tensor | None
     """The gate's weight (D, D) or (H, D, D), any floating dtype; None: no linear branch."""

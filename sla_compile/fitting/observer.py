@@ -70,7 +70,7 @@ class GatedCall:
     query: Tensor
     """(B, H, N, D), its tokens in the order that ``decision`` gives the queries."""
     key: Tensor
-    """(B, Hk, L, D), each head that of H / Hk queries'; its tokens, as those of value and mask, in the order of the keys."""
+    """(B, Hk, L, D), Hk dividing H; its tokens, as those of value and mask, in the order of the keys."""
     value: Tensor
     key_mask: Tensor | None
     decision: Rewrite

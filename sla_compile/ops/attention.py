@@ -2,8 +2,8 @@
 
 Importing this module registers the ops; a device's kernels are imported when an op first runs on it. Every
 check stands in plain Python that Dynamo traces, and again inside the op for those who call that directly.
-Axes: B batch, H heads, Hk heads of keys and values, Lq queries, Lk keys, D head dimension, Tm = ceil(Lq / block_q), Tn =
-ceil(Lk / block_k).
+Axes: B batch, H heads, Hk heads of keys and values, Lq queries, Lk keys, D head dimension, Tm = ceil(Lq / block_q),
+Tn = ceil(Lk / block_k).
 """
 
 from __future__ import annotations

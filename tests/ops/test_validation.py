@@ -41,7 +41,7 @@ VALUE_ERRORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         "grouped",
         {"q": x(1, 3, 40, 16)},
         ValueError,
-        "k has shape (1, 2, 40, 16), accepted is that of q, (1, 3, 40, 16), but for the number of tokens, and for heads",
+        "k has shape (1, 2, 40, 16), accepted is that of q, (1, 3, 40, 16), but for the number of tokens, and for",
     ),
     (
         "causal_cross",

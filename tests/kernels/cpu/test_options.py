@@ -39,9 +39,7 @@ def test_matches_the_definition(case: Case) -> None:
 
 @pytest.mark.parametrize("rows_per_group", [1, 1000])
 @pytest.mark.parametrize("case", GROUPED, ids=str)
-def test_grouped_queries_match_the_definition(
-    case: Case, rows_per_group: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_grouped_queries_match_the_definition(case: Case, rows_per_group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gathered, "_ROWS_PER_GROUP", rows_per_group)
     tensors = inputs(case, torch.float64, "cpu")
     assert torch.equal(check(case, tensors, 1e-10, 1e-10, cpu), expected_classes(case, tensors))

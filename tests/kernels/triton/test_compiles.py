@@ -82,7 +82,10 @@ CASES = [
 
 
 HOPPER_CASES = [
-    (Case(tokens=300, heads=4, group=2, head_dim=72, block_q=256, block_k=128, linear="all", causal=True), torch.bfloat16),
+    (
+        Case(tokens=300, heads=4, group=2, head_dim=72, block_q=256, block_k=128, linear="all", causal=True),
+        torch.bfloat16,
+    ),
     (Case(tokens=300, head_dim=128, feature_map="elu"), torch.bfloat16),
     (
         Case(tokens=300, heads=6, group=3, block_q=128, feature_map="relu", mask="bool", sparsity=(100_000, 100_000)),

@@ -343,7 +343,7 @@ def test_sums_of_normalizers_are_those_of_float32(transpose: bool, monkeypatch: 
     marginal = (block_map == 0).double()
     marginal = marginal.mT if transpose else marginal
     normalizers = torch.rand(2, 3, marginal.shape[3], 72, generator=generator, device="cuda") * 128
-    sums = sum_of_normalizers(marginal_matrix(block_map, torch.bfloat16), normalizers, transpose=transpose)
+    sums = sum_of_normalizers(marginal_matrix(block_map, torch.bfloat16), normalizers, 3, transpose=transpose)
     assert_close("sums", sums, marginal @ normalizers.double(), 2e-6)
 
 
