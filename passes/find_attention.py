@@ -15,6 +15,7 @@ from torch import fx
 
 from sla_compile.passes.attention_call import AttentionCall, ModuleCall, Obstacle, module_stack
 from sla_compile.passes.handwritten import scaled_matmul_softmax_matmul
+from sla_compile.passes.key_head_copies import without_copies
 from sla_compile.passes.library_calls import attention_inside_call
 
 __all__ = [
@@ -100,8 +101,9 @@ def _in_graph(module: fx.GraphModule) -> Iterator[AttentionCall]:
 def _attention(node: fx.Node, module: fx.GraphModule) -> AttentionCall | None:
     """The attention whose last node is ``node``, if it is one."""
     if node.op == "call_function" and node.target in SDPA_TARGETS:
-        return attention_call(node, module)
-    return attention_inside_call(node, module) or scaled_matmul_softmax_matmul(node, module)
+        return without_copies(attention_call(node, module))
+    call = attention_inside_call(node, module) or scaled_matmul_softmax_matmul(node, module)
+    return None if call is None else without_copies(call)
 
 
 def attention_call(node: fx.Node, module: fx.GraphModule) -> AttentionCall:

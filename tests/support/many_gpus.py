@@ -232,35 +232,36 @@ def fitting(rank: int, folder: Path) -> None:
 class ParallelAttention(nn.Module):
     """Heads as torchtitan has them: ``-1``, so that a rank has its own; or attention on DTensors."""
 
-    def __init__(self) -> None:
+    def __init__(self, key_heads: int) -> None:
         super().__init__()
-        self.q, self.k, self.v = (nn.Linear(32, 64) for _ in range(3))
-        self.out = nn.Linear(64, 32)
+        self.q, self.out = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.k, self.v = (nn.Linear(32, key_heads * 16) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (layer(x).unflatten(-1, (-1, 16)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+        return self.out(out.transpose(1, 2).flatten(2))
 
 
 class ParallelModel(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, key_heads: int = 4) -> None:
         super().__init__()
-        self.attention = ParallelAttention()
+        self.attention = ParallelAttention(key_heads)
 
     def forward(self, x: Tensor, **_: Any) -> list[Tensor]:
         return [x + self.attention(x)]
 
 
-def parallel_model(config: dict[str, Any]) -> Any:
+def parallel_model(config: dict[str, Any], key_heads: int) -> Any:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
-    model = sla_compile.prepare(ParallelModel(), (TOKENS,), config=config)
+    model = sla_compile.prepare(ParallelModel(key_heads), (TOKENS,), config=config)
     with_gates(model)
     return model
 
 
-def of_one_rank(config: dict[str, Any]) -> dict[str, Tensor]:
-    alone = parallel_model(config)
+def of_one_rank(config: dict[str, Any], key_heads: int) -> dict[str, Tensor]:
+    alone = parallel_model(config, key_heads)
     return outcome(torch.compile(alone, backend="sla", options=EAGER), alone, (TOKENS,))
 
 
@@ -270,13 +271,13 @@ def tensor_parallel(rank: int, folder: Path) -> None:
     # traced before it is rewritten, and on CPUs torch searches for its sharding for minutes
     register_sharding(cpu)(lambda *_, **__: [([Shard(1)] * 2, [Shard(1)] * 3 + [None] * 3)])
     virtual = {"linear": "taylor", "bottomk": 0.0, "max_topk": 0.9, "topk_by": "head"}
-    for changes in ({}, {"gate": "per_head", "sparse_scale": True}, virtual):
+    for changes, key_heads in (({}, 4), ({"gate": "per_head", "sparse_scale": True}, 2), (virtual, 2)):
         torch._dynamo.reset()
         config = {**OPTIONS, **changes}
-        expected = of_rank_0(of_one_rank, config)
+        expected = of_rank_0(of_one_rank, config, key_heads)
         for local in (True, False):
             torch._dynamo.reset()
-            model = parallel_model(config)
+            model = parallel_model(config, key_heads)
             column: Any = ColwiseParallel(use_local_output=local)
             plan = {f"attention.{name}": column for name in "qkv"} | {"attention.out": RowwiseParallel()}
             parallelize_module(model, init_device_mesh("cpu", (WORLD,)), plan)
