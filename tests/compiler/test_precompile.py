@@ -79,7 +79,7 @@ def launch_for_hopper(monkeypatch: pytest.MonkeyPatch, *, gluon: bool) -> list[s
 @pytest.mark.parametrize(
     "case",
     [
-        Case(tokens=200, weight="per_head", gate_dtype=torch.float32),
+        Case(tokens=200, heads=4, group=2, weight="per_head", gate_dtype=torch.float32),
         Case(tokens=200, head_dim=24, causal=True, weight="none"),
     ],
     ids=str,

@@ -296,6 +296,7 @@ def test_the_report_names_the_kind(kind: str) -> None:
     assert site.reason == names.get(kind, "self-attention")
     assert site.value == ("96 queries, 40 keys" if kind == "cross" else "96 tokens")
     assert (site.causal, bool(site.mask)) == (kind == "causal", kind == "masked")
+    assert site.shape.get("key_heads") == (2 if kind == "grouped" else None)
     pairs = {"cross": TOKENS * KEYS, "causal": TOKENS * (TOKENS + 1) / 2}.get(kind, TOKENS**2)
     assert site.flops_before == 4 * BATCH * HEADS * pairs * HEAD_DIM
     assert site.settings["always_critical"] == ([[-20, None]] if kind == "always critical" else [])

@@ -50,9 +50,12 @@ def by_stage(cost: Cost, values: dict[sympy.Symbol, int]) -> dict[str, int]:
     return {name: evaluate(cost.exact(stage), values) for name, stage in cost.stages.items()}
 
 
-def run_cpu(tokens: int, topk: float, block_q: int, block_k: int, linear: str, keys: int = 0, **form: Any) -> int:
+def run_cpu(
+    tokens: int, topk: float, block_q: int, block_k: int, linear: str, keys: int = 0, group: int = 1, **form: Any
+) -> int:
     dim = 16
     q, k, v = (torch.randn(2, 3, length, dim) for length in (tokens, keys or tokens, keys or tokens))
+    q = q.repeat(1, group, 1, 1)
     options = AttentionOptions(
         scale=0.25,
         topk=topk,
@@ -88,16 +91,17 @@ def test_sla_equals_what_the_cpu_kernels_multiply(
     assert flops == run_cpu(tokens, topk, block_q, block_k, linear)
 
 
+@pytest.mark.parametrize("group", [1, 2])
 @pytest.mark.parametrize("linear", ["none", "taylor"])
-def test_a_backward_equals_what_the_cpu_kernels_multiply(linear: str) -> None:
+def test_a_backward_equals_what_the_cpu_kernels_multiply(linear: str, group: int) -> None:
     torch.manual_seed(0)
-    q, k, v, grad_out = (torch.randn(2, 3, 128, 16) for _ in range(4))
+    q, k, v, grad_out = (torch.randn(2, heads, 128, 16) for heads in (6, 6 // group, 6 // group, 6))
     options = AttentionOptions(
         scale=0.25, topk=0.25, bottomk=0.0, block_q=32, block_k=16, feature_map="softmax", linear=linear
     )
     call = AttentionInputs(q, k, v, None, None)
     result = cpu.forward(call, options)
-    cost = sla_backward_cost(32, 16, linear).flops.subs({**sizes(2, 3, 128, 16), CRITICAL_BLOCKS: 2})
+    cost = sla_backward_cost(32, 16, linear, group=group).flops.subs({**sizes(2, 6, 128, 16), CRITICAL_BLOCKS: 2})
     assert cost == counted(lambda: cpu.backward(grad_out, call, result, options))
 
 
@@ -106,6 +110,19 @@ def test_a_backward_equals_what_the_cpu_kernels_multiply(linear: str) -> None:
 def test_cross_attention_equals_what_the_cpu_kernels_multiply(tokens: int, keys: int, linear: str) -> None:
     flops = evaluate(sla_cost(0.25, 16, 16, linear, cross=True).flops, {**sizes(2, 3, tokens, 16), KEY_TOKENS: keys})
     assert flops == run_cpu(tokens, 0.25, 16, 16, linear, keys)
+
+
+@pytest.mark.parametrize("linear", ["marginal", "none", "taylor"])
+def test_grouped_queries_equal_what_the_cpu_kernels_multiply(linear: str) -> None:
+    flops = evaluate(sla_cost(0.25, 16, 16, linear, group=2).flops, sizes(2, 6, 128, 16))
+    assert flops == run_cpu(128, 0.25, 16, 16, linear, group=2)
+    assert flops < evaluate(sla_cost(0.25, 16, 16, linear).flops, sizes(2, 6, 128, 16)) or linear == "none"
+    values = sizes(2, 6, 128, 16)
+    read = evaluate(dense_cost().bytes - dense_cost(group=2).bytes, values)
+    assert read == 2 * 2 * 3 * 128 * 16 * 4, "half of the keys and values"
+    assert evaluate(sla_cost(0.25, 16, 16, linear, group=2).bytes, values) < evaluate(
+        sla_cost(0.25, 16, 16, linear).bytes, values
+    )
 
 
 @pytest.mark.parametrize(("ranges", "blocks"), [([0, 40], 3), ([8, 24, 200, 256], 6), ([0, 256], 16)])
@@ -199,8 +216,8 @@ def test_published_figures() -> None:
 def test_formulas_say_what_the_expressions_say() -> None:
     assert dense_cost().formula == "4*B*H*N^2*d"
     assert dense_cost(cross=True).formula == "4*B*H*N*L*d"
-    for linear in ("marginal", "all", "none"):
-        cost = sla_cost(0.05, 64, 32, linear)
+    for linear, group in (("marginal", 1), ("all", 4), ("none", 2)):
+        cost = sla_cost(0.05, 64, 32, linear, group=group)
         names = {symbol.name: symbol for symbol in cost.flops.free_symbols | set(cost.definitions)}
         parsed = sympy.sympify(cost.formula.replace("^", "**"), locals=names)
         assert sympy.expand(parsed - sympy.Add(*cost.stages.values())) == 0
