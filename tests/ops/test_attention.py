@@ -102,10 +102,10 @@ def test_opcheck(gates: str, linear: str, dynamic: bool) -> None:
     )
 
 
-def with_options(keys: int, **options: Any) -> tuple[list[Tensor], dict[str, Any]]:
+def with_options(keys: int, key_heads: int = 2, **options: Any) -> tuple[list[Tensor], dict[str, Any]]:
     """q, k, v, weight, bias, of 130 queries and ``keys`` keys, and the op's other arguments."""
     q, _, _, weight, bias = make_inputs(130, dtype=torch.float32)
-    k, v = make_inputs(keys, dtype=torch.float32)[1:3]
+    k, v = make_inputs(keys, dtype=torch.float32, heads=key_heads)[1:3]
     given = {
         "key_mask": None,
         "sparsity": None,
@@ -120,6 +120,7 @@ OP_OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
     "bool mask": (130, {"key_mask": torch.arange(130).lt(70)[None]}),
     "additive mask": (130, {"key_mask": torch.arange(130.0)[None] / -10, "linear": "all"}),
     "cross": (70, {"key_mask": torch.arange(70).lt(40)[None], "always_critical": [0, 17]}),
+    "grouped": (70, {"key_heads": 1}),
     "sparsity": (130, {"sparsity": torch.tensor([200_000, 300_000])}),
     "causal": (130, {"causal": True}),
 }
