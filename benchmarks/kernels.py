@@ -1,7 +1,7 @@
 """The CUDA kernels by themselves: both directions beside SDPA, Gluon beside Triton, and where the time goes.
 
     python benchmarks/kernels.py [--tokens 32760] [--blocks 128x128 64x64] [OPTION]  # one of these, or none:
-    --run-time, --forms, --key-mask 0.1, --causal
+    --run-time, --forms, --key-mask 0.1, --causal, --grouped 4
 
 The launchers are called without the library op around them, so no autograd or checks are timed; everything else is:
 classification, block states, attention, gate, every gradient. Milliseconds by CUDA events after a warm-up, the L2
@@ -196,6 +196,34 @@ def causal(inputs: list[torch.Tensor], blocks: list[tuple[int, int]], console: C
     console.print(table)
 
 
+def grouped(inputs: list[torch.Tensor], blocks: list[tuple[int, int]], group: int, console: Console) -> None:
+    """So many query heads to a key head, beside as many key heads, and beside keys that are repeated in memory; in CUDA
+    graphs."""
+    q, k, v, grad_out, weight, bias = inputs
+    few = [x[:, ::group].transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
+    table = Table("", "forward, ms", "backward, ms", title=f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+
+    def timed(keys: list[torch.Tensor], options: AttentionOptions, repeats: int = 1) -> tuple[str, str]:
+        def call() -> AttentionInputs:
+            given = keys if repeats == 1 else [x.repeat_interleave(repeats, 1) for x in keys]
+            return AttentionInputs(q, *given, weight, bias)
+
+        def backward() -> list[torch.Tensor]:
+            found = triton_attention.backward(grad_out, repeated, saved, options)
+            return [x.unflatten(1, (-1, repeats)).sum(2) for x in found[1:3]] if repeats > 1 else list(found)
+
+        repeated = call()
+        saved = triton_attention.forward(repeated, options)
+        return graphed(lambda: triton_attention.forward(call(), options)), graphed(backward)
+
+    for block_q, block_k in blocks:
+        name, options = f"SLA {block_q}x{block_k}", options_of(block_q, block_k)
+        table.add_row(f"{name}, {HEADS} key heads", *timed([k, v], options))
+        table.add_row(f"{name}, {HEADS // group} key heads", *timed(few, options))
+        table.add_row(f"{name}, {HEADS // group} key heads, repeated in memory", *timed(few, options, group))
+    console.print(table)
+
+
 def stages(inputs: list[torch.Tensor], block_q: int, block_k: int, console: Console) -> None:
     """Time of each kernel of one call in each direction, by the profiler."""
     q, k, v, grad_out, weight, bias = inputs
@@ -223,6 +251,7 @@ def main() -> None:
         "--key-mask", type=float, metavar="SHARE", help="with a mask of the last keys, and nothing else"
     )
     parser.add_argument("--causal", action="store_true", help="causal attention, and nothing else")
+    parser.add_argument("--grouped", type=int, metavar="HEADS", help="query heads to a key head, and nothing else")
     parser.add_argument("--forms", action="store_true", help="the forms of the rest, and nothing else")
     options = parser.parse_args()
     console = Console()
@@ -234,6 +263,9 @@ def main() -> None:
         return
     if options.causal:
         causal(inputs, blocks, console)
+        return
+    if options.grouped is not None:
+        grouped(inputs, blocks, options.grouped, console)
         return
     if options.key_mask is not None:
         key_mask(inputs, blocks, options.key_mask, console)
