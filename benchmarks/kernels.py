@@ -205,8 +205,8 @@ def grouped(inputs: list[torch.Tensor], blocks: list[tuple[int, int]], group: in
 
     def timed(keys: list[torch.Tensor], options: AttentionOptions, repeats: int = 1) -> tuple[str, str]:
         def call() -> AttentionInputs:
-            given = keys if repeats == 1 else [x.repeat_interleave(repeats, 1) for x in keys]
-            return AttentionInputs(q, *given, weight, bias)
+            key, value = keys if repeats == 1 else [x.repeat_interleave(repeats, 1) for x in keys]
+            return AttentionInputs(q, key, value, weight, bias)
 
         def backward() -> list[torch.Tensor]:
             found = triton_attention.backward(grad_out, repeated, saved, options)
