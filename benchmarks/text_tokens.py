@@ -21,7 +21,7 @@ import copy
 import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "`none`": {"linear": "none"},
     "`marginal`, `sparse_scale`, calibrated": {"linear": "marginal", "sparse_scale": True},
     "`taylor`": {"linear": "taylor"},
+    "`taylor`, calibrated": {"linear": "taylor"},
 }
 
 
@@ -196,8 +197,8 @@ def looked_at(case: Case, total: int) -> tuple[list[float], float, float]:
 
 
 @torch.no_grad()
-def compared(case: Case, say: Callable[[str], None]) -> Table:
-    """The table of a case."""
+def compared(case: Case, forms: Mapping[str, dict[str, Any]], say: Callable[[str], None]) -> Table:
+    """The table of a case: each of ``forms``, settings by title."""
     dense = [case.model(*args)[:, :, case.shown] for args, _ in case.held]
     wanted = [velocity[:, :, case.shown] for _, velocity in case.held]
     base = sum(F.mse_loss(out, velocity).item() for out, velocity in zip(dense, wanted, strict=True))
@@ -212,12 +213,12 @@ def compared(case: Case, say: Callable[[str], None]) -> Table:
     for name in ("form", "critical", "of the prefix", "output error", "loss above dense"):
         table.add_column(name, justify="left" if name == "form" else "right", no_wrap=True)
     for total in case.totals:
-        for title, form in FORMS.items():
+        for title, form in forms.items():
             for forced in (False, True):
                 model = copy.deepcopy(case.model)
                 calls = [args for args, _ in case.fit]
                 sla_compile.prepare(model, calls[0], config=case.settings(total, forced, **form))
-                if form["linear"] == "marginal":
+                if title.endswith("calibrated"):
                     sla_compile.calibrate(model, calls)
                 torch.compiler.reset()
                 with warnings.catch_warnings():
@@ -237,6 +238,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path)
     parser.add_argument("--weights", type=Path)
+    parser.add_argument("--linear", nargs="+", default=["none", "marginal", "taylor"], help="the forms")
     parser.add_argument("--tiny", action="store_true", help="small and hardly trained, to try the script")
     options = parser.parse_args(given)
 
@@ -244,7 +246,8 @@ def main(given: Sequence[str] | None = None) -> None:
         print(text, file=sys.stderr, flush=True)
 
     case = captioned_case(say, options.tiny) if options.clips is None else study_case(options.clips, options.weights)
-    Console(width=160).print(compared(case, say))
+    forms = {title: form for title, form in FORMS.items() if form["linear"] in options.linear}
+    Console(width=160).print(compared(case, forms, say))
 
 
 if __name__ == "__main__":

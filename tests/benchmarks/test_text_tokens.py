@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import sla_compile
-from benchmarks import text_tokens
 from benchmarks.text_tokens import Batch, CaptionedDiT, Case, captioned, compared, looked_at
 from examples.study.video_dit import VideoDiTConfig
 from examples.study.videos import Data
@@ -55,10 +54,9 @@ def test_a_caption_is_used(case: Case) -> None:
     assert not torch.allclose(case.model(video, time, numbers), case.model(video, time, 1 - numbers))
 
 
-def test_a_table_has_each_form_with_and_without(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_tokens, "FORMS", {"`none`": {"linear": "none"}})
+def test_a_table_has_each_form_with_and_without(case: Case) -> None:
     said: list[str] = []
-    table = compared(case, said.append)
+    table = compared(case, {"`none`": {"linear": "none"}}, said.append)
     cells = [list(column.cells) for column in table.columns]
     assert cells[:3] == [["`none`"] * 2, ["4"] * 2, ["chosen", "all"]]
     assert all(0 < float(str(cell)) < 1 for cell in cells[3])
