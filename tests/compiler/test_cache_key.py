@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,9 @@ from typing import Any
 import pytest
 
 from sla_compile.compiler import cache_key
+from tests.support import cache_process
 from tests.support.paths import ROOT
+from tests.support.processes import FRESH
 
 SETTINGS: list[dict[str, Any]] = [
     *({"topk": 0.5}, {"bottomk": 0.4}, {"block_q": 32}, {"block_k": 32}, {"feature_map": "elu"}, {"linear": "all"}),
@@ -23,14 +23,16 @@ SETTINGS: list[dict[str, Any]] = [
 
 def process(caches: Path, *settings: dict[str, Any], package: Path | None = None) -> list[dict[str, Any]]:
     """What cache_process.py says of each of ``settings``; ``package`` holds another sla_compile to import."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, filter(None, (package, ROOT))))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.cache_process", str(caches), *map(json.dumps, settings)],
-        cwd=package or ROOT, env=environment, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    result: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    said = caches / "said.json"
+    said.unlink(missing_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        if package:  # the process looks for modules where this one does
+            patch.setattr(sys, "path", [str(package), *sys.path])
+        worker = FRESH.Process(target=cache_process.main, args=(str(caches), [*settings], str(said)))
+        worker.start()
+    worker.join(600)
+    assert worker.exitcode == 0
+    result: list[dict[str, Any]] = json.loads(said.read_text())
     return result
 
 

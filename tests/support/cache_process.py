@@ -1,15 +1,13 @@
-"""Run as a process of its own by test_cache_key.py: compile a prepared model, and print what came of it as JSON.
-
-Usage: python -m tests.support.cache_process CACHES SETTINGS..., a folder and JSON objects of fields of SLAConfig.
-"""
+"""A process of test_cache_key.py's own: compile a prepared model, and write what came of it as JSON."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import sys
 import time
 import warnings
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -66,14 +64,15 @@ def compile_once(settings: dict[str, object]) -> dict[str, object]:
     }
 
 
-if __name__ == "__main__":
+def main(caches: str, settings: list[dict[str, object]], said: str) -> None:
+    """Compile with each of ``settings`` on the folder ``caches``, and write what came of it as JSON to ``said``."""
     warnings.simplefilter("ignore")
     torch.set_default_dtype(torch.float64)
-    import torch._inductor.compile_fx  # importing the compiler is not compiling
+    torch.set_num_threads(1)
+    importlib.import_module("torch._inductor.compile_fx")  # importing the compiler is not compiling
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     leave_guards_untimed()
     pick_vec_isa()  # nor is this probe of the CPU, which has seconds of its own with caches that are empty
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = sys.argv[1]
-
-    print(json.dumps([compile_once(json.loads(settings)) for settings in sys.argv[2:]]))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches
+    Path(said).write_text(json.dumps([compile_once(one) for one in settings]))

@@ -20,6 +20,7 @@ FRESH = multiprocessing.get_context("forkserver")
 FRESH.set_forkserver_preload(
     [
         "torch._functorch.aot_autograd",
+        "torch._inductor.compile_fx",
         "torch.distributed.checkpoint",
         "torch.distributed.fsdp",
         "torch.distributed.tensor.parallel",
