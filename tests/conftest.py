@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")  # read at import; processes of tests take it over
+# Nor does each process of Inductor's ask the compiler whether it knows the vectors of this CPU: builds, and loads.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import torch
 from torch.utils._device import _device_constructors
