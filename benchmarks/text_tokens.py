@@ -47,7 +47,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "`none`": {"linear": "none"},
     "`marginal`, `sparse_scale`, calibrated": {"linear": "marginal", "sparse_scale": True},
     "`taylor`": {"linear": "taylor"},
-    "`taylor`, calibrated": {"linear": "taylor"},
 }
 
 
