@@ -46,7 +46,13 @@ LONGEST = (
     "benchmarks/test_models.py",
     "flows/test_distributed.py",
     "flows/test_modes.py",
+    "fitting/test_sparsity.py",
+    "fitting/test_distillation.py",
     "compiler/test_gate_binding.py",
+    "passes/test_handwritten.py",
+    "passes/test_key_masks.py",
+    "passes/test_token_order.py",
+    "fitting/test_calibration.py",
 )
 """The files that take longest, the longest first; of all in `tests`."""
 
