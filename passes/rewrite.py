@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from sla_compile.passes.parts import TURNED, from_batch, parts
 from sla_compile.passes.tensor_parallel import gate_on_rank
 from sla_compile.passes.token_order import back
 
-__all__ = ["copied_meta", "erase_markers", "replace_attention"]
+__all__ = ["copied_meta", "erase_markers", "replace_attention", "replace_by_function"]
 
 
 def replace_attention(
@@ -29,19 +29,49 @@ def replace_attention(
     ``options`` are topk, bottomk, block_q, block_k, feature_map and linear; ``name`` is that of the op's node, which
     Inductor's generated code and logs repeat. The graph is not recompiled.
     """
-    graph, node = call.module.graph, call.node
-    before = node.prev
-    with graph.inserting_before(node):
+    graph, before = call.module.graph, call.node.prev
+    with graph.inserting_before(call.node):
         marker = _on_rank(graph, marker, decision)
         weight, bias, scaled_by = _gate(graph, marker, options["linear"])
         marker = replace(marker, weight=weight, bias=bias)
         outputs = [_run(graph, *part, marker, options, name) for part in parts(call, decision)]
-        output = _joined(graph, outputs, decision)
-        scaling = () if scaled_by is None else (Step("mul", (scaled_by,)), Step("type_as", (output,)))
-        whole = back(after(output, *scaling), decision.order.queries, *_fill(call, decision, output))
-        (restored,) = build(graph, (after(whole, *call.restore),))
-        if not in_any_layout(node, example(restored)):
-            (restored,) = build(graph, (after(restored, *laid_out_as(example(node))),))
+        return _put(call, decision, outputs, scaled_by, before)
+
+
+def replace_by_function(
+    call: AttentionCall,
+    decision: Rewrite,
+    marker: Marker,
+    function: Callable[[Rewrite], Callable[..., torch.Tensor]],
+) -> fx.Node:
+    """The same with functions in place of the op, in a graph that runs as it is; the node that now stands for ``call``.
+
+    ``function`` gives one for each of `parts`. Its arguments are one of the gate's tensors, then queries, keys, values
+    and key mask (or None) as the op has them; it returns (B, H, N, D), its tokens in the order of the queries.
+    """
+    gate = next(tensor for tensor in (marker.weight, marker.shift) if tensor is not None)
+    graph, before = call.module.graph, call.node.prev
+    outputs = []
+    with graph.inserting_before(call.node):
+        for part, its_own in parts(call, decision):
+            operands = _operands(graph, part, its_own)
+            output = graph.call_function(function(its_own), (gate, *operands))
+            output.meta["example_value"] = _result(example(operands[0]), example(call.node))
+            outputs.append(output)
+        return _put(call, decision, outputs, None, before)
+
+
+def _put(
+    call: AttentionCall, decision: Rewrite, outputs: list[fx.Node], scaled_by: fx.Node | None, before: fx.Node
+) -> fx.Node:
+    """Have what the model goes on with made of ``outputs``, of the ``parts`` of the attention, and take that out."""
+    graph, node = call.module.graph, call.node
+    output = _joined(graph, outputs, decision)
+    scaling = () if scaled_by is None else (Step("mul", (scaled_by,)), Step("type_as", (output,)))
+    whole = back(after(output, *scaling), decision.order.queries, *_fill(call, decision, output))
+    (restored,) = build(graph, (after(whole, *call.restore),))
+    if not in_any_layout(node, example(restored)):
+        (restored,) = build(graph, (after(restored, *laid_out_as(example(node))),))
     added = _between(before, node)
     for new in added:
         known = {key: value for key, value in new.meta.items() if key == "example_value"}

@@ -165,8 +165,6 @@ def calibrate(
     batches per layer, which are then held in memory. Prefer the default: on the small video model of
     ``examples/`` the two differed by 1% in the output's error, either way, and by a factor of layers in time.
 
-    Attention written by hand, or inside ``nn.MultiheadAttention``, is not seen: it is listed as ``unreached``.
-
     Args:
         model: any module, prepared, compiled, or neither; without gates it is prepared with the first batch.
         batches: an iterable of tuples of positional, or mappings of keyword, arguments of the model; or one such batch.

@@ -1,4 +1,4 @@
-"""Observe, and replace, the attention calls that have a gate while a prepared model runs eagerly.
+"""Observe, and replace, the attention calls that have a gate while a prepared model runs.
 
 A ``TorchFunctionMode`` receives every call of ``F.scaled_dot_product_attention``; temporary hooks tell which module
 made it. Owner, call site and decision follow the rules that ``compiler.sites`` applies to a graph, so what is observed
@@ -12,11 +12,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -27,6 +29,7 @@ from sla_compile.compiler.preparation import prepare
 from sla_compile.compiler.site_numbers import number_calls
 from sla_compile.compiler.sites import requirements
 from sla_compile.config import SLAConfig
+from sla_compile.fitting.traced_calls import traced_calls
 from sla_compile.gate import Gate, detach, gate_name, gates, model_config, own_gates
 from sla_compile.gate_settings import CALLED
 from sla_compile.memory import eager_runs_are_measured
@@ -145,8 +148,14 @@ Handler = Callable[[GatedCall], Tensor]
 def gated_calls(model: nn.Module, handler: Handler) -> Iterator[None]:
     """Within this context ``model`` runs eagerly, and each gated attention outputs what ``handler`` returns.
 
-    A call that ``backend="sla"`` would keep dense, for its mask or its length say, does not reach ``handler``.
+    A call that ``backend="sla"`` would keep dense, for its mask or its length say, does not reach ``handler``. Where a
+    gate belongs to attention that is no call of ``F.scaled_dot_product_attention``, the model runs as it is traced.
     """
+    if any(gate.pattern != CALLED for gate in gates(model).values()) or _hidden_calls(model):
+        paths = {id(gate): path for path, gate in gates(model).items()}
+        with traced_calls(model, partial(_traced, handler, paths)):
+            yield
+        return
     mode = _AttentionMode(model, handler)
     handles = []
     try:
@@ -159,6 +168,40 @@ def gated_calls(model: nn.Module, handler: Handler) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _hidden_calls(model: nn.Module) -> bool:
+    """Whether a gate's owner makes its calls inside of a function of torch that a mode sees as one."""
+    return any(isinstance(module, nn.MultiheadAttention) and own_gates(module) for module in model.modules())
+
+
+def _traced(
+    handler: Handler,
+    paths: Mapping[int, str],
+    gate: Gate,
+    decision: Rewrite,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """What ``handler`` gives for an attention that was found in a graph, its tokens in the order of the queries."""
+    placement = decision.order.queries
+    over_keys = None if mask is None else mask[:, None, None]
+    if over_keys is not None and over_keys.dtype != torch.bool:
+        over_keys = over_keys.to(query.dtype)
+    dense = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        over_keys,
+        is_causal=decision.causal,
+        scale=decision.scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    dense = dense if placement is None else reorder(dense, placement, inverse=True)
+    found = handler(GatedCall(paths[id(gate)], gate, query, key, value, mask, decision, dense))
+    return found if placement is None else reorder(found, placement)
 
 
 class _AttentionMode(TorchFunctionMode):
@@ -183,16 +226,13 @@ class _AttentionMode(TorchFunctionMode):
             return
         gated = own_gates(module).values()
         numbers = number_calls(module, calls).ordinals
-        others = [gate for gate in gated if gate.pattern != CALLED]
         unseen = [gate for gate in gated if gate.ordinal not in numbers]
-        if others or (unseen and any(gate_name(number) not in own_gates(module) for number in numbers)):
+        if unseen and any(gate_name(number) not in own_gates(module) for number in numbers):
             paths = ", ".join(self.paths[id(gate)] for gate in gated)
-            of = f" ({others[0].pattern})" if others else ""
-            last = (others or unseen)[0].ordinal
             raise ValueError(
                 f"{paths}: the owner called F.scaled_dot_product_attention {len(calls)} time(s), but has a gate for "
-                f"its attention number {last + 1}{of}, so which call a gate belongs to is not known; accepted: owners "
-                f"whose every attention is such a call, none written by hand"
+                f"its attention number {unseen[0].ordinal + 1}, so which call a gate belongs to is not known; "
+                f"accepted: gates of these calls, as prepare makes them"
             )
 
     def __torch_function__(

@@ -1,0 +1,82 @@
+"""Run a prepared model as Dynamo traces it, its gated attentions replaced by a function: however they are written.
+
+`observer` sees calls of ``F.scaled_dot_product_attention`` as they are made, which costs no trace. Attention that is
+written by hand, in ``nn.MultiheadAttention`` or behind a call of another library is no such call: it is found in the
+graph, by the passes of ``backend="sla"`` itself, and the graph then runs as it is, with no compiler behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sla_compile.compat import current_frame, throw_away_compile
+from sla_compile.compiler.sites import Settings, find_sites
+from sla_compile.gate import Gate, gates
+from sla_compile.memory import eager_runs_are_measured
+from sla_compile.passes.decide import Rewrite
+from sla_compile.passes.rewrite import erase_markers, replace_by_function
+
+__all__ = ["Replacement", "traced_calls"]
+
+Replacement = Callable[[Gate, Rewrite, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Of a gate, what was decided of its attention, queries (B, H, N, D), keys, values and key mask (or None) as the op has
+them: its output (B, H, N, D), tokens in the order of the queries."""
+
+
+@contextmanager
+def traced_calls(model: nn.Module, replacement: Replacement) -> Iterator[None]:
+    """Within this context calls of ``model`` are traced, and each gated attention gives what ``replacement`` does."""
+    with ExitStack() as undo:
+        frames = undo.enter_context(throw_away_compile())
+        undo.enter_context(eager_runs_are_measured())
+        for module in model.modules():  # blocks that are compiled by themselves are a part of the trace
+            undo.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
+            module._compiled_call_impl = None
+        own = model.__dict__.get("forward")
+        backend = _Backend(model, replacement, frames)
+        # Not the whole call: hooks of the model are no part of what is traced.
+        model.forward = torch.compile(model.forward, backend=backend, dynamic=False)
+        undo.callback(_put_back, model, own)
+        yield
+
+
+def _put_back(model: nn.Module, own: Any) -> None:
+    """Give ``model`` the forward that it had of its own, or that of its class."""
+    if own is None:
+        del model.__dict__["forward"]
+    else:
+        model.__dict__["forward"] = own
+
+
+class _Backend:
+    """A backend of Dynamo: replaces the attentions that have a gate, and runs what is left as it is."""
+
+    def __init__(self, model: nn.Module, replacement: Replacement, frames: list[Any]) -> None:
+        self.replacement, self.frames = replacement, frames
+        # A graph may serve several blocks: which gate a call has, its tensor tells.
+        self.by_tensor = {id(parameter): gate for gate in gates(model).values() for parameter in gate.parameters()}
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        frame = current_frame()
+        if frame is None:
+            return gm.forward
+        self.frames.append(frame)
+        found = find_sites(gm, Settings.of(None), frame)
+        for site in found.sites:
+            if isinstance(site.decision, Rewrite) and site.marker is not None:
+                replace_by_function(site.call, site.decision, site.marker, self._function)
+        erase_markers(found.markers)
+        for module in {id(site.call.module): site.call.module for site in found.sites}.values():
+            module.recompile()
+        return gm.forward
+
+    def _function(self, decision: Rewrite) -> Callable[..., Tensor]:
+        def attention(of_gate: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+            return self.replacement(self.by_tensor[id(of_gate)], decision, query, key, value, mask)
+
+        return attention
