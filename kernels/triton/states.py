@@ -333,8 +333,11 @@ def sum_of_states(
     if matrix is None:
         return _of_every_block(states, heads, states.dtype)
     batch, given = states.shape[:2]
-    own_heads, state_shape = min(given, heads), states.shape[3:]
-    states, matrix = stacked(states, own_heads), stacked(matrix, batch * own_heads, 0)
+    own_heads, state_shape = max(1, min(given, heads)), states.shape[3:]
+    states, matrix = (
+        stacked(states, own_heads),
+        _of_own_heads(matrix, batch * own_heads, max(given, heads) // own_heads),
+    )
     blocks = states.shape[2]
     matrix = matrix.transpose(1, 2) if transpose else matrix
     sums = states.new_empty((batch, own_heads, matrix.shape[1], *state_shape))
@@ -344,7 +347,12 @@ def sum_of_states(
         states.view(batch * own_heads, blocks, state_shape.numel()),
         out=sums.view(batch * own_heads, matrix.shape[1], state_shape.numel()),
     )
-    return sums.view(batch, heads, -1, *state_shape)
+    return sums.view(batch, heads, own_heads * matrix.shape[1] // max(1, heads), *state_shape)
+
+
+def _of_own_heads(matrix: torch.Tensor, count: int, group: int) -> torch.Tensor:
+    """``matrix`` (B*H, rows, T) as (count, group * rows, T), the rows of a group one head's after the other's."""
+    return matrix if group == 1 else matrix.unflatten(0, (count, group)).flatten(1, 2)
 
 
 def _of_every_block(states: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
@@ -364,8 +372,9 @@ def sum_of_normalizers(
     if matrix is None:
         return _of_every_block(normalizers, heads, normalizers.dtype)
     batch, given = normalizers.shape[:2]
-    own_heads = min(given, heads)
-    normalizers, matrix = stacked(normalizers, own_heads), stacked(matrix, batch * own_heads, 0)
+    own_heads = max(1, min(given, heads))
+    normalizers = stacked(normalizers, own_heads)
+    matrix = _of_own_heads(matrix, batch * own_heads, max(given, heads) // own_heads)
     blocks, head_dim = normalizers.shape[2:]
     rows = matrix.shape[2 if transpose else 1]
     sums = normalizers.new_empty(batch, own_heads, rows, head_dim)
@@ -382,4 +391,4 @@ def sum_of_normalizers(
         STEP=64,
         TRANSPOSE=transpose,
     )
-    return sums.view(batch, heads, -1, head_dim)
+    return sums.view(batch, heads, own_heads * rows // max(1, heads), head_dim)

@@ -103,8 +103,7 @@ def backward(
 def _of_mixture(grad_slopes: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
     """The products of each dS with each C: (B*H, tiles, Tn)."""
     batch, heads, tiles = grad_slopes.shape[:3]
-    right = slopes.view(batch * slopes.shape[1], slopes.shape[2], -1)
-    left = stacked(grad_slopes, slopes.shape[1]).view(right.shape[0], -1, right.shape[2])
+    left, right = (x.flatten(3).flatten(0, 1) for x in (stacked(grad_slopes, slopes.shape[1]), slopes))
     products = left.new_empty(*left.shape[:2], right.shape[1])
     # out= keeps an enclosing autocast from changing the type of the product
     torch.bmm(left, right.mT, out=products)

@@ -690,7 +690,7 @@ def virtual_key_gradients(
     tiles = ceil_div(count, launch.tile_k)
     pitch = statistics.shape[3]
     query_tiles = pitch // launch.tile_q
-    splits = max(1, min(query_tiles, ceil_div(_PROGRAMS, tiles * batch * heads)))
+    splits = max(1, min(query_tiles, ceil_div(_PROGRAMS, max(1, tiles * batch * heads))))
     grads = statistics.new_empty(2, splits, batch, heads, count, head_dim)
     grad_bias = grads.new_empty(batch, heads, query_tiles, virtual.bias.shape[3])
     virtual_backward_key_kernel[(tiles * batch * heads, splits)](

@@ -57,9 +57,7 @@ class _Backend:
     """A backend of Dynamo: replaces the attentions that have a gate, and runs what is left as it is."""
 
     def __init__(self, model: nn.Module, replacement: Replacement, frames: list[Any]) -> None:
-        self.replacement, self.frames = replacement, frames
-        # A graph may serve several blocks: which gate a call has, its tensor tells.
-        self.by_tensor = {id(parameter): gate for gate in gates(model).values() for parameter in gate.parameters()}
+        self.replacement, self.frames, self.gates = replacement, frames, gates(model)
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         frame = current_frame()
@@ -77,6 +75,16 @@ class _Backend:
 
     def _function(self, decision: Rewrite) -> Callable[..., Tensor]:
         def attention(of_gate: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-            return self.replacement(self.by_tensor[id(of_gate)], decision, query, key, value, mask)
+            return self.replacement(self._gate(of_gate), decision, query, key, value, mask)
 
         return attention
+
+    def _gate(self, tensor: Tensor) -> Gate:
+        """The gate whose parameter ``tensor`` is: a graph may serve several blocks, so only a run tells."""
+        for gate in self.gates.values():
+            if any(parameter is tensor for parameter in gate.parameters()):
+                return gate
+        raise ValueError(
+            f"{', '.join(self.gates)}: a traced attention has a gate's {type(tensor).__name__} that is no parameter of "
+            f"these gates; accepted: gates that are not sharded"
+        )

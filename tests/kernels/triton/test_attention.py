@@ -151,10 +151,13 @@ else:
             expected = expected_classes(replace(case, topk=0.33333333333333337), tensors)
         assert torch.equal(block_map_of(case, tensors), expected)
 
-    def test_shapes_without_a_batch() -> None:
-        case = Case(batch=0, tokens=100, head_dim=32)
+    @pytest.mark.parametrize("linear", ["marginal", "all", "taylor"])
+    @pytest.mark.parametrize("group", [1, 2])
+    def test_shapes_without_a_batch(linear: str, group: int) -> None:
+        case = Case(batch=0, tokens=100, head_dim=32, linear=linear, group=group)
         actual, _ = run_kernels(case, inputs(case, torch.float32, "cpu"))
         assert actual["out"].shape == actual["dq"].shape == (0, case.heads, 100, 32)
+        assert actual["dk"].shape == (0, case.heads // group, 100, 32)
         assert not actual["dweight"].any()
 
     def test_gates_dense_identity() -> None:
