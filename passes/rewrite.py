@@ -47,7 +47,8 @@ def replace_by_function(
     """The same with functions in place of the op, in a graph that runs as it is; the node that now stands for ``call``.
 
     ``function`` gives one for each of `parts`. Its arguments are one of the gate's tensors, then queries, keys, values
-    and key mask (or None) as the op has them; it returns (B, H, N, D), its tokens in the order of the queries.
+    and key mask (or None) as the op has them, and `Rewrite.masked_queries` (or None); it returns (B, H, N, D), its
+    tokens in the order of the queries.
     """
     gate = next(tensor for tensor in (marker.weight, marker.shift) if tensor is not None)
     graph, before = call.module.graph, call.node.prev
@@ -55,7 +56,9 @@ def replace_by_function(
     with graph.inserting_before(call.node):
         for part, its_own in parts(call, decision):
             operands = _operands(graph, part, its_own)
-            output = graph.call_function(function(its_own), (gate, *operands))
+            masked = its_own.masked_queries()
+            of_queries = None if masked is None else build(graph, (masked,))[0]
+            output = graph.call_function(function(its_own), (gate, *operands, of_queries))
             output.meta["example_value"] = _result(example(operands[0]), example(call.node))
             outputs.append(output)
         return _put(call, decision, outputs, None, before)

@@ -184,6 +184,7 @@ def _traced(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    masked: Tensor | None,
 ) -> Tensor:
     """What ``handler`` gives for an attention that was found in a graph, its tokens in the order of the queries."""
     placement = decision.order.queries
@@ -200,7 +201,8 @@ def _traced(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     dense = dense if placement is None else reorder(dense, placement, inverse=True)
-    found = handler(GatedCall(paths[id(gate)], gate, query, key, value, mask, decision, dense))
+    dense = dense if masked is None else dense.masked_fill(masked, 0.0)
+    found = handler(GatedCall(paths[id(gate)], gate, query, key, value, mask, decision, dense, masked))
     return found if placement is None else reorder(found, placement)
 
 

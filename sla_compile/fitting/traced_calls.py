@@ -23,9 +23,9 @@ from sla_compile.passes.rewrite import erase_markers, replace_by_function
 
 __all__ = ["Replacement", "traced_calls"]
 
-Replacement = Callable[[Gate, Rewrite, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Replacement = Callable[[Gate, Rewrite, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 """Of a gate, what was decided of its attention, queries (B, H, N, D), keys, values and key mask (or None) as the op has
-them: its output (B, H, N, D), tokens in the order of the queries."""
+them, and masked queries (or None) in the model's order: its output (B, H, N, D), tokens in the order of the queries."""
 
 
 @contextmanager
@@ -74,8 +74,10 @@ class _Backend:
         return gm.forward
 
     def _function(self, decision: Rewrite) -> Callable[..., Tensor]:
-        def attention(of_gate: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-            return self.replacement(self._gate(of_gate), decision, query, key, value, mask)
+        def attention(
+            of_gate: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, masked: Tensor | None
+        ) -> Tensor:
+            return self.replacement(self._gate(of_gate), decision, query, key, value, mask, masked)
 
         return attention
 

@@ -123,11 +123,6 @@ class AllocationView(_SitesView):
 class PlanView:
     """The levels of a plan: mean, smallest and largest topk, and the error of the model's output."""
 
-    caption = (
-        "topk, share of the blocks that is critical, relative error of the model's output: with the budget as topk "
-        "everywhere, and as planned"
-    )
-
     def __init__(self, plan: SparsityPlan) -> None:
         self.plan = plan
 

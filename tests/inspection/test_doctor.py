@@ -94,6 +94,17 @@ def test_kernels_of_a_gpu_are_compiled_beside_the_tests_on_the_cpu(monkeypatch: 
     assert happened == ["started", "tests on cpu", "compiled", "tests on cuda:0"]
 
 
+def test_a_compiler_that_fails_ahead_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ImportError("no triton")
+
+    monkeypatch.setattr(module, "calls_to_compile", fail)
+    tested: list[str] = []
+    monkeypatch.setattr(module, "self_tests", lambda device: [*map(tested.append, [str(device)])][:0])
+    assert [*module._self_tests([CPU, torch.device("cuda", 0)])] == []
+    assert tested == ["cpu", "cuda:0"]
+
+
 def test_what_raises_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken(*_: Any) -> Any:
         raise RuntimeError("no kernel image\nmore")
