@@ -15,6 +15,7 @@ from sla_compile.compat import (
     count_apart,
     current_frame,
     on_recompile_limit,
+    sound_options,
     trace_ulysses,
     user_errors,
 )
@@ -130,7 +131,7 @@ def _compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], config: SL
         inline_in_inductor()
         # Also around the inner one, which a backward may reach only after this has returned.
         inner = in_cache_key(compile_fx_inner)
-        patches = dict(config.inductor) or None
+        patches = {**sound_options(), **config.inductor} or None
         compiled: Any = in_cache_key(compile_fx)(gm, inputs, inner_compile=inner, config_patches=patches)
         return cast(CompiledFunction, compiled)
     from torch._dynamo import lookup_backend

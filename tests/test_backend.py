@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import sla_compile
+from sla_compile import backend as backend_module
 from tests.support.closeness import assert_close
 from tests.support.compiled import EAGER, compiled, first_call, graphs
 from tests.support.models import (
@@ -295,6 +296,27 @@ def test_fullgraph() -> None:
     run = torch.compile(model, backend="sla", options=EAGER, fullgraph=True)
     first_call(run, x)
     assert_follows_definition(run, model, x)
+
+
+@pytest.mark.parametrize("given", [{}, {"triton.mix_order_reduction": True}], ids=["default", "given"])
+def test_inductor_gets_the_options_under_which_it_is_right(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the user's in their place."""
+    from torch._inductor import compile_fx
+
+    seen: list[Any] = []
+
+    def as_it_is(gm: torch.fx.GraphModule, inputs: Any, *, config_patches: Any, **_: Any) -> Any:
+        seen.append(config_patches)
+        return gm.forward
+
+    monkeypatch.setattr(compile_fx, "compile_fx", as_it_is)
+    monkeypatch.setattr(backend_module, "sound_options", lambda: {"triton.mix_order_reduction": False})
+    options: dict[str, Any] = {"min_tokens": 0, **given}
+    torch.compile(Model(), backend="sla", options=options)(torch.randn(2, 64, 32))
+    assert seen
+    assert all(patches == {"triton.mix_order_reduction": bool(given)} for patches in seen)
 
 
 def test_untrained_gates_warn_once_a_model() -> None:

@@ -334,6 +334,15 @@ def test_triton_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["TRITON_CACHE_DIR"] == "/inductor/triton/3"
 
 
+def test_sound_options_are_of_the_versions_that_need_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_MIX_ORDER_REDUCTION", raising=False)
+    off = {"triton.mix_order_reduction": False}
+    assert [compat.sound_options(version) for version in ("2.11.0+cu130", "2.14.1", "2.15.0")] == [off, off, {}]
+    assert set(off) <= set(torch._inductor.list_options())
+    monkeypatch.setenv("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "1")
+    assert compat.sound_options("2.11.0") == {}
+
+
 def test_trace_artifact_makes_nothing_where_no_trace_is_written() -> None:
     """That one is written, with its payload, is seen in tests/compiler/test_logs.py."""
     made: list[str] = []

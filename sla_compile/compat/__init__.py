@@ -27,7 +27,7 @@ from sla_compile.compat.forwards import (
     plain_function_name,
     runs_forward_of,
 )
-from sla_compile.compat.inductor import lower_gather, triton_cache_folder
+from sla_compile.compat.inductor import lower_gather, sound_options, triton_cache_folder
 from sla_compile.compat.recompile_limits import count_apart, on_recompile_limit
 from sla_compile.compat.runtime import (
     count_in_running_counters,
@@ -68,6 +68,7 @@ __all__ = [
     "runs_uncompiled",
     "size_hint",
     "skip_as_root_frame",
+    "sound_options",
     "throw_away_compile",
     "trace_artifact",
     "trace_ulysses",

@@ -1,4 +1,4 @@
-"""Inductor: a lowering of our own, and where kernels are cached."""
+"""Inductor: a lowering of our own, options under which its gradients are right, and where kernels are cached."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.torch_version import TorchVersion
 
-__all__ = ["lower_gather", "triton_cache_folder"]
+__all__ = ["lower_gather", "sound_options", "triton_cache_folder"]
 
 
 def lower_gather(op: Any, table: Callable[..., torch.Tensor]) -> None:
@@ -45,6 +46,19 @@ def lower_gather(op: Any, table: Callable[..., torch.Tensor]) -> None:
         return gathered
 
     lowering.register_lowering(op, type_promotion_kind=None)(gather)
+
+
+def sound_options(version: str = torch.__version__) -> dict[str, bool]:
+    """Inductor's options without which its backward of a modulated norm is wrong, where the user sets no other.
+
+    Before torch 2.15 a reduction over tokens that is fused with one over channels does not write its result to a buffer
+    that it shares: on GPUs, from about 16k tokens, gradients of a ``scale_shift_table``, or of modulation by one
+    sample, are memory that nothing wrote (pytorch#193061). In 2.11 some have a wrong shape too (pytorch#178080).
+    Remove when the oldest torch is 2.15. ``TORCHINDUCTOR_MIX_ORDER_REDUCTION`` in the environment is the user's word.
+    """
+    if "TORCHINDUCTOR_MIX_ORDER_REDUCTION" in os.environ or TorchVersion(version) >= "2.15":
+        return {}
+    return {"triton.mix_order_reduction": False}
 
 
 def triton_cache_folder(device: torch.device) -> str:

@@ -137,3 +137,32 @@ def test_the_rewritten_graph_never_waits_for_the_device() -> None:
         compiled(x).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+class Modulated(torch.nn.Module):
+    """Two norms with scale and shift from one table, as blocks of Wan have them, and an attention in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(1, 4, 1024) / 32)
+        self.qkv, self.out = torch.nn.Linear(1024, 192), torch.nn.Linear(64, 1024)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale, shift, late_scale, late_shift = self.table.chunk(4, 1)
+        x = x + torch.nn.functional.layer_norm(x, (1024,)) * (1 + scale) + shift
+        q, k, v = self.qkv(x).unflatten(-1, (3, 1, 64)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + torch.nn.functional.layer_norm(x, (1024,)) * (1 + late_scale) + late_shift
+
+
+def test_gradients_of_a_long_videos_modulation() -> None:
+    """Where Inductor fuses reductions over tokens with those over channels, torch before 2.15 loses some."""
+    model = Modulated().cuda()
+    x = torch.randn(1, 32768, 1024, device="cuda")
+    sla_compile.prepare(model, (x,), config=OPTIONS | {"topk": 0.05})
+    cotangent = torch.randn_like(x)
+    wanted = gradients(model, torch.compile(model, backend="sla", options={"inner": "eager"})(x), cotangent)
+    torch._dynamo.reset()
+    got = gradients(model, torch.compile(model, backend="sla")(x), cotangent)
+    for name, gradient in wanted.items():
+        assert_close(name, got[name], gradient, 1e-3)
