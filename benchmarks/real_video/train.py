@@ -4,6 +4,7 @@
         --weights runs/real_video/weights --seconds 560
 
 ``--state`` holds all that is needed to go on; ``--weights`` the averaged weights in bf16, in parts of less than 16 MB.
+``--more 6000`` trains longer what is done: with a state of its own, a warm-up, and a rate that falls again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,8 +49,10 @@ AVERAGED = 0.999
 """Of the moving average of the weights, kept at each step."""
 
 
-def learning_rate(step: int, stages: Sequence[Stage], warm_up: int = 200) -> float:
-    """Of ``step``, counted over all stages: a warm-up, then each stage's; over 60% of the last it falls to 2%."""
+def learning_rate(step: int, stages: Sequence[Stage], first: int = 0, warm_up: int = 200) -> float:
+    """Of ``step``, counted over all stages: a warm-up from the ``first`` on, then each stage's; it falls to 2% over 60%
+    of the last.
+    """
     total = sum(stage.steps for stage in stages)
     last = stages[-1]
     begun, which = 0, last
@@ -59,7 +62,7 @@ def learning_rate(step: int, stages: Sequence[Stage], warm_up: int = 200) -> flo
             break
         begun += stage.steps
     fall = min(1.0, (total - step) / (0.6 * last.steps))
-    return which.lr * min(1.0, (step + 1) / warm_up) * max(0.02, fall)
+    return which.lr * min(1.0, (step - first + 1) / warm_up) * max(0.02, fall)
 
 
 def update(model: RotaryVideoDiT, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
@@ -114,7 +117,9 @@ class Pretraining:
         torch.save({**state, "step": self.step, "average": self.average}, self.file.with_suffix(".tmp"))
         self.file.with_suffix(".tmp").replace(self.file)
 
-    def run(self, windows: Windows, stages: Sequence[Stage], deadline: float, say: Callable[[str], None]) -> bool:
+    def run(
+        self, windows: Windows, stages: Sequence[Stage], first: int, deadline: float, say: Callable[[str], None]
+    ) -> bool:
         """Train until ``deadline`` (of ``time.monotonic``) or the end; whether it is the end."""
         total, begun = sum(stage.steps for stage in stages), 0
         values = list(self.model.state_dict().values())
@@ -123,10 +128,11 @@ class Pretraining:
             looked, since = time.monotonic(), self.step
             while self.step < begun + stage.steps:
                 for group in self.optimizer.param_groups:
-                    group["lr"] = learning_rate(self.step, stages)
+                    group["lr"] = learning_rate(self.step, stages, first)
                 loss = update(self.model, self.optimizer, loss_of(self.model, drawn(self.step), "flow", self.model))
                 self.step += 1
-                kept = min(AVERAGED, self.step / (self.step + 10))
+                done = self.step - first
+                kept = min(AVERAGED, done / (done + 10))
                 torch._foreach_lerp_(list(self.average.values()), values, 1 - kept)
                 if self.step % 200 == 0:
                     value, now = loss.item(), time.monotonic()
@@ -147,6 +153,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--begin", type=int, help="without a state: go on from the weights, at this step")
+    parser.add_argument("--more", type=int, help="so many steps more at the last size, from the weights of a done one")
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--cudnn", action="store_true", help="dense attention by cuDNN")
     parser.add_argument("--tiny", action="store_true", help="two small layers and a few steps, to try the script")
@@ -155,7 +162,10 @@ def main() -> None:
     config, stages = (TINY_CONFIG, TINY_STAGES) if options.tiny else (CONFIG, STAGES)
     train, held_out = load(options.clips, device)
     print(f"{len(train)} clips, {len(held_out)} held out, {time.monotonic() - began:.0f} s", flush=True)
-    last = stages[-1]
+    last, first = stages[-1], 0
+    if options.more is not None:
+        options.begin = first = sum(stage.steps for stage in stages)
+        stages = (*stages, replace(last, steps=options.more))
     frames = TINY_FRAMES if options.tiny else FRAMES
     windows = Windows(train, (frames, last.side), last.batch, last.oversample)
     training = Pretraining(config, device, options.state)
@@ -170,7 +180,7 @@ def main() -> None:
     if device.type == "cuda":
         training.model.compile_blocks()
     with fast_attention() if options.cudnn else nullcontext():
-        done = training.run(windows, stages, began + options.seconds, lambda text: print(text, flush=True))
+        done = training.run(windows, stages, first, began + options.seconds, lambda text: print(text, flush=True))
     training.save()
     training.model.load_state_dict(training.average)
     save_weights(training.model.state_dict(), options.weights)

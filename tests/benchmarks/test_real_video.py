@@ -217,6 +217,12 @@ def test_from_pretraining_to_the_table(tmp_path: Path, monkeypatch: pytest.Monke
     train.main()  # nothing is left to do, and the state is as it was
     again = torch.load(tmp_path / "state/state.pt", weights_only=True)
     assert all(torch.equal(again["model"][name], value) for name, value in state["model"].items())
+    longer = ["--state", str(tmp_path / "longer"), "--more", "3"]
+    monkeypatch.setattr(sys, "argv", ["train", *common, *longer])
+    train.main()
+    trained = torch.load(tmp_path / "longer/state.pt", weights_only=True)
+    assert trained["step"] == 7
+    assert not all(torch.equal(trained["average"][name], value) for name, value in state["average"].items())
     mine, theirs, levels = "mass-gate-heads", "package-taylor-heads-cal", "package-taylor-levels-cal"
     tasks = ["--closed", "sparse", mine, theirs, "--steps", "2"]
     tasks += ["--tune", "dense", f"{mine}+features", theirs, f"{levels}+teacher"]
