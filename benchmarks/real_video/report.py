@@ -67,9 +67,21 @@ def tuned_table(results: Results) -> list[str]:
     return lines
 
 
+def dense_steps_table(results: Results) -> list[str]:
+    """A row for each arm and number of first steps that the dense model made; nothing where there is none."""
+    rows = [
+        f"| {ARMS[name].title} | {ARMS[name].sparsity} | {steps} | {psnr:.1f} | {features:.3f} |"
+        for name in ARMS
+        for steps, (psnr, features) in results.get(name, {}).get("dense_steps", {}).items()
+    ]
+    head = ["| arm | sparsity | dense steps | PSNR, dB | features |", "| --- | --- | --- | --- | --- |"]
+    return ["", "First denoising steps dense:", "", *head, *rows] if rows else []
+
+
 def tables(results: Results) -> list[str]:
-    """Both, as Markdown."""
-    return ["Right after the switch:", "", *closed_table(results), "", "Fine-tuned:", "", *tuned_table(results)]
+    """All of them, as Markdown."""
+    closed, tuned = closed_table(results), tuned_table(results)
+    return ["Right after the switch:", "", *closed, *dense_steps_table(results), "", "Fine-tuned:", "", *tuned]
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ class Study:
         self.steps, self.lr, self.gate_lr = options.steps, options.lr, options.gate_lr
         self.device, self.tiny, self.folder = device, tiny, options.out
         self.samples_wanted = not options.no_samples
+        self.dense_steps: list[int] = options.dense_steps
         self.folder.mkdir(parents=True, exist_ok=True)
         self.base = load_weights(RotaryVideoDiT(config).to(device), options.weights).requires_grad_(False)
         self.dense = ARMS["dense"].put_into(self.fresh(), self.tokens, [])
@@ -89,6 +90,10 @@ class Study:
         began, arm = time.monotonic(), self.arm(name)
         model = arm.put_into(self.fresh(), self.tokens, self.fitted_on(arm))
         row = self.measure(model, self.samples_wanted)
+        for steps in self.dense_steps:
+            videos = self.sampler(model, self.dense, steps)
+            measured = [psnr(videos, self.wanted), feature_distance(self.dense, videos, self.wanted)]
+            row.setdefault("dense_steps", {})[str(steps)] = measured
         row["seconds"], row["budgets"] = time.monotonic() - began, arm.budgets(model)
         self.add(name, row)
         if self.samples_wanted:
@@ -184,6 +189,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=32, help="batches")
     parser.add_argument("--frames", type=int, default=FRAMES)
     parser.add_argument("--no-samples", action="store_true", help="right after the switch, the loss alone")
+    parser.add_argument("--dense-steps", nargs="*", type=int, default=[], help="sample with so many first steps dense")
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--cudnn", action="store_true", help="dense attention by cuDNN")
     parser.add_argument("--tiny", action="store_true", help="the tiny checkpoint of train.py, to try the script")

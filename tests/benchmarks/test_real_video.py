@@ -224,7 +224,7 @@ def test_from_pretraining_to_the_table(tmp_path: Path, monkeypatch: pytest.Monke
     assert trained["step"] == 7
     assert not all(torch.equal(trained["average"][name], value) for name, value in state["average"].items())
     mine, theirs, levels = "mass-gate-heads", "package-taylor-heads-cal", "package-taylor-levels-cal"
-    tasks = ["--closed", "sparse", mine, theirs, "--steps", "2"]
+    tasks = ["--closed", "sparse", mine, theirs, "--steps", "2", "--dense-steps", "1", "2"]
     tasks += ["--tune", "dense", f"{mine}+features", theirs, f"{levels}+teacher"]
     monkeypatch.setattr(sys, "argv", ["study", *common, "--out", str(out), *tasks])
     study.main()
@@ -247,7 +247,10 @@ def test_from_pretraining_to_the_table(tmp_path: Path, monkeypatch: pytest.Monke
     found = results[f"{levels}+teacher/0"]["budgets"]
     assert [level["time"] for level in found] == list(part_middles(4))
     assert sum(level["critical"] for level in found) <= 4 * 2 / 16  # 15% of 16 blocks
+    of_steps = results["sparse"]["dense_steps"]
+    assert of_steps["2"][1] == 0 < of_steps["1"][1], "all of its two steps are the dense model's"
     table = "\n".join(report.tables(results))
+    assert "| sparse only | 95% | 1 |" in table
     assert "| virtual keys, w, S of the row, ranked by mass, gate, spread over heads | 95% |" in table
     assert (out / "mass-gate-heads-features-tuned.png").exists()
 
