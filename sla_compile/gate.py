@@ -23,7 +23,7 @@ import sla_compile.ops.gate_marker  # noqa: F401  registers sla::gate
 from sla_compile.common.blocks import MILLION, to_millionths
 from sla_compile.compat import running_transform, runs_uncompiled, skip_as_root_frame
 from sla_compile.config import SLAConfig
-from sla_compile.gate_settings import CALLED, GateSpec, SeenGrids, settings_to_json
+from sla_compile.gate_settings import GateSpec, SeenGrids, settings_to_json
 from sla_compile.module_paths import all_module_paths, inside, module_paths
 
 __all__ = [
@@ -77,7 +77,8 @@ class Gate(nn.Module):
             number, an attention finds its gate. Empty of a gate from before there were call sites.
         traced: whether this process has traced that call site; otherwise a file or a pickle says so.
         seen: the token grids found for its queries and keys in the whole model, used where only a part is compiled.
-        pattern: what its attention is written as, such as ``"scaled_dot_product_attention"``.
+        pattern: what its attention is written as, such as ``"scaled_dot_product_attention"``; empty of a gate that was
+            read from a file and not traced yet.
         settings: ``config``, ``seen`` and ``call_site`` as the JSON text that the marker carries into a graph.
     """
 
@@ -90,7 +91,7 @@ class Gate(nn.Module):
     config: SLAConfig
     model_config: SLAConfig
     seen: SeenGrids
-    pattern: str = CALLED  # of a gate that was pickled before there was this attribute
+    pattern: str = ""  # of a gate that was pickled before there was this attribute
     call_site: str = ""  # as above
     settings: str
     _process: str = ""  # which process traced the call site: a pickle has another
@@ -290,11 +291,11 @@ def detach_gate(owner: nn.Module, ordinal: int) -> None:
     update_hooks(owner)
 
 
-def mark_from_children(owner: nn.Module) -> bool:
-    """Have ``owner``'s children mark its gates too, for when Dynamo starts at ``owner``; False if they do already."""
-    if owner.__dict__.get(_FROM_CHILDREN):
+def mark_from_children(owner: nn.Module, wanted: bool = True) -> bool:
+    """Have ``owner``'s children mark its gates too, or not, for when Dynamo starts at ``owner``; False if it is so."""
+    if owner.__dict__.get(_FROM_CHILDREN, False) is wanted:
         return False
-    owner.__dict__[_FROM_CHILDREN] = True
+    owner.__dict__[_FROM_CHILDREN] = wanted
     update_hooks(owner)
     return True
 
@@ -307,8 +308,8 @@ def update_hooks(owner: nn.Module) -> None:
     """Make the hooks of ``owner``, and of its children where they mark too, name exactly the gates it has."""
     names = tuple(own_gates(owner))
     _replace_marker(owner, names, None)
-    if owner.__dict__.get(_FROM_CHILDREN):
-        called = list(_called_children(owner))
+    if (from_children := owner.__dict__.get(_FROM_CHILDREN)) is not None:
+        called = list(_called_children(owner)) if from_children else []
         for inner in owner.modules():  # a child that was wrapped is no child any more, but may still mark
             if inner is not owner:
                 _replace_marker(inner, names if inner in called else (), owner)
@@ -340,9 +341,11 @@ def _called_children(owner: nn.Module) -> Iterator[nn.Module]:
 
 def _replace_marker(module: nn.Module, names: tuple[str, ...], owner: nn.Module | None) -> None:
     """Give ``module`` one marker of ``owner``'s gates, or none where there are no ``names``."""
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if _marks(hook, owner):
-            del module._forward_pre_hooks[key]
+    found: dict[int, Any] = {key: hook for key, hook in module._forward_pre_hooks.items() if _marks(hook, owner)}
+    if [hook.names for hook in found.values()] == [names] * bool(names):
+        return
+    for key in found:
+        del module._forward_pre_hooks[key]
     if names:
         module.register_forward_pre_hook(GateMarker(names, owner))
 

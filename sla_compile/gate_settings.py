@@ -59,8 +59,8 @@ class GateSpec:
     traced: bool = True
     """Whether this process has traced that call site."""
     seen: SeenGrids = NO_GRIDS
-    pattern: str = CALLED
-    """What its attention is written as, as ``AttentionCall.pattern`` says."""
+    pattern: str = ""
+    """What its attention is written as, as ``AttentionCall.pattern`` says; empty where that is not known."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters and buffers that the gate has with these settings, by name."""

@@ -30,7 +30,7 @@ from sla_compile.common.limits import FLOATING_DTYPES
 from sla_compile.config import SITE_FIELDS, SITE_FIELDS_FILES_MAY_LACK, SLAConfig
 from sla_compile.config_values import short, value_error
 from sla_compile.gate import Gate
-from sla_compile.gate_settings import CALLED, NO_GRIDS, GateSpec, SeenGrids, grids_from_json, grids_to_json
+from sla_compile.gate_settings import NO_GRIDS, GateSpec, SeenGrids, grids_from_json, grids_to_json
 
 __all__ = ["COMPILE_FIELDS", "SPARSITY", "GateFile", "SavedGate", "metadata_of", "ordinal_of", "read_gate_file"]
 
@@ -84,8 +84,7 @@ def metadata_of(config: SLAConfig, found: Mapping[str, Gate]) -> dict[str, str]:
         settings = {field: getattr(gate.config, field) for field in SITE_FIELDS}
         site = {"path": name, "heads": gate.heads, "head_dim": gate.head_dim, "config": settings}
         seen = {"seen": grids_to_json(gate.seen)} if any(gate.seen) else {}
-        pattern = {"pattern": gate.pattern} if gate.pattern != CALLED else {}
-        sites.append(site | seen | pattern | ({"call_site": gate.call_site} if gate.call_site else {}))
+        sites.append(site | seen | ({"call_site": gate.call_site} if gate.call_site else {}))
     fields = {name: value for name, value in config.to_dict().items() if name not in COMPILE_FIELDS}
     texts = {"config": json.dumps(fields), "sites": json.dumps(sites)}
     for name, text in texts.items():
@@ -177,11 +176,9 @@ def _spec(where: str, entry: Any, config: SLAConfig) -> GateSpec:
     for name in ("heads", "head_dim"):
         if type(entry[name]) is not int or not 1 <= entry[name] <= LARGEST_SIZE:
             raise value_error(f"{where}: {name}", entry[name], f"an integer from 1 to {LARGEST_SIZE}")
-    settings, pattern = entry["config"], entry.get("pattern", CALLED)
+    settings = entry["config"]
     if type(settings) is not dict:
         raise value_error(f"{where}: config", settings, "a mapping of the fields of its site")
-    if type(pattern) is not str:
-        raise value_error(f"{where}: pattern", pattern, "what its attention is written as, in a word")
     call_site = entry.get("call_site", "")
     if type(call_site) is not str:
         raise value_error(f"{where}: call_site", call_site, "where its owner calls the attention, a text")
@@ -200,7 +197,6 @@ def _spec(where: str, entry: Any, config: SLAConfig) -> GateSpec:
         call_site=call_site,
         traced=False,
         seen=_seen(where, entry.get("seen", list(NO_GRIDS))),
-        pattern=pattern,
     )
 
 

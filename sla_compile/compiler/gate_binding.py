@@ -36,6 +36,7 @@ def bind_gates(found: FoundSites, frame: Frame) -> int:
         if (gate := site.gate) is not None and not (gate.call_site and gate.traced):
             moved.append((site.owner, gate.ordinal, gate.call_site, site.call_site))
             gate.take_call_site(site.call_site)
+            gate.pattern = site.call.pattern
     for owner, numbering in found.numberings:
         path = paths[id(owner)]
         doubts += [f"{path}: {numbering.doubt}"] if numbering.doubt else []
@@ -73,3 +74,4 @@ def _bind_siblings(moved: list[_Move], frame: Frame) -> None:
                 detach_gate(like, ordinal)
             else:
                 gate.take_call_site(now)
+                gate.pattern = own_gates(owner)[gate_name(ordinal)].pattern

@@ -153,7 +153,8 @@ def find_sites(
     Raises ValueError where the options of this compile contradict those a gate was prepared with.
     """
     markers = find_markers(gm)
-    marked = {(_identities(owner_call(marker, frame)), marker.ordinal): marker for marker in markers}
+    # the first of those of one gate: an owner's children mark it too, some behind the attention
+    marked = {(_identities(owner_call(marker, frame)), marker.ordinal): marker for marker in reversed(markers)}
     paths = _module_paths(frame)
     grids = cache(lambda given: Grids(gm) if given is None else GivenGrid(gm, given))
     root = frame.root_module()

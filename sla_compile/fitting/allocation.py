@@ -20,11 +20,13 @@ import torch
 from torch import nn
 
 from sla_compile.common.blocks import to_millionths
+from sla_compile.compat import fully_sharded
 from sla_compile.compiler.preparation import prepare, unwrapped
 from sla_compile.config import SLAConfig
 from sla_compile.fitting.observer import Arguments, Topk, no_gated_call_message, peek_first, prepared_or_rolled_back
 from sla_compile.fitting.ranks import over_ranks
 from sla_compile.fitting.sensitivity import OutputErrors, SiteSensitivity, measure_sites
+from sla_compile.fitting.traced_calls import kept_traces
 from sla_compile.fitting.water_fill import water_fill
 from sla_compile.gate import gates, model_config, owner_path
 
@@ -174,7 +176,8 @@ def allocate(
     model = unwrapped(model)
     first, stream = peek_first(batches, max_batches)
     first_batches = list(islice(stream, OUTPUT_BATCHES))
-    with over_ranks(model, group) as model, prepared_or_rolled_back(model, first, config):
+    with over_ranks(model, group) as model, prepared_or_rolled_back(model, first, config), kept_traces(model):
+        _refuse_sharded(model)
         known = {path: SiteSensitivity.of_gate(path, gate, budget, ladder) for path, gate in gates(model).items()}
         count = measure_sites(model, chain(first_batches, stream), known)
         if not any(site.calls for site in known.values()):
@@ -212,6 +215,16 @@ def choose(
 def at_run_time(model: nn.Module) -> bool:
     """Whether the topk of every gate is in its buffer."""
     return all(gate.sparsity is not None for gate in gates(model).values())
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """Raise ValueError where ``model`` would have to be prepared again and cannot be."""
+    path, gate = next(iter(gates(model).items()))
+    if not at_run_time(model) and fully_sharded(gate):
+        raise ValueError(
+            f"{path}: got a gate in fully_shard with a topk that is compiled in, which cannot be prepared again; "
+            f"accepted: gates prepared with max_topk, whose topk is in a buffer, or allocate before fully_shard"
+        )
 
 
 def check_spending(budget: float, ladder: Sequence[float]) -> None:

@@ -17,6 +17,7 @@ from sla_compile.fitting.observer import Arguments, Topk, no_gated_call_message,
 from sla_compile.fitting.ranks import over_ranks
 from sla_compile.fitting.sensitivity import OutputErrors, SiteSensitivity, measure_sites
 from sla_compile.fitting.sparsity_plan import PlanLevel, SparsityPlan
+from sla_compile.fitting.traced_calls import kept_traces
 from sla_compile.fitting.water_fill import water_fill
 from sla_compile.gate import gates
 
@@ -68,7 +69,7 @@ def allocate_by_time(
     model = unwrapped(model)
     data = {float(time): list(peek_first(batches[time], None)[1]) for time in sorted(batches)}
     first = next(iter(data.values()))[0]
-    with over_ranks(model, group) as model, prepared_or_rolled_back(model, first, config):
+    with over_ranks(model, group) as model, prepared_or_rolled_back(model, first, config), kept_traces(model):
         if not at_run_time(model):
             raise ValueError(
                 f"{type(model).__name__}: the topk of a gate is a constant of the compiled graph; accepted: a model "

@@ -29,6 +29,7 @@ from sla_compile.fitting.observer import (
 )
 from sla_compile.fitting.ranks import every_site, from_first_rank, over_ranks, total
 from sla_compile.fitting.statistics import statistics_of
+from sla_compile.fitting.traced_calls import kept_traces
 from sla_compile.gate import gates
 from sla_compile.sharded import fill, reshard
 
@@ -182,7 +183,7 @@ def calibrate(
     _check_arguments(ridge, max_batches, held_back)
     model = unwrapped(model)
     first, stream = peek_first(batches, max_batches)
-    with over_ranks(model, group) as model, prepared_or_rolled_back(model, first, config):
+    with over_ranks(model, group) as model, prepared_or_rolled_back(model, first, config), kept_traces(model):
         split = _HeldBack(stream, held_back)
         fits = (_fit_sequentially if sequential else _fit_at_once)(model, split, ridge)
         if not fits:
@@ -190,6 +191,7 @@ def calibrate(
         output = check_output(model, fits, split.checked) if total(len(split.checked)) else None
         sites = tuple(_site(fitted) for fitted in fits)
         split.sum_over_ranks()
+        reshard(model)  # what the check of the output gathered would be thrown away
         for fitted in fits:
             for parameter, value in zip(fitted.gate.parameters(), fitted.values, strict=True):
                 fill(parameter, from_first_rank(value))

@@ -31,6 +31,7 @@ from sla_compile.fitting.observer import (
 from sla_compile.fitting.output_error import at_least_float32, floating_tensors
 from sla_compile.fitting.ranks import over_ranks, sum_tensors, total
 from sla_compile.fitting.regression import SiteStatistics
+from sla_compile.fitting.traced_calls import kept_traces
 from sla_compile.gate import gates, model_config
 from sla_compile.memory import eager_runs_are_measured
 from sla_compile.sharded import fill, is_sharded, whole
@@ -152,7 +153,7 @@ def distill(
             _refuse_gates(model, loss)
             sites = _gather_finite(model, measured)
         before = {path: _error(statistics) for path, statistics in sites.items()}
-        with _only_gates_trainable(model):
+        with _only_gates_trainable(model), kept_traces(model):
             copies = _Float64Copies(model)
             output = _OutputLoss(model, copies, compile_options) if loss == "output" else None
             outputs: tuple[float | None, ...] = (output.error(measured) if output else None,)

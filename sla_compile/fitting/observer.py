@@ -149,9 +149,10 @@ def gated_calls(model: nn.Module, handler: Handler) -> Iterator[None]:
     """Within this context ``model`` runs eagerly, and each gated attention outputs what ``handler`` returns.
 
     A call that ``backend="sla"`` would keep dense, for its mask or its length say, does not reach ``handler``. Where a
-    gate belongs to attention that is no call of ``F.scaled_dot_product_attention``, the model runs as it is traced.
+    gate belongs to attention that is no call of ``F.scaled_dot_product_attention``, or may do, as one of a file, the
+    model runs as it is traced.
     """
-    if any(gate.pattern != CALLED for gate in gates(model).values()) or _hidden_calls(model):
+    if not all(gate.traced and gate.pattern == CALLED for gate in gates(model).values()):
         paths = {id(gate): path for path, gate in gates(model).items()}
         with traced_calls(model, partial(_traced, handler, paths)):
             yield
@@ -168,11 +169,6 @@ def gated_calls(model: nn.Module, handler: Handler) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _hidden_calls(model: nn.Module) -> bool:
-    """Whether a gate's owner makes its calls inside of a function of torch that a mode sees as one."""
-    return any(isinstance(module, nn.MultiheadAttention) and own_gates(module) for module in model.modules())
 
 
 def _traced(
@@ -342,12 +338,15 @@ def no_gated_call_message(
     model: nn.Module, example: Arguments, config: SLAConfig | Mapping[str, Any] | None = None
 ) -> str:
     """The text of an error that says why no attention of ``model`` would be rewritten for the arguments ``example``."""
-    sites = explain(model, *example, config=config).sites
+    try:
+        sites = explain(model, *example, config=config).sites
+    except ValueError as error:  # of a model in fully_shard, which has no copy to trace
+        return f"{type(model).__name__}: no attention with a gate was reached, and why is not known: {error}"
     kept = [site for site in sites if not site.rewritten]
     reasons: Sequence[str] = [
         f"{site.path or 'the model itself'}: {site.reason}, {site.value} (accepted: {site.accepted})"
         for site in kept[:_KEPT_SHOWN]
     ]
     more = f"; and {len(kept) - _KEPT_SHOWN} more" if len(kept) > _KEPT_SHOWN else ""
-    found = "; ".join(reasons) or "no call of F.scaled_dot_product_attention was found"
+    found = "; ".join(reasons) or "no attention was found"
     return f"{type(model).__name__}: no attention with a gate was reached: {found}{more}"

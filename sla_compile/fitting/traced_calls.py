@@ -14,31 +14,53 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sla_compile.compat import current_frame, throw_away_compile
+from sla_compile.compat import Frame, current_frame, throw_away_compile
 from sla_compile.compiler.sites import Settings, find_sites
-from sla_compile.gate import Gate, gates
+from sla_compile.gate import Gate, gates, mark_from_children, own_gates
 from sla_compile.memory import eager_runs_are_measured
 from sla_compile.passes.decide import Rewrite
 from sla_compile.passes.rewrite import erase_markers, replace_by_function
 
-__all__ = ["Replacement", "traced_calls"]
+__all__ = ["Replacement", "kept_traces", "traced_calls"]
 
 Replacement = Callable[[Gate, Rewrite, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 """Of a gate, what was decided of its attention, queries (B, H, N, D), keys, values and key mask (or None) as the op has
 them, and masked queries (or None) in the model's order: its output (B, H, N, D), tokens in the order of the queries."""
 
 
+_KEPT: dict[int, _Backend] = {}
+"""The backends of the contexts of `kept_traces` that are open, by the ``id`` of their model."""
+
+
+@contextmanager
+def kept_traces(model: nn.Module) -> Iterator[None]:
+    """Within this context, contexts of `traced_calls` for ``model`` share what Dynamo traced, until it ends."""
+    if id(model) in _KEPT:
+        yield
+        return
+    _KEPT[id(model)] = backend = _Backend()
+    try:
+        yield
+    finally:
+        del _KEPT[id(model)]
+        with throw_away_compile() as frames:
+            frames += backend.frames
+
+
 @contextmanager
 def traced_calls(model: nn.Module, replacement: Replacement) -> Iterator[None]:
     """Within this context calls of ``model`` are traced, and each gated attention gives what ``replacement`` does."""
-    with ExitStack() as undo:
-        frames = undo.enter_context(throw_away_compile())
+    with kept_traces(model), ExitStack() as undo:
+        backend = _KEPT[id(model)]
+        backend.replacement, backend.gates = replacement, gates(model)
+        undo.enter_context(throw_away_compile())  # which is told of no frame here, so that all are kept
         undo.enter_context(eager_runs_are_measured())
         for module in model.modules():  # blocks that are compiled by themselves are a part of the trace
             undo.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
             module._compiled_call_impl = None
+            if own_gates(module) and mark_from_children(module):  # a graph may begin at any of them
+                undo.callback(mark_from_children, module, False)
         own = model.__dict__.get("forward")
-        backend = _Backend(model, replacement, frames)
         # Not the whole call: hooks of the model are no part of what is traced.
         model.forward = torch.compile(model.forward, backend=backend, dynamic=False)
         undo.callback(_put_back, model, own)
@@ -56,8 +78,11 @@ def _put_back(model: nn.Module, own: Any) -> None:
 class _Backend:
     """A backend of Dynamo: replaces the attentions that have a gate, and runs what is left as it is."""
 
-    def __init__(self, model: nn.Module, replacement: Replacement, frames: list[Any]) -> None:
-        self.replacement, self.frames, self.gates = replacement, frames, gates(model)
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+        """All that it was called for."""
+        self.replacement: Replacement | None = None
+        self.gates: dict[str, Gate] = {}
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         frame = current_frame()
@@ -77,6 +102,7 @@ class _Backend:
         def attention(
             of_gate: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, masked: Tensor | None
         ) -> Tensor:
+            assert self.replacement is not None  # what is traced runs in `traced_calls` alone
             return self.replacement(self._gate(of_gate), decision, query, key, value, mask, masked)
 
         return attention
@@ -88,5 +114,5 @@ class _Backend:
                 return gate
         raise ValueError(
             f"{', '.join(self.gates)}: a traced attention has a gate's {type(tensor).__name__} that is no parameter of "
-            f"these gates; accepted: gates that are not sharded"
+            f"these gates; accepted: gates whose tensors are their parameters, not made of them by a wrapper"
         )

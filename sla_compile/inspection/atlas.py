@@ -18,6 +18,7 @@ from sla_compile.config import SLAConfig
 from sla_compile.fitting.allocation import LADDER, AllocationReport, choose
 from sla_compile.fitting.observer import Arguments, GatedCall, gated_calls, no_gated_call_message
 from sla_compile.fitting.sensitivity import SiteSensitivity
+from sla_compile.fitting.traced_calls import kept_traces
 from sla_compile.gate import gates
 from sla_compile.inspection.site_atlas import SiteAtlas, SiteSums
 from sla_compile.inspection.trial import read_batches, trial_copy
@@ -120,9 +121,8 @@ def atlas(
     """Where the attention of ``model`` goes, from a dense run over ``batches``; nothing in the model changes.
 
     A copy that shares every tensor with it runs eagerly and dense, in the mode (train or eval) it is in. At each
-    attention whose owner calls ``F.scaled_dot_product_attention`` and that SLA would take, the true weights are
-    computed again in chunks of query rows, and the op runs at each topk of ``allocate``'s ladder. Memory beyond the
-    model's own is a few chunks, never N x N.
+    attention that SLA would take the true weights are computed again in chunks of query rows, and the op runs at each
+    topk of ``allocate``'s ladder. Memory beyond the model's own is a few chunks, never N x N.
 
     Args:
         model: any module, prepared, compiled, or neither.
@@ -144,12 +144,13 @@ def atlas(
     made = gates(copied)
     budget = next(iter(made.values())).model_config.topk
     sensitivities = {path: SiteSensitivity.of_gate(path, gate, budget, LADDER) for path, gate in made.items()}
-    sites = _measure(copied, data, sensitivities)
-    if not sites:
-        raise ValueError(no_gated_call_message(model, data[0], config))
-    for path in sites:
-        sensitivities[path].relative_losses()  # refuses what is not finite
-    suggestion = choose(copied, data, sensitivities, len(data), budget)[0] if allocation else None
+    with kept_traces(copied):
+        sites = _measure(copied, data, sensitivities)
+        if not sites:
+            raise ValueError(no_gated_call_message(model, data[0], config))
+        for path in sites:
+            sensitivities[path].relative_losses()  # refuses what is not finite
+        suggestion = choose(copied, data, sensitivities, len(data), budget)[0] if allocation else None
     topks = {} if suggestion is None else {site.path: site.topk for site in suggestion.sites}
     times = [_time_of(model, batch) for batch in data]
     return Atlas(

@@ -22,6 +22,7 @@ from sla_compile.config import SLAConfig
 from sla_compile.fitting.observer import Arguments, GatedCall, gated_calls, no_gated_call_message
 from sla_compile.fitting.output_error import OutputError
 from sla_compile.fitting.statistics import Statistics, statistics_of
+from sla_compile.fitting.traced_calls import kept_traces
 from sla_compile.gate import gates
 from sla_compile.inspection.timing import digits, peak_bytes, run_time
 from sla_compile.inspection.trial import best_gate, dense_copy, read_batches, trial_copy
@@ -145,8 +146,8 @@ def compare(
     """What ``model`` would lose and gain with sparse-linear attention; nothing in it changes.
 
     All runs are of copies that share every tensor with the model, in the mode (train or eval) it is in, without
-    gradients. Errors come from eager runs, time from compiled ones; what is compiled is thrown away. Only the attention
-    whose owner calls ``F.scaled_dot_product_attention`` has errors of its own.
+    gradients. Errors come from runs that Inductor does not compile, time from compiled ones; what is compiled is thrown
+    away.
 
     Args:
         model: any module, prepared, compiled, or neither.
@@ -166,13 +167,15 @@ def compare(
     model = unwrapped(model)
     data = read_batches(batches, max_batches)
     student = trial_copy(model, data[0], config)
-    found = _measure(student, data)
-    if not found:
-        raise ValueError(no_gated_call_message(model, data[0], config))
-    for path, site in found.items():
-        if not site.is_finite():
-            raise ValueError(f"{path}: attention, dense or sparse, is not finite on these batches")
-    fitted = {path: best_gate(site) for path, site in found.items()}
+    with kept_traces(student):
+        found = _measure(student, data)
+        if not found:
+            raise ValueError(no_gated_call_message(model, data[0], config))
+        for path, site in found.items():
+            if not site.is_finite():
+                raise ValueError(f"{path}: attention, dense or sparse, is not finite on these batches")
+        fitted = {path: best_gate(site) for path, site in found.items()}
+        output = _output_errors(student, data[:_OUTPUT_BATCHES], fitted)
     sites = tuple(_site(path, site, fitted[path]) for path, site in found.items())
     settings = next(iter(gates(student).values())).model_config
     timed = (None, None) if inner is None else _time(dense_copy(model), student, data[0], settings, inner, repeats)
@@ -180,7 +183,7 @@ def compare(
         model=type(model).__name__,
         batches=len(data),
         device=str(next(iter(found.values())).dense_square.device),
-        output=_output_errors(student, data[:_OUTPUT_BATCHES], fitted),
+        output=output,
         sites=sites,
         kept={s.path: f"{s.reason}: {s.value}" for s in explain(student, *data[0]).sites if not s.rewritten},
         dense=timed[0],

@@ -82,7 +82,6 @@ GRIDS = "accepted: [grid, grid], each None or [sizes, start, tokens] in integers
         ("head_dim", True, f"{SITE}head_dim: got True (bool); {SIZE}"),
         ("path", 3, "sites[0]: path: got 3 (int); accepted: the module path of a gate"),
         ("config", [], f"{SITE}config: got [] (list); accepted: a mapping"),
-        ("pattern", 1, f"{SITE}pattern: got 1 (int); accepted"),
         ("seen", [[[0, 4], 0, 4], None], f"{SITE}seen: got "),
         ("seen", [[[2, 4], 0], None], f"{SITE}seen: got [[[2, 4], 0], None] (list); {GRIDS}"),
         ("seen", 1, f"{SITE}seen: got 1 (int); {GRIDS}"),
