@@ -2,15 +2,16 @@
 
 They are taken for self-attention unless the graph shows otherwise: projections of tensors that share no origin on which
 both depend token by token. Operations that are not known here are walked through. What is not such an origin: a
-parameter, a buffer or what is computed from those alone, a tensor without an axis of tokens, and what only came in
-through a projection or an attention that was added, as the output of a cross-attention is.
+parameter, a buffer or what is computed from those alone, a tensor without an axis of tokens, what only came in through
+a projection or an attention that was added, as the output of a cross-attention is, and other items of the same batch:
+two frames, say, that were joined along it and see each other after its halves were swapped.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from typing import Any
 
 import torch
@@ -24,46 +25,57 @@ from sla_compile.passes.view_axes import same_size
 __all__ = ["of_different_tensors"]
 
 _MOST_NODES = 400
+_MOST_COPIES = 8
 _PROJECTIONS = {"linear", "conv1d", "conv2d", "conv3d"}
 _ATTENTION = {"scaled_dot_product_attention", "softmax"}
 _OF_ONE = VIEWS | {"layer_norm", "rms_norm", "group_norm", "dropout", "to", "contiguous", "clone", "detach"}
+_OF_NO_VALUES = {f"{made}_like" for made in ("zeros", "ones", "full", "empty", "rand", "randn")}
+_OF_NO_VALUES |= {f"new_{made}" for made in ("zeros", "ones", "full", "empty")}
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "addmm", "mm", "einsum"}
+
+
+_Place = tuple[fx.Node, int]
+"""A tensor, and how many items of its batch its items lie behind those of the attention that they become."""
 
 
 def of_different_tensors(query: Any, key: Any) -> bool:
     """Whether the graph shows that ``query`` and ``key`` were projected from tensors without a common origin."""
-    queries, keys = _projected(query), _projected(key)
+    batch, _, tokens, _ = example(query).shape
+    items = batch if isinstance(batch, int) and batch > 1 and not statically_known_true(batch == tokens) else None
+    queries, keys = _projected(query, items), _projected(key, items)
     if not queries or not keys or queries & keys:
         return False
-    tokens = example(query).shape[2]
-    left: set[fx.Node] = set()
-    right: set[fx.Node] = set()
-    for one, other in zip_longest(_origins(queries), _origins(keys)):
-        for node, mine, others in ((one, left, right), (other, right, left)):
-            if node is None:
+    left: set[_Place] = set()
+    right: set[_Place] = set()
+    for one, other in zip_longest(_origins(queries, items), _origins(keys, items)):
+        for place, mine, others in ((one, left, right), (other, right, left)):
+            if place is None:
                 continue
-            mine.add(node)
-            if node in others and _may_hold(node, tokens) and not _is_constant(node):
+            mine.add(place)
+            if place in others and _may_hold(place[0], tokens) and not _is_constant(place[0]):
                 return False
     return True
 
 
-def _projected(side: Any) -> set[fx.Node] | None:
-    """The inputs of the projections that ``side`` was made by; None where something else is behind it."""
+def _projected(side: Any, items: int | None) -> set[_Place] | None:
+    """The inputs of the projections that ``side`` was made by; None where something else is behind it.
+
+    ``items`` is the size of an axis of the batch, None where it is not told from others.
+    """
     node = side.source if isinstance(side, Operand) else side
     if not isinstance(node, fx.Node):
         return None
-    found: set[fx.Node] = set()
-    seen, pending = {node}, [node]
+    found: set[_Place] = set()
+    seen, pending = {(node, 0)}, [(node, 0)]
     while pending:
-        node = pending.pop()
+        node, moved = pending.pop()
         op = read(node)
         if op.word in _PROJECTIONS and isinstance(op.input, fx.Node):
-            found.add(op.input)
+            found.add((op.input, moved))
             continue
         if op.word in _ATTENTION or len(seen) > _MOST_NODES or (node.op == "placeholder" and _is_activation(node)):
             return None
-        behind = set(_behind(node)) - seen
+        behind = {place for other in _behind(node) for place in _places(node, other, moved, items)} - seen
         seen |= behind
         pending += behind
     return found
@@ -73,25 +85,28 @@ def _is_activation(node: fx.Node) -> bool:
     return isinstance(example(node), torch.Tensor) and _has_batch(node) and not _is_parameter(node)
 
 
-def _origins(starts: set[fx.Node]) -> Iterator[fx.Node]:
+def _origins(starts: set[_Place], items: int | None) -> Iterator[_Place]:
     """``starts`` and what they depend on token by token, the nearest first.
 
     Projections are passed until a sum is: what is added to a stream of tokens through one, as the output of an
     attention or of an adapter, does not make it the stream that it came from.
     """
-    passed: dict[fx.Node, bool] = {}  # by node, whether there was a way to it without a sum
-    pending = [(node, True) for node in starts]
-    for node, alone in pending:
-        if passed.get(node, False) or (node in passed and not alone):
+    passed: dict[_Place, bool] = {}  # by place, whether there was a way to it without a sum
+    pending = [(place, True) for place in starts]
+    for place, alone in pending:
+        if passed.get(place, False) or (place in passed and not alone):
             continue
-        passed[node] = alone
-        yield node
+        passed[place] = alone
+        yield place
+        node, moved = place
         op = read(node)
         if op.word in _ATTENTION or (op.word in _PROJECTIONS and not alone) or _mixes_tokens(op, node):
             continue
         behind = [op.input] if op.word in _PROJECTIONS else _behind(node)
         alone = alone and (op.word == "cat" or len(behind) == 1)
-        pending += [(other, alone) for other in behind if isinstance(other, fx.Node)]
+        for other in behind:
+            if isinstance(other, fx.Node):
+                pending += [(place, alone) for place in _places(node, other, moved, items)]
 
 
 def _behind(node: fx.Node) -> list[fx.Node]:
@@ -102,11 +117,49 @@ def _behind(node: fx.Node) -> list[fx.Node]:
     """
     op = read(node)
     written = [other for user in node.users if node in writes(user) for other in user.all_input_nodes if other != node]
+    if op.word in _OF_NO_VALUES:
+        return [*filter(_is_data, written)]
     if op.word in _OF_ONE and isinstance(op.input, fx.Node):
         return [op.input, *filter(_is_data, written)]
     inputs = [other for other in (*node.all_input_nodes, *written) if _is_data(other)]
     whole = [other for other in inputs if _same_shape(other, node)]
     return inputs if op.word == "cat" or written else whole or inputs
+
+
+def _places(node: fx.Node, behind: fx.Node, moved: int, items: int | None) -> list[_Place]:
+    """``behind``, an input of ``node``, with all that its items may be ``moved`` by; without what is no item then."""
+    places = [moved + by for by in _moved(node, behind, items)]
+    return [(behind, place) for place in places if items is None or abs(place) < items]
+
+
+def _moved(node: fx.Node, behind: fx.Node, items: int | None) -> list[int]:
+    """How many items of the batch those of ``node`` lie behind theirs in ``behind``, an input; one for each use of it.
+
+    0 where ``node`` takes or joins no items, or sizes do not tell the axis of the batch, the first, from others.
+    """
+    op, value = read(node), example(node)
+    if op.word == "cat" and _has_items(value, items) and op.arguments.get("dim", 0) in (0, -value.dim()):
+        parts = op.arguments.get("tensors", ())
+        sizes = [getattr(example(part), "shape", [None])[0] for part in parts]
+        if all(isinstance(size, int) for size in sizes):
+            starts = accumulate(sizes, initial=0)
+            return [-start for part, start in zip(parts, starts, strict=False) if part is behind] or [0]
+    if op.word == "getitem" and _has_items(example(behind), items):
+        index = op.arguments.get("index")
+        first = index[0] if isinstance(index, tuple) and index else None
+        if isinstance(first, slice) and type(first.start) is int and first.step in (None, 1):
+            return [first.start % example(behind).shape[0]]
+    if items is not None and _has_items(value, items) and isinstance(given := example(behind), torch.Tensor):
+        size = given.shape[0] if given.dim() == value.dim() else None
+        if isinstance(size, int) and 0 < size < items <= _MOST_COPIES * size:  # repeated, in whatever way
+            return [-start for start in range(0, items, size)]
+    return [0]
+
+
+def _has_items(value: Any, items: int | None) -> bool:
+    """Whether the first axis of ``value``, of tokens or of a picture, is that of the batch."""
+    known = isinstance(value, torch.Tensor) and value.dim() in (3, 4) and items is not None
+    return known and statically_known_true(value.shape[0] == items)
 
 
 def _is_data(node: fx.Node) -> bool:
@@ -144,7 +197,9 @@ def _is_constant(node: fx.Node) -> bool:
         node = pending.pop()
         if node.op == "placeholder" and isinstance(example(node), torch.Tensor) and not _is_parameter(node):
             return False
-        behind = {other for other in node.all_input_nodes if _is_data(other)} - seen
+        op = read(node)
+        values = [] if op.word in _OF_NO_VALUES else op.read_from if op.word == "to" else node.all_input_nodes
+        behind = {other for other in values if isinstance(other, fx.Node) and _is_data(other)} - seen
         seen |= behind
         pending += behind
     return True

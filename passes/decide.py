@@ -349,8 +349,9 @@ def _refuse_lengths(call: AttentionCall, cross_attention: bool) -> Keep | None:
             "cross-attention", got, "as many queries as keys, provably, or cross_attention=True", by_settings=True
         )
     if not cross_attention and of_different_tensors(call.query, call.key):
-        got = f"{query.shape[2]} queries, as many keys of another tensor"
-        return Keep("cross-attention", got, "queries and keys of one tensor, or cross_attention=True", by_settings=True)
+        got = f"{query.shape[2]} queries, as many keys of other tokens"
+        accepted = "queries and keys of the same tokens, or cross_attention=True"
+        return Keep("cross-attention", got, accepted, by_settings=True)
     heads = key.shape[1]
     grouped = call.enable_gqa is True and isinstance(heads, int) and heads > 0 and query.shape[1] % heads == 0
     wanted = (query.shape[0], heads if grouped else query.shape[1], key.shape[2], query.shape[3])

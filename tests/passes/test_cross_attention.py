@@ -55,7 +55,7 @@ def test_as_many_keys_of_another_tensor_are_cross_attention(kind: str) -> None:
     inputs = [torch.randn(BATCH, TOKENS, HEADS * HEAD_DIM) for _ in range(2)]
     (site,) = sla_compile.explain(TwoStreams(kind), inputs, config=OPTIONS).sites
     assert (site.rewritten, site.reason) == (False, "cross-attention")
-    assert site.value == "96 queries, as many keys of another tensor"
+    assert site.value == "96 queries, as many keys of other tokens"
     (site,) = sla_compile.explain(TwoStreams(kind), inputs, config={**OPTIONS, "cross_attention": True}).sites
     assert (site.rewritten, site.reason) == (True, "cross-attention")
 
@@ -65,6 +65,46 @@ def test_keys_of_the_queries_own_tensor_are_self_attention(kind: str) -> None:
     inputs = [torch.randn(BATCH, TOKENS, HEADS * HEAD_DIM) for _ in range(2)]
     (site,) = sla_compile.explain(TwoStreams(kind), inputs, config=OPTIONS).sites
     assert (site.rewritten, site.reason) == (True, "self-attention")
+
+
+class TwoFrames(nn.Module):
+    """Two frames in one batch, each of which sees the other one, itself, or the second one."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        width = HEADS * HEAD_DIM
+        self.q, self.k, self.up = (nn.Linear(width, width) for _ in range(3))
+
+    def arranged(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2) if self.kind != "other, by slices" else (x[:BATCH], x[-BATCH:])
+        if self.kind.startswith("other"):
+            return torch.cat([second, first])
+        return torch.cat([first, second]) if self.kind == "own" else second.repeat(2, 1, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        frames = torch.cat([x, y]) + 1
+        frames = frames + self.up(frames)
+        if self.kind == "other, at once":
+            frames, seen = torch.cat([x, y]), torch.cat([y, x])
+        elif self.kind == "other, behind the projection":
+            seen = frames
+        else:
+            seen = self.arranged(frames)
+        q, k = (layer(z).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer, z in ((self.q, frames), (self.k, seen)))
+        k = self.arranged(k) if self.kind == "other, behind the projection" else k
+        return sdpa(q, k, k).transpose(1, 2).flatten(2)
+
+
+FRAMES = ["other", "other, by slices", "other, at once", "other, behind the projection", "own", "second"]
+
+
+@pytest.mark.parametrize("kind", FRAMES)
+def test_frames_of_one_batch_that_see_each_other_are_cross_attention(kind: str) -> None:
+    inputs = [torch.randn(BATCH, TOKENS, HEADS * HEAD_DIM) for _ in range(2)]
+    (site,) = sla_compile.explain(TwoFrames(kind), inputs, config=OPTIONS).sites
+    others = kind.startswith("other")
+    assert (site.rewritten, site.reason) == (not others, "cross-attention" if others else "self-attention")
 
 
 class ByKeywords(nn.Module):
@@ -86,7 +126,7 @@ class ByKeywords(nn.Module):
 
 def test_projections_by_keywords_and_halves_of_a_projection() -> None:
     x, y = (torch.randn(BATCH, TOKENS, HEADS * HEAD_DIM) for _ in range(2))
-    for inputs, kind in (((x, y), "another tensor"), ((x, x), "self-attention")):
+    for inputs, kind in (((x, y), "other tokens"), ((x, x), "self-attention")):
         (site,) = sla_compile.explain(Wrapper(ByKeywords()), inputs, config=OPTIONS).sites
         assert site.rewritten == (kind == "self-attention")
         assert kind in (site.value if not site.rewritten else site.reason)
