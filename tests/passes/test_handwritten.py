@@ -103,6 +103,13 @@ def einsum_heads_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bijh,bhjd->bhid", weights, v)
 
 
+def with_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As functions that give weights too, of which this caller takes none."""
+    weights = (scores(q, k) * SCALE).softmax(-1)
+    weights.mean(1).sum(-1) * weights.amax(-1)[:, 0]
+    return weights @ v
+
+
 REWRITTEN: dict[str, Call] = {
     "operators": lambda q, k, v: ((q @ k.transpose(-2, -1)) * SCALE).softmax(-1) @ v,
     "matmul functions": lambda q, k, v: torch.matmul(torch.softmax(torch.matmul(q, k.mT) * SCALE, dim=-1), v),
@@ -125,6 +132,7 @@ REWRITTEN: dict[str, Call] = {
     "float32 queries and keys": upcast,
     "dropout of 0": lambda q, k, v: F.dropout((scores(q, k) * SCALE).softmax(-1), 0.0) @ v,
     "torch.dropout in evaluation": lambda q, k, v: torch.dropout((scores(q, k) * SCALE).softmax(-1), 0.5, False) @ v,
+    "weights that nobody reads": with_weights,
     "softmax module": lambda q, k, v: nn.Softmax(dim=-1)(scores(q, k) * SCALE) @ v,
     "timm": timm_unfused,
     "einsum": lambda q, k, v: torch.einsum(

@@ -34,11 +34,18 @@ class MultiHead(nn.Module):
         return self.attention(x, x, x, **self.call)[0]
 
 
+class WithWeights(MultiHead):
+    def forward(self, x: Tensor) -> Tensor:
+        output, weights = self.attention(x, x, x)
+        return output * weights.amax()
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("inference", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_multi_head_attention(batch_first: bool, inference: bool, bias: bool) -> None:
-    model = MultiHead(batch_first=batch_first, bias=bias).double()
+    # weights that nobody reads, as by default, are no matter
+    model = MultiHead({"need_weights": bias}, batch_first=batch_first, bias=bias).double()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     x = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
@@ -60,7 +67,7 @@ def test_multi_head_attention(batch_first: bool, inference: bool, bias: bool) ->
 
 
 MULTI_HEAD_KEPT: dict[str, tuple[nn.Module, str, str]] = {
-    "weights": (MultiHead({"need_weights": True}), "attention inside torch.nn.MultiheadAttention", "need_weights=True"),
+    "weights": (WithWeights(), "attention inside torch.nn.MultiheadAttention", "its attention weights are read"),
     "key bias": (MultiHead(add_bias_kv=True), "attention inside torch.nn.MultiheadAttention", "bias_k given"),
     "zero key": (MultiHead(add_zero_attn=True), "attention inside torch.nn.MultiheadAttention", "add_zero_attn=True"),
     "mask": (MultiHead({"attn_mask": torch.zeros(TOKENS, TOKENS)}), "attention mask", "attn_mask of"),
