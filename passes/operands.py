@@ -37,10 +37,10 @@ class Step:
         result: torch.Tensor = function(tensor, *values, **dict(self.keywords))
         return result
 
-    def text(self, tensor: str) -> str:
-        """The call as Python writes it."""
+    def text(self, tensor: str, written: Callable[[Any], str] = str) -> str:
+        """The call as Python writes it, each argument as ``written`` gives it."""
         named = [f"{name}={value}" for name, value in self.keywords]
-        arguments = ", ".join([*map(str, self.arguments), *named])
+        arguments = ", ".join([*map(written, self.arguments), *named])
         if isinstance(self.target, str):
             return f"{tensor}.{self.target}({arguments})"
         return f"{getattr(self.target, '__name__', self.target)}({', '.join(filter(None, (tensor, arguments)))})"

@@ -15,7 +15,7 @@ from torch import fx
 from sla_compile.compiler.sites import Site
 from sla_compile.passes.hoist_gathers import MOVED_HERE
 from sla_compile.passes.memory_layout import REWRITTEN_FROM
-from sla_compile.passes.operands import REPLACED_BY
+from sla_compile.passes.operands import REPLACED_BY, Operand
 
 __all__ = ["site_diff"]
 
@@ -112,6 +112,11 @@ def _shortened(arguments: list[str]) -> str:
 def _text(argument: Any, label: Callable[[fx.Node], str]) -> str:
     if isinstance(argument, fx.Node):
         return label(argument)
+    if isinstance(argument, Operand):
+        text = label(argument.source)
+        for step in argument.steps:
+            text = step.text(text, lambda value: _text(value, label))
+        return text
     if isinstance(argument, tuple | list):
         inner = _shortened([_text(item, label) for item in argument])
         return f"[{inner}]" if isinstance(argument, list) else f"({inner}{',' * (len(argument) == 1)})"

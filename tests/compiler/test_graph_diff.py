@@ -29,6 +29,21 @@ def test_diff_shows_the_site_before_and_after() -> None:
     assert not any("sla" in line for line in minus + context)
 
 
+def test_an_operand_that_is_not_in_the_graph_has_parameters_by_their_paths() -> None:
+    class Owner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, HEADS, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.attention(x, x, x, need_weights=False)[0]
+            return out
+
+    diff = explain(Owner(), torch.randn(2, 100, 32)).sites[0].diff
+    assert any(line.startswith("- ") and "attention.in_proj_weight, " in line for line in diff)
+    assert not any("_parameters_" in line for line in diff)
+
+
 def test_diff_inside_activation_checkpointing() -> None:
     diff = explain(CheckpointedModel()).sites[1].diff
     assert "blocks.1.attention.sla.weight" in "".join(diff)
