@@ -341,7 +341,7 @@ def no_gated_call_message(
     try:
         sites = explain(model, *example, config=config).sites
     except ValueError as error:  # of a model in fully_shard, which has no copy to trace
-        return f"{type(model).__name__}: no attention with a gate was reached, and why is not known: {error}"
+        return f"{type(model).__name__}: no attention with a gate was reached, and no trace says why: {error}"
     kept = [site for site in sites if not site.rewritten]
     reasons: Sequence[str] = [
         f"{site.path or 'the model itself'}: {site.reason}, {site.value} (accepted: {site.accepted})"
