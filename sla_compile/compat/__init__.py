@@ -18,6 +18,7 @@ from sla_compile.compat.dynamo import (
     runs_uncompiled,
     skip_as_root_frame,
     throw_away_compile,
+    traced_like,
     user_errors,
 )
 from sla_compile.compat.forwards import (
@@ -72,6 +73,7 @@ __all__ = [
     "throw_away_compile",
     "trace_artifact",
     "trace_ulysses",
+    "traced_like",
     "triton_cache_folder",
     "user_errors",
 ]

@@ -33,6 +33,7 @@ __all__ = [
     "runs_uncompiled",
     "skip_as_root_frame",
     "throw_away_compile",
+    "traced_like",
     "user_errors",
 ]
 
@@ -173,6 +174,13 @@ class Frame:
         self._translator.speculation_log.clear()
         raise TensorifyScalarRestartAnalysis(restart_reason=reason)
 
+    def trust_guards(self) -> None:
+        """Do not have this compile's guards checked on this call, for which modules changed since the trace.
+
+        Remove when a backend can say publicly that its graph serves this call alone.
+        """
+        self._translator.output.skip_guards_check = True
+
     @staticmethod
     def restarts(error: Exception) -> bool:
         """Whether Dynamo analyses the frame again after ``error``, ours or its own, so that the compile goes on."""
@@ -195,6 +203,15 @@ def current_frame() -> Frame | None:
         translator = translator.parent
     # In the words of the annotations, ``code`` and ``locals`` are those of the frame itself, not of an inlined call.
     return Frame(translator.f_code, dict(translator.f_locals), translator.output.compiler_fn, translator)
+
+
+def traced_like(tensor: torch.Tensor, value: Any) -> torch.Tensor:
+    """``tensor`` as a value of the trace that ``value`` is of; as it is where that is of none.
+
+    Remove when a backend can say what a tensor that it adds to a graph is in the trace.
+    """
+    mode = getattr(value, "fake_mode", None)
+    return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
 
 
 def runs_uncompiled() -> bool:

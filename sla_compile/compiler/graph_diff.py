@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sla_compile.compiler.marking import GATE_TENSOR
 from sla_compile.compiler.sites import Site
 from sla_compile.passes.hoist_gathers import MOVED_HERE
 from sla_compile.passes.memory_layout import REWRITTEN_FROM
@@ -68,10 +69,10 @@ def site_diff(site: Site) -> tuple[str, ...]:
 
 
 def _around(node: fx.Node, count: int, *, backwards: bool) -> Iterator[fx.Node]:
-    """Up to ``count`` nodes before or after ``node`` in graph order, without inputs and outputs."""
+    """Up to ``count`` nodes before or after ``node`` in graph order, without inputs, gates and outputs."""
     found: list[fx.Node] = []
     step = node.prev if backwards else node.next
-    while len(found) < count and step.op not in ("root", "output", "placeholder"):
+    while len(found) < count and step.op not in ("root", "output", "placeholder") and GATE_TENSOR not in step.meta:
         found.append(step)
         step = step.prev if backwards else step.next
     return reversed(found) if backwards else iter(found)
@@ -124,9 +125,9 @@ def _text(argument: Any, label: Callable[[fx.Node], str]) -> str:
 
 
 def _label(node: fx.Node) -> str:
-    """A node's name; of an input that Dynamo lifted from a module, its path there."""
+    """A node's name; of an input that Dynamo lifted from a module, or of a gate's tensor, its path there."""
     if node.op != "placeholder":
-        return node.name
+        return str(node.meta.get(GATE_TENSOR, node.name))
     # L_self_modules_blocks_modules_0_modules_ff_parameters_weight_ is blocks.0.ff.weight
     match = re.fullmatch(r"[lg]_.*?_?(?:modules_(.+))?_(?:parameters|buffers)_(.+?)_*", node.name)
     if match is None:

@@ -187,7 +187,7 @@ def dry_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], se
         frame = current_frame()
         frames.extend([frame] if frame is not None else [])
         try:
-            sites, _ = rewrite_graph(gm, settings, frame)
+            sites, _ = rewrite_graph(gm, settings, frame, once=True)
         except ValueError:
             refused.append(True)
             raise

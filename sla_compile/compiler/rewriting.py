@@ -16,6 +16,7 @@ from sla_compile.compat import Frame, compiled_siblings, data_parallel, fully_sh
 from sla_compile.compiler.call_watch import watch
 from sla_compile.compiler.gate_binding import bind_gates
 from sla_compile.compiler.late_gates import warn_of_late_gates
+from sla_compile.compiler.marking import mark_in_graph
 from sla_compile.compiler.patterns import check_patterns
 from sla_compile.compiler.sites import NOT_REACHED, Settings, Site, broken, find_sites
 from sla_compile.compiler.unused_gates import UnusedGate, unused_gates
@@ -41,11 +42,15 @@ from sla_compile.passes.tensor_parallel import HeadShards, is_distributed
 __all__ = ["apply_decisions", "refuse_unsynchronised", "rewrite_graph", "take_back_gates"]
 
 
-def rewrite_graph(gm: fx.GraphModule, settings: Settings, frame: Frame | None) -> tuple[list[Site], list[UnusedGate]]:
+def rewrite_graph(
+    gm: fx.GraphModule, settings: Settings, frame: Frame | None, *, once: bool = False
+) -> tuple[list[Site], list[UnusedGate]]:
     """Rewrite ``gm`` in place; returns its sites with their final decisions, and the gates without an attention.
 
     Where a site to be rewritten has no gate yet, gates are injected and Dynamo starts this frame over, so this
-    function does not return then. Outside Dynamo (no frame) nothing owns the attention and all is kept.
+    function does not return then. ``once`` is for a graph that serves one call alone: where it is sure what the second
+    trace would show, there is none, and new gates are attributes of the graph. Outside Dynamo (no frame) nothing owns
+    the attention and all is kept.
 
     Raises:
         ValueError: options contradict a gate, or an owner has something else under a gate's name. No gate has
@@ -55,18 +60,20 @@ def rewrite_graph(gm: fx.GraphModule, settings: Settings, frame: Frame | None) -
         return [], []
     with user_errors():
         found = find_sites(gm, settings, frame)
-        sites, markers = found.sites, found.markers
-        check_patterns(sites, settings.config, frame)
-        if (sites or markers) and frame.join_buckets():
+        check_patterns(found.sites, settings.config, frame)
+        if (found.sites or found.markers) and frame.join_buckets():
             frame.restart("sla_compile sees the graph before it is cut into DDP's buckets")
-        injected = _inject(sites, frame)
+        injected = _inject(found.sites, frame)
+        if once and injected and mark_in_graph(gm, found.sites, frame):
+            injected = 0
+            found = find_sites(gm, settings, frame)
     bound = bind_gates(found, frame)
     if bound or injected:
         frame.drop_superseded()
         frame.restart(f"sla_compile gave {bound + injected} attention(s) a gate")
-    sites = [_settle(site, frame) for site in sites]
-    unused = unused_gates(gm, sites, markers, frame)
-    apply_decisions(sites, markers, {id(site.call.module): site.call.module for site in sites}.values())
+    sites = [_settle(site, frame) for site in found.sites]
+    unused = unused_gates(gm, sites, found.markers, frame)
+    apply_decisions(sites, found.markers, {id(site.call.module): site.call.module for site in sites}.values())
     for site in sites:
         if isinstance(site.decision, Keep) and site.owner is not None:
             remember_dense(site.owner, frame.code)
@@ -110,12 +117,12 @@ def _inject(sites: Sequence[Site], frame: Frame) -> int:
         if site.gate is None:
             sharded = "fully_shard" if fully_sharded(owner) else None
             refuse_unsynchronised(site.gate_path, "DistributedDataParallel" if data_parallel() else sharded)
-    changed, late = [], []
+    changed: list[Site] = []
+    late: dict[str, Gate] = {}
     for site, owner, decision in missing:
         had_gate = site.gate is not None
         if not had_gate:
-            late.append(site.gate_path)
-            _attach(site, owner, decision, owner if root is None else root, frame)
+            late[site.gate_path] = _attach(site, owner, decision, owner if root is None else root, frame)
             await_marker(owner, site.ordinal)
         newly_marked = owner is root and mark_from_children(owner)
         if newly_marked or not had_gate:
@@ -159,12 +166,14 @@ def take_back_gates(frame: Frame) -> None:
         watch(root)
 
 
-def _attach(site: Site, owner: nn.Module, decision: Rewrite, root: nn.Module, frame: Frame) -> None:
+def _attach(site: Site, owner: nn.Module, decision: Rewrite, root: nn.Module, frame: Frame) -> Gate:
     shape = decision.shape
     dtype = gate_dtype(owner, shape.dtype)
     if gate_name(site.ordinal) not in own_gates(owner):
         remember_unproven(frame.code, root, owner, site.ordinal)
-    remember_injected(attach_gate(owner, site.gate_spec(decision), device=shape.device, dtype=dtype))
+    gate = attach_gate(owner, site.gate_spec(decision), device=shape.device, dtype=dtype)
+    remember_injected(gate)
+    return gate
 
 
 def _inject_siblings(sites: Sequence[Site], root: nn.Module, frame: Frame) -> None:

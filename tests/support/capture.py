@@ -31,13 +31,16 @@ class Caller(nn.Module):
 class Capture:
     """Rewrites as the backend does, keeps the sites and the graph, and runs the graph as it is."""
 
+    once = False
+    """Whether it serves one call alone, and so needs no second trace to see the gates: as in a dry run."""
+
     def __init__(self, **options: Any) -> None:
         self.settings = Settings.of({**OPTIONS, **options})
         self.sites: list[Site] = []
         self.graph: fx.GraphModule | None = None
 
     def __call__(self, gm: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        self.sites, _ = rewrite_graph(gm, self.settings, current_frame())
+        self.sites, _ = rewrite_graph(gm, self.settings, current_frame(), once=self.once)
         self.graph = gm
         return gm.forward
 
@@ -67,6 +70,7 @@ def qkv(tokens: int = TOKENS, **changes: Any) -> tuple[Tensor, Tensor, Tensor]:
 def run(call: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> tuple[Capture, Tensor]:
     """What became of the attention that ``call`` writes, and its output; ``options`` are on top of OPTIONS."""
     capture = Capture(**options)
+    capture.once = True
     model = nn.Sequential(Caller(call)) if len(inputs) == 1 else Wrapper(Caller(call))
     return capture, torch.compile(model, backend=capture, dynamic=False)(*inputs)
 

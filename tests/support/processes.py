@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -37,6 +38,8 @@ def launch(work: Callable[..., None], *arguments: Any, ranks: int) -> None:
 def _begin(rank: int, ranks: int, work: Callable[..., None], *arguments: Any) -> None:
     os.environ.update(MASTER_ADDR="localhost", RANK=str(rank), WORLD_SIZE=str(ranks))
     leave_guards_untimed()
+    gc.freeze()  # as in tests/conftest.py: what was imported stays
+    gc.set_threshold(5000)
     torch.set_num_threads(1)
     work(rank, *arguments)
 
