@@ -123,7 +123,7 @@ def test_user_errors_reach_the_caller_as_they_are() -> None:
         torch.compile(Outer(), backend=backend)(torch.ones(2, 4))
 
 
-def test_a_graph_takes_a_tensor_that_was_not_traced_and_its_modules_may_change() -> None:
+def test_a_graph_takes_a_tensor_that_was_not_traced_and_no_guards() -> None:
     seen = []
 
     def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -132,12 +132,15 @@ def test_a_graph_takes_a_tensor_that_was_not_traced_and_its_modules_may_change()
         first = next(iter(gm.graph.nodes)).meta["example_value"]
         seen.append(torch.add(first, compat.traced_like(torch.ones(()), first)))
         model.inner.register_forward_pre_hook(lambda *_: None)
-        frame.trust_guards()
+        frame.leave_unguarded()
         return gm.forward
 
     model, x = Outer(), torch.ones(2, 4)
-    expected = model(x)
-    assert torch.equal(torch.compile(model, backend=backend)(x), expected)
+    compiled = torch.compile(model, backend=backend)
+    for inputs in (x, x.double()):
+        model.to(inputs.dtype)
+        assert torch.equal(compiled(inputs), model(inputs))
+    assert len(seen) == 1, "the second call passes for the first"
     assert type(seen[0]) is not torch.Tensor, "a value of the trace"
     assert compat.traced_like(x, x) is x
 

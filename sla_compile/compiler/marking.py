@@ -40,7 +40,6 @@ def mark_in_graph(gm: fx.GraphModule, sites: Sequence[Site], frame: Frame) -> bo
             settings = "" if site.gate is None else site.gate.settings
             marker = gm.graph.call_function(torch.ops.sla.gate, (*nodes, site.ordinal, settings, False))
             marker.meta["nn_module_stack"] = dict(site.call.node.meta["nn_module_stack"])
-    frame.trust_guards()
     return True
 
 

@@ -77,6 +77,8 @@ def rewrite_graph(
     for site in sites:
         if isinstance(site.decision, Keep) and site.owner is not None:
             remember_dense(site.owner, frame.code)
+    if once:
+        frame.leave_unguarded()
     return sites, unused
 
 
