@@ -69,7 +69,7 @@ def jobs_for(seeds: Sequence[int]) -> list[Job]:
 
 def settings_of(options: argparse.Namespace) -> Settings:
     """The preset, and what the command line changes in it."""
-    names = ("dense_steps", "steps", "batch", "lr", "gate_lr", "dense_lr", "inner")
+    names = ("layers", "dense_steps", "steps", "batch", "lr", "gate_lr", "dense_lr", "inner")
     given = {name: getattr(options, name) for name in names}
     return dataclasses.replace(PRESETS[options.preset], **{name: v for name, v in given.items() if v is not None})
 
@@ -370,6 +370,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that share the device")
     parser.add_argument("--no-graphs", action="store_true", help="launch every kernel by itself on a GPU")
     parser.add_argument("--preset", choices=list(PRESETS), default="gpu")
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--dense-steps", type=int)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int)

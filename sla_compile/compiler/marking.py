@@ -52,7 +52,6 @@ def _hook_was_passed(gm: fx.GraphModule, site: Site, frame: Frame) -> bool:
         and bool(site.call.stack)
         and owner is not None
         and owner is not frame.root_module()
-        and not frame.resumed
         and type(owner).__call__ is nn.Module.__call__
         and type(owner)._call_impl is nn.Module._call_impl
         and owner._compiled_call_impl is None

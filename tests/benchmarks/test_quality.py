@@ -35,7 +35,7 @@ def test_in_pieces_and_reported(
         quality.main()
         return capsys.readouterr().out
 
-    smoke = ("--preset", "smoke", "--seeds", "2", "--device", "cpu")
+    smoke = ("--preset", "smoke", "--layers", "1", "--seeds", "2", "--device", "cpu")
     first = run(*smoke, "--seconds", "14", "--reserve", "10")
     counts = [int(n) for n in re.findall(rf"(\d+) of {jobs} arms done", first)]
     assert counts

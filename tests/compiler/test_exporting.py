@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 import sla_compile
 from sla_compile.gate import detach_gate
 from tests.support.closeness import assert_close
+from tests.support.exported import run_saved
 from tests.support.models import (
     HEADS,
     OPTIONS,
@@ -34,7 +35,7 @@ from tests.support.models import (
     random_input,
     randomize_gates,
 )
-from tests.support.paths import ROOT
+from tests.support.processes import FRESH
 
 EAGER: dict[str, Any] = {"inner": "eager"}
 STRICT = pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
@@ -293,23 +294,12 @@ def test_diffusers(name: str, strict: bool) -> None:
         assert_close(name, call(program.module(), inputs), expected, 1e-6)
 
 
-LOADED = """\
-import sys, torch, sla_compile.ops
-x, expected = torch.load("tensors.pt")
-load = torch.export.load if sys.argv[1] == "program.pt2" else torch._inductor.aoti_load_package
-run = load(sys.argv[1])
-with torch.no_grad():
-    output = (run.module() if sys.argv[1] == "program.pt2" else run)(x)
-assert (output - expected).norm() < 1e-6 * expected.norm()
-"""
-
-
 def in_a_fresh_process(folder: Path, x: Tensor, expected: Tensor, name: str) -> None:
     torch.save((x, expected), folder / "tensors.pt")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", LOADED, name]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    worker = FRESH.Process(target=run_saved, args=(str(folder), name))
+    worker.start()
+    worker.join(300)
+    assert worker.exitcode == 0
 
 
 def exported_attention(device: str = "cpu") -> tuple[ExportedProgram, Tensor, Tensor]:

@@ -111,7 +111,7 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
 
 def test_finetune_smoke_runs_every_arm(tmp_path: Path) -> None:
     output = run_example(*SMOKE, folder=tmp_path)
-    assert "1 of 1 attentions are sparse-linear" in output
+    assert "2 of 2 attentions are sparse-linear" in output
     found = results(tmp_path)
     sparse = [f"{arm}/0.95/0" for arm in ("sparse", "all", "sla", "calibrated", "calibrated-tuned")]
     assert set(found) == {"real", "checkpoint/-/0", "dense/-/0", "linear/-/0", *sparse}
