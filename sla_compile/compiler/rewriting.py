@@ -63,7 +63,7 @@ def rewrite_graph(
         check_patterns(found.sites, settings.config, frame)
         if (found.sites or found.markers) and frame.join_buckets():
             frame.restart("sla_compile sees the graph before it is cut into DDP's buckets")
-        injected = _inject(found.sites, frame)
+        injected = _inject(found.sites, frame, alone=once)
         if once and injected and mark_in_graph(gm, found.sites, frame):
             injected = 0
             found = find_sites(gm, settings, frame)
@@ -94,8 +94,10 @@ def apply_decisions(sites: Iterable[Site], markers: Iterable[Marker], graphs: It
         graph.recompile()
 
 
-def _inject(sites: Sequence[Site], frame: Frame) -> int:
+def _inject(sites: Sequence[Site], frame: Frame, *, alone: bool) -> int:
     """Give every site that needs one its gate, or a marker that this frame can see; how many changed.
+
+    ``alone``: nothing else was compiled with this frame's backend, so that there are no siblings to look for.
 
     A gate whose marker the restarted frame does not show is taken back by `_settle`: nobody trains one that is unused.
     """
@@ -130,7 +132,7 @@ def _inject(sites: Sequence[Site], frame: Frame) -> int:
         if newly_marked or not had_gate:
             changed.append(site)
     if changed and root is not None:
-        if runs_forward_of(frame.code, root):
+        if not alone and runs_forward_of(frame.code, root):
             _inject_siblings(changed, root, frame)
         watch(root)
     if late:
