@@ -159,7 +159,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="two small layers and a few steps, to try the script")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config, stages = (TINY_CONFIG, TINY_STAGES) if options.tiny else (CONFIG, STAGES)
+    config = TINY_CONFIG if options.tiny else CONFIG
+    stages: tuple[Stage, ...] = TINY_STAGES if options.tiny else STAGES
     train, held_out = load(options.clips, device)
     print(f"{len(train)} clips, {len(held_out)} held out, {time.monotonic() - began:.0f} s", flush=True)
     last, first = stages[-1], 0
