@@ -393,5 +393,6 @@ def gate_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def model_config(model: nn.Module) -> SLAConfig | None:
-    """The settings that ``model`` was prepared with; None if it has no gates."""
-    return next((gate.model_config for gate in gates(model).values()), None)
+    """The settings that ``model`` was prepared with, also where that gave no gates; None if it was not prepared."""
+    prepared = (module.__dict__[PREPARED][0] for module in model.modules() if PREPARED in module.__dict__)
+    return next((gate.model_config for gate in gates(model).values()), next(prepared, None))

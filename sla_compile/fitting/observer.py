@@ -30,7 +30,7 @@ from sla_compile.compiler.site_numbers import number_calls
 from sla_compile.compiler.sites import requirements
 from sla_compile.config import SLAConfig
 from sla_compile.fitting.traced_calls import traced_calls
-from sla_compile.gate import Gate, detach, gate_name, gates, model_config, own_gates
+from sla_compile.gate import PREPARED, Gate, detach, gate_name, gates, model_config, own_gates
 from sla_compile.gate_settings import CALLED
 from sla_compile.memory import eager_runs_are_measured
 from sla_compile.ops.reorder import reorder
@@ -320,17 +320,20 @@ def prepared_or_rolled_back(
     if gates(model) and config is None:
         yield
         return
-    previous = model_config(model)
-    prepare(model, *example, config=config)
+    previous, had_gates = model_config(model), bool(gates(model))
+    notes = [(module, module.__dict__[PREPARED]) for module in model.modules() if PREPARED in module.__dict__]
+    prepare(model, *example, config=previous if config is None else config)
     try:
         if not gates(model):
             raise ValueError(no_gated_call_message(model, example, config))
         yield
     except BaseException:
-        if previous is not None:
+        if had_gates:
             prepare(model, *example, config=previous)
         else:
             detach(model)
+            for module, note in notes:  # of settings that gave no gates
+                module.__dict__[PREPARED] = note
         raise
 
 

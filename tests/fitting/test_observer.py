@@ -172,5 +172,9 @@ def test_no_gated_attention_says_why() -> None:
     model = made(min_tokens=100)
     with pytest.raises(ValueError, match="short sequence, 50 tokens"):
         sla_compile.calibrate(model, batches(1, tokens=50))
+    short = Model().double()
+    with pytest.warns(UserWarning, match="no attention of Model will be rewritten"):
+        sla_compile.prepare(short, (random_input(50),), config={**OPTIONS, "min_tokens": 60})
+    assert sla_compile.calibrate(short, batches(1)).sites, "prepared by the settings that gave no gate at 50 tokens"
     with pytest.raises(ValueError, match="no attention was found"):
         sla_compile.calibrate(nn.Linear(WIDTH, WIDTH).double(), batches(1))
