@@ -159,9 +159,14 @@ class VirtualQueryGradients(NamedTuple):
 class Steps(Protocol):
     """The steps in which they differ; a module with these functions is one."""
 
-    def key_states(self, inputs: KernelInputs, options: BackwardOptions, *, pool: bool) -> tuple[LinearStates, Tensor]:
+    def key_states(
+        self, inputs: KernelInputs, options: BackwardOptions, *, pool: bool, runs_beside: bool = False
+    ) -> tuple[LinearStates, Tensor]:
         """h and z of each key block, in one pass over k and v that are weighed by the mask, and the float32 means
-        of k by blocks (B, Hk, Tn, D), of shape (0,) without ``pool``."""
+        of k by blocks (B, Hk, Tn, D), of shape (0,) without ``pool``.
+
+        Here as elsewhere ``runs_beside`` says that the kernel may run `beside` the one that was launched before it.
+        """
 
     def key_moments(self, inputs: KernelInputs, options: BackwardOptions) -> KeyMoments:
         """The moments of all key blocks, in one pass over k and v."""
@@ -199,6 +204,12 @@ class Steps(Protocol):
         """Add the sparse branch's dQ, of the critical ``lists`` of the rows, to ``gradients.dq``; where that is
         not started, write it there."""
 
+    def few_columns(self, inputs: KernelInputs, options: BackwardOptions) -> bool:
+        """Whether there are so few key blocks that kernels of a backward are to run beside each other."""
+
+    def column_order(self, inputs: KernelInputs, lists: BlockLists, options: BackwardOptions) -> Tensor:
+        """The order of work on the ``lists`` of the columns, for `attention_backward_key` or `virtual_backward_key`."""
+
     def attention_backward_key(
         self,
         upstream: Upstream,
@@ -208,10 +219,11 @@ class Steps(Protocol):
         statistics: Tensor,
         linear: LinearStates | None,
         options: BackwardOptions,
+        *,
+        runs_beside: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """dK and dV (B, Hk, Lk, D), in memory (B, Lk, Hk, D), of the critical ``lists`` of the columns and, with a
-        linear branch, of ``linear``: dh and dz, (B, Hk, Tn or 1, ...). Work begins in the ``order`` of
-        `longest_first`."""
+        linear branch, of ``linear``: dh and dz, (B, Hk, Tn or 1, ...). ``order`` is that of `column_order`."""
 
     def virtual_backward_query(
         self,

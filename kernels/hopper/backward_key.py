@@ -2,7 +2,8 @@
 
 The arithmetic is that of ``triton/backward.py``, on S^T, so that P^T and dS^T are made in the registers in which the
 next product reads them. Each warpgroup owns its outputs, so the bits are the same every time. Some keys are popular (18
-times the mean in a Wan2.1 with random weights): programs take blocks of keys as they come, the longest lists first.
+times the mean in a Wan2.1 with random weights): programs take blocks of keys as they come, the longest lists first, and
+where there are few, long lists in parts (``column_parts.py``).
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sla_compile.common.options import BackwardOptions
 
 from ..steps import BlockLists, KernelInputs, KeyMoments, LinearStates, MomentGradients, Upstream
+from ..triton.classify import longest_first
+from ..triton.overlap import beside, end_beside, start_beside
 from ..triton.primitives import LOG2E
 from ..triton.tiles import ceil_div
+from .column_parts import LEAST, cut_columns, worth_cutting
 from .pairs import make_buffers, matrix_of, pair_producer, read_turn, split_pair
 from .primitives import (
     all_threads,
@@ -39,7 +43,7 @@ from .primitives import (
     view_as,
 )
 
-__all__ = ["attention_backward_key", "key_steps", "virtual_backward_key"]
+__all__ = ["attention_backward_key", "column_order", "few_columns", "key_steps", "virtual_backward_key"]
 
 
 @gluon.jit
@@ -176,12 +180,148 @@ def subtract_row(
 
 
 @gluon.jit
+def linear_part(
+    key, value, ring, ring_full, ring_empty, taken, grad_normalizers, state_row, key_weight, HEAD_DIM: gl.constexpr,
+    FEATURE_MAP: gl.constexpr, HAS_MASK: gl.constexpr,
+):  # fmt: skip
+    """dK and dV of 64 keys by the linear branch, from dh, the ring's next matrix, and dz."""
+    STAGES: gl.constexpr = ring.type.shape[0]
+    ROWS: gl.constexpr = key.type.shape[0]
+    PADDED_DIM: gl.constexpr = key.type.shape[1]
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED_DIM, 16])
+    operand_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    matrix_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, PADDED_DIM, PADDED_DIM], gl.bfloat16)
+    dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, out_layout))
+    zero = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
+    index = taken % STAGES
+    mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
+    grad_state = matrix_of(ring.index(index), gl.bfloat16, matrix_layout).reshape([PADDED_DIM, PADDED_DIM])
+    if ring.dtype == gl.bfloat16:
+        grad_phi = warpgroup_mma(value, grad_state.permute((1, 0)), zero, use_acc=False, is_async=True)
+    else:
+        # states are bfloat16 beside float16 inputs
+        value_operand = gl.convert_layout(value.load(out_layout).to(gl.bfloat16), operand_layout)
+        grad_phi = warpgroup_mma(value_operand, grad_state.permute((1, 0)), zero, use_acc=False, is_async=True)
+    grad_phi = warpgroup_mma_wait(0, deps=(grad_phi,))
+    normalizer = load_row(grad_normalizers + state_row * HEAD_DIM, dims, HEAD_DIM, PADDED_DIM)
+    grad_phi += normalizer[None, :]
+    if HAS_MASK:
+        grad_phi *= key_weight[:, None]
+    own = key.load(out_layout).to(gl.float32)
+    phi = map_features(own, HEAD_DIM, PADDED_DIM, FEATURE_MAP, out_layout)
+    grad_key = feature_map_backward(own, phi, grad_phi, FEATURE_MAP)
+    if HAS_MASK:
+        phi *= key_weight[:, None]
+    phi_operand = gl.convert_layout(phi.to(gl.bfloat16), operand_layout)
+    grad_value = warpgroup_mma(phi_operand, grad_state, zero, use_acc=False, is_async=True)
+    grad_value = warpgroup_mma_wait(0, deps=(grad_value,))
+    fence_async_shared()
+    mbarrier.arrive(ring_empty.index(index), count=1)
+    return grad_key, grad_value, taken + 1
+
+
+@gluon.jit
+def moments_part(
+    key_accumulator, value_accumulator, key_tile, value_tile, leaving, ring, ring_full, ring_empty, taken, vectors,
+    inverse, weighed_keys, key_weight, HAS_OUTPUTS: gl.constexpr, HAS_MASK: gl.constexpr,
+):  # fmt: skip
+    """Add to dK and dV of 64 keys what the gradients of their block's moments make, by the ring's next matrix, dC; the
+    tiles [1, 1, keys, dims] are then no more what they were."""
+    mean_value, mean, of_mean, of_variance, of_value = vectors
+    STAGES: gl.constexpr = ring.type.shape[0]
+    PADDED_DIM: gl.constexpr = key_accumulator.shape[1]
+    out_layout: gl.constexpr = key_accumulator.type.layout
+    matrix_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, PADDED_DIM, PADDED_DIM], gl.bfloat16)
+    tile_layout: gl.constexpr = key_tile.layout
+    dim_layout: gl.constexpr = gl.SliceLayout(0, out_layout)
+    LANES: gl.constexpr = PADDED_DIM // 8
+    read_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
+    if HAS_OUTPUTS:
+        tma.store_wait(0)
+    mean_value = spread(mean_value, leaving, 0, gl.SliceLayout(0, read_layout), HAS_OUTPUTS)
+    off_value = subtract_row(value_tile, mean_value, inverse, weighed_keys, read_layout, tile_layout, HAS_MASK)
+    mean = spread(mean, leaving, 1, gl.SliceLayout(0, read_layout), HAS_OUTPUTS)
+    off_key = subtract_row(key_tile, mean, inverse, weighed_keys, read_layout, tile_layout, HAS_MASK)
+    # each thread's fence comes before any warp's product
+    fence_async_shared()
+    all_threads()
+    index = taken % STAGES
+    grad_slope = matrix_of(ring.index(index), gl.bfloat16, matrix_layout).reshape([PADDED_DIM, PADDED_DIM])
+    mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
+    key_accumulator = warpgroup_mma(off_value, grad_slope.permute((1, 0)), key_accumulator, is_async=True)
+    value_accumulator = warpgroup_mma(off_key, grad_slope, value_accumulator, is_async=True)
+    key_accumulator, value_accumulator = warpgroup_mma_wait(0, deps=(key_accumulator, value_accumulator))
+    of_value = spread(of_value * inverse, leaving, 2, dim_layout, HAS_OUTPUTS)
+    if HAS_MASK:
+        value_accumulator += of_value[None, :] * key_weight[:, None]
+    else:
+        value_accumulator += of_value[None, :]
+    of_mean = spread(of_mean * inverse, leaving, 3, dim_layout, HAS_OUTPUTS)
+    if HAS_MASK:
+        key_accumulator += of_mean[None, :] * key_weight[:, None]
+    else:
+        key_accumulator += of_mean[None, :]
+    of_variance = spread(2.0 * of_variance, leaving, 4, dim_layout, HAS_OUTPUTS)
+    key_accumulator += off_key.load(out_layout).to(gl.float32) * of_variance[None, :]
+    fence_async_shared()
+    mbarrier.arrive(ring_empty.index(index), count=1)
+    return key_accumulator, value_accumulator, taken + 1
+
+
+@gluon.jit
+def add_parts(
+    key_accumulator, value_accumulator, sums, part, parts, first_sum, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr
+):
+    """Add what the ``parts`` of a column gave, a pair after the other, up a tree; and whether all of it is here now.
+
+    Of two whose sum is due the one that is done first leaves its own in memory, and the other goes on: a + b is b + a,
+    to the bit. Who is second waits at most while the first, which waits for none, writes.
+    """
+    partial_sums, meetings = sums
+    ROWS: gl.constexpr = key_accumulator.shape[0]
+    PADDED_DIM: gl.constexpr = key_accumulator.shape[1]
+    layout: gl.constexpr = key_accumulator.type.layout
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    dims = gl.arange(0, PADDED_DIM, layout=gl.SliceLayout(0, layout))
+    offsets = rows[:, None] * PADDED_DIM + dims[None, :]
+    WRITTEN: gl.constexpr = 2
+    node = part
+    nodes = parts
+    span = 1
+    is_whole = True
+    while nodes > 1:
+        if (node ^ 1) < nodes:
+            # of the nodes above one another each has another first part of its second half
+            place = (first_sum + (node | 1) * span - 1) * CONSUMERS + CONSUMER
+            meeting = meetings + place
+            of_keys = partial_sums + place.to(gl.int64) * (2 * ROWS * PADDED_DIM)
+            of_values = of_keys + ROWS * PADDED_DIM
+            if gl.atomic_add(meeting, 1) == 0:
+                gl.store(of_keys + offsets, key_accumulator)
+                gl.store(of_values + offsets, value_accumulator)
+                all_threads()
+                gl.atomic_add(meeting, WRITTEN)
+                is_whole = False
+                nodes = 1
+            else:
+                while gl.atomic_add(meeting, 0) <= WRITTEN:
+                    pass
+                key_accumulator += gl.load(of_keys + offsets, cache_modifier=".cg")
+                value_accumulator += gl.load(of_values + offsets, cache_modifier=".cg")
+        node = node // 2
+        nodes = (nodes + 1) // 2
+        span = span * 2
+    return key_accumulator, value_accumulator, is_whole
+
+
+@gluon.jit
 def key_consumer(
     buffers,
     barriers,
     grad_normalizers,
     moments,
     mask,
+    sums,
     grad_k_desc,
     grad_v_desc,
     scale,
@@ -199,32 +339,26 @@ def key_consumer(
     HAS_MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
     GROUP: gl.constexpr,
+    HAS_PARTS: gl.constexpr,
 ):
     """dK and dV of 64 keys: the linear branch's part from dh and dz, then one step for each tile of queries, last the
     moments' part."""
     own_k, own_v, ring, statistics_ring, turns, out_buffers = buffers
     own_full, own_empty, ring_full, ring_empty, _prior_full, _prior_empty, _joint = barriers
-    num_columns, total_tiles, tiles_per_head, num_heads, _list_width, matrix_rows, num_keys = extents
+    num_columns, total_tiles, tiles_per_head, num_heads, _list_width, matrix_rows, num_keys, slots = extents
     means, mean_values, grad_spans, grad_values = moments
     ROWS: gl.constexpr = 64
-    STAGES: gl.constexpr = ring.type.shape[0]
     PARTS: gl.constexpr = BLOCK_Q // TILE_Q
     # products in flight over the end of a step: the next S, but a lone consumer has no registers left for it
     AHEAD: gl.constexpr = 1 if TILE_K == 128 else 0
     dtype: gl.constexpr = ring.dtype
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED_DIM, 16])
-    operand_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     tile_layout: gl.constexpr = own_k.layout
-    matrix_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, PADDED_DIM, PADDED_DIM], gl.bfloat16)
-    dim_layout: gl.constexpr = gl.SliceLayout(0, out_layout)
-    dims = gl.arange(0, PADDED_DIM, layout=dim_layout)
     key_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, out_layout))
     lanes = gl.arange(0, PADDED_DIM, layout=gl.BlockedLayout([1], [32], [4], [0]))
     key = own_k.index(CONSUMER).reshape([ROWS, PADDED_DIM])
     value = own_v.index(CONSUMER).reshape([ROWS, PADDED_DIM])
     leaving = out_buffers.index(CONSUMER)
-    LANES: gl.constexpr = PADDED_DIM // 8
-    read_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
 
     taken = 0
     turn = 0
@@ -232,6 +366,11 @@ def key_consumer(
     tile = read_turn(turns, 0)
     while tile >= 0:
         count = read_turn(turns, 1)
+        part = 0
+        if HAS_PARTS:
+            part = read_turn(turns, 2)
+            parts = read_turn(turns, 3)
+            first_sum = read_turn(turns, 4)
         key_tile, batch, head = locate_tile(tile, tiles_per_head, num_heads)
         batch_head = (batch * num_heads + head).to(gl.int64)
         zero = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
@@ -241,36 +380,16 @@ def key_consumer(
             kind = gl.load(kinds + bias_block)
             own_bias = key_bias + bias_block.to(gl.int64) * TILE_K + CONSUMER * ROWS
             key_weight = gl.exp2(gl.load(own_bias + key_rows) * LOG2E)
-        if HAS_LINEAR:
-            index = taken % STAGES
-            mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
-            grad_state = matrix_of(ring.index(index), gl.bfloat16, matrix_layout).reshape([PADDED_DIM, PADDED_DIM])
-            if dtype == gl.bfloat16:
-                grad_phi = warpgroup_mma(value, grad_state.permute((1, 0)), zero, use_acc=False, is_async=True)
-            else:
-                # states are bfloat16 beside float16 inputs
-                value_operand = gl.convert_layout(value.load(out_layout).to(gl.bfloat16), operand_layout)
-                grad_phi = warpgroup_mma(value_operand, grad_state.permute((1, 0)), zero, use_acc=False, is_async=True)
-            grad_phi = warpgroup_mma_wait(0, deps=(grad_phi,))
-            state_row = batch_head * matrix_rows + gl.minimum(key_tile, matrix_rows - 1)
-            normalizer = load_row(grad_normalizers + state_row * HEAD_DIM, dims, HEAD_DIM, PADDED_DIM)
-            grad_phi += normalizer[None, :]
-            if HAS_MASK:
-                grad_phi *= key_weight[:, None]
-            own = key.load(out_layout).to(gl.float32)
-            phi = map_features(own, HEAD_DIM, PADDED_DIM, FEATURE_MAP, out_layout)
-            key_accumulator = feature_map_backward(own, phi, grad_phi, FEATURE_MAP)
-            if HAS_MASK:
-                phi *= key_weight[:, None]
-            phi_operand = gl.convert_layout(phi.to(gl.bfloat16), operand_layout)
-            value_accumulator = warpgroup_mma(phi_operand, grad_state, zero, use_acc=False, is_async=True)
-            value_accumulator = warpgroup_mma_wait(0, deps=(value_accumulator,))
-            fence_async_shared()
-            mbarrier.arrive(ring_empty.index(index), count=1)
-            taken += 1
         else:
-            key_accumulator = zero
-            value_accumulator = zero
+            key_weight = key_rows
+        key_accumulator = zero
+        value_accumulator = zero
+        if HAS_LINEAR and part == 0:
+            key_accumulator, value_accumulator, taken = linear_part(
+                key, value, ring, ring_full, ring_empty, taken, grad_normalizers,
+                batch_head * matrix_rows + gl.minimum(key_tile, matrix_rows - 1), key_weight, HEAD_DIM, FEATURE_MAP,
+                HAS_MASK,
+            )  # fmt: skip
 
         if HAS_MOMENTS:
             # long before they are wanted, a number a thread
@@ -286,6 +405,9 @@ def key_consumer(
             edge_block = key_tile * TILE_K // BLOCK_Q
             last_key = gl.minimum((key_tile + 1) * TILE_K, num_keys) - 1
             edge = gl.minimum((last_key // BLOCK_Q - edge_block + 1) * GROUP, count)
+            if HAS_PARTS:
+                # no part is shorter, so they are in the first
+                edge = gl.where(part == 0, edge, 0)
             ahead = edge_block * BLOCK_Q - key_tile * TILE_K - CONSUMER * ROWS
             whole = count - edge
             if edge > 0:
@@ -308,7 +430,7 @@ def key_consumer(
                 whole * PARTS, scale, grad_normalizers, grad_normalizers, 0, 0, 0, grad_normalizers, TILE_Q, TILE_Q,
                 AHEAD, tile_layout, False, False, False, GROUP,
             )  # fmt: skip
-        if HAS_MOMENTS:
+        if HAS_MOMENTS and part == 0:
             if HAS_MASK:
                 # of a block without weight, all of whose weights are 0, the size is -inf
                 inverse = gl.where(kind < 0, 0.0, gl.exp2(-gl.load(sizes + slot // HEAD_DIM) * LOG2E))
@@ -316,59 +438,37 @@ def key_consumer(
             else:
                 inverse = 1.0 / gl.minimum(num_keys - key_tile * TILE_K, TILE_K).to(gl.float32)
                 weighed_keys = means
-            if HAS_OUTPUTS:
-                tma.store_wait(0)
-            mean_value = spread(mean_value, leaving, 0, gl.SliceLayout(0, read_layout), HAS_OUTPUTS)
-            off_value = subtract_row(
-                own_v.index(CONSUMER), mean_value, inverse, weighed_keys, read_layout, tile_layout, HAS_MASK
+            key_accumulator, value_accumulator, taken = moments_part(
+                key_accumulator, value_accumulator, own_k.index(CONSUMER), own_v.index(CONSUMER), leaving, ring,
+                ring_full, ring_empty, taken, (mean_value, mean, of_mean, of_variance, of_value), inverse,
+                weighed_keys, key_weight, HAS_OUTPUTS, HAS_MASK,
+            )  # fmt: skip
+        is_whole = True
+        if HAS_PARTS and parts > 1:
+            key_accumulator, value_accumulator, is_whole = add_parts(
+                key_accumulator, value_accumulator, sums, part, parts, first_sum, CONSUMER, TILE_K // ROWS
             )
-            mean = spread(mean, leaving, 1, gl.SliceLayout(0, read_layout), HAS_OUTPUTS)
-            off_key = subtract_row(
-                own_k.index(CONSUMER), mean, inverse, weighed_keys, read_layout, tile_layout, HAS_MASK
-            )
-            # each thread's fence comes before any warp's product
-            fence_async_shared()
-            all_threads()
-            index = taken % STAGES
-            grad_slope = matrix_of(ring.index(index), gl.bfloat16, matrix_layout).reshape([PADDED_DIM, PADDED_DIM])
-            mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
-            key_accumulator = warpgroup_mma(off_value, grad_slope.permute((1, 0)), key_accumulator, is_async=True)
-            value_accumulator = warpgroup_mma(off_key, grad_slope, value_accumulator, is_async=True)
-            key_accumulator, value_accumulator = warpgroup_mma_wait(0, deps=(key_accumulator, value_accumulator))
-            of_value = spread(of_value * inverse, leaving, 2, dim_layout, HAS_OUTPUTS)
-            if HAS_MASK:
-                value_accumulator += of_value[None, :] * key_weight[:, None]
-            else:
-                value_accumulator += of_value[None, :]
-            of_mean = spread(of_mean * inverse, leaving, 3, dim_layout, HAS_OUTPUTS)
-            if HAS_MASK:
-                key_accumulator += of_mean[None, :] * key_weight[:, None]
-            else:
-                key_accumulator += of_mean[None, :]
-            of_variance = spread(2.0 * of_variance, leaving, 4, dim_layout, HAS_OUTPUTS)
-            key_accumulator += off_key.load(out_layout).to(gl.float32) * of_variance[None, :]
-            fence_async_shared()
-            mbarrier.arrive(ring_empty.index(index), count=1)
-            taken += 1
         at = [batch, head, key_tile * TILE_K + CONSUMER * ROWS, 0]
         if HAS_OUTPUTS:
             mbarrier.arrive(own_empty, count=1)
-            tma.store_wait(0)
-            leaving.reshape([ROWS, PADDED_DIM]).store(value_accumulator.to(dtype))
-            fence_async_shared()
-            store_tile(grad_v_desc, at, leaving)
-            tma.store_wait(0)
-            leaving.reshape([ROWS, PADDED_DIM]).store(key_accumulator.to(dtype))
-            fence_async_shared()
-            store_tile(grad_k_desc, at, leaving)
+            if is_whole:
+                tma.store_wait(0)
+                leaving.reshape([ROWS, PADDED_DIM]).store(value_accumulator.to(dtype))
+                fence_async_shared()
+                store_tile(grad_v_desc, at, leaving)
+                tma.store_wait(0)
+                leaving.reshape([ROWS, PADDED_DIM]).store(key_accumulator.to(dtype))
+                fence_async_shared()
+                store_tile(grad_k_desc, at, leaving)
         else:
-            # where keys and values were
-            value.store(value_accumulator.to(dtype))
-            key.store(key_accumulator.to(dtype))
-            fence_async_shared()
-            store_tile(grad_v_desc, at, own_v.index(CONSUMER))
-            store_tile(grad_k_desc, at, own_k.index(CONSUMER))
-            tma.store_wait(0)
+            if is_whole:
+                # where keys and values were
+                value.store(value_accumulator.to(dtype))
+                key.store(key_accumulator.to(dtype))
+                fence_async_shared()
+                store_tile(grad_v_desc, at, own_v.index(CONSUMER))
+                store_tile(grad_k_desc, at, own_k.index(CONSUMER))
+                tma.store_wait(0)
             mbarrier.arrive(own_empty, count=1)
         turn += 1
         mbarrier.wait(own_full, turn & 1)
@@ -376,7 +476,7 @@ def key_consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["bias_rows", "total_tiles", "list_width", "matrix_rows", "num_keys"])
+@gluon.jit(do_not_specialize=["bias_rows", "slots", "total_tiles", "list_width", "matrix_rows", "num_keys"])
 def key_kernel(
     k_desc,
     v_desc,
@@ -398,6 +498,8 @@ def key_kernel(
     kinds,
     bias_rows,
     sizes,
+    partial_sums,
+    slots,
     scale,
     total_tiles,
     tiles_per_head,
@@ -417,12 +519,20 @@ def key_kernel(
     HAS_MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
     GROUP: gl.constexpr,
+    HAS_PARTS: gl.constexpr,
+    BESIDE: gl.constexpr,
 ):
+    start_beside(BESIDE)
     CONSUMERS: gl.constexpr = TILE_K // 64
     # two programs side by side have no room for them
     HAS_OUTPUTS: gl.constexpr = CONSUMERS == 2
-    buffers, barriers = make_buffers(k_desc, q_desc, statistics_desc, STAGES, CONSUMERS, 2, HAS_OUTPUTS, False, False)
-    extents = (tiles_per_head, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows, num_keys)
+    TURNS: gl.constexpr = 5 if HAS_PARTS else 2
+    buffers, barriers = make_buffers(
+        k_desc, q_desc, statistics_desc, STAGES, CONSUMERS, 2, HAS_OUTPUTS, False, False, TURNS
+    )
+    extents = (tiles_per_head, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows, num_keys, slots)
+    of_columns = order + 2 + total_tiles + slots
+    sums = (partial_sums, of_columns + 2 * total_tiles) if HAS_PARTS else ()
     listed_descs = (q_desc, grad_desc)
     descriptors = ((k_desc, v_desc), listed_descs, listed_descs, q_desc, matrix_desc, statistics_desc, k_desc)
     moments = (means, mean_values, grad_spans, grad_values)
@@ -431,13 +541,13 @@ def key_kernel(
         gl.warp_specialize(
             [
                 (key_consumer, (
-                    buffers, barriers, grad_normalizers, moments, mask, grad_k_desc, grad_v_desc, scale, extents, 0,
-                    TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS, HAS_OUTPUTS,
-                    HAS_MASK, CAUSAL, GROUP,
+                    buffers, barriers, grad_normalizers, moments, mask, sums, grad_k_desc, grad_v_desc, scale, extents,
+                    0, TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS,
+                    HAS_OUTPUTS, HAS_MASK, CAUSAL, GROUP, HAS_PARTS,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, order, (), extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
-                    HAS_LINEAR, True, True, False, False, False, HAS_MOMENTS, False, False, GROUP,
+                    HAS_LINEAR, True, True, False, False, False, HAS_MOMENTS, False, False, GROUP, HAS_PARTS,
                 )),
             ],
             [1],
@@ -447,23 +557,48 @@ def key_kernel(
         gl.warp_specialize(
             [
                 (key_consumer, (
-                    buffers, barriers, grad_normalizers, moments, mask, grad_k_desc, grad_v_desc, scale, extents, 0,
-                    TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS, HAS_OUTPUTS,
-                    HAS_MASK, CAUSAL, GROUP,
+                    buffers, barriers, grad_normalizers, moments, mask, sums, grad_k_desc, grad_v_desc, scale, extents,
+                    0, TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS,
+                    HAS_OUTPUTS, HAS_MASK, CAUSAL, GROUP, HAS_PARTS,
                 )),
                 (key_consumer, (
-                    buffers, barriers, grad_normalizers, moments, mask, grad_k_desc, grad_v_desc, scale, extents, 1,
-                    TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS, HAS_OUTPUTS,
-                    HAS_MASK, CAUSAL, GROUP,
+                    buffers, barriers, grad_normalizers, moments, mask, sums, grad_k_desc, grad_v_desc, scale, extents,
+                    1, TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS,
+                    HAS_OUTPUTS, HAS_MASK, CAUSAL, GROUP, HAS_PARTS,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, order, (), extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
-                    HAS_LINEAR, True, True, False, False, False, HAS_MOMENTS, False, False, GROUP,
+                    HAS_LINEAR, True, True, False, False, False, HAS_MOMENTS, False, False, GROUP, HAS_PARTS,
                 )),
             ],
             [4, 1],
             [240, 24],
         )  # fmt: skip
+    end_beside(BESIDE)
+
+
+def programs_for(k: torch.Tensor, block_k: int) -> int:
+    """How many programs of `key_kernel` run side by side."""
+    return multiprocessors(k.device.index) * (2 if block_k == 64 else 1)
+
+
+def few_columns(inputs: KernelInputs, options: BackwardOptions) -> bool:
+    """Whether columns are so few that long ones are cut, and that what kernels wait for each other counts."""
+    batch, heads, keys, _ = inputs.k.shape
+    columns = ceil_div(keys, options.block_k) * batch * heads
+    return worth_cutting(columns, programs_for(inputs.k, options.block_k))
+
+
+def column_order(inputs: KernelInputs, lists: BlockLists, options: BackwardOptions) -> torch.Tensor:
+    """As `Steps.column_order`."""
+    block_k = options.block_k
+    if not few_columns(inputs, options):
+        return longest_first(lists, lists.blocks.shape[3])
+    least = LEAST // options.block_q
+    if options.causal:
+        # blocks on the diagonal are in the first part: no part is shorter than half of these
+        least = max(least, 2 * (block_k // options.block_q + 1) * inputs.group)
+    return cut_columns(lists, programs_for(inputs.k, block_k), block_k // 64, least)
 
 
 def attention_backward_key(
@@ -474,9 +609,11 @@ def attention_backward_key(
     statistics: torch.Tensor,
     linear: LinearStates | None,
     options: BackwardOptions,
+    *,
+    runs_beside: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `Steps.attention_backward_key`. Tiles are blocks of keys."""
-    return _backward_key(upstream, inputs, lists, order, statistics, linear, None, options)
+    return _backward_key(upstream, inputs, lists, order, statistics, linear, None, options, runs_beside)
 
 
 def virtual_backward_key(
@@ -502,6 +639,7 @@ def _backward_key(
     linear: LinearStates | None,
     moments: tuple[KeyMoments, MomentGradients] | None,
     options: BackwardOptions,
+    runs_beside: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v, weights = *inputs[:3], inputs.key_weights
     block_k = options.block_k
@@ -510,7 +648,12 @@ def _backward_key(
     tile_q = 64
     tiles_per_head = ceil_div(keys, block_k)
     total = tiles_per_head * batch * heads
-    programs = min(total, multiprocessors(q.device.index) * (2 if block_k == 64 else 1))
+    programs, slots, sums = programs_for(k, block_k), 0, None
+    if worth_cutting(total, programs):
+        slots = programs
+        sums = statistics.new_empty(slots * 2 * block_k * padded)
+    else:
+        programs = min(total, programs)
     grad_k, grad_v = (k.new_empty(batch, keys, heads, head_dim).transpose(1, 2) for _ in range(2))
     # an absent tensor's place is taken by one that is there; the kernel does not touch it
     matrices, vectors = q, (statistics, statistics, statistics, statistics)
@@ -538,6 +681,8 @@ def _backward_key(
         weights.blocks if weights is not None else None,
         weights.bias.shape[0] if weights is not None else None,
         moments[0].sizes if weights is not None and moments is not None else None,
+        sums,
+        slots,
         options.scale,
         total,
         tiles_per_head,
@@ -557,7 +702,9 @@ def _backward_key(
         HAS_MASK=weights is not None,
         CAUSAL=options.causal,
         GROUP=inputs.group,
+        HAS_PARTS=sums is not None,
         num_warps=4,
         maxnreg=168 if block_k == 128 else 128,
+        **beside(runs_beside),
     )
     return grad_k, grad_v

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sla_compile.common.options import BackwardOptions
 
 from ..steps import BlockLists, KernelInputs, QueryGradients, Upstream, VirtualKeys, VirtualQueryGradients
+from ..triton.overlap import let_next_start
 from ..triton.primitives import LOG2E
 from ..triton.tiles import ceil_div
 from .pairs import make_buffers, matrix_of, pair_producer, split_pair
@@ -114,7 +115,7 @@ def query_consumer(
     share of the tile's dS."""
     own_q, own_grad, ring, bias_ring, _turns, out_buffers = buffers
     own_full, own_empty, ring_full, ring_empty, prior_full, prior_empty, joint = barriers
-    num_rows, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows, num_virtual = extents
+    num_rows, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows, num_virtual, _slots = extents
     ROWS: gl.constexpr = 64
     STAGES: gl.constexpr = ring.type.shape[0]
     PARTS: gl.constexpr = BLOCK_K // TILE_K
@@ -336,6 +337,7 @@ def query_kernel(
     CAUSAL: gl.constexpr,
     GROUP: gl.constexpr,
 ):
+    let_next_start()
     CONSUMERS: gl.constexpr = TILE_Q // 64
     BIASES: gl.constexpr = 1 if HAS_VIRTUAL or HAS_MASK else 0
     causal_mask = (num_queries,) if CAUSAL else ()
@@ -343,7 +345,7 @@ def query_kernel(
     buffers, barriers = make_buffers(
         q_desc, k_desc, bias_desc, STAGES, CONSUMERS, BIASES, True, HAS_LINEAR, HAS_VIRTUAL
     )
-    extents = (num_rows, total_tiles, tiles_per_head, num_heads, list_width, num_rows, num_virtual)
+    extents = (num_rows, total_tiles, tiles_per_head, num_heads, list_width, num_rows, num_virtual, 0)
     virtual_descs = (virtual_k_desc, virtual_v_desc)
     descriptors = (
         (q_desc, grad_desc), (k_desc, v_desc), virtual_descs, saved_desc, slope_desc, bias_desc, out_desc
@@ -359,7 +361,7 @@ def query_kernel(
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, lists, mask, extents, BLOCK_Q, TILE_Q, BLOCK_K,
                     TILE_K, HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL, False, HAS_MASK,
-                    CAUSAL, GROUP,
+                    CAUSAL, GROUP, False,
                 )),
             ],
             [1],
@@ -381,7 +383,7 @@ def query_kernel(
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, lists, mask, extents, BLOCK_Q, TILE_Q, BLOCK_K,
                     TILE_K, HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL, False, HAS_MASK,
-                    CAUSAL, GROUP,
+                    CAUSAL, GROUP, False,
                 )),
             ],
             [4, 1],

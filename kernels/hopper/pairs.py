@@ -79,6 +79,7 @@ def pair_producer(
     HAS_MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
     GROUP: gl.constexpr,
+    HAS_PARTS: gl.constexpr,
 ):
     """Load a pair of own tiles, then through the ring (own tiles of saved outputs, a matrix, pairs of tiles of virtual
     keys with their bias and the matrix again, and) pairs of tiles (and their rows' statistics) of the listed blocks
@@ -89,6 +90,7 @@ def pair_producer(
 
     With ``order``, of `longest_first`, programs take the next tile in it whenever they are done with one, and the
     consumers learn from ``turns`` which that is, -1 at the end, and how many blocks it has; without, each has its own.
+    With ``HAS_PARTS`` it is `ColumnParts.work`: a tile may be several programs', of which the first has the matrix.
     """
     own_descs, listed_descs, virtual_descs, saved_desc, matrix_desc, vectors_desc, prior_desc = descriptors
     own_a_desc, own_b_desc = own_descs
@@ -96,7 +98,7 @@ def pair_producer(
     virtual_a_desc, virtual_b_desc = virtual_descs
     own_a, own_b, ring, vectors_ring, turns, out_buffers = buffers
     own_full, own_empty, ring_full, ring_empty, prior_full, prior_empty, _joint = barriers
-    num_lines, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows, num_virtual = extents
+    num_lines, total_tiles, tiles_per_head, num_heads, list_width, matrix_rows, num_virtual, slots = extents
     STAGES: gl.constexpr = ring.type.shape[0]
     PARTS: gl.constexpr = LISTED_BLOCK // LISTED_TILE
     CONSUMERS: gl.constexpr = TILE // 64
@@ -107,11 +109,25 @@ def pair_producer(
     filled = 0
     turn = 0
     position = gl.program_id(0)
+    last_position = total_tiles
+    taken_so_far = order
+    own_part = 0
+    if HAS_PARTS:
+        last_position = gl.load(order + 1)
+        of_columns = order + 2 + total_tiles + slots
+    elif HAS_ORDER:
+        taken_so_far = order + total_tiles
     if HAS_ORDER:
-        position = gl.atomic_add(order + total_tiles, 1)
-    while position < total_tiles:
+        position = gl.atomic_add(taken_so_far, 1)
+    while position < last_position:
         tile = position
-        if HAS_ORDER:
+        if HAS_PARTS:
+            entry_of_order = gl.load(order + 2 + position)
+            tile = entry_of_order % total_tiles
+            own_part = entry_of_order // total_tiles
+            parts = gl.load(of_columns + tile)
+            first_sum = gl.load(of_columns + total_tiles + tile)
+        elif HAS_ORDER:
             tile = gl.load(order + position)
         own_tile, batch, head = locate_tile(tile, tiles_per_head, num_heads)
         block = own_tile * TILE // BLOCK
@@ -122,12 +138,20 @@ def pair_producer(
         if CAUSAL:
             _first, _edge, unseen = edge_blocks(own_tile * TILE, block, mask[0], BLOCK, TILE, LISTED_BLOCK)
             count -= unseen
+        if HAS_PARTS:
+            first_entry = own_part * count // parts
+            listed += first_entry
+            count = (own_part + 1) * count // parts - first_entry
         entry = gl.load(listed, mask=count > 0, other=0)
 
         mbarrier.wait(own_empty, (turn & 1) ^ 1)
         if HAS_ORDER:
             turns.index(0).store(gl.full([1], tile, gl.int32, turn_layout))
             turns.index(1).store(gl.full([1], count, gl.int32, turn_layout))
+            if HAS_PARTS:
+                turns.index(2).store(gl.full([1], own_part, gl.int32, turn_layout))
+                turns.index(3).store(gl.full([1], parts, gl.int32, turn_layout))
+                turns.index(4).store(gl.full([1], first_sum, gl.int32, turn_layout))
             all_threads()
         mbarrier.expect(own_full, CONSUMERS * (own_a_desc.block_type.nbytes + own_b_desc.block_type.nbytes))
         for consumer in gl.static_range(CONSUMERS):
@@ -144,7 +168,7 @@ def pair_producer(
                 load_tile(saved_desc, at, ring_full.index(index), saved[consumer])
             filled += 1
         matrix_row = batch_head * matrix_rows + gl.minimum(block, matrix_rows - 1)
-        if HAS_MATRIX:
+        if HAS_MATRIX and own_part == 0:
             produce_matrix(matrix_desc, matrix_row, ring, ring_full, ring_empty, filled)
             filled += 1
         turn += 1
@@ -188,7 +212,7 @@ def pair_producer(
                         first + part * LISTED_TILE, ring, vectors_ring, ring_full, ring_empty, filled, 1,
                     )  # fmt: skip
                     filled += 1
-        if HAS_LAST_MATRIX:
+        if HAS_LAST_MATRIX and own_part == 0:
             produce_matrix(matrix_desc, matrix_row, ring, ring_full, ring_empty, filled)
             filled += 1
         if HAS_PRIOR:
@@ -198,7 +222,7 @@ def pair_producer(
                 at = [batch, head, own_tile * TILE + consumer * 64, 0]
                 load_tile(prior_desc, at, prior_full, out_buffers.index(consumer))
         if HAS_ORDER:
-            position = gl.atomic_add(order + total_tiles, 1)
+            position = gl.atomic_add(taken_so_far, 1)
         else:
             position += gl.num_programs(0)
     if HAS_ORDER:
@@ -210,7 +234,8 @@ def pair_producer(
 
 @gluon.jit
 def read_turn(turns, INDEX: gl.constexpr):
-    """The tile (0) or its number of listed blocks (1) that the producer wrote."""
+    """What the producer wrote: the tile (0), its number of listed blocks (1), and with parts which it is of how many
+    (2, 3), and the first of their sums (4)."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     return gl.max(turns.index(INDEX).load(layout), 0)
 
@@ -251,6 +276,7 @@ def make_buffers(
     HAS_OUTPUTS: gl.constexpr,
     HAS_PRIOR: gl.constexpr,
     HAS_JOINT: gl.constexpr,
+    TURNS: gl.constexpr = 2,
 ):
     """Shared memory and barriers: two own tiles for each consumer, a ring whose stages hold a pair of listed tiles or a
     matrix, beside each stage so many vectors, and where wanted a tile of output for each consumer.
@@ -274,7 +300,7 @@ def make_buffers(
     out_buffers = own_a
     if HAS_OUTPUTS:
         out_buffers = gl.allocate_shared_memory(own_desc.dtype, own_shape, own_desc.layout)
-    turns = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    turns = gl.allocate_shared_memory(gl.int32, [TURNS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     own_full = make_barrier_ring(1, 1)
     own_empty = make_barrier_ring(1, CONSUMERS)
     ring_full = make_barrier_ring(STAGES, 1)

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sla_compile.common.options import BackwardOptions
 
 from ..steps import KernelInputs, LinearStates
+from ..triton.overlap import beside, end_beside, start_beside
 from ..triton.primitives import LOG2E
 from ..triton.tiles import ceil_div, row_pitch
 from .primitives import (
@@ -171,7 +172,9 @@ def states_kernel(
     FEATURE_MAP: gl.constexpr,
     STORE_POOLED: gl.constexpr,
     HAS_MASK: gl.constexpr,
+    BESIDE: gl.constexpr,
 ):
+    start_beside(BESIDE)
     k_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
     v_ring = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
     state_buffer = gl.allocate_shared_memory(state_desc.dtype, state_desc.block_type.shape, state_desc.layout)
@@ -195,9 +198,12 @@ def states_kernel(
         [1],
         [24],
     )  # fmt: skip
+    end_beside(BESIDE)
 
 
-def key_states(inputs: KernelInputs, options: BackwardOptions, *, pool: bool) -> tuple[LinearStates, torch.Tensor]:
+def key_states(
+    inputs: KernelInputs, options: BackwardOptions, *, pool: bool, runs_beside: bool = False
+) -> tuple[LinearStates, torch.Tensor]:
     """As `Steps.key_states`."""
     k, v, weights, block_k = inputs.k, inputs.v, inputs.key_weights, options.block_k
     batch, heads, keys, head_dim = k.shape
@@ -229,5 +235,6 @@ def key_states(inputs: KernelInputs, options: BackwardOptions, *, pool: bool) ->
         HAS_MASK=weights is not None,
         num_warps=4,
         maxnreg=128,
+        **beside(runs_beside),
     )
     return LinearStates(states, normalizers), pooled

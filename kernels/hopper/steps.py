@@ -7,7 +7,7 @@ from sla_compile.common.options import BackwardOptions
 from ..steps import KernelInputs, LinearStates, QueryGradients, Upstream
 from ..triton import linear_backward as triton_linear_backward
 from . import linear_backward as hopper_linear_backward
-from .backward_key import attention_backward_key, virtual_backward_key
+from .backward_key import attention_backward_key, column_order, few_columns, virtual_backward_key
 from .backward_query import attention_backward_query, fresh_gradients, virtual_backward_query
 from .forward import attention_forward, virtual_forward
 from .moments import key_moments
@@ -18,6 +18,8 @@ __all__ = [
     "attention_backward_key",
     "attention_backward_query",
     "attention_forward",
+    "column_order",
+    "few_columns",
     "key_moments",
     "key_states",
     "linear_backward",

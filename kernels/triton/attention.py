@@ -14,10 +14,10 @@ from sla_compile.common.limits import TAYLOR
 from sla_compile.common.options import AttentionOptions, BackwardOptions
 
 from ..hopper import support as hopper
-from ..steps import KernelInputs, Steps, Upstream
+from ..steps import BlockLists, KernelInputs, Steps, Upstream
+from . import overlap, taylor
 from . import steps as triton_steps
-from . import taylor
-from .classify import block_scores, classes, critical_lists, longest_first
+from .classify import block_scores, classes, critical_lists
 from .linear_backward import gate_backward
 from .masks import key_weights
 from .states import block_means, marginal_matrix, sum_over_blocks
@@ -77,9 +77,13 @@ def backward(
         steps = _steps(grad_out, q, k, v, options=options, has_key_mask=key_mask is not None)
         if options.linear == TAYLOR:
             return taylor.backward(upstream, block_map, inputs.shift, operands, options, steps)
-        linear = matrix = None
+        linear = matrix = lists = None
+        # with few blocks kernels run beside each other: states beside lists, the gate and dK, dV beside dQ
+        beside = has_linear and overlap.may_overlap() and steps.few_columns(operands, options)
+        if beside:
+            lists = _critical_lists(block_map, operands, options, steps)
         if has_linear:
-            linear, _ = steps.key_states(operands, options, pool=False)
+            linear, _ = steps.key_states(operands, options, pool=False, runs_beside=beside)
             matrix = _summed_blocks(block_map, linear.states.dtype, options)
             linear = sum_over_blocks(matrix, linear, q.shape[1])
         gradients, linear = steps.linear_backward(upstream, operands, linear, options)
@@ -88,14 +92,23 @@ def backward(
             if tiles_per_block > 1:
                 matrix = _summed_blocks(block_map, linear.states.dtype, options, tiles_per_block)
             linear = sum_over_blocks(matrix, linear, k.shape[1], transpose=True)
-        rows = critical_lists(block_map, by_column=False, weights=weights)
-        columns = critical_lists(block_map, by_column=True, group=operands.group)
-        # some keys are popular: rows have about as many critical blocks as each other, columns have not
-        order = longest_first(columns, columns.blocks.shape[3])
+        rows, columns, order = lists or _critical_lists(block_map, operands, options, steps)
         steps.attention_backward_query(upstream, operands, rows, gradients, options)
-        dk, dv = steps.attention_backward_key(upstream, operands, columns, order, gradients.statistics, linear, options)
-        dweight, dbias = gate_backward(grad_out, linear_out, weight, bias, has_linear)
+        gate_gradients = gate_backward(grad_out, linear_out, weight, bias, has_linear, runs_beside=beside)
+        dk, dv = steps.attention_backward_key(
+            upstream, operands, columns, order, gradients.statistics, linear, options, runs_beside=beside
+        )
+        dweight, dbias = gate_gradients()
         return Gradients(gradients.dq, dk, dv, dweight, dbias, q.new_empty(0))
+
+
+def _critical_lists(
+    block_map: torch.Tensor, operands: KernelInputs, options: BackwardOptions, steps: Steps
+) -> tuple[BlockLists, BlockLists, torch.Tensor]:
+    """The critical blocks of rows and of columns, and the order of work on these."""
+    rows = critical_lists(block_map, by_column=False, weights=operands.key_weights)
+    columns = critical_lists(block_map, by_column=True, group=operands.group)
+    return rows, columns, steps.column_order(operands, columns, options)
 
 
 def _steps(*tensors: torch.Tensor, options: BackwardOptions, has_key_mask: bool) -> Steps:

@@ -17,6 +17,7 @@ import triton.language as tl
 from sla_compile.common.options import BackwardOptions
 
 from ..steps import BlockLists, KernelInputs, LinearStates, QueryGradients, Upstream
+from .classify import longest_first
 from .masks import batch_stride
 from .primitives import (
     LOG2E,
@@ -372,6 +373,16 @@ def attention_backward_query(
     )
 
 
+def few_columns(inputs: KernelInputs, options: BackwardOptions) -> bool:
+    """As `Steps.few_columns`: no kernel here makes a difference."""
+    return False
+
+
+def column_order(inputs: KernelInputs, lists: BlockLists, options: BackwardOptions) -> torch.Tensor:
+    """As `Steps.column_order`."""
+    return longest_first(lists, lists.blocks.shape[3])
+
+
 def attention_backward_key(
     upstream: Upstream,
     inputs: KernelInputs,
@@ -380,8 +391,10 @@ def attention_backward_key(
     statistics: torch.Tensor,
     linear: LinearStates | None,
     options: BackwardOptions,
+    *,
+    runs_beside: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `Steps.attention_backward_key`."""
+    """As `Steps.attention_backward_key`; never beside the kernel before it."""
     q, k, v, key_bias = *inputs[:3], inputs.key_bias
     grad_out, block_k = upstream.grad_out, options.block_k
     batch, _, tokens, head_dim = q.shape

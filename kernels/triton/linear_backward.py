@@ -8,6 +8,8 @@ D^s, which the sparse branch needs, needs no O^s: D^s = rowsum(dO * O) - D^l - d
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ import triton.language as tl
 from sla_compile.common.options import BackwardOptions
 
 from ..steps import KernelInputs, LinearStates, QueryGradients, Upstream
+from .overlap import beside, end_beside, start_beside
 from .primitives import (
     LOG2E,
     feature_map,
@@ -171,12 +174,14 @@ def gate_gradient_kernel(
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_LINEAR: tl.constexpr,
+    BESIDE: tl.constexpr,
 ):
     """dO^T O^l and the sum of dO over one stretch of tokens of one head, in float32.
 
     Beside the matrix product that sum is one too: of a tile that is read in registers besides, Triton 3.6's pipeline
     keeps a buffer too few, and the next tile overwrites it while the product still reads.
     """
+    start_beside(BESIDE)
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
     PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
     split, batch, head = locate_program(num_splits, num_heads)
@@ -212,6 +217,7 @@ def gate_gradient_kernel(
         store_tile(base, weight_sum, origin, dims, columns, HEAD_DIM, HEAD_DIM, HEAD_DIM, PADDED)
     if tl.program_id(1) == 0:
         tl.store(grad_bias + slot * HEAD_DIM + dims, bias_sum, mask=dims < HEAD_DIM)
+    end_beside(BESIDE)
 
 
 @triton.jit
@@ -319,8 +325,14 @@ def gate_backward(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     has_linear: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dW = dO^T O^l and db = sum of dO, by float32 sums over stretches of tokens, then over the stretches."""
+    *,
+    runs_beside: bool = False,
+) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    """dW = dO^T O^l and db = sum of dO, by float32 sums over stretches of tokens, then over the stretches.
+
+    The first are launched here, with ``runs_beside`` beside the kernel before them, the others by the function that is
+    returned, which gives dW and db, and until then holds what these read.
+    """
     batch, heads, tokens, head_dim = grad_out.shape
     if weight is None:
         dweight = grad_out.new_empty(0)
@@ -328,7 +340,7 @@ def gate_backward(
         dweight = weight.new_empty(weight.shape) if has_linear else weight.new_zeros(weight.shape)
     dbias = bias.new_empty(bias.shape) if bias is not None else grad_out.new_empty(0)
     if not has_linear and bias is None:
-        return dweight, dbias
+        return lambda: (dweight, dbias)
     launch = launch_for("gate", head_dim, grad_out.dtype, 64, 64)
     tiles = ceil_div(tokens, launch.tile_q)
     tiles_per_split = max(_GATE_TILES, ceil_div(tiles, max(1, _GATE_PROGRAMS // max(1, batch * heads))))
@@ -355,22 +367,27 @@ def gate_backward(
         HAS_LINEAR=has_linear,
         num_warps=launch.warps,
         num_stages=launch.stages,
+        **beside(runs_beside),
     )
-    weight_heads = heads if dweight.dim() == 3 else 1
-    bias_heads = heads if dbias.dim() == 2 else 1
-    weight_programs = weight_heads * ceil_div(head_dim * head_dim, 64) if has_linear else 0
-    bias_programs = bias_heads * ceil_div(head_dim, 64) if bias is not None else 0
-    gate_sum_kernel[(weight_programs + bias_programs,)](
-        weight_parts,
-        bias_parts,
-        dweight,
-        dbias,
-        batch * heads * splits,
-        splits,
-        weight_heads,
-        bias_heads,
-        weight_programs,
-        HEAD_DIM=head_dim,
-        STEP=32,
-    )
-    return dweight, dbias
+
+    def sums() -> tuple[torch.Tensor, torch.Tensor]:
+        weight_heads = heads if dweight.dim() == 3 else 1
+        bias_heads = heads if dbias.dim() == 2 else 1
+        weight_programs = weight_heads * ceil_div(head_dim * head_dim, 64) if has_linear else 0
+        bias_programs = bias_heads * ceil_div(head_dim, 64) if bias is not None else 0
+        gate_sum_kernel[(weight_programs + bias_programs,)](
+            weight_parts,
+            bias_parts,
+            dweight,
+            dbias,
+            batch * heads * splits,
+            splits,
+            weight_heads,
+            bias_heads,
+            weight_programs,
+            HEAD_DIM=head_dim,
+            STEP=32,
+        )
+        return dweight, dbias
+
+    return sums

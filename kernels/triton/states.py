@@ -242,8 +242,10 @@ def block_means(x: torch.Tensor, block: int, bias: torch.Tensor | None = None) -
     return pooled
 
 
-def key_states(inputs: KernelInputs, options: BackwardOptions, *, pool: bool) -> tuple[LinearStates, torch.Tensor]:
-    """As `Steps.key_states`."""
+def key_states(
+    inputs: KernelInputs, options: BackwardOptions, *, pool: bool, runs_beside: bool = False
+) -> tuple[LinearStates, torch.Tensor]:
+    """As `Steps.key_states`; never beside the kernel before it."""
     k, v, key_bias, block_k = inputs.k, inputs.v, inputs.key_bias, options.block_k
     batch, heads, tokens, head_dim = k.shape
     blocks = ceil_div(tokens, block_k)

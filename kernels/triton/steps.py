@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .backward import attention_backward_key, attention_backward_query
+from .backward import attention_backward_key, attention_backward_query, column_order, few_columns
 from .forward import attention_forward
 from .linear_backward import linear_backward
 from .moments import key_moments
@@ -13,6 +13,8 @@ __all__ = [
     "attention_backward_key",
     "attention_backward_query",
     "attention_forward",
+    "column_order",
+    "few_columns",
     "key_moments",
     "key_states",
     "linear_backward",

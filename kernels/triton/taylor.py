@@ -16,7 +16,7 @@ from sla_compile.common.options import AttentionOptions, BackwardOptions
 
 from ..steps import KernelInputs, KeyMoments, MomentGradients, Steps, Upstream, VirtualKeys
 from . import virtual_keys
-from .classify import classes, critical_lists, longest_first
+from .classify import classes, critical_lists
 from .moments import add_query_gradients, query_moments
 from .states import sum_of_states
 from .tiles import stacked
@@ -92,7 +92,7 @@ def backward(
     add_query_gradients(q, (of_rows @ moments.spans).view(blocks.queries.shape), by_query.dq, options.block_q)
 
     columns = critical_lists(block_map, by_column=True, group=operands.group)
-    order = longest_first(columns, columns.blocks.shape[3])
+    order = steps.column_order(operands, columns, options)
     dk, dv = steps.virtual_backward_key(
         upstream, operands, columns, order, by_query.statistics, moments, of_moments, options
     )

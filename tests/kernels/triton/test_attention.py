@@ -244,6 +244,34 @@ else:
         assert lengths == sorted(lengths, reverse=True)
         assert all(i < j for (i, a), (j, b) in pairwise(zip(order, lengths, strict=True)) if a == b)
 
+    @pytest.mark.parametrize("lines", [5, 131, 600])
+    def test_classes_long_columns_are_cut(lines: int) -> None:
+        from sla_compile.kernels.hopper.column_parts import cut_columns
+        from sla_compile.kernels.steps import BlockLists
+
+        generator = torch.Generator().manual_seed(0)
+        counts = (torch.rand(1, 1, lines, generator=generator) ** 8 * 300).int()
+        counts[0, 0, 1], counts[0, 0, 2] = 0, 300
+        blocks = counts.new_empty(1, 1, lines, 300)
+        work, sums = cut_columns(BlockLists(blocks, counts), lines, 2, 7), lines
+        counts = counts.flatten()
+        longest = max(7, math.ceil(counts.sum().item() / sums))
+        expected = [max(1, math.ceil(count / longest)) for count in counts.tolist()]
+        taken, how_many = work[:2].tolist()
+        order = work[2 : 2 + how_many]
+        parts, first_sums, meetings = work[2 + lines + sums :].split([lines, lines, 2 * sums])
+        assert taken == 0
+        assert meetings.count_nonzero() == 0
+        assert parts.tolist() == expected
+        assert max(expected) > 1
+        # a sum less than there are parts, each with a place of its own
+        assert first_sums.tolist() == [*itertools.accumulate((n - 1 for n in expected), initial=0)][:-1]
+        assert sum(expected) - lines <= sums
+        listed = [divmod(entry, lines) for entry in order.tolist()]
+        assert sorted(listed) == sorted((part, line) for line, n in enumerate(expected) for part in range(n))
+        lengths = [math.ceil(counts[line].item() / expected[line]) * 32 // 301 for _, line in listed]
+        assert lengths == sorted(lengths, reverse=True)
+
     @pytest.mark.parametrize("case", [Case(tokens=401, block_k=16), Case(tokens=250, block_q=16, block_k=32)], ids=str)
     def test_classes_of_inputs(case: Case) -> None:
         tensors = inputs(case, torch.float32, "cpu")

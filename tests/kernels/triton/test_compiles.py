@@ -175,9 +175,14 @@ def test_every_launch_fits_a_smaller_gpu(head_dim: int, monkeypatch: pytest.Monk
     assert {"key_moment_kernel", "virtual_forward_kernel", "virtual_backward_key_kernel"} <= {*compiled}
 
 
-@pytest.mark.parametrize(("case", "dtype"), HOPPER_CASES, ids=str)
-def test_every_launch_of_gluon_compiles(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sla_compile.kernels.hopper import primitives
+@pytest.mark.parametrize(
+    ("case", "dtype", "cut"), [*((*case, True) for case in HOPPER_CASES), (*HOPPER_CASES[3], False)], ids=str
+)
+def test_every_launch_of_gluon_compiles(
+    case: Case, dtype: torch.dtype, cut: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``cut``, for so few columns that long ones are cut, which with many more are not."""
+    from sla_compile.kernels.hopper import backward_key, primitives
     from sla_compile.kernels.hopper import support as hopper
 
     compiled = compile_launches(monkeypatch)
@@ -187,8 +192,10 @@ def test_every_launch_of_gluon_compiles(case: Case, dtype: torch.dtype, monkeypa
         module = importlib.import_module(f"sla_compile.kernels.hopper.{user}")
         assert module.multiprocessors is primitives.multiprocessors
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(backward_key, "worth_cutting", lambda columns, programs: cut)
     run_kernels(case, inputs(case, dtype, "cpu"))
     expected = {"attention_forward_kernel", "query_kernel", "key_kernel"}
+    expected.add("column_parts_kernel" if cut else "longest_first_kernel")
     if case.weight != "none" and case.linear != "taylor":
         expected |= {"states_kernel", "linear_kernel"}
     if case.linear == "taylor":

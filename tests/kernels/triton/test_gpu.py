@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sla_compile.common.kernel_interface import AttentionInputs
 from sla_compile.kernels import reference
 from sla_compile.kernels.hopper import support as hopper
+from sla_compile.kernels.triton import overlap
 from tests.support.closeness import assert_close, relative_error
 from tests.support.triton_cases import (
     GROUPED,
@@ -47,6 +48,12 @@ def dtype_id(dtype: torch.dtype) -> str:
 def free_memory() -> Iterator[None]:
     yield
     torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
+def one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh buffers are filled here, so kernels must wait for each other; hopper/test_overlap.py has the rest."""
+    monkeypatch.setattr(overlap, "may_overlap", lambda: False)
 
 
 @pytest.mark.parametrize("head_dim", [16, 36, 40, 64, 72, 80, 96, 128, 256])
@@ -251,12 +258,28 @@ def test_many_tokens() -> None:
     check(case, inputs(case, torch.bfloat16, "cuda"), 1e-2, 2e-2)
 
 
+POPULAR = [
+    Case(block_q=128, tokens=6007, head_dim=128, heads=1, bottomk=0.1),
+    Case(block_q=128, tokens=6007, head_dim=128, heads=5, bottomk=0.1),
+    Case(block_q=128, tokens=5003, head_dim=64, heads=3, bottomk=0.1),
+    Case(tokens=4001, head_dim=72, heads=3, block_q=64, bottomk=0.1, linear="taylor"),
+    Case(block_q=128, tokens=4001, head_dim=128, heads=4, group=2, bottomk=0.1),
+    Case(tokens=4001, head_dim=128, heads=4, group=2, block_q=64, bottomk=0.1, causal=True),
+    Case(block_q=128, tokens=4001, head_dim=128, batch=2, bottomk=0.1, mask="bool"),
+    Case(tokens=4001, head_dim=128, batch=2, block_q=256, bottomk=0.1, mask="moderate", linear="taylor"),
+    Case(tokens=4001, head_dim=128, heads=3, block_q=256, bottomk=0.0, causal=True, weight="none", bias="none"),
+    Case(tokens=4001, head_dim=96, heads=3, block_q=64, bottomk=0.0, causal=True, linear="taylor"),
+    Case(block_q=128, tokens=4001, head_dim=128, heads=8, group=8, bottomk=0.1, causal=True, linear="all"),
+]
+
+
 @pytest.mark.parametrize("block_k", [64, 128])
-@pytest.mark.parametrize("heads", [1, 5])
-def test_popular_keys(heads: int, block_k: int) -> None:
-    """Some blocks of keys are chosen by every query, others by none: columns of very unequal length."""
-    case = Case(tokens=6007, head_dim=128, heads=heads, block_q=128, block_k=block_k, topk=0.05, bottomk=0.1)
-    tensors = inputs(case, torch.bfloat16, "cuda")
+@pytest.mark.parametrize("case", POPULAR, ids=str)
+def test_popular_keys(case: Case, block_k: int) -> None:
+    """Some blocks of keys are chosen by every query, others by hardly one: long columns, which several programs share,
+    and the bits are the same every time."""
+    case = replace(case, block_k=block_k, topk=0.05)
+    tensors = inputs(case, torch.float16 if case.head_dim in (64, 96) else torch.bfloat16, "cuda")
     q, k = tensors[:2]
     assert q is not None
     assert k is not None
@@ -264,11 +287,11 @@ def test_popular_keys(heads: int, block_k: int) -> None:
     k[:, :, : 2 * block_k, 0] += 8.0
     block_map = check(case, tensors, 1e-2, 2e-2)
     chosen = (block_map == 1).sum(-2)
-    assert (chosen == block_map.shape[-2]).any()
-    assert (chosen == 0).any()
+    assert chosen.max() > 4 * chosen.float().mean()
     first, _ = run_kernels(case, tensors)
-    again, _ = run_kernels(case, tensors)
-    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    for _ in range(10):
+        again, _ = run_kernels(case, tensors)
+        assert all(torch.equal(value, again[name]) for name, value in first.items())
 
 
 @pytest.mark.parametrize(
@@ -325,7 +348,7 @@ def test_gate_gradients_at_any_length(head_dim: int, tokens: int, shared: bool) 
     sums = grad_out.double().sum((0, 2))
     if shared:
         expected, sums = expected.sum(0), sums.sum(0)
-    first, *others = (gate_backward(grad_out, linear_out, weight, bias, True) for _ in range(8))
+    first, *others = (gate_backward(grad_out, linear_out, weight, bias, True)() for _ in range(8))
     assert_close("dweight", first[0], expected, 1e-5)
     assert_close("dbias", first[1], sums, 1e-5)
     for found in others:
