@@ -139,7 +139,8 @@ def _moved(node: fx.Node, behind: fx.Node, items: int | None) -> list[int]:
     """
     op, value = read(node), example(node)
     if op.word == "cat" and _has_items(value, items) and op.arguments.get("dim", 0) in (0, -value.dim()):
-        parts = op.arguments.get("tensors", ())
+        given = op.arguments.get("tensors", ())
+        parts: Any = given if isinstance(given, tuple | list) else ()  # a node that gives several
         sizes = [getattr(example(part), "shape", [None])[0] for part in parts]
         if all(isinstance(size, int) for size in sizes):
             starts = accumulate(sizes, initial=0)
@@ -149,8 +150,8 @@ def _moved(node: fx.Node, behind: fx.Node, items: int | None) -> list[int]:
         first = index[0] if isinstance(index, tuple) and index else None
         if isinstance(first, slice) and type(first.start) is int and first.step in (None, 1):
             return [first.start % example(behind).shape[0]]
-    if items is not None and _has_items(value, items) and isinstance(given := example(behind), torch.Tensor):
-        size = given.shape[0] if given.dim() == value.dim() else None
+    if items is not None and _has_items(value, items) and isinstance(source := example(behind), torch.Tensor):
+        size = source.shape[0] if source.dim() == value.dim() else None
         if isinstance(size, int) and 0 < size < items <= _MOST_COPIES * size:  # repeated, in whatever way
             return [-start for start in range(0, items, size)]
     return [0]
