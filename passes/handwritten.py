@@ -179,10 +179,15 @@ def _normal_form(
 
 def _unread(node: fx.Node) -> list[fx.Node]:
     """``node`` and all that is made of it, last ones first, where nobody reads that: a mean of weights, say."""
-    if node.op == "output" or read(node).word not in _HARMLESS or disturbs(node):
-        return []
-    found = [_unread(user) for user in node.users]
-    return [] if [] in found else [*dict.fromkeys(other for part in found for other in part), node]
+    found = {node: None}
+    pending = [node]
+    while pending:
+        made = pending.pop()
+        if made.op == "output" or read(made).word not in _HARMLESS or disturbs(made):
+            return []
+        pending += [user for user in made.users if user not in found]
+        found.update(dict.fromkeys(made.users))
+    return sorted(found, reverse=True)
 
 
 def _disturbed(node: fx.Node, own: set[fx.Node]) -> bool:
