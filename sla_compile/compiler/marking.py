@@ -16,6 +16,7 @@ from sla_compile.passes.operands import example
 __all__ = ["GATE_TENSOR", "mark_in_graph"]
 
 _MARKED = ("weight", "bias", "sparsity", "log_scale", "shift")
+"""The tensors of a gate, in the order in which `sla::gate` takes them."""
 
 GATE_TENSOR = "sla_gate_tensor"
 """Key in the meta of a node that is a gate's tensor, as an attribute of its graph: the tensor's path in the model."""
@@ -34,9 +35,7 @@ def mark_in_graph(gm: fx.GraphModule, sites: Sequence[Site], frame: Frame) -> bo
     tensors: dict[int, fx.Node] = {}
     with gm.graph.inserting_before(first):
         for site in marked:
-            nodes = [
-                _attribute(gm, name, site, tensors) for name in ("weight", "bias", "sparsity", "log_scale", "shift")
-            ]
+            nodes = [_attribute(gm, name, site, tensors) for name in _MARKED]
             settings = "" if site.gate is None else site.gate.settings
             marker = gm.graph.call_function(torch.ops.sla.gate, (*nodes, site.ordinal, settings, False))
             marker.meta["nn_module_stack"] = dict(site.call.node.meta["nn_module_stack"])
