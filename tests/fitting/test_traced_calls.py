@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 import sla_compile
 from sla_compile import sharded
 from sla_compile.fitting import traced_calls
-from sla_compile.fitting.observer import GatedCall, gated_calls
+from sla_compile.fitting.observer import GatedCall, gated_calls, no_gated_call_message
+from tests.support import random_programs
 from tests.support.calibration import assert_same_state, batches, made, recorded, state
 from tests.support.closeness import relative_error
 from tests.support.models import HEADS, OPTIONS, WIDTH, Attention, Model, random_input, randomize_gates
@@ -68,22 +70,13 @@ def halves(q: Tensor) -> Tensor:
     return second[:, None] == second
 
 
-def flash_attn_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-) -> Tensor:
-    """Stands in for that of flash-attn, which is for GPUs: (B, N, H, D), and a mode sees no call in it."""
+@functools.wraps(random_programs.flash_attn_func)
+def flash_attn_func(*args: Any, **kwargs: Any) -> Tensor:
+    """A stand-in for that of flash-attn in which a mode sees no call."""
     with torch._C.DisableTorchFunction():
-        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-        return (torch.einsum("bnhd,blhd->bhnl", q, k) * scale).softmax(-1).matmul(v.transpose(1, 2)).transpose(1, 2)
+        return random_programs.flash_attn_func(*args, **kwargs)
 
 
-flash_attn_func.__module__ = "flash_attn.flash_attn_interface"
 torch._dynamo.allow_in_graph(flash_attn_func)
 
 
@@ -338,6 +331,7 @@ def test_gates_in_fully_shard_keep_their_fit(attend: Attend, one_rank: None) -> 
             assert torch.equal(sharded.whole(parameter), expected)
     with pytest.raises(ValueError, match=r"0\.sla: got a gate in fully_shard with a topk that is compiled in"):
         sla_compile.allocate(parts, data)
+    assert "no trace says why" in no_gated_call_message(parts, (data[0], {}))
 
 
 def test_a_fit_traces_once(monkeypatch: pytest.MonkeyPatch) -> None:
