@@ -90,7 +90,7 @@ def pair_producer(
 
     With ``order``, of `longest_first`, programs take the next tile in it whenever they are done with one, and the
     consumers learn from ``turns`` which that is, -1 at the end, and how many blocks it has; without, each has its own.
-    With ``HAS_PARTS`` it is `ColumnParts.work`: a tile may be several programs', of which the first has the matrix.
+    With ``HAS_PARTS`` it is that of `cut_columns`: a tile may be several programs', of which the first has the matrix.
     """
     own_descs, listed_descs, virtual_descs, saved_desc, matrix_desc, vectors_desc, prior_desc = descriptors
     own_a_desc, own_b_desc = own_descs

@@ -78,7 +78,8 @@ def backward(
         if options.linear == TAYLOR:
             return taylor.backward(upstream, block_map, inputs.shift, operands, options, steps)
         linear = matrix = lists = None
-        # with few blocks kernels run beside each other: states beside lists, the gate and dK, dV beside dQ
+        # with few blocks kernels run beside each other: states beside lists, the gate and dK, dV beside dQ; with many
+        # the lists are made when they are read, and take no memory until then
         beside = has_linear and overlap.may_overlap() and steps.few_columns(operands, options)
         if beside:
             lists = _critical_lists(block_map, operands, options, steps)
