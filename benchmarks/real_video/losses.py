@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.real_video.data import Batch, flow_loss
 from benchmarks.real_video.measuring import autocast
 from benchmarks.real_video.model import RotaryVideoDiT
 
-__all__ = ["LOSSES", "Loss", "loss_of"]
+__all__ = ["LOSSES", "Loss", "data_loss", "loss_of"]
 
 Loss = Literal["flow", "teacher", "mixed", "features"]
 
@@ -36,17 +36,23 @@ def loss_of(model: RotaryVideoDiT, batch: Batch, loss: Loss, teacher: RotaryVide
     "mixed" is "flow" with the mean of the data's and the teacher's velocity as target; "features" is "teacher" and
     ``FEATURES`` times the mean over blocks of |x - x_teacher|^2 / |x_teacher|^2, x (B, N, C) what a block gives.
     """
-    video, time, velocity = batch
     if loss == "flow":
-        with autocast(video.device):
-            predicted = model(video, time)
-        return flow_loss(predicted, velocity).mean()
+        return data_loss(model, batch)
+    video, time, velocity = batch
     with torch.no_grad():
         dense, wanted = _velocity_and_blocks(teacher, video, time)
     mine, found = _velocity_and_blocks(model, video, time)
     target = (dense + velocity) / 2 if loss == "mixed" else dense
     total = flow_loss(mine, target).mean()
     return total + FEATURES * _apart(found, wanted) if loss == "features" else total
+
+
+def data_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean flow loss of ``batch``, a scalar with a gradient; ``model`` is called as a `RotaryVideoDiT` is."""
+    video, time, velocity = batch
+    with autocast(video.device):
+        predicted = model(video, time)
+    return flow_loss(predicted, velocity).mean()
 
 
 def _velocity_and_blocks(model: RotaryVideoDiT, video: Tensor, time: Tensor) -> tuple[Tensor, list[Tensor]]:

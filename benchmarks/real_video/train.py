@@ -5,23 +5,27 @@
 
 ``--state`` holds all that is needed to go on; ``--weights`` the averaged weights in bf16, in parts of less than 16 MB.
 ``--more 6000`` trains longer what is done: with a state of its own, a warm-up, and a rate that falls again.
+``torchrun --nproc-per-node 2 -m benchmarks.real_video.train`` shares each batch out: the same training on more GPUs.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.real_video.clips import load
-from benchmarks.real_video.data import Windows
-from benchmarks.real_video.losses import loss_of
+from benchmarks.real_video.data import Batch, Windows
+from benchmarks.real_video.losses import data_loss
 from benchmarks.real_video.measuring import held_out_loss
 from benchmarks.real_video.model import CONFIG, RotaryVideoDiT, fast_attention
 from examples.study.video_dit import VideoDiTConfig
@@ -74,6 +78,23 @@ def update(model: RotaryVideoDiT, optimizer: torch.optim.Optimizer, loss: Tensor
     return loss.detach()
 
 
+def own_part(batch: Batch) -> Batch:
+    """What this process trains on of a batch."""
+    if not dist.is_initialized():
+        return batch
+    video, time, velocity = (part.chunk(dist.get_world_size())[dist.get_rank()] for part in batch)
+    return video, time, velocity
+
+
+def on_all(end: bool) -> bool:
+    """Whether any process is to end; the same in all."""
+    if dist.is_initialized():
+        found: list[bool] = [False] * dist.get_world_size()
+        dist.all_gather_object(found, end)
+        end = any(found)
+    return end
+
+
 def save_weights(state: dict[str, Tensor], folder: Path) -> None:
     """Write a state dict in bf16, in parts of less than 16 MB."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,19 +138,18 @@ class Pretraining:
         torch.save({**state, "step": self.step, "average": self.average}, self.file.with_suffix(".tmp"))
         self.file.with_suffix(".tmp").replace(self.file)
 
-    def run(
-        self, windows: Windows, stages: Sequence[Stage], first: int, deadline: float, say: Callable[[str], None]
-    ) -> bool:
+    def run(self, windows: Windows, stages: Sequence[Stage], first: int, deadline: float) -> bool:
         """Train until ``deadline`` (of ``time.monotonic``) or the end; whether it is the end."""
         total, begun = sum(stage.steps for stage in stages), 0
         values = list(self.model.state_dict().values())
+        predicts = DistributedDataParallel(self.model) if dist.is_initialized() else self.model
         for stage in stages:
             drawn = windows.resized((windows.size[0], stage.side), stage.batch, stage.oversample)
             looked, since = time.monotonic(), self.step
             while self.step < begun + stage.steps:
                 for group in self.optimizer.param_groups:
                     group["lr"] = learning_rate(self.step, stages, first)
-                loss = update(self.model, self.optimizer, loss_of(self.model, drawn(self.step), "flow", self.model))
+                loss = update(self.model, self.optimizer, data_loss(predicts, own_part(drawn(self.step))))
                 self.step += 1
                 done = self.step - first
                 kept = min(AVERAGED, done / (done + 10))
@@ -139,7 +159,7 @@ class Pretraining:
                     rate = 1000 * (now - looked) / (self.step - since)
                     say(f"step {self.step}/{total} side {stage.side} loss {value:.4f} {rate:.0f} ms/step")
                     looked, since = now, self.step
-                    if now > deadline:
+                    if on_all(now > deadline):
                         return False
             begun += stage.steps
         return True
@@ -147,7 +167,6 @@ class Pretraining:
 
 def main() -> None:
     """Train for a while."""
-    began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, required=True)
     parser.add_argument("--state", type=Path, required=True)
@@ -158,11 +177,35 @@ def main() -> None:
     parser.add_argument("--cudnn", action="store_true", help="dense attention by cuDNN")
     parser.add_argument("--tiny", action="store_true", help="two small layers and a few steps, to try the script")
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    if not dist.is_torchelastic_launched():
+        work(options, device)
+        return
+    dist.init_process_group(device_id=device if device.type == "cuda" else None)
+    try:
+        work(options, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def leads() -> bool:
+    """Whether this process is the one that speaks and writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def say(text: str) -> None:
+    """A line, of one process."""
+    if leads():
+        print(text, flush=True)
+
+
+def work(options: argparse.Namespace, device: torch.device) -> None:
+    """What ``main`` does, once it knows what and where."""
+    began = time.monotonic()
     config = TINY_CONFIG if options.tiny else CONFIG
     stages: tuple[Stage, ...] = TINY_STAGES if options.tiny else STAGES
     train, held_out = load(options.clips, device)
-    print(f"{len(train)} clips, {len(held_out)} held out, {time.monotonic() - began:.0f} s", flush=True)
+    say(f"{len(train)} clips, {len(held_out)} held out, {time.monotonic() - began:.0f} s")
     last, first = stages[-1], 0
     if options.more is not None:
         options.begin = first = sum(stage.steps for stage in stages)
@@ -174,20 +217,18 @@ def main() -> None:
         load_weights(training.model, options.weights)
         training.average = {name: value.detach().clone() for name, value in training.model.state_dict().items()}
         training.step = options.begin
-    print(
-        f"{sum(p.numel() for p in training.model.parameters()) / 1e6:.1f} M parameters, step {training.step}",
-        flush=True,
-    )
+    say(f"{sum(p.numel() for p in training.model.parameters()) / 1e6:.1f} M parameters, step {training.step}")
     if device.type == "cuda":
         training.model.compile_blocks()
     with fast_attention() if options.cudnn else nullcontext():
-        done = training.run(windows, stages, first, began + options.seconds, lambda text: print(text, flush=True))
-    training.save()
+        done = training.run(windows, stages, first, began + options.seconds)
+    if leads():
+        training.save()
+        save_weights(training.average, options.weights)
     training.model.load_state_dict(training.average)
-    save_weights(training.model.state_dict(), options.weights)
     measured = Windows(held_out, (frames, last.side), last.batch, last.oversample).held_out(2 if options.tiny else 16)
     losses = ", ".join(f"{loss:.5f}" for loss in held_out_loss(training.model, measured))
-    print(f"{'done' if done else 'call again'}; held-out loss {losses}; {time.monotonic() - began:.0f} s", flush=True)
+    say(f"{'done' if done else 'call again'}; held-out loss {losses}; {time.monotonic() - began:.0f} s")
 
 
 TINY_CONFIG = VideoDiTConfig(patch=(1, 4, 4), heads=2, head_dim=16, layers=2, mlp_ratio=2)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -217,6 +218,16 @@ def test_from_pretraining_to_the_table(tmp_path: Path, monkeypatch: pytest.Monke
     train.main()  # nothing is left to do, and the state is as it was
     again = torch.load(tmp_path / "state/state.pt", weights_only=True)
     assert all(torch.equal(again["model"][name], value) for name, value in state["model"].items())
+    shared = ["--clips", "none", "--weights", str(tmp_path / "shared"), "--tiny", "--state", str(tmp_path / "shared")]
+    monkeypatch.setattr(sys, "argv", ["train", *shared])
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    train.main()  # by processes, here one
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: False)
+    again = torch.load(tmp_path / "shared/state.pt", weights_only=True)
+    for name, value in state["model"].items():
+        torch.testing.assert_close(again["model"][name], value)
     longer = ["--state", str(tmp_path / "longer"), "--more", "3"]
     monkeypatch.setattr(sys, "argv", ["train", *common, *longer])
     train.main()
