@@ -181,6 +181,8 @@ def main() -> None:
     if not dist.is_torchelastic_launched():
         work(options, device)
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # collectives of objects go by it
     dist.init_process_group(device_id=device if device.type == "cuda" else None)
     try:
         work(options, device)
