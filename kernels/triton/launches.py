@@ -32,6 +32,7 @@ __all__ = [
     "from_environment",
     "merge",
     "mistakes",
+    "on_hopper",
     "read",
     "replaced",
     "trying",
@@ -180,6 +181,14 @@ def check_environment() -> None:
     """Raise the ValueError of `from_environment`, if there is one."""
     if _tried is None:
         from_environment()
+
+
+def on_hopper() -> bool:
+    """Whether the current device is a Hopper GPU; no where there is none."""
+    try:
+        return torch.version.hip is None and _capability(torch.cuda.current_device()).startswith("9.")
+    except (AssertionError, RuntimeError):
+        return False
 
 
 @functools.cache

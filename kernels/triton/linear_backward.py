@@ -136,6 +136,10 @@ def linear_backward_kernel(
             # [PADDED_DIM, TILE_Q] x [TILE_Q, CHUNK]
             grad_state = tl.dot(share, grad_linear, input_precision="ieee")
             store_tile(grad_state_base, grad_state, origin, dims, columns, PITCH, HEAD_DIM, PITCH, PADDED)
+        if PADDED_DIM > 128:
+            # made again: kept in registers they would not fit beside grad_phi
+            query = load_tile(q_base, first_query, rows, dims, stride_qn, num_tokens, PITCH, PADDED)
+            phi = feature_map(query, dims, HEAD_DIM, PADDED, FEATURE_MAP)
         grad_normalizer = -tl.sum(phi * (inverse * linear_delta)[:, None], 0)
         tl.store(grad_normalizers + slot * HEAD_DIM + dims, grad_normalizer, mask=dims < HEAD_DIM)
         grad_phi = (grad_phi - linear_delta[:, None] * normalizer[None, :]) * inverse[:, None]

@@ -21,7 +21,7 @@ from sla_compile.common.limits import (
 )
 from sla_compile.common.options import BackwardOptions
 
-from .launches import KERNELS, Launch, check_environment, replaced
+from .launches import KERNELS, Launch, check_environment, on_hopper, replaced
 
 __all__ = [
     "FULL_PRECISION",
@@ -129,6 +129,17 @@ _HALF: dict[tuple[str, int], Launch] = {
     ("gate", 256): Launch(64, 64, 64, 8, 3),
 }
 
+# the same above a head dimension of 128 where a program has 227 KiB of shared memory: of several the first whose tiles
+# are no larger than the blocks; without one, that above
+_HOPPER: dict[str, tuple[Launch, ...]] = {
+    "states": (Launch(64, 128, 128, 8, 1),),
+    "forward": (Launch(128, 64, 64, 8, 2),),
+    "linear_backward": (Launch(64, 64, 64, 8, 1),),
+    "backward_query": (Launch(128, 32, 64, 8, 3), Launch(64, 64, 64, 8, 2)),
+    "backward_key": (Launch(64, 64, 32, 8, 2),),
+    "gate": (Launch(64, 64, 128, 8, 3),),
+}
+
 # float32 products run on the plain arithmetic units and twice the bytes fill shared memory: smaller tiles
 _SINGLE: dict[int, Launch] = {
     64: Launch(32, 32, 32, 8, 1),
@@ -175,8 +186,20 @@ def row_of(head_dim: int) -> int:
     return max(64, padded_dim(head_dim))
 
 
-def shipped_launch(kernel: str, row: int, precision: str) -> Launch:
-    """The launch of ``kernel`` in these tables, for "half" or "single" inputs."""
+def shipped_launch(kernel: str, row: int, precision: str, block_q: int = 64, block_k: int = 64) -> Launch:
+    """The launch of ``kernel`` in these tables, for "half" or "single" inputs in such blocks on the current device."""
+    return _of_tables(kernel, row, precision, block_q, block_k, _is_wide_on_hopper(row, precision))
+
+
+def _is_wide_on_hopper(row: int, precision: str) -> bool:
+    return row > 128 and precision == "half" and on_hopper()
+
+
+def _of_tables(kernel: str, row: int, precision: str, block_q: int, block_k: int, wide_on_hopper: bool) -> Launch:
+    if wide_on_hopper:
+        for launch in _HOPPER[kernel]:
+            if launch.tile_q <= block_q and launch.tile_k <= block_k:
+                return launch
     return _SINGLE[row] if precision == "single" else _HALF[kernel, row]
 
 
@@ -193,21 +216,21 @@ def clamped(launch: Launch, head_dim: int, block_q: int, block_k: int) -> Launch
 
 
 @cache
-def _shipped(kernel: str, head_dim: int, dtype: torch.dtype, block_q: int, block_k: int) -> Launch:
-    precision = "single" if dtype == torch.float32 else "half"
-    return clamped(shipped_launch(kernel, row_of(head_dim), precision), head_dim, block_q, block_k)
+def _shipped(kernel: str, head_dim: int, precision: str, block_q: int, block_k: int, wide_on_hopper: bool) -> Launch:
+    launch = _of_tables(kernel, row_of(head_dim), precision, block_q, block_k, wide_on_hopper)
+    return clamped(launch, head_dim, block_q, block_k)
 
 
 def launch_for(kernel: str, head_dim: int, dtype: torch.dtype, block_q: int, block_k: int) -> Launch:
     """The launch of ``kernel`` (one of ``KERNELS``) on the current device, the user's or else the shipped one; tiles
     never larger than the blocks they divide."""
     launches = replaced()
+    row, precision = row_of(head_dim), "single" if dtype == torch.float32 else "half"
     if launches:
-        precision = "single" if dtype == torch.float32 else "half"
-        launch = launches.get((kernel, row_of(head_dim), precision))
+        launch = launches.get((kernel, row, precision))
         if launch is not None:
             return clamped(launch, head_dim, block_q, block_k)
-    return _shipped(kernel, head_dim, dtype, block_q, block_k)
+    return _shipped(kernel, head_dim, precision, block_q, block_k, _is_wide_on_hopper(row, precision))
 
 
 def check_supported(q: torch.Tensor, options: BackwardOptions) -> None:

@@ -58,6 +58,11 @@ class Workload:
     def key(self, kernel: str) -> Key:
         return kernel, row_of(self.head_dim), self.precision
 
+    def shipped(self, kernel: str) -> Launch:
+        """The shipped launch of ``kernel`` for these blocks on the current device."""
+        block = 64 if kernel == "gate" else self.block  # it has no blocks; its launcher says 64
+        return shipped_launch(*self.key(kernel), block, block)
+
 
 @dataclass(frozen=True)
 class Trials:
@@ -84,7 +89,7 @@ class Outcome:
 def candidates(kernel: str, work: Workload) -> list[Launch]:
     """Launches near the shipped one of ``kernel``: a size halved or doubled, warps too, or one stage more or less, and
     each size with each number of warps. Those that come to the same on this workload are there once."""
-    shipped = shipped_launch(*work.key(kernel))
+    shipped = work.shipped(kernel)
     halved_or_doubled = (0.5, 2)
     sizes = [
         replace(shipped, **{name: int(getattr(shipped, name) * factor)})
@@ -96,7 +101,7 @@ def candidates(kernel: str, work: Workload) -> list[Launch]:
         *sizes,
         *(replace(near, warps=int(near.warps * factor)) for near in (shipped, *sizes) for factor in halved_or_doubled),
     ]
-    block = 64 if kernel == "gate" else work.block  # it has no blocks; its launcher says 64
+    block = 64 if kernel == "gate" else work.block
     different = {clamped(shipped, work.head_dim, block, block)}
     kept = []
     for launch in made:
@@ -118,7 +123,7 @@ def tune(
     held: dict[Key, Launch] = {}
     outcomes = []
     for kernel in kernels:
-        outcome = _tune_kernel(work.key(kernel), choose(kernel, work), trials, held, progress)
+        outcome = _tune_kernel(work.key(kernel), work.shipped(kernel), choose(kernel, work), trials, held, progress)
         if outcome.best != outcome.shipped:
             held[outcome.key] = outcome.best
         outcomes.append(outcome)
@@ -126,7 +131,12 @@ def tune(
 
 
 def _tune_kernel(
-    key: Key, launches: Sequence[Launch], trials: Trials, held: dict[Key, Launch], progress: Callable[[str], None]
+    key: Key,
+    shipped: Launch,
+    launches: Sequence[Launch],
+    trials: Trials,
+    held: dict[Key, Launch],
+    progress: Callable[[str], None],
 ) -> Outcome:
     directions = _DIRECTIONS.get(key[0], ("backward",))
 
@@ -138,7 +148,6 @@ def _tune_kernel(
         with trying({**held, key: launch}):
             return sum(trials.milliseconds(direction) for direction in directions)
 
-    shipped = shipped_launch(*key)
     name = f"{key[0]}, head dimension {key[1]}, {key[2]}"
     progress(f"{name}: the shipped launch")
     expected = _results_of_shipped(run, shipped, name)

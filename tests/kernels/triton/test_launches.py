@@ -48,6 +48,22 @@ def test_what_the_file_does_not_name_keeps_the_shipped_launch(file: Path, monkey
     assert launch_for("forward", 16, torch.float16, 16, 64) == replace(OURS, tile_q=16, chunk=16)
 
 
+def test_wide_heads_have_launches_of_their_own_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those whose tiles fit the blocks; a program of other GPUs has not the shared memory for them."""
+    use = on_device(monkeypatch, (9, 0), (8, 9))
+    half = torch.bfloat16
+    assert launch_for("forward", 136, half, 128, 128) == Launch(128, 64, 64, 8, 2)
+    assert launch_for("backward_query", 256, half, 128, 32) == Launch(128, 32, 64, 8, 3)
+    assert launch_for("backward_query", 256, half, 64, 64) == Launch(64, 64, 64, 8, 2)
+    elsewhere = [("forward", 256, half, 64, 64), ("backward_key", 256, half, 32, 64), ("states", 256, half, 64, 64)]
+    elsewhere += [(kernel, 128, half, 128, 128) for kernel in KERNELS]
+    elsewhere += [(kernel, 256, torch.float32, 128, 128) for kernel in KERNELS]
+    on_hopper = [launch_for(*call) for call in elsewhere]
+    use(1)
+    assert on_hopper == [launch_for(*call) for call in elsewhere]
+    assert launch_for("forward", 256, half, 128, 128) == Launch(64, 32, 32, 4, 2)
+
+
 def test_read_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_device(monkeypatch, (8, 9))
     file.write_text(json.dumps(entry()))
