@@ -175,6 +175,18 @@ def test_every_launch_fits_a_smaller_gpu(head_dim: int, monkeypatch: pytest.Monk
     assert {"key_moment_kernel", "virtual_forward_kernel", "virtual_backward_key_kernel"} <= {*compiled}
 
 
+def test_wide_heads_fit_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sparse part alone, whose loops fill the shared memory."""
+    from sla_compile.kernels.triton import tiles
+
+    compiled = compile_launches(monkeypatch)
+    monkeypatch.setattr(tiles, "on_hopper", lambda: True)
+    masked = Case(tokens=300, head_dim=256, block_q=128, block_k=128, mask="bool", causal=True)
+    case = replace(masked, weight="none", bias="none")
+    run_kernels(case, inputs(case, torch.bfloat16, "cpu"))
+    assert {"attention_forward_kernel", "attention_backward_query_kernel"} <= {*compiled}
+
+
 @pytest.mark.parametrize(
     ("case", "dtype", "cut"), [*((*case, True) for case in HOPPER_CASES), (*HOPPER_CASES[3], False)], ids=str
 )

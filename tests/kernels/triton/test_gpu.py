@@ -116,6 +116,13 @@ MANY_TILES = [
     Case(tokens=1003, heads=36, head_dim=128, weight="per_head", bias="per_head", topk=0.2, block_q=128, block_k=128),
     Case(tokens=1003, heads=36, head_dim=64, weight="per_head", bias="per_head", topk=0.2),
 ]
+WIDE_HEADS = [
+    Case(tokens=2003, head_dim=256, batch=2, block_q=128, block_k=128, topk=0.1),
+    Case(tokens=1003, head_dim=200, heads=4, group=2, block_q=128, block_k=128, feature_map="elu", linear="all"),
+    Case(tokens=1003, head_dim=256, batch=2, block_q=128, block_k=128, mask="bool"),
+    Case(tokens=1003, head_dim=256, block_q=256, block_k=128, causal=True, weight="per_head", bias="per_head"),
+    Case(tokens=1003, head_dim=256, topk=0.2, weight="none", bias="none"),
+]
 SPARSE_ALONE = [
     Case(tokens=1003, heads=36, head_dim=128, topk=0.2, block_q=128, block_k=128, weight="none", bias="none"),
     Case(tokens=1003, heads=36, head_dim=72, batch=2, topk=0.2, weight="none", bias="none"),
@@ -223,7 +230,9 @@ def test_gluon_and_triton(case: Case, dtype: torch.dtype, gluon: bool, monkeypat
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_id)
-@pytest.mark.parametrize("case", [*CASES, *VIRTUAL, Case(tokens=999, head_dim=256, linear="taylor")], ids=str)
+@pytest.mark.parametrize(
+    "case", [*CASES, *WIDE_HEADS, *VIRTUAL, Case(tokens=999, head_dim=256, linear="taylor")], ids=str
+)
 def test_settings(case: Case, dtype: torch.dtype) -> None:
     check(case, inputs(case, dtype, "cuda"), *BUDGETS[dtype])
 
