@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 import time
 from collections.abc import Callable
@@ -134,7 +135,10 @@ def rate(step: int, steps: int) -> float:
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Write ``path`` by ``save``, beside it first: a reader, or a restart, never finds half a file."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write ``path`` by ``save``, beside it first: a reader, or a restart, never finds half a file.
+
+    Each process beside a name of its own: of several that write at once, none moves the file of another.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     save(temporary)
     temporary.replace(path)
