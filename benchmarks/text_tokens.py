@@ -47,6 +47,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "`none`": {"linear": "none"},
     "`marginal`, `sparse_scale`, calibrated": {"linear": "marginal", "sparse_scale": True},
     "`taylor`": {"linear": "taylor"},
+    "`taylor`, calibrated": {"linear": "taylor"},
 }
 
 
