@@ -73,6 +73,7 @@ def main(caches: str, settings: list[dict[str, object]], said: str) -> None:
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     leave_guards_untimed()
+    torch._inductor.config.fallback_by_default = True  # nor is C++ of what stands around the attention the point
     pick_vec_isa()  # nor is this probe of the CPU, which has seconds of its own with caches that are empty
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches
     Path(said).write_text(json.dumps([compile_once(one) for one in settings]))
