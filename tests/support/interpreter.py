@@ -24,7 +24,6 @@ def speed_up_interpreter() -> None:
     builder.options = replace(builder.options, sanitize_overflow=False)
     _patch_language_once()
     _make_types_once()
-    _check_types_once()
 
 
 def _patch_language_once() -> None:
@@ -92,34 +91,3 @@ def _make_types_once() -> None:
         self.__dict__.update(tensors[type.name], handle=handle, type=type)
 
     interpreter._get_np_dtype, core.block_type.__init__, core.tensor.__init__ = numpy_type, block, tensor
-
-
-def _check_types_once() -> None:
-    """Operands that need no cast and no broadcast are known by their types; a number is made a tensor once."""
-    from triton.language import core
-    from triton.language.semantic import TritonSemantic
-
-    checked = TritonSemantic.binary_op_type_checking_impl
-    kept: set[tuple[Any, ...]] = set()
-    numbers: dict[tuple[Any, ...], Any] = {}
-
-    def check(self: Any, left: Any, right: Any, *flags: Any, **named: Any) -> Any:
-        if not isinstance(left, core.tensor):
-            return checked(self, left, right, *flags, **named)
-        if isinstance(right, core.tensor):
-            key = (left.type.name, right.type.name, flags, *named.items())
-            if key in kept:
-                return left, right
-            found = checked(self, left, right, *flags, **named)
-            if found[0] is left and found[1] is right:
-                kept.add(key)
-            return found
-        key = (left.type.name, type(right), repr(right), flags, *named.items())
-        if key not in numbers:
-            found = checked(self, left, right, *flags, **named)
-            if found[0] is not left:
-                return found
-            numbers[key] = found[1]
-        return left, numbers[key]
-
-    TritonSemantic.binary_op_type_checking_impl = check
