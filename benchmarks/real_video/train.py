@@ -79,10 +79,13 @@ def update(model: RotaryVideoDiT, optimizer: torch.optim.Optimizer, loss: Tensor
 
 
 def own_part(batch: Batch) -> Batch:
-    """What this process trains on of a batch."""
+    """What this process trains on of a batch. Raises ValueError where the processes would not have as much each."""
     if not dist.is_initialized():
         return batch
-    video, time, velocity = (part.chunk(dist.get_world_size())[dist.get_rank()] for part in batch)
+    size, processes = len(batch[0]), dist.get_world_size()
+    if size % processes:
+        raise ValueError(f"a batch of {size} videos cannot be shared out evenly to {processes} processes")
+    video, time, velocity = (part.chunk(processes)[dist.get_rank()] for part in batch)
     return video, time, velocity
 
 

@@ -206,6 +206,27 @@ def check_kernels() -> None:
         torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_processes_share_a_batch_and_end_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Windows(clips()[0], (4, 16), 4)(0)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert train.on_all(True)
+        assert not train.on_all(False)
+        monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+        parts = []
+        for rank in (0, 1):
+            monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+            parts.append(train.own_part(batch))
+        for whole, *shared in zip(batch, *parts, strict=True):
+            assert torch.equal(whole, torch.cat(shared))
+        monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+        with pytest.raises(ValueError, match="a batch of 4 videos cannot be shared out evenly to 3 processes"):
+            train.own_part(batch)
+    finally:
+        monkeypatch.undo()
+        dist.destroy_process_group()
+
+
 def test_from_pretraining_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (train, study):
         monkeypatch.setattr(module, "load", clips)

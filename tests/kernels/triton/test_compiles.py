@@ -181,6 +181,7 @@ def test_wide_heads_fit_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
     compiled = compile_launches(monkeypatch)
     monkeypatch.setattr(tiles, "on_hopper", lambda: True)
+    assert tiles.launch_for("forward", 256, torch.bfloat16, 128, 128).tile_q == 128  # 64 on other GPUs
     masked = Case(tokens=300, head_dim=256, block_q=128, block_k=128, mask="bool", causal=True)
     case = replace(masked, weight="none", bias="none")
     run_kernels(case, inputs(case, torch.bfloat16, "cpu"))
