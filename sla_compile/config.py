@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from sla_compile.common.limits import FEATURE_MAPS, GATE_FORMS, LINEAR_BRANCHES, TEXT, TOPK_OWNERS
-from sla_compile.common.token_orders import ORDERS, RASTER
+from sla_compile.common.token_orders import RASTER
 from sla_compile.config_inductor import frozen_inductor, inductor_name
 from sla_compile.config_shares import (
     check_all_read,
@@ -31,6 +31,7 @@ from sla_compile.config_values import (
     OPTIONAL_INTEGER,
     OPTIONAL_MAX_TOPK,
     OPTIONAL_MIN_TOKENS,
+    TOKEN_ORDER,
     TOKEN_RANGES,
     FrozenMapping,
     Validator,
@@ -137,8 +138,9 @@ class SLAConfig:
     topk_by: str = _setting("site", one_of(*TOPK_OWNERS))
     """What has a topk of its own, for ``allocate``. Range: "site", or with max_topk "head", each head of a site."""
 
-    reorder: str = _setting(RASTER, one_of(*ORDERS))
-    """Order of a video's tokens inside the attention. Range: "raster" (the model's own), "tiles", "hilbert"."""
+    reorder: str = _setting(RASTER, TOKEN_ORDER)
+    """Order of a video's tokens inside the attention. Range: "raster" (the model's own), "tiles", "hilbert", or
+    "tiles:1" to "tiles:99", tiles of at most so many frames."""
 
     grid: tuple[int, ...] | None = _setting(None, GRID_SIZES)
     """Tokens of the video along each axis; None: read off the graph where they matter. Range: (T, H, W) or (H, W)."""

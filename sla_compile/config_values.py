@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sla_compile.common.limits import BLOCK_SIZES, TEXT
+from sla_compile.common.token_orders import ORDERS, TILES_OF, is_order
 
 __all__ = [
     "BLOCK_SIZE",
@@ -20,6 +21,7 @@ __all__ = [
     "OPTIONAL_INTEGER",
     "OPTIONAL_MAX_TOPK",
     "OPTIONAL_MIN_TOKENS",
+    "TOKEN_ORDER",
     "TOKEN_RANGES",
     "FrozenMapping",
     "Validator",
@@ -126,6 +128,11 @@ def mapping(accepted: str) -> Validator:
 
 BOOLEAN = Validator("True or False", lambda value: type(value) is bool)
 BLOCK_SIZE = Validator("a power of two from 16 to 256", lambda value: type(value) is int and value in BLOCK_SIZES)
+TOKEN_ORDER = Validator(
+    f"one of {', '.join(map(repr, ORDERS))}, or {TILES_OF!r} with at most N frames in a tile, N from 1 to 99",
+    is_order,
+    choices=ORDERS,
+)
 OPTIONAL_INTEGER = Validator("None, or an integer", lambda value: value is None or type(value) is int)
 OPTIONAL_MIN_TOKENS = Validator(
     "None, or an integer of at least 0", lambda value: value is None or (type(value) is int and value >= 0)

@@ -7,16 +7,20 @@ tokens before and after it, text say, keep their positions.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import prod
 
-__all__ = ["ORDERS", "RASTER", "Placement", "block_ranges", "inverted", "place", "positions"]
+__all__ = ["ORDERS", "RASTER", "TILES_OF", "Placement", "block_ranges", "inverted", "is_order", "place", "positions"]
 
 RASTER = "raster"
 ORDERS = (RASTER, "tiles", "hilbert")
-"""Values of ``reorder``: the model's own order; boxes of one block each; along a Hilbert curve."""
+"""Values of ``reorder``: the model's own order; boxes of one block each; along a Hilbert curve. See `is_order`."""
+
+TILES_OF = "tiles:N"
+"""And boxes of at most N frames, N from 1 to 99, as this is written in messages."""
 
 _TIME_WEIGHT = 2
 """A step in time counts as so many in space when boxes are cut; chosen by measurement (benchmarks/RESULTS.md)."""
@@ -27,12 +31,17 @@ class Placement:
     """An order, and the grid of tokens that it permutes. Plain data, which the op takes as arguments."""
 
     kind: str
-    """One of ``ORDERS``."""
+    """An order, as `is_order` has it."""
     grid: tuple[int, ...]
     start: int
     """The first token of the grid, at least 0."""
     blocks: tuple[int, ...]
     """Sizes of the blocks, of queries and of keys, that are to be compact."""
+
+
+def is_order(kind: object) -> bool:
+    """Whether ``kind`` names an order: one of ``ORDERS``, or "tiles:1" to "tiles:99"."""
+    return isinstance(kind, str) and (kind in ORDERS or re.fullmatch("tiles:[1-9][0-9]?", kind, re.ASCII) is not None)
 
 
 def place(tokens: int, grid: Sequence[int], start: int | None) -> int | None:
@@ -54,19 +63,21 @@ def positions(placement: Placement, tokens: int) -> tuple[int, ...]:
     Raises ValueError for an unknown order, or a grid that does not lie within the tokens.
     """
     grid, start = placement.grid, placement.start
-    if placement.kind not in ORDERS or len(grid) not in (2, 3) or min(grid) < 1 or place(tokens, grid, start) != start:
+    known = is_order(placement.kind)
+    if not known or len(grid) not in (2, 3) or min(grid) < 1 or place(tokens, grid, start) != start:
         raise ValueError(
             f"token order {placement.kind!r} of a grid {grid} from token {start} on, in {tokens} tokens; accepted: one "
-            f"of {', '.join(ORDERS)}, a grid (T, H, W) or (H, W) that lies within the tokens"
+            f"of {', '.join(ORDERS)}, {TILES_OF}, a grid (T, H, W) or (H, W) that lies within the tokens"
         )
     size = prod(grid)
     if placement.kind == RASTER:
         inner: Sequence[int] = range(size)
-    elif placement.kind == "tiles":
-        units = sorted({*placement.blocks}, reverse=True)
-        inner = _tiles(list(range(size)), start, units, _GridCoordinates(grid))
-    else:
+    elif placement.kind == "hilbert":
         inner = _hilbert(grid)
+    else:
+        units = sorted({*placement.blocks}, reverse=True)
+        _, _, frames = placement.kind.partition(":")
+        inner = _tiles(list(range(size)), start, units, _GridCoordinates(grid, int(frames) if frames else None))
     return (*range(start), *(start + token for token in inner), *range(start + size, tokens))
 
 
@@ -98,10 +109,13 @@ def block_ranges(placement: Placement, tokens: int, ranges: Sequence[int], block
 
 
 class _GridCoordinates:
-    """Coordinates of the tokens of a grid, along each axis; tokens are numbered in raster order."""
+    """Coordinates of the tokens of a grid, along each axis; tokens are numbered in raster order.
 
-    def __init__(self, sizes: tuple[int, ...]) -> None:
-        self.sizes = sizes
+    frames: how many a box may have. Until it has no more it is cut in time, and from then on in space alone.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], frames: int | None = None) -> None:
+        self.sizes, self.frames = sizes, frames
         strides = [prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
         self.axes = [
             [token // stride % size for token in range(prod(sizes))]
@@ -110,9 +124,17 @@ class _GridCoordinates:
         self._keys: dict[tuple[int, ...], list[int]] = {}
 
     def extent(self, tokens: Iterable[int], axis: int) -> int:
-        """Length of the box around ``tokens`` along ``axis``; in time, the first of three axes, it counts double."""
+        """Length of the box around ``tokens`` along ``axis``; in time, the first of three axes, it counts double.
+
+        Or with ``frames`` more than any length in space, or nothing.
+        """
         along = [self.axes[axis][token] for token in tokens]
-        return (max(along) - min(along) + 1) * (_TIME_WEIGHT if axis == 0 and len(self.sizes) == 3 else 1)
+        length = max(along) - min(along) + 1
+        if axis > 0 or len(self.sizes) < 3:
+            return length
+        if self.frames is None:
+            return _TIME_WEIGHT * length
+        return sum(self.sizes) if length > self.frames else 0
 
     def sort_keys(self, axes: tuple[int, ...]) -> list[int]:
         """For each token its sorting key by the first of ``axes``, then the second, then the third."""

@@ -37,7 +37,7 @@ def spread(placement: Placement, tokens: int, block: int) -> float:
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("kind", ORDERS)
+@pytest.mark.parametrize("kind", [*ORDERS, "tiles:1", "tiles:4", "tiles:99"])
 @pytest.mark.parametrize(("before", "behind"), [(0, 0), (77, 0), (5, 40)])
 def test_an_order_is_a_permutation_that_leaves_other_tokens_alone(
     kind: str, grid: tuple[int, ...], before: int, behind: int
@@ -69,6 +69,35 @@ def test_blocks_are_compact(kind: str, grid: tuple[int, ...], block: int, start:
     tokens = start + prod(grid)
     assert spread(Placement(kind, grid, start, (block, block)), tokens, block) <= most
     assert spread(Placement("raster", grid, start, (block, block)), tokens, block) > 20 * most
+
+
+@pytest.mark.parametrize(
+    ("frames", "box"),
+    [(1, (1, 8, 8)), (2, (2, 4, 8)), (4, (4, 4, 4)), (8, (8, 2, 4)), (16, (16, 2, 2)), (99, (16, 2, 2))],
+)
+def test_tiles_of_so_many_frames(frames: int, box: tuple[int, ...]) -> None:
+    order = positions(Placement(f"tiles:{frames}", (16, 32, 32), 0, (64, 64)), 16 * 32 * 32)
+    for first in range(0, len(order), 64):
+        points = zip(*(coordinates(token, (16, 32, 32)) for token in order[first : first + 64]), strict=True)
+        assert tuple(max(along) - min(along) + 1 for along in points) == box
+
+
+@pytest.mark.parametrize("frames", [1, 2, 4, 8])
+def test_tiles_of_so_many_frames_in_a_grid_that_is_no_multiple_of_them(frames: int) -> None:
+    order = positions(Placement(f"tiles:{frames}", (21, 30, 52), 0, (64, 64)), 21 * 30 * 52)
+    spans = []
+    for first in range(0, len(order), 64):
+        times = {token // (30 * 52) for token in order[first : first + 64]}
+        spans.append(max(times) - min(times) + 1)
+    assert sum(span <= frames + 1 for span in spans) > 0.9 * len(spans)
+    assert frames / 2 <= sum(spans) / len(spans) <= frames + 1
+
+
+@pytest.mark.parametrize("kind", ["tiles:1", "tiles:7"])
+def test_a_picture_has_one_frame(kind: str) -> None:
+    grid = (30, 52)
+    tiles, own = (Placement(name, grid, 0, (64, 64)) for name in ("tiles", kind))
+    assert positions(own, prod(grid)) == positions(tiles, prod(grid))
 
 
 def test_tiles_suit_blocks_of_queries_and_of_keys() -> None:
