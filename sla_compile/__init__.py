@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sla_compile.fitting.allocation_by_time import allocate_by_time
     from sla_compile.fitting.calibration import CalibrationReport, calibrate
     from sla_compile.fitting.distillation import DistillationReport, distill
+    from sla_compile.fitting.orders import OrderReport, choose_orders
     from sla_compile.fitting.sparsity import anneal, set_sparsity
     from sla_compile.fitting.sparsity_plan import SparsityPlan
     from sla_compile.gate import Gate, detach, gate_parameters, gates
@@ -50,6 +51,7 @@ __all__ = [
     "DoctorReport",
     "Gate",
     "LateGatesWarning",
+    "OrderReport",
     "RecompileLimitWarning",
     "Report",
     "RunCounters",
@@ -64,6 +66,7 @@ __all__ = [
     "atlas",
     "bench",
     "calibrate",
+    "choose_orders",
     "compare",
     "detach",
     "distill",
@@ -96,6 +99,7 @@ _HOMES = {
     "TokenOrderWarning": "user_warnings",
     "UnmatchedPatternWarning": "user_warnings",
     "UntrainedGatesWarning": "user_warnings",
+    "OrderReport": "fitting.orders",
     "Report": "reporting.model_report",
     "RunCounters": "inspection.counters",
     "SLAConfig": "config",
@@ -106,6 +110,7 @@ _HOMES = {
     "atlas": "inspection.atlas",
     "bench": "inspection.benchmark",
     "calibrate": "fitting.calibration",
+    "choose_orders": "fitting.orders",
     "compare": "inspection.comparison",
     "detach": "gate",
     "distill": "fitting.distillation",

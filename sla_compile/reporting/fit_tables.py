@@ -1,4 +1,4 @@
-"""The reports of `calibrate`, `distill` and `allocate` as rich draws them: one row for each attention."""
+"""The reports of `calibrate`, `distill`, `allocate` and `choose_orders`, drawn by rich: one row for each attention."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from sla_compile.reporting.terminal import TABLE_WIDTH
 if TYPE_CHECKING:
     from sla_compile.fitting.allocation import SiteAllocation
     from sla_compile.fitting.calibration import CalibratedSite, SiteError
+    from sla_compile.fitting.orders import SiteOrder
     from sla_compile.fitting.sparsity_plan import PlanLevel, SparsityPlan
 
-__all__ = ["AllocationView", "CalibrationView", "ErrorsView", "PlanView"]
+__all__ = ["AllocationView", "CalibrationView", "ErrorsView", "OrderView", "PlanView"]
 
 
 class _SitesView:
@@ -118,6 +119,24 @@ class AllocationView(_SitesView):
     def sentence(self, site: SiteAllocation) -> str:
         topk, before, uniform, now = self.cells(site)
         return f"topk {topk}, error {before} -> {now} ({uniform} with the budget as topk)"
+
+
+class OrderView(_SitesView):
+    """The token order that each site was given, and its error with each that was tried."""
+
+    caption = "relative attention error with each order; that of the order it has now is in brackets"
+
+    def __init__(self, title: str, sites: Sequence[SiteOrder], unreached: Sequence[str], orders: Sequence[str]) -> None:
+        super().__init__(title, sites, unreached)
+        self.columns = tuple(orders)
+
+    def cells(self, site: SiteOrder) -> tuple[str, ...]:
+        shown = {order: f"{error:.4f}" for order, error in site.errors.items()}
+        return tuple(f"[{shown[o]}]" if o == site.order and o in shown else shown.get(o, "-") for o in self.columns)
+
+    def sentence(self, site: SiteOrder) -> str:
+        errors = ", ".join(f"{order} {error:.4f}" for order, error in site.errors.items())
+        return f"{site.order_before} -> {site.order}, error {errors}"
 
 
 class PlanView:

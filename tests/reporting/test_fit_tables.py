@@ -74,3 +74,17 @@ def test_report_of_allocate_renders() -> None:
         assert f"-> {100 * report.sites[1].topk:.3g}%" in text
     assert "AllocationReport of Model" in repr(report)
     assert f"output error {report.output_uniform:.4f} spread evenly, {report.output:.4f} as allocated" in report.title
+
+
+def test_report_of_choose_orders_renders() -> None:
+    model = prepared(uneven(), grid=(4, 8, 10))
+    report = sla_compile.choose_orders(model, videos(), orders=("raster", "tiles:1", "tiles:4"))
+    data = json.loads(report.to_json())
+    assert data["sites"][1]["errors"] == report.sites[1].errors
+    for width in (60, 120):
+        text = plain_text(dataclasses.replace(report, unreached=("blocks.9.sla",)).__rich__(), width)
+        assert all(len(line) <= width for line in text.splitlines())
+        assert "not reached, left as they were: blocks.9.sla" in text
+        assert all(f"{error:.4f}" in text for site in report.sites for error in site.errors.values())
+    assert "OrderReport of Model" in repr(report)
+    assert f"output error {report.output_before:.4f} -> {report.output:.4f}" in report.title

@@ -202,6 +202,12 @@ def fitted(kind: str, model: Any, batches: list[tuple[Tensor]]) -> dict[str, Ten
     }
 
 
+def chosen(model: Any, batches: list[tuple[Tensor]]) -> dict[str, dict[str, float]]:
+    """The errors that choose_orders measures, by gate path and order."""
+    report = sla_compile.choose_orders(model, batches, orders=("raster", "tiles:1"))
+    return {site.path: dict(site.errors) for site in report.sites}
+
+
 def fitting(rank: int, folder: Path) -> None:
     """Each rank with batches of its own: all get the gates that one process gets from all batches."""
     config = {**OPTIONS, "max_topk": 0.9}
@@ -223,6 +229,18 @@ def fitting(rank: int, folder: Path) -> None:
                 dist.all_gather(others, tensor.contiguous())
                 assert torch.equal(others[0], others[1]), f"{kind}, {wrapper}: {name} differs between ranks"
                 assert_close(f"{kind}, {wrapper}: {name}", tensor.double(), expected[name].double(), 1e-9)
+    grid = {**OPTIONS, "grid": (4, 5, 5)}
+    orders = [
+        chosen(prepared(grid), [(TOKENS,)]),
+        chosen(nn.parallel.DistributedDataParallel(prepared(grid)), [(TOKENS[rank : rank + 1],)]),
+    ]
+    for path, errors in orders[0].items():
+        for order, error in errors.items():
+            assert orders[1][path][order] == pytest.approx(error, rel=1e-9), f"{path}, {order}"
+    with pytest.raises(
+        ValueError, match=r"in fully_shard, which cannot be prepared again; accepted: choose_orders before"
+    ):
+        chosen(sharded(prepared(grid)), [(TOKENS[:1],)])
     with pytest.raises(ValueError, match=r"loss: got 'output' with a gate that is sharded, blocks\.0\.attention"):
         fitted("output", sharded(prepared(config)), [(TOKENS[:1],)])
     with pytest.raises(TypeError, match=r"group: got int; accepted: a torch\.distributed\.ProcessGroup, or None"):
