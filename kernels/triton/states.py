@@ -67,6 +67,28 @@ def mean_kernel(
     tl.store(pooled + tl.program_id(0).to(tl.int64) * HEAD_DIM + dims, mean, mask=dims < HEAD_DIM)
 
 
+@triton.jit
+def add_keys(
+    key, bias, start, rows, dims, num_tokens, key_sum, normalizer, total, state_type: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, FEATURE_MAP: tl.constexpr, STORE_POOLED: tl.constexpr,
+    HAS_KEY_BIAS: tl.constexpr,
+):  # fmt: skip
+    """phi of a tile of keys, and the sums of keys, of phi and of weights with theirs."""
+    phi = feature_map(key, dims, HEAD_DIM, PADDED, FEATURE_MAP)
+    if HAS_KEY_BIAS:
+        key_weight = tl.exp(load_key_bias(bias, start, rows, num_tokens))
+        total += tl.sum(key_weight, 0)
+        if STORE_POOLED:
+            key_sum += tl.sum(key.to(tl.float32) * key_weight[:, None], 0)
+        phi = (phi * key_weight[:, None]).to(state_type)
+    else:
+        if STORE_POOLED:
+            key_sum += tl.sum(key.to(tl.float32), 0)
+        phi = tl.where((start + rows < num_tokens)[:, None], phi, 0.0).to(state_type)
+    normalizer += tl.sum(phi.to(tl.float32), 0)
+    return phi, key_sum, normalizer, total
+
+
 @triton.jit(do_not_specialize=["stride_bias", "num_tokens", "num_blocks", "num_heads"])
 def key_state_kernel(
     k,
@@ -90,49 +112,54 @@ def key_state_kernel(
     BLOCK_K: tl.constexpr,
     TILE_K: tl.constexpr,
     CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     STORE_POOLED: tl.constexpr,
     HAS_KEY_BIAS: tl.constexpr,
 ):
     block, batch, head = locate_program(num_blocks, num_heads)
-    first_column = tl.program_id(1) * CHUNK
+    first_column = tl.program_id(1) * COLUMNS
     slot = tl.program_id(0).to(tl.int64)
     state_type = states.dtype.element_ty
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
     PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
     rows = tl.arange(0, TILE_K)
     dims = tl.arange(0, PADDED_DIM)
-    columns = first_column + tl.arange(0, CHUNK)
+    lanes = tl.arange(0, CHUNK)
     k_base = head_pointer(k, batch, head, stride_kb, stride_kh)
     v_base = head_pointer(v, batch, head, stride_vb, stride_vh)
+    bias_base = bias + batch.to(tl.int64) * stride_bias
+    state_base = states + slot * HEAD_DIM * PITCH
+    origin = tl.zeros([], tl.int32)
 
     key_sum = tl.zeros([PADDED_DIM], tl.float32)
     normalizer = tl.zeros([PADDED_DIM], tl.float32)
     total = tl.zeros([], tl.float32)
-    state = tl.zeros([PADDED_DIM, CHUNK], tl.float32)
-    for part in range(BLOCK_K // TILE_K):
-        start = block * BLOCK_K + part * TILE_K
+    if COLUMNS == CHUNK:
+        state = tl.zeros([PADDED_DIM, CHUNK], tl.float32)
+        for part in range(BLOCK_K // TILE_K):
+            start = block * BLOCK_K + part * TILE_K
+            key = load_tile(k_base, start, rows, dims, stride_kn, num_tokens, PITCH, PADDED)
+            value = load_tile(v_base, start, rows, first_column + lanes, stride_vn, num_tokens, PITCH, PADDED)
+            phi, key_sum, normalizer, total = add_keys(
+                key, bias_base, start, rows, dims, num_tokens, key_sum, normalizer, total, state_type, HEAD_DIM, PADDED,
+                FEATURE_MAP, STORE_POOLED, HAS_KEY_BIAS,
+            )  # fmt: skip
+            # [PADDED_DIM, TILE_K] x [TILE_K, CHUNK]
+            state = tl.dot(tl.trans(phi), value.to(state_type), state, input_precision="ieee")
+        store_tile(state_base, state, origin, dims, first_column + lanes, PITCH, HEAD_DIM, PITCH, PADDED)
+    else:
+        tl.static_assert(TILE_K == BLOCK_K, "phi is made once")
+        start = block * BLOCK_K
         key = load_tile(k_base, start, rows, dims, stride_kn, num_tokens, PITCH, PADDED)
-        value = load_tile(v_base, start, rows, columns, stride_vn, num_tokens, PITCH, PADDED)
-        phi = feature_map(key, dims, HEAD_DIM, PADDED, FEATURE_MAP)
-        if HAS_KEY_BIAS:
-            key_weight = tl.exp(load_key_bias(bias + batch.to(tl.int64) * stride_bias, start, rows, num_tokens))
-            total += tl.sum(key_weight, 0)
-            if STORE_POOLED:
-                key_sum += tl.sum(key.to(tl.float32) * key_weight[:, None], 0)
-            phi = (phi * key_weight[:, None]).to(state_type)
-        else:
-            if STORE_POOLED:
-                key_sum += tl.sum(key.to(tl.float32), 0)
-            phi = tl.where((start + rows < num_tokens)[:, None], phi, 0.0).to(state_type)
-        normalizer += tl.sum(phi.to(tl.float32), 0)
-        # [PADDED_DIM, TILE_K] x [TILE_K, CHUNK]
-        state = tl.dot(tl.trans(phi), value.to(state_type), state, input_precision="ieee")
-
-    store_tile(
-        states + slot * HEAD_DIM * PITCH, state, tl.zeros([], tl.int32), dims, columns, PITCH, HEAD_DIM,
-        PITCH, PADDED,
-    )  # fmt: skip
+        phi, key_sum, normalizer, total = add_keys(
+            key, bias_base, start, rows, dims, num_tokens, key_sum, normalizer, total, state_type, HEAD_DIM, PADDED,
+            FEATURE_MAP, STORE_POOLED, HAS_KEY_BIAS,
+        )  # fmt: skip
+        for first in tl.range(first_column, first_column + COLUMNS, CHUNK, num_stages=1):
+            value = load_tile(v_base, start, rows, first + lanes, stride_vn, num_tokens, PITCH, PADDED)
+            state = tl.dot(tl.trans(phi), value.to(state_type), input_precision="ieee")
+            store_tile(state_base, state, origin, dims, first + lanes, PITCH, HEAD_DIM, PITCH, PADDED)
     if tl.program_id(1) == 0:
         tl.store(normalizers + slot * HEAD_DIM + dims, normalizer, mask=dims < HEAD_DIM)
         if STORE_POOLED:
@@ -254,7 +281,10 @@ def key_states(
     normalizers = torch.empty((batch, heads, blocks, head_dim), dtype=torch.float32, device=k.device)
     pooled = torch.empty(normalizers.shape if pool else (0,), dtype=torch.float32, device=k.device)
     launch = launch_for("states", head_dim, k.dtype, block_k, block_k)
-    grid = (blocks * batch * heads, ceil_div(padded_dim(head_dim), launch.chunk))
+    # phi of a whole block of 128 keys is made once, for all columns
+    keeps_phi = launch.tile_k == block_k >= 128
+    columns = padded_dim(head_dim) if keeps_phi else launch.chunk
+    grid = (blocks * batch * heads, ceil_div(padded_dim(head_dim), columns))
     key_state_kernel[grid](
         k,
         v,
@@ -273,6 +303,7 @@ def key_states(
         BLOCK_K=block_k,
         TILE_K=launch.tile_k,
         CHUNK=launch.chunk,
+        COLUMNS=columns,
         FEATURE_MAP=options.feature_map,
         STORE_POOLED=pool,
         HAS_KEY_BIAS=key_bias is not None,
