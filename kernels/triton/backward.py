@@ -200,9 +200,11 @@ def attention_backward_key_kernel(
     HAS_KEY_BIAS: tl.constexpr,
     CAUSAL: tl.constexpr,
     GROUP: tl.constexpr,
+    HAS_GRAD_K: tl.constexpr,
+    HAS_GRAD_V: tl.constexpr,
 ):
-    """dK and dV of one tile of keys: the linear part from dh_j and dz_j, then its critical rows, of each query head
-    that has these keys."""
+    """dK and dV, or one of them, of one tile of keys: the linear part from dh_j and dz_j, then its critical rows, of
+    each query head that has these keys."""
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
     PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
     PARTS: tl.constexpr = BLOCK_Q // TILE_Q
@@ -220,7 +222,8 @@ def attention_backward_key_kernel(
     k_base = head_pointer(k, batch, head, stride_kb, stride_kh)
     v_base = head_pointer(v, batch, head, stride_vb, stride_vh)
     key = load_tile(k_base, first_key, keys, dims, stride_kn, num_keys, PITCH, PADDED)
-    value = load_tile(v_base, first_key, keys, dims, stride_vn, num_keys, PITCH, PADDED)
+    if HAS_GRAD_K:
+        value = load_tile(v_base, first_key, keys, dims, stride_vn, num_keys, PITCH, PADDED)
 
     if HAS_KEY_BIAS:
         logit_bias = load_key_bias(key_bias + batch.to(tl.int64) * stride_key_bias, first_key, keys, num_keys)
@@ -228,40 +231,44 @@ def attention_backward_key_kernel(
         # natural log -> log2
         logit_bias = logit_bias * LOG2E
 
-    value_accumulator = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
+    if HAS_GRAD_K:
+        key_accumulator = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
+    if HAS_GRAD_V:
+        value_accumulator = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
     if HAS_LINEAR:
         state_index = batch_head * state_rows + tl.minimum(block_column, state_rows - 1)
         state_base = grad_states + state_index * HEAD_DIM * PITCH
         state_type = grad_states.dtype.element_ty
         origin = tl.zeros([], tl.int32)
-        grad_phi = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
-        for first in tl.range(0, PADDED_DIM, CHUNK, num_stages=1):
-            columns = first + tl.arange(0, CHUNK)
-            grad_state = load_tile(state_base, origin, dims, columns, PITCH // 8, HEAD_DIM, PITCH, PADDED)
-            part = load_tile(v_base, first_key, keys, columns, stride_vn, num_keys, PITCH, PADDED)
-            # [TILE_K, CHUNK] x [CHUNK, PADDED_DIM]
-            grad_phi = tl.dot(part.to(state_type), tl.trans(grad_state), grad_phi, input_precision="ieee")
-        normalizer_base = grad_normalizers + state_index * HEAD_DIM
-        grad_phi += tl.load(normalizer_base + dims, mask=dims < HEAD_DIM, other=0.0)[None, :]
+        if HAS_GRAD_K:
+            grad_phi = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
+            for first in tl.range(0, PADDED_DIM, CHUNK, num_stages=1):
+                columns = first + tl.arange(0, CHUNK)
+                grad_state = load_tile(state_base, origin, dims, columns, PITCH // 8, HEAD_DIM, PITCH, PADDED)
+                part = load_tile(v_base, first_key, keys, columns, stride_vn, num_keys, PITCH, PADDED)
+                # [TILE_K, CHUNK] x [CHUNK, PADDED_DIM]
+                grad_phi = tl.dot(part.to(state_type), tl.trans(grad_state), grad_phi, input_precision="ieee")
+            normalizer_base = grad_normalizers + state_index * HEAD_DIM
+            grad_phi += tl.load(normalizer_base + dims, mask=dims < HEAD_DIM, other=0.0)[None, :]
         phi = feature_map(key, dims, HEAD_DIM, PADDED, FEATURE_MAP)
-        if HAS_KEY_BIAS:
-            grad_phi *= key_weight[:, None]
-        key_accumulator = feature_map_backward(key, phi, grad_phi, FEATURE_MAP)
-        if HAS_KEY_BIAS:
-            phi *= key_weight[:, None]
-        phi = phi.to(state_type)
-        for first in tl.range(0, PADDED_DIM, CHUNK, num_stages=1):
-            columns = first + tl.arange(0, CHUNK)
-            # a 0/1 product picks these columns of phi, exactly
-            place = (dims[:, None] == columns[None, :]).to(state_type)
-            part = tl.dot(phi, place, input_precision="ieee").to(state_type)
-            grad_state = load_tile(
-                state_base, origin + first, tl.arange(0, CHUNK), dims, PITCH // 8, HEAD_DIM, PITCH, PADDED
-            )
-            # [TILE_K, CHUNK] x [CHUNK, PADDED_DIM]
-            value_accumulator = tl.dot(part, grad_state, value_accumulator, input_precision="ieee")
-    else:
-        key_accumulator = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
+        if HAS_GRAD_K:
+            if HAS_KEY_BIAS:
+                grad_phi *= key_weight[:, None]
+            key_accumulator = feature_map_backward(key, phi, grad_phi, FEATURE_MAP)
+        if HAS_GRAD_V:
+            if HAS_KEY_BIAS:
+                phi *= key_weight[:, None]
+            phi = phi.to(state_type)
+            for first in tl.range(0, PADDED_DIM, CHUNK, num_stages=1):
+                columns = first + tl.arange(0, CHUNK)
+                # a 0/1 product picks these columns of phi, exactly
+                place = (dims[:, None] == columns[None, :]).to(state_type)
+                part = tl.dot(phi, place, input_precision="ieee").to(state_type)
+                grad_state = load_tile(
+                    state_base, origin + first, tl.arange(0, CHUNK), dims, PITCH // 8, HEAD_DIM, PITCH, PADDED
+                )
+                # [TILE_K, CHUNK] x [CHUNK, PADDED_DIM]
+                value_accumulator = tl.dot(part, grad_state, value_accumulator, input_precision="ieee")
 
     scale_log2 = scale * LOG2E
     q_base = head_pointer(q, batch, head, stride_qb, stride_qh)
@@ -292,35 +299,20 @@ def attention_backward_key_kernel(
             probability = tl.where((start + rows)[None, :] >= (first_key + keys)[:, None], probability, 0.0)
         grad = load_tile(grad_base, start, rows, dims, stride_gn, num_tokens, PITCH, PADDED)
         # [TILE_K, TILE_Q] x [TILE_Q, PADDED_DIM]
-        value_accumulator = tl.dot(probability.to(grad.dtype), grad, value_accumulator, input_precision="ieee")
-        grad_probability = tl.dot(value, tl.trans(grad), input_precision="ieee")
-        row_delta = tl.load(row_statistics + row_pitch + start + rows)
-        grad_scores = probability * (grad_probability * scale - row_delta[None, :])
-        key_accumulator = tl.dot(grad_scores.to(query.dtype), query, key_accumulator, input_precision="ieee")
-    grad_k_base = token_major_pointer(grad_k, batch, head, num_keys, num_heads, HEAD_DIM)
-    grad_v_base = token_major_pointer(grad_v, batch, head, num_keys, num_heads, HEAD_DIM)
-    store_tile(
-        grad_k_base,
-        key_accumulator,
-        first_key,
-        keys,
-        dims,
-        num_heads * HEAD_DIM,
-        num_keys,
-        HEAD_DIM,
-        PADDED,
-    )
-    store_tile(
-        grad_v_base,
-        value_accumulator,
-        first_key,
-        keys,
-        dims,
-        num_heads * HEAD_DIM,
-        num_keys,
-        HEAD_DIM,
-        PADDED,
-    )
+        if HAS_GRAD_V:
+            value_accumulator = tl.dot(probability.to(grad.dtype), grad, value_accumulator, input_precision="ieee")
+        if HAS_GRAD_K:
+            grad_probability = tl.dot(value, tl.trans(grad), input_precision="ieee")
+            row_delta = tl.load(row_statistics + row_pitch + start + rows)
+            grad_scores = probability * (grad_probability * scale - row_delta[None, :])
+            key_accumulator = tl.dot(grad_scores.to(query.dtype), query, key_accumulator, input_precision="ieee")
+    out_row = num_heads * HEAD_DIM
+    if HAS_GRAD_K:
+        grad_k_base = token_major_pointer(grad_k, batch, head, num_keys, num_heads, HEAD_DIM)
+        store_tile(grad_k_base, key_accumulator, first_key, keys, dims, out_row, num_keys, HEAD_DIM, PADDED)
+    if HAS_GRAD_V:
+        grad_v_base = token_major_pointer(grad_v, batch, head, num_keys, num_heads, HEAD_DIM)
+        store_tile(grad_v_base, value_accumulator, first_key, keys, dims, out_row, num_keys, HEAD_DIM, PADDED)
 
 
 def attention_backward_query(
@@ -403,45 +395,50 @@ def attention_backward_key(
     columns = ceil_div(k.shape[2], block_k)
     programs = batch * heads * columns * (block_k // launch.tile_k)
     dk, dv = (q.new_empty(batch, k.shape[2], heads, head_dim).transpose(1, 2) for _ in range(2))
-    attention_backward_key_kernel[(programs,)](
-        grad_out,
-        q,
-        k,
-        v,
-        statistics,
-        linear.states if linear is not None else q,
-        linear.normalizers if linear is not None else statistics,
-        lists.blocks,
-        lists.counts,
-        order,
-        key_bias if key_bias is not None else statistics,
-        dk,
-        dv,
-        *vector_strides(grad_out),
-        *vector_strides(q),
-        *vector_strides(k),
-        *vector_strides(v),
-        batch_stride(key_bias),
-        options.scale,
-        tokens,
-        k.shape[2],
-        columns,
-        heads,
-        lists.blocks.shape[3],
-        linear.states.shape[2] if linear is not None else 1,
-        HEAD_DIM=head_dim,
-        PADDED_DIM=padded_dim(head_dim),
-        BLOCK_Q=options.block_q,
-        BLOCK_K=block_k,
-        TILE_Q=launch.tile_q,
-        TILE_K=launch.tile_k,
-        CHUNK=launch.chunk,
-        FEATURE_MAP=options.feature_map,
-        HAS_LINEAR=linear is not None,
-        HAS_KEY_BIAS=key_bias is not None,
-        CAUSAL=options.causal,
-        GROUP=inputs.group,
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-    )
+    # more of both than this would not fit the registers of 8 warps: dV then has a launch of its own
+    fits = launch.tile_k * padded_dim(head_dim) <= 128 * 128
+    for has_grad_k, has_grad_v in ((True, True),) if fits else ((False, True), (True, False)):
+        attention_backward_key_kernel[(programs,)](
+            grad_out,
+            q,
+            k,
+            v,
+            statistics,
+            linear.states if linear is not None else q,
+            linear.normalizers if linear is not None else statistics,
+            lists.blocks,
+            lists.counts,
+            order,
+            key_bias if key_bias is not None else statistics,
+            dk,
+            dv,
+            *vector_strides(grad_out),
+            *vector_strides(q),
+            *vector_strides(k),
+            *vector_strides(v),
+            batch_stride(key_bias),
+            options.scale,
+            tokens,
+            k.shape[2],
+            columns,
+            heads,
+            lists.blocks.shape[3],
+            linear.states.shape[2] if linear is not None else 1,
+            HEAD_DIM=head_dim,
+            PADDED_DIM=padded_dim(head_dim),
+            BLOCK_Q=options.block_q,
+            BLOCK_K=block_k,
+            TILE_Q=launch.tile_q,
+            TILE_K=launch.tile_k,
+            CHUNK=launch.chunk,
+            FEATURE_MAP=options.feature_map,
+            HAS_LINEAR=linear is not None,
+            HAS_KEY_BIAS=key_bias is not None,
+            CAUSAL=options.causal,
+            GROUP=inputs.group,
+            HAS_GRAD_K=has_grad_k,
+            HAS_GRAD_V=has_grad_v,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+        )
     return dk, dv

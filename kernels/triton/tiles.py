@@ -130,13 +130,14 @@ _HALF: dict[tuple[str, int], Launch] = {
 }
 
 # the same above a head dimension of 128 where a program has 227 KiB of shared memory: of several the first whose tiles
-# are no larger than the blocks; without one, that above. No launch of dK and dV: one of those tried ended in an illegal
-# access, and none has been through a sanitizer
+# are no larger than the blocks; without one, that above
 _HOPPER: dict[str, tuple[Launch, ...]] = {
     "states": (Launch(64, 128, 128, 8, 1),),
     "forward": (Launch(128, 64, 64, 8, 2),),
     "linear_backward": (Launch(64, 64, 64, 8, 1),),
     "backward_query": (Launch(128, 32, 64, 8, 3), Launch(64, 64, 64, 8, 2)),
+    # the first makes dK and dV by programs of their own
+    "backward_key": (Launch(32, 128, 64, 8, 3), Launch(64, 64, 32, 8, 2)),
     "gate": (Launch(64, 64, 128, 8, 3),),
 }
 

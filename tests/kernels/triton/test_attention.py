@@ -21,6 +21,7 @@ import torch
 
 from sla_compile.common.limits import TAYLOR
 from sla_compile.kernels import reference
+from sla_compile.kernels.triton.launches import KERNELS, Launch, trying
 from tests.support.closeness import assert_close
 from tests.support.interpreter import INTERPRETED
 from tests.support.triton_cases import (
@@ -106,6 +107,19 @@ else:
     @pytest.mark.parametrize("case", SHAPES, ids=str)
     def test_shapes(case: Case) -> None:
         check_heads(case)
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case(tokens=150, heads=1, head_dim=136, block_q=64, block_k=128),
+            Case(tokens=150, head_dim=136, group=2, block_k=128, mask="moderate", causal=True, linear="all"),
+        ],
+        ids=str,
+    )
+    def test_wide_heads(case: Case) -> None:
+        """Tiles of which dK and dV have a launch each, and of which the states make phi once."""
+        with trying({(kernel, 256, "single"): Launch(64, 128, 64, 8, 1) for kernel in KERNELS}):
+            check(case, inputs(case, torch.float32, "cpu"), 1e-5, 1e-5)
 
     @pytest.mark.parametrize("case", GATES, ids=str)
     def test_gates(case: Case) -> None:

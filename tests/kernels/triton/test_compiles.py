@@ -186,6 +186,7 @@ def test_wide_heads_fit_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(masked, weight="none", bias="none")
     run_kernels(case, inputs(case, torch.bfloat16, "cpu"))
     assert {"attention_forward_kernel", "attention_backward_query_kernel"} <= {*compiled}
+    assert compiled.count("attention_backward_key_kernel") == 2, "dK and dV have a launch each"
 
 
 @pytest.mark.parametrize(
