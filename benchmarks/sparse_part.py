@@ -42,7 +42,8 @@ from sla_compile.kernels.triton import steps as triton_steps
 BATCH, HEADS, TOKENS, HEAD_DIM = 1, 12, 32768, 128
 SHAPES = [
     *((128, 12, torch.bfloat16), (128, 12, torch.float16), (96, 16, torch.bfloat16), (80, 16, torch.bfloat16)),
-    *((72, 16, torch.bfloat16), (64, 24, torch.bfloat16), (40, 24, torch.bfloat16), (256, 6, torch.bfloat16)),
+    *((72, 16, torch.bfloat16), (64, 24, torch.bfloat16), (40, 24, torch.bfloat16)),
+    *((192, 8, torch.bfloat16), (256, 6, torch.bfloat16)),
 ]
 """Head dimension, heads and type; the first is what the others are compared with."""
 

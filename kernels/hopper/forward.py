@@ -52,6 +52,8 @@ class HopperLaunch:
 
     tile_q: int
     """Queries of one program, 64 for each consumer warpgroup."""
+    tile_k: int
+    """Keys of a tile, a block or part of one."""
     stages: int
     """Tiles in the ring of keys, and in that of values."""
     matrices_in_rings: bool
@@ -67,13 +69,26 @@ class HopperLaunch:
 def hopper_launch(block_q: int, block_k: int, padded: int) -> HopperLaunch:
     """Two consumers share the lists of a block of 128 queries; a block of 64 has one, and two programs fit.
 
-    A tile of keys that is smaller than a matrix leaves it a buffer of its own, and less room for outputs.
+    A tile of keys that is smaller than a matrix leaves it a buffer of its own, and less room for outputs. Above 128
+    columns a matrix comes through the rings in parts of 64 columns, each as large as a tile of 64 keys.
     """
+    if padded > 128:
+        consumers = 2 if block_q % 128 == 0 else 1
+        return HopperLaunch(
+            tile_q=64 * consumers,
+            tile_k=64,
+            stages=2,
+            matrices_in_rings=True,
+            outputs=0,
+            registers=168 if consumers == 2 else 240,
+            programs=1,
+        )
     narrow = padded * block_k <= 64 * 128
     in_rings = block_k >= padded
     if block_q % 128 == 0:
         return HopperLaunch(
             tile_q=128,
+            tile_k=block_k,
             stages=4 if narrow else 2,
             matrices_in_rings=in_rings,
             outputs=2 if in_rings else 1,
@@ -82,6 +97,7 @@ def hopper_launch(block_q: int, block_k: int, padded: int) -> HopperLaunch:
         )
     return HopperLaunch(
         tile_q=64,
+        tile_k=block_k,
         stages=2 if narrow else 1,
         matrices_in_rings=in_rings,
         outputs=2 if in_rings else 0,
@@ -99,6 +115,68 @@ def first_matrix(buffer, dtype: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
+def columns_of_matrix(buffer, dtype: gl.constexpr):
+    """64 columns of a matrix [1, dims, 64] in the place of a tile [1, 1, 64, dims]."""
+    shape: gl.constexpr = [1, buffer.type.shape[3], 64]
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(shape, dtype)
+    return view_as(buffer, dtype, shape, layout)
+
+
+@gluon.jit
+def tiles_in_list(row_list, count, num_keys, PARTS: gl.constexpr, TILE_K: gl.constexpr):
+    """Tiles of keys in a list of ``count`` blocks, without those of the last block that begin past the last key."""
+    last = gl.load(row_list + count - 1)
+    return count * PARTS - gl.maximum((last + 1) * PARTS - gl.cdiv(num_keys, TILE_K), 0)
+
+
+@gluon.jit
+def features_in_place(
+    tile, normalizer, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr, FEATURE_MAP: gl.constexpr, layout: gl.constexpr
+):
+    """phi of the rows in ``tile`` [ROWS, dims] in their place, as bfloat16, and phi times the ``normalizer``. 64
+    columns at a time, which takes few registers."""
+    PADDED_DIM: gl.constexpr = tile.type.shape[1]
+    PARTS: gl.constexpr = PADDED_DIM // 64
+    shape: gl.constexpr = [ROWS, PADDED_DIM]
+    phi_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(shape, gl.bfloat16)
+    features = view_as(tile, gl.bfloat16, shape, phi_layout)
+    lanes = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+    row_layout: gl.constexpr = gl.SliceLayout(1, layout)
+    largest = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
+    total = gl.zeros([ROWS], gl.float32, row_layout)
+    if FEATURE_MAP == "softmax":
+        for part in gl.static_range(PARTS):
+            x = tile.slice(part * 64, 64, dim=1).load(layout).to(gl.float32)
+            if part * 64 + 64 > HEAD_DIM:
+                x = gl.where((part * 64 + lanes < HEAD_DIM)[None, :], x, float("-inf"))
+            largest = gl.maximum(largest, gl.max(x, 1))
+        for part in gl.static_range(PARTS):
+            x = tile.slice(part * 64, 64, dim=1).load(layout).to(gl.float32)
+            if part * 64 + 64 > HEAD_DIM:
+                x = gl.where((part * 64 + lanes < HEAD_DIM)[None, :], x, float("-inf"))
+            total += gl.sum(gl.exp2((x - largest[:, None]) * LOG2E), 1)
+        total = 1.0 / total
+    denominator = gl.zeros([ROWS], gl.float32, row_layout)
+    for part in gl.static_range(PARTS):
+        x = tile.slice(part * 64, 64, dim=1).load(layout).to(gl.float32)
+        dims = part * 64 + lanes
+        if FEATURE_MAP == "softmax":
+            phi = gl.exp2((x - largest[:, None]) * LOG2E) * total[:, None]
+        elif FEATURE_MAP == "elu":
+            phi = gl.where(x > 0, x + 1.0, gl.exp2(gl.minimum(x, 0.0) * LOG2E))
+        else:
+            phi = gl.maximum(x, 0.0)
+        if part * 64 + 64 > HEAD_DIM:
+            phi = gl.where((dims < HEAD_DIM)[None, :], phi, 0.0)
+            weight = gl.load(normalizer + dims, mask=dims < HEAD_DIM, other=0.0)
+        else:
+            weight = gl.load(normalizer + dims)
+        denominator += gl.sum(phi * weight[None, :], 1)
+        features.slice(part * 64, 64, dim=1).store(phi.to(gl.bfloat16))
+    return features, denominator
+
+
+@gluon.jit
 def forward_producer(
     descriptors,
     buffers,
@@ -109,7 +187,9 @@ def forward_producer(
     extents,
     BLOCK_Q: gl.constexpr,
     TILE_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr,
     TILE_K: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
     MATRICES_IN_RINGS: gl.constexpr,
     HAS_LINEAR: gl.constexpr,
     HAS_VIRTUAL: gl.constexpr,
@@ -124,6 +204,8 @@ def forward_producer(
     num_rows, total_tiles, tiles_per_head, num_heads, list_width, state_rows, gate_heads, num_virtual = extents
     STAGES: gl.constexpr = k_ring.type.shape[0]
     CONSUMERS: gl.constexpr = TILE_Q // 64
+    PARTS: gl.constexpr = BLOCK_K // TILE_K
+    PADDED_DIM: gl.constexpr = k_ring.type.shape[4]
 
     filled = 0
     turn = 0
@@ -147,7 +229,9 @@ def forward_producer(
             if CAUSAL:
                 _first, _edge, unseen = edge_blocks(query_tile * TILE_Q, row, mask[0], BLOCK_Q, TILE_Q, TILE_K)
                 count -= unseen
-            block = gl.load(row_list + count - 1)
+            if PARTS > 1:
+                count = tiles_in_list(row_list, count, mask[0], PARTS, TILE_K)
+            block = gl.load(row_list + (count - 1) // PARTS)
 
         for consumer in gl.static_range(CONSUMERS):
             mbarrier.wait(q_empty.index(consumer), (turn & 1) ^ 1)
@@ -156,9 +240,9 @@ def forward_producer(
             load_tile(q_desc, at, q_full.index(consumer), q_buffers.index(consumer))
         turn += 1
         for step in range(count):
-            start = block * TILE_K
+            start = block * BLOCK_K + (count - 1 - step) % PARTS * TILE_K
             # from the last block to the first, so that partial ones come first; read one ahead
-            block = gl.load(row_list + gl.maximum(count - 2 - step, 0))
+            block = gl.load(row_list + gl.maximum(count - 2 - step, 0) // PARTS)
             index = filled % STAGES
             phase = (filled // STAGES & 1) ^ 1
             mbarrier.wait(k_empty.index(index), phase)
@@ -210,7 +294,20 @@ def forward_producer(
             dtype: gl.constexpr = gate_desc.dtype
             state_dtype: gl.constexpr = state_desc.dtype
             layout: gl.constexpr = gate_desc.layout
-            if MATRICES_IN_RINGS:
+            if PADDED_DIM > 128:
+                for part in range(gl.cdiv(HEAD_DIM, 64)):
+                    index = filled % STAGES
+                    phase = (filled // STAGES & 1) ^ 1
+                    mbarrier.wait(k_empty.index(index), phase)
+                    mbarrier.expect(k_full.index(index), state_desc.block_type.nbytes)
+                    state = columns_of_matrix(k_ring.index(index), state_dtype)
+                    load_tile(state_desc, [state_row, 0, part * 64], k_full.index(index), state)
+                    mbarrier.wait(v_empty.index(index), phase)
+                    mbarrier.expect(v_full.index(index), gate_desc.block_type.nbytes)
+                    gate = columns_of_matrix(v_ring.index(index), dtype)
+                    load_tile(gate_desc, [gate_row, 0, part * 64], v_full.index(index), gate)
+                    filled += 1
+            elif MATRICES_IN_RINGS:
                 index = filled % STAGES
                 phase = (filled // STAGES & 1) ^ 1
                 mbarrier.wait(k_empty.index(index), phase)
@@ -331,6 +428,7 @@ def forward_consumer(
     CONSUMER: gl.constexpr,
     BLOCK_Q: gl.constexpr,
     TILE_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr,
     TILE_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     PADDED_DIM: gl.constexpr,
@@ -367,6 +465,7 @@ def forward_consumer(
     # stores that may still be reading when the next is made, which has another buffer
     PENDING: gl.constexpr = 1 if HAS_LINEAR and OUTPUTS == 2 else 0
     matrix_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, PADDED_DIM, PADDED_DIM], dtype)
+    PARTS: gl.constexpr = BLOCK_K // TILE_K
 
     taken = 0
     turn = 0
@@ -388,7 +487,10 @@ def forward_consumer(
             # of the block that is last on the diagonal, which comes first
             ahead = query_tile * TILE_Q + CONSUMER * ROWS - (edge_block + edge - 1) * TILE_K
         else:
-            first_start = gl.load(lists + line * list_width + count - 1) * TILE_K
+            row_list = lists + line * list_width
+            if PARTS > 1:
+                count = tiles_in_list(row_list, count, num_keys, PARTS, TILE_K)
+            first_start = gl.load(row_list + (count - 1) // PARTS) * BLOCK_K + (count - 1) % PARTS * TILE_K
 
         mbarrier.wait(q_full.index(CONSUMER), turn & 1)
         turn += 1
@@ -510,7 +612,36 @@ def forward_consumer(
             accumulating = warpgroup_mma(weighed, slope, accumulator, is_async=True)
             accumulator = warpgroup_mma_wait(0, deps=(accumulating,))
             mbarrier.arrive(slope_empty, count=1)
-        if HAS_LINEAR:
+        if HAS_LINEAR and PADDED_DIM > 128:
+            state_row = batch_head * state_rows + gl.minimum(row, state_rows - 1)
+            normalizer = normalizers + state_row * HEAD_DIM
+            phi, denominator = features_in_place(query, normalizer, ROWS, HEAD_DIM, FEATURE_MAP, scores_layout)
+            inverse = reciprocal_or_zero(denominator)
+            # each thread's fence comes before any warp's product
+            fence_async_shared()
+            all_threads()
+            part_leaving = out_buffers.index(CONSUMER)
+            for part in range(gl.cdiv(HEAD_DIM, 64)):
+                index = taken % STAGES
+                phase = taken // STAGES & 1
+                mbarrier.wait(k_full.index(index), phase)
+                state = columns_of_matrix(k_ring.index(index), gl.bfloat16).reshape([PADDED_DIM, 64])
+                linear = warpgroup_mma(phi, state, zero_scores, use_acc=False, is_async=True)
+                linear = warpgroup_mma_wait(0, deps=(linear,))
+                mbarrier.arrive(k_empty.index(index), count=1)
+                linear = (linear * inverse[:, None]).to(dtype)
+                tma.store_wait(0)
+                part_leaving.reshape([ROWS, 64]).store(linear)
+                fence_async_shared()
+                store_tile(linear_desc, [batch, head, first, part * 64], part_leaving)
+                linear_operand = gl.convert_layout(linear, weights_layout)
+                mbarrier.wait(v_full.index(index), phase)
+                gate = columns_of_matrix(v_ring.index(index), dtype).reshape([PADDED_DIM, 64])
+                accumulating = warpgroup_mma(linear_operand, gate.permute((1, 0)), accumulator, is_async=True)
+                accumulator = warpgroup_mma_wait(0, deps=(accumulating,))
+                mbarrier.arrive(v_empty.index(index), count=1)
+                taken += 1
+        elif HAS_LINEAR:
             own = query.load(out_layout).to(gl.float32)
             if OUTPUTS > 0:
                 fence_async_shared()
@@ -608,6 +739,7 @@ def attention_forward_kernel(
     num_virtual,
     BLOCK_Q: gl.constexpr,
     TILE_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr,
     TILE_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     PADDED_DIM: gl.constexpr,
@@ -636,13 +768,16 @@ def attention_forward_kernel(
     if OUTPUTS > 0:
         shape: gl.constexpr = [CONSUMERS * OUTPUTS] + q_desc.block_type.shape
         out_buffers = gl.allocate_shared_memory(q_desc.dtype, shape, q_desc.layout)
+    elif HAS_LINEAR and PADDED_DIM > 128:
+        part_shape: gl.constexpr = [CONSUMERS] + linear_desc.block_type.shape
+        out_buffers = gl.allocate_shared_memory(linear_desc.dtype, part_shape, linear_desc.layout)
     bias_ring = k_ring
     if HAS_MASK:
         bias_ring = gl.allocate_shared_memory(
             gl.float32, [STAGES] + key_bias_desc.block_type.shape, key_bias_desc.layout
         )
-    causal_mask = (num_queries,) if CAUSAL else ()
-    mask = (bias_ring, key_bias_desc, partial, bias_rows) if HAS_MASK else causal_mask
+    length = (num_queries,) if CAUSAL else (num_keys,) if BLOCK_K > TILE_K else ()
+    mask = (bias_ring, key_bias_desc, partial, bias_rows) if HAS_MASK else length
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -677,13 +812,13 @@ def attention_forward_kernel(
             [
                 (forward_consumer, (
                     buffers, barriers, lists, counts, normalizers, bias, virtual_bias, mask, out_desc, linear_desc,
-                    lse, scale_log2, stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
-                    PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
+                    lse, scale_log2, stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
+                    HEAD_DIM, PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
                     HAS_COUNTS, HAS_MASK, CAUSAL,
                 )),
                 (forward_producer, (
-                    descriptors, buffers, barriers, lists, counts, mask, extents, BLOCK_Q, TILE_Q, TILE_K,
-                    MATRICES_IN_RINGS, HAS_LINEAR, HAS_VIRTUAL, HAS_COUNTS, HAS_MASK, CAUSAL, GROUP,
+                    descriptors, buffers, barriers, lists, counts, mask, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
+                    HEAD_DIM, MATRICES_IN_RINGS, HAS_LINEAR, HAS_VIRTUAL, HAS_COUNTS, HAS_MASK, CAUSAL, GROUP,
                 )),
             ],
             [1],
@@ -694,19 +829,19 @@ def attention_forward_kernel(
             [
                 (forward_consumer, (
                     buffers, barriers, lists, counts, normalizers, bias, virtual_bias, mask, out_desc, linear_desc,
-                    lse, scale_log2, stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
-                    PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
+                    lse, scale_log2, stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
+                    HEAD_DIM, PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
                     HAS_COUNTS, HAS_MASK, CAUSAL,
                 )),
                 (forward_consumer, (
                     buffers, barriers, lists, counts, normalizers, bias, virtual_bias, mask, out_desc, linear_desc,
-                    lse, scale_log2, stride_bh, num_queries, num_keys, extents, 1, BLOCK_Q, TILE_Q, TILE_K, HEAD_DIM,
-                    PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
+                    lse, scale_log2, stride_bh, num_queries, num_keys, extents, 1, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
+                    HEAD_DIM, PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
                     HAS_COUNTS, HAS_MASK, CAUSAL,
                 )),
                 (forward_producer, (
-                    descriptors, buffers, barriers, lists, counts, mask, extents, BLOCK_Q, TILE_Q, TILE_K,
-                    MATRICES_IN_RINGS, HAS_LINEAR, HAS_VIRTUAL, HAS_COUNTS, HAS_MASK, CAUSAL, GROUP,
+                    descriptors, buffers, barriers, lists, counts, mask, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
+                    HEAD_DIM, MATRICES_IN_RINGS, HAS_LINEAR, HAS_VIRTUAL, HAS_COUNTS, HAS_MASK, CAUSAL, GROUP,
                 )),
             ],
             [4, 1],
@@ -749,16 +884,18 @@ def _forward(
     programs = min(total, multiprocessors(q.device.index) * launch.programs)
     # a handful of numbers; a stride of its own would cost the kernel registers
     bias = bias.contiguous() if bias is not None else None
+    # columns of matrices, and of the linear branch's output, that are handled at a time
+    part = 64 if padded > 128 else padded
     states = linear.states if linear is not None else virtual.slopes if virtual is not None else None
     # an absent tensor's place is taken by one that is there; the kernel does not touch it
     attention_forward_kernel[(programs,)](
         tile_descriptor(q, 64),
-        tile_descriptor(k, block_k),
-        tile_descriptor(v, block_k),
-        matrix_descriptor(states if states is not None else q, head_dim),
-        matrix_descriptor(gate if gate is not None else q, head_dim),
-        tile_descriptor(virtual.keys if virtual is not None else k, block_k),
-        tile_descriptor(virtual.values if virtual is not None else v, block_k),
+        tile_descriptor(k, launch.tile_k),
+        tile_descriptor(v, launch.tile_k),
+        matrix_descriptor(states if states is not None else q, head_dim, columns=part),
+        matrix_descriptor(gate if gate is not None else q, head_dim, columns=part),
+        tile_descriptor(virtual.keys if virtual is not None else k, launch.tile_k),
+        tile_descriptor(virtual.values if virtual is not None else v, launch.tile_k),
         lists.blocks,
         lists.counts if lists.counts is not None else lists.blocks,
         linear.normalizers if linear is not None else lse,
@@ -769,7 +906,7 @@ def _forward(
         lists.partial,
         weights.bias.shape[0] if weights is not None else None,
         tile_descriptor(out, 64),
-        tile_descriptor(linear_out if linear is not None else out, 64),
+        tile_descriptor(linear_out if linear is not None else out, 64, part),
         lse,
         options.scale * LOG2E.value,
         head_stride(bias, 1),
@@ -785,7 +922,8 @@ def _forward(
         virtual.keys.shape[2] if virtual is not None else 0,
         BLOCK_Q=block_q,
         TILE_Q=launch.tile_q,
-        TILE_K=block_k,
+        BLOCK_K=block_k,
+        TILE_K=launch.tile_k,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded,
         STAGES=launch.stages,

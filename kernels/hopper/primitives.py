@@ -131,8 +131,8 @@ def reciprocal_or_zero(denominator):
 
 
 def padded_dim(head_dim: int) -> int:
-    """Head dimension in shared memory: 64 or 128."""
-    return 64 if head_dim <= 64 else 128
+    """Head dimension in shared memory: 64, 128 or 256."""
+    return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
 
 
 @functools.cache
@@ -158,33 +158,36 @@ def descriptor_of(key: tuple[Any, ...], base: torch.Tensor, make: Callable[[], T
     return made
 
 
-def tile_descriptor(x: torch.Tensor, tile: int) -> TensorDescriptor:
-    """TMA over x (B, H, N, D), `vector_readable`, in tiles of ``tile`` tokens and the padded head dimension."""
+def tile_descriptor(x: torch.Tensor, tile: int, columns: int | None = None) -> TensorDescriptor:
+    """TMA over x (B, H, N, D), `vector_readable`, in tiles of ``tile`` tokens and the padded head dimension, or
+    ``columns`` of it."""
     shape, strides = x.shape, x.stride()
 
     def make() -> TensorDescriptor:
-        block = [1, 1, tile, padded_dim(shape[3])]
+        block = [1, 1, tile, columns or padded_dim(shape[3])]
         layout = gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[x.dtype])
         # an axis of one element may have any stride; TMA wants whole vectors
         pitches = [stride if size > 1 else block[3] for stride, size in zip(strides[:3], shape[:3], strict=True)]
         return TensorDescriptor(x, list(shape), [*pitches, 1], block, layout)
 
-    return descriptor_of((shape, strides, x.dtype, tile), x, make)
+    return descriptor_of((shape, strides, x.dtype, tile, columns), x, make)
 
 
-def matrix_descriptor(matrix: torch.Tensor, head_dim: int, rows: int | None = None) -> TensorDescriptor:
-    """TMA over a contiguous stack of (D, D) matrices whose rows are padded to 16 bytes, one matrix or ``rows`` of it a
-    tile."""
+def matrix_descriptor(
+    matrix: torch.Tensor, head_dim: int, rows: int | None = None, columns: int | None = None
+) -> TensorDescriptor:
+    """TMA over a contiguous stack of (D, D) matrices whose rows are padded to 16 bytes, one matrix, ``rows`` or
+    ``columns`` of it a tile."""
     shape, pitch = matrix.shape, matrix.stride(-2)
 
     def make() -> TensorDescriptor:
         padded = padded_dim(head_dim)
-        block = [1, rows or padded, padded]
+        block = [1, rows or padded, columns or padded]
         count = max(1, matrix.numel() // (head_dim * shape[-1]))
         layout = gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[matrix.dtype])
         return TensorDescriptor(matrix, [count, head_dim, head_dim], [head_dim * pitch, pitch, 1], block, layout)
 
-    return descriptor_of((shape, pitch, matrix.dtype, head_dim, rows, "matrix"), matrix, make)
+    return descriptor_of((shape, pitch, matrix.dtype, head_dim, rows, columns, "matrix"), matrix, make)
 
 
 def vectors_descriptor(vectors: torch.Tensor, tile: int) -> TensorDescriptor:

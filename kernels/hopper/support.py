@@ -7,12 +7,16 @@ import functools
 import torch
 import triton
 
+from sla_compile.common.limits import TAYLOR
 from sla_compile.common.options import BackwardOptions
 
-__all__ = ["available", "usable"]
+__all__ = ["WIDE", "available", "usable"]
 
 TRITON_VERSIONS = ((3, 6), (3, 9))
 """First and last minor version whose Gluon these kernels were compiled with: Gluon is experimental."""
+
+WIDE = 128
+"""Head dimensions above this have kernels of their own: a warpgroup has not the registers for dK and dV of 64 keys."""
 
 HOPPER = 9
 """Major compute capability."""
@@ -28,18 +32,20 @@ def available(device: int) -> bool:
 
 
 def usable(*tensors: torch.Tensor, options: BackwardOptions, has_key_mask: bool) -> bool:
-    """Whether the Gluon kernels take this call: 16-bit, head dimension a multiple of 8 up to 128, blocks of 64 or more,
-    causal only without a mask and with as many keys as queries.
+    """Whether the Gluon kernels take this call: 16-bit, head dimension a multiple of 8, blocks of 64 or more, causal
+    only without a mask and with as many keys as queries; above 128 dimensions neither causal nor with a mask or virtual
+    keys.
 
     ``tensors`` (B, H, L, D) are `vector_readable`. A scale below zero would turn the maximum into a minimum.
     """
     first = tensors[0]
+    plain = not (options.causal or has_key_mask or options.linear == TAYLOR)
     return (
         first.is_cuda
         and not (options.causal and (has_key_mask or len({x.shape[2] for x in tensors}) > 1))
+        and (first.shape[3] <= WIDE or plain)
         and first.numel() > 0  # TMA has no axis of size 0
         and first.dtype in (torch.float16, torch.bfloat16)
-        and first.shape[3] <= 128
         and first.shape[3] % 8 == 0  # TMA takes results in whole vectors
         and options.block_q in (64, 128, 256)
         and options.block_k in (64, 128)

@@ -36,7 +36,7 @@ def activations(head_dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> Tens
     return on_cuda(torch.zeros(1, 128, 2, head_dim, dtype=dtype).transpose(1, 2))
 
 
-@pytest.mark.parametrize("head_dim", [40, 64, 128])
+@pytest.mark.parametrize("head_dim", [40, 64, 128, 136, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_takes(head_dim: int, dtype: torch.dtype) -> None:
     x = activations(head_dim, dtype)
@@ -62,10 +62,18 @@ def test_takes_masks_of_keys_and_causal_attention_but_not_both() -> None:
     assert not hopper.usable(x, longer, longer, options=causal, has_key_mask=False)
 
 
+def test_takes_wide_heads_only_without_mask_order_and_virtual_keys() -> None:
+    x = activations(head_dim=256)
+    assert hopper.usable(x, x, x, options=replace(OPTIONS, linear="none"), has_key_mask=False)
+    assert not hopper.usable(x, x, x, options=OPTIONS, has_key_mask=True)
+    for change in ({"causal": True}, {"linear": "taylor"}):
+        assert not hopper.usable(x, x, x, options=replace(OPTIONS, **change), has_key_mask=False)
+
+
 def test_leaves_tensors() -> None:
     x = activations()
     on_the_cpu = torch.zeros(1, 2, 128, 64).bfloat16()
-    for other in (activations(head_dim=256), activations(head_dim=36), activations(dtype=torch.float32), on_the_cpu):
+    for other in (activations(head_dim=36), activations(head_dim=250), activations(dtype=torch.float32), on_the_cpu):
         assert not hopper.usable(other, other, other, options=OPTIONS, has_key_mask=False)
     # TMA wants strides above zero
     expanded = on_cuda(torch.zeros(1, 2, 128, 64, dtype=torch.bfloat16).expand(3, 2, 128, 64))

@@ -94,6 +94,8 @@ HOPPER_CASES = [
     (Case(tokens=300, keys=200, head_dim=128, block_k=128, weight="none"), torch.bfloat16),
     (Case(tokens=300, heads=4, group=4, head_dim=128, block_q=128, block_k=128, linear="taylor"), torch.bfloat16),
     (Case(tokens=300, head_dim=128, mask="bool", linear="taylor"), torch.float16),
+    (Case(tokens=300, heads=4, group=2, head_dim=200, block_q=128, block_k=128, linear="all"), torch.float16),
+    (Case(tokens=300, head_dim=256, feature_map="elu"), torch.bfloat16),
 ]
 """Likewise. The first has the largest tiles, of which the second fills the shared memory without room to write out."""
 
@@ -202,18 +204,23 @@ def test_every_launch_of_gluon_compiles(
     compiled = compile_launches(monkeypatch)
     monkeypatch.setattr(hopper, "usable", lambda *tensors, **settings: True)
     backward = ("backward_query", "backward_key", "linear_backward", "virtual_keys")
-    for user in ("states", "moments", "forward", *backward):
+    for user in ("states", "moments", "forward", "wide_query", "wide_key", *backward):
         module = importlib.import_module(f"sla_compile.kernels.hopper.{user}")
         assert module.multiprocessors is primitives.multiprocessors
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(backward_key, "worth_cutting", lambda columns, programs: cut)
     run_kernels(case, inputs(case, dtype, "cpu"))
-    expected = {"attention_forward_kernel", "query_kernel", "key_kernel"}
-    expected.add("column_parts_kernel" if cut else "longest_first_kernel")
-    if case.weight != "none" and case.linear != "taylor":
+    wide = "wide_" if case.head_dim > 128 else ""
+    expected = {"attention_forward_kernel", f"{wide}query_kernel", f"{wide}key_kernel"}
+    expected.add("column_parts_kernel" if cut and not wide else "longest_first_kernel")
+    if wide:
+        expected |= {"key_state_kernel", "linear_backward_kernel"}
+    elif case.weight != "none" and case.linear != "taylor":
         expected |= {"states_kernel", "linear_kernel"}
     if case.linear == "taylor":
         expected |= {"moments_kernel", "virtual_key_kernel"}
     assert expected <= {*compiled}
     in_triton = {"attention_backward_key_kernel", "key_state_kernel", "key_moment_kernel", "key_gradient_kernel"}
+    if wide:
+        in_triton.remove("key_state_kernel")
     assert not (in_triton | {"virtual_backward_query_kernel", "virtual_backward_key_kernel"}) & {*compiled}

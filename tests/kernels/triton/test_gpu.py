@@ -122,6 +122,22 @@ WIDE_HEADS = [
     Case(tokens=1003, head_dim=256, batch=2, block_q=128, block_k=128, mask="bool"),
     Case(tokens=1003, head_dim=256, block_q=256, block_k=128, causal=True, weight="per_head", bias="per_head"),
     Case(tokens=1003, head_dim=256, topk=0.2, weight="none", bias="none"),
+    Case(tokens=2003, keys=300, head_dim=136, block_q=128, block_k=64, topk=0.4, linear="none", bias="none"),
+    Case(tokens=1003, keys=2070, heads=6, group=3, head_dim=256, block_k=128, feature_map="relu", topk=0.2),
+    # more than two tiles for each of an H100's programs
+    Case(tokens=1003, heads=36, head_dim=256, block_q=128, block_k=128, topk=0.2, weight="per_head", bias="per_head"),
+    # in which the keys came before both consumers' parts of the linear branch's dQ
+    Case(tokens=999, head_dim=256, block_q=128, feature_map="elu", topk=0.2),
+    Case(tokens=2003, head_dim=256, batch=2, block_q=128, block_k=128, topk=0.4, sparsity=(120_000, 300_000)),
+    # lists of one and of two blocks, no more tiles than one, all blocks
+    *(Case(tokens=999, head_dim=256, block_q=128, feature_map="elu", topk=topk) for topk in (0.05, 0.14)),
+    Case(tokens=130, head_dim=256, block_q=128, feature_map="elu"),
+    Case(tokens=40, head_dim=256, batch=2),
+    Case(tokens=1003, head_dim=256, block_q=128, block_k=128, topk=1.0, bottomk=0.0),
+    Case(tokens=2003, keys=300, head_dim=256, block_q=128, block_k=128, topk=0.4),
+    Case(tokens=1061, head_dim=256, block_q=256, topk=0.2),
+    Case(tokens=1003, head_dim=160, batch=3, block_q=128, topk=0.2),
+    Case(tokens=1003, head_dim=192, heads=4, group=4, block_q=128, block_k=128, topk=0.2),
 ]
 SPARSE_ALONE = [
     Case(tokens=1003, heads=36, head_dim=128, topk=0.2, block_q=128, block_k=128, weight="none", bias="none"),
@@ -212,6 +228,7 @@ GROUPED_QUERIES = [
         *LARGE_BLOCKS,
         *PAIRS_OF_BLOCKS,
         *MANY_TILES,
+        *WIDE_HEADS,
         *SPARSE_ALONE,
         *KEY_MASKS,
         *CAUSAL,
@@ -307,6 +324,7 @@ def test_popular_keys(case: Case, block_k: int) -> None:
     "case",
     [
         *(Case(tokens=3001, head_dim=head_dim, heads=4, topk=0.1) for head_dim in (64, 128, 256)),
+        *WIDE_HEADS,
         # thousands of blocks: a race is seen in some of them
         *(
             Case(tokens=16001, head_dim=128, heads=24, topk=0.05, block_q=block, block_k=block, linear="taylor")
