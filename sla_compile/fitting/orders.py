@@ -166,20 +166,7 @@ def choose_orders(
         except BaseException:
             prepare(model, *first, config=before)
             raise
-        count = int(total(len(kept)))
-    now = gates(model)
-    return OrderReport(
-        model=type(model).__name__,
-        batches=count,
-        orders=tuple(orders),
-        output_before=math.sqrt(losses[0]),
-        output=math.sqrt(losses[1]),
-        sites=tuple(SiteOrder(path, had[path], now[path].config.reorder, errors) for path, errors in found.items()),
-        overrides={
-            glob.escape(site): {"reorder": now[path].config.reorder} for path in found for site in [owner_path(path)]
-        },
-        unreached=tuple(path for path in now if path not in found),
-    )
+        return _report(model, int(total(len(kept))), tuple(orders), losses, found, had)
 
 
 def _check_arguments(orders: Sequence[str], max_batches: int | None) -> None:
@@ -189,6 +176,27 @@ def _check_arguments(orders: Sequence[str], max_batches: int | None) -> None:
         SLAConfig.check_value("reorder", order)
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches: got {max_batches}; accepted: an integer of at least 1, or None")
+
+
+def _report(
+    model: nn.Module,
+    batches: int,
+    orders: tuple[str, ...],
+    losses: tuple[float, float],
+    found: Mapping[str, Mapping[str, float]],
+    had: Mapping[str, str],
+) -> OrderReport:
+    now = gates(model)
+    return OrderReport(
+        model=type(model).__name__,
+        batches=batches,
+        orders=orders,
+        output_before=math.sqrt(losses[0]),
+        output=math.sqrt(losses[1]),
+        sites=tuple(SiteOrder(path, had[path], now[path].config.reorder, errors) for path, errors in found.items()),
+        overrides={glob.escape(owner_path(path)): {"reorder": now[path].config.reorder} for path in found},
+        unreached=tuple(path for path in now if path not in found),
+    )
 
 
 def _refuse_sharded(model: nn.Module) -> None:
