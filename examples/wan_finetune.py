@@ -10,7 +10,8 @@ What is found in --run is not done again, so the same command goes on after a ki
 
 1. cache/: latents and text embeddings, made once by the pipeline's own VAE and text encoder, which then go;
 2. dense/: what the dense model gives on videos held out;
-3. fitted/: gates from a few batches, with no training: a topk for each head and level of noise, then calibrate;
+3. fitted/: gates from a few batches, with no training: a token order for each layer, a topk for each head and level of
+   noise, then calibrate;
 4. running.pt: the fine-tuning of LoRA and gates (or gates alone, or all weights) towards the dense model's velocity;
 5. result/: gates, with a LoRA or all weights; report.json; validation/: videos, dense left and SLA right.
 
@@ -98,7 +99,13 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         "--loss", choices=("teacher", "flow"), default="teacher", help="towards the dense model or data"
     )
     parser.add_argument(
-        "--fit", type=int, default=8, help="batches for allocate and calibrate, on each GPU; 0: neither"
+        "--fit",
+        type=int,
+        default=8,
+        help="batches for choose_orders, allocate and calibrate, on each GPU; 0: none of them",
+    )
+    parser.add_argument(
+        "--orders", action=argparse.BooleanOptionalAction, default=True, help="a token order for each layer"
     )
     parser.add_argument("--levels", type=int, default=4, help="parts of the sampler's times with topks of their own")
     parser.add_argument("--anneal", type=int, default=0, help="steps from max-topk down to each head's topk")

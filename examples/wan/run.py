@@ -163,13 +163,14 @@ class Run:
         rewritten = sla_compile.report(student.model).totals.rewritten
         self.console.print(f"{rewritten} of {len(student.model.blocks)} self-attentions are sparse-linear")
         if self.settings["fit"]:
-            self._allocate_and_calibrate()
+            self._fit_gates()
         self._tell("calibrated", measured() | self._time())
         if self.is_main:
             student.save_gates(_made(fitted))
         self.accelerator.wait_for_everyone()
 
-    def _allocate_and_calibrate(self) -> None:
+    def _fit_gates(self) -> None:
+        """Token orders, topks and shifts or weights from a few batches."""
         student, process, settings = self.student, self.accelerator, self.settings
         rank, low, group = (
             process.process_index,
@@ -177,16 +178,22 @@ class Run:
             None if process.num_processes == 1 else dist.group.WORLD,
         )
         given: dict[str, Any] = {"budget": settings["topk"], "group": group}
+        by_time: dict[float, list[Any]] = {}
         if settings["levels"] > 1:
             draws = self.draws.fitting_by_level(max(1, settings["fit"] // settings["levels"]), rank)
             by_time = {time: as_batches(of_level, low) for time, of_level in draws.items()}
+            batches = [batch for of_level in by_time.values() for batch in of_level]
+        else:
+            batches = as_batches(self.draws.fitting(settings["fit"], rank), low)
+        if settings["orders"]:
+            with student.autocast(), self.console.status("choose_orders"):
+                self.console.print(sla_compile.choose_orders(student.model, batches, group=group))
+        if by_time:
             with student.autocast(), self.console.status("allocate"):
                 plan = sla_compile.allocate_by_time(student.model, by_time, **given)
             self.console.print(plan)
             student.follow(Levels(plan, self.draws.shift))
-            batches = [batch for of_level in by_time.values() for batch in of_level]
         else:
-            batches = as_batches(self.draws.fitting(settings["fit"], rank), low)
             with student.autocast(), self.console.status("allocate"):
                 self.console.print(sla_compile.allocate(student.model, batches, **given).title)
         with student.autocast(), self.console.status("calibrate"):
