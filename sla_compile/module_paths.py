@@ -65,7 +65,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
 
 def _contents(module: nn.Module) -> tuple[str, ...]:
     """The name, in a wrapper, of the module that it stands for, then those of copies that are not in use."""
-    children = module._modules
+    children = dict(module._modules.items())  # a scripted module has no dict there
     known = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__}
     if COPIES in known:
         return _copies(module)

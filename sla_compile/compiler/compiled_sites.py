@@ -121,7 +121,7 @@ def _accounts(
         inside = path.removeprefix(start).lstrip(".")
         settings = {gate.ordinal: gate.settings for gate in own_gates(owner).values()}
         for (place, ordinal, text), history in memory.accounts_of_class(type(root)).items():
-            if place == inside and text == settings.get(ordinal, ""):
+            if place == inside and text == settings.get(ordinal, "") and history[-1][0].owner == type(owner).__name__:
                 shared[ordinal] = history
     return {**elsewhere, **shared, **by_frame}
 
