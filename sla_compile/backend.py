@@ -24,6 +24,7 @@ from sla_compile.compiler.dense_warnings import warn_of_dense, warn_of_untrained
 from sla_compile.compiler.left_behind import warn_of_gates_left_behind
 from sla_compile.compiler.logs import log_rewritten
 from sla_compile.compiler.nothing_rewritten import warn_of_nothing
+from sla_compile.compiler.outside_graphs import tell_of_outside
 from sla_compile.compiler.precompile import compile_ahead
 from sla_compile.compiler.refused_engines import refuse_engine
 from sla_compile.compiler.rewriting import rewrite_graph, take_back_gates
@@ -94,7 +95,10 @@ def _compile(
     _warn_of_order(sites)
     warn_of_gates_left_behind(sites, frame)
     compile_inner = partial(_compile_inner, config=settings.config)
-    return cast(CompiledFunction, (frame.in_buckets(compile_inner) if frame else compile_inner)(gm, example_inputs))
+    if frame is None:
+        return compile_inner(gm, example_inputs)
+    compiled: CompiledFunction = frame.in_buckets(compile_inner)(gm, example_inputs)
+    return tell_of_outside(gm, settings.config, frame, compiled)
 
 
 def _warn_of_limit(path: str, limit: str) -> None:

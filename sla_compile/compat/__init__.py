@@ -23,6 +23,7 @@ from sla_compile.compat.dynamo import (
 )
 from sla_compile.compat.forwards import (
     forward_codes,
+    forward_functions,
     model_under_way,
     modules_under_way,
     plain_function_name,
@@ -52,6 +53,7 @@ __all__ = [
     "data_parallel",
     "forget_code",
     "forward_codes",
+    "forward_functions",
     "frame_callback",
     "fully_sharded",
     "has_tangent",

@@ -11,7 +11,15 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["RESUMED", "forward_codes", "model_under_way", "modules_under_way", "plain_function_name", "runs_forward_of"]
+__all__ = [
+    "RESUMED",
+    "forward_codes",
+    "forward_functions",
+    "model_under_way",
+    "modules_under_way",
+    "plain_function_name",
+    "runs_forward_of",
+]
 
 RESUMED = "torch_dynamo_resume_in_"
 """How Dynamo names the code that continues a function after a graph break."""
@@ -26,8 +34,14 @@ def runs_forward_of(code: types.CodeType, module: nn.Module) -> bool:
 
 
 def forward_codes(module: nn.Module) -> Iterator[types.CodeType]:
-    """The code of each function that a call of ``module.forward`` may run, wrappers first."""
-    functions: list[Any] = [module.__dict__.get("forward"), type(module).forward]
+    """The code of each of `forward_functions`."""
+    return (function.__code__ for function in forward_functions(module))
+
+
+def forward_functions(module: nn.Module) -> Iterator[types.FunctionType]:
+    """Each function that a call of ``module.forward`` may run, wrappers first."""
+    # A scripted module's class has no forward to show.
+    functions: list[Any] = [module.__dict__.get("forward"), getattr(type(module), "forward", None)]
     seen: set[int] = set()
     while functions:
         function = functions.pop(0)
@@ -35,7 +49,7 @@ def forward_codes(module: nn.Module) -> Iterator[types.CodeType]:
             continue
         seen.add(id(function))
         if isinstance(function, types.FunctionType):
-            yield function.__code__
+            yield function
         inner = function.func if isinstance(function, functools.partial) else getattr(function, "__func__", None)
         # functools.wraps leaves the one, torch.compile the other, and accelerate keeps what it replaced on the module.
         wrapped = (getattr(function, name, None) for name in ("__wrapped__", "_torchdynamo_orig_callable"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from sla_compile.module_paths import module_paths
 from sla_compile.passes.decide import Keep, Rewrite
 from sla_compile.user_warnings import DenseAttentionWarning, UntrainedGatesWarning, warn_user
 
-__all__ = ["note_dense_run", "warn_of_dense", "warn_of_untrained", "warn_of_untrained_sites"]
+__all__ = ["note_dense_run", "warn_of_dense", "warn_of_outside", "warn_of_untrained", "warn_of_untrained_sites"]
 
 UNBOUND = frozenset({BROKEN, NOT_REACHED, NOT_WHOLE})
 """Reasons that have nothing to do with the form of an attention or with settings."""
@@ -48,6 +48,20 @@ def note_dense_run(owner: nn.Module) -> None:
         kept = [report for report in known if not report.rewritten]
         reason = f"{kept[-1].reason}: {kept[-1].value}" if kept else "no graph of this call holds its attention"
         _warn_of(owner, "", next(iter(own_gates(owner).values())), reason)
+
+
+def warn_of_outside(modules: Mapping[str, nn.Module], cause: str) -> None:
+    """Of ``modules``, by path, whose attention no graph holds for ``cause``; told once for each."""
+    new = {path: module for path, module in modules.items() if not memory.was_told(module, _DENSE)}
+    for module in new.values():
+        memory.remember_told(module, _DENSE)
+    if new:
+        path, module = next(iter(new.items()))
+        more = f", nor that of {len(new) - 1} more, which sla_compile.report lists" if len(new) > 1 else ""
+        warn_user(
+            f"{_path(module, path) or 'the compiled module'}: its attention runs dense: no graph holds it{more}{cause}",
+            DenseAttentionWarning,
+        )
 
 
 def _accounts(owner: nn.Module) -> Iterator[SiteReport]:

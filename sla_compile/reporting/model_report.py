@@ -12,6 +12,7 @@ from torch import nn
 
 from sla_compile.compiler.compiled_sites import compiled_breaks, compiled_sites
 from sla_compile.compiler.example_call import example_call
+from sla_compile.compiler.outside_graphs import outside_graphs
 from sla_compile.compiler.patterns import warn_unmatched
 from sla_compile.compiler.preparation import dry_run, unwrapped
 from sla_compile.compiler.site_report import GraphBreak, SiteReport
@@ -71,6 +72,8 @@ class Report:
     graph_breaks: tuple[GraphBreak, ...] = ()
     untrained_gates: tuple[str, ...] = ()
     """Module paths of the model's gates that are still zero."""
+    outside_graphs: tuple[str, ...] = ()
+    """Paths of modules whose code names an attention function, and of which no graph holds one: dense, if called."""
 
     @property
     def status(self) -> str:
@@ -110,7 +113,7 @@ class Report:
         return dataclasses.replace(self, sites=sites)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types: version, model, compiled, status, sites, totals, graph_breaks, untrained_gates."""
+        """Plain JSON types: version, model, compiled, status, and the lists and sums that a `Report` has."""
         return {
             "version": VERSION,
             "model": self.model,
@@ -120,6 +123,7 @@ class Report:
             "totals": dataclasses.asdict(self.totals),
             "graph_breaks": [dataclasses.asdict(found) for found in self.graph_breaks],
             "untrained_gates": list(self.untrained_gates),
+            "outside_graphs": list(self.outside_graphs),
         }
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -175,6 +179,7 @@ def explain(
         sites=tuple(run.sites),
         graph_breaks=tuple(run.graph_breaks),
         untrained_gates=_untrained(model),
+        outside_graphs=tuple(outside_graphs(model, (site.path for site in run.sites))),
     )
 
 
@@ -188,12 +193,14 @@ def report(model: nn.Module) -> Report:
         TypeError: ``model`` is no module.
     """
     model = unwrapped(model)
+    sites = tuple(compiled_sites(model))
     return Report(
         model=type(model).__name__,
         compiled=True,
-        sites=tuple(compiled_sites(model)),
+        sites=sites,
         graph_breaks=tuple(compiled_breaks(model)),
         untrained_gates=_untrained(model),
+        outside_graphs=tuple(outside_graphs(model, (site.path for site in sites))),
     )
 
 

@@ -118,6 +118,7 @@ class ReportView:
             yield self._totals()
         yield from self._formulas()
         yield from self._breaks()
+        yield from self._outside()
         yield from self._untrained()
         yield from self._diffs()
 
@@ -213,6 +214,12 @@ class ReportView:
             text.append(f"{found.reason}{place}{times}\n")
         text.rstrip()
         yield Panel(text, title=f"graph breaks: {sum(counts.values())}", border_style="yellow")
+
+    def _outside(self) -> Iterator[Panel]:
+        if paths := self.report.outside_graphs:
+            names = ", ".join(path or "the model itself" for path in grouped_paths(paths))
+            text = Text(f"{names}. It runs dense, if it is called.", overflow="fold")
+            yield Panel(text, title=f"attention that no graph holds: {len(paths)}", border_style="yellow")
 
     def _untrained(self) -> Iterator[Panel]:
         paths = self.report.untrained_gates

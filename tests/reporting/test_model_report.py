@@ -205,7 +205,8 @@ def test_dictionary_is_json_and_complete() -> None:
     data = json.loads(report.to_json())
     assert data == report.to_dict()
     assert set(data) == {
-        "version", "model", "compiled", "status", "sites", "totals", "graph_breaks", "untrained_gates",
+        "version", "model", "compiled", "status", "sites", "totals",
+        "graph_breaks", "untrained_gates", "outside_graphs",
     }  # fmt: skip
     assert len(data["sites"]) == 4
     assert {"path", "rewritten", "reason", "value", "accepted", "flops_before", "diff"} <= set(data["sites"][0])
