@@ -1,12 +1,15 @@
 """sla-compile: ``torch.compile(model, backend="sla")`` turns a DiT's self-attention into Sparse-Linear Attention.
 
-Everything here is imported on first use: importing the package touches no device and imports no compiler.
+Everything here is imported on first use: importing the package touches no device and imports no compiler. It makes
+``backend="sla"`` known, also where the package is not installed.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from sla_compile.registration import register as _register
 
 if TYPE_CHECKING:
     from sla_compile.checkpoints.gate_files import load, save
@@ -127,6 +130,9 @@ _HOMES = {
     "set_sparsity": "fitting.sparsity",
     "sparse_linear_attention": "ops.attention",
 }
+
+
+_register()
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -161,6 +162,31 @@ def test_wheel_works_without_triton(wheel: Path, tmp_path: Path) -> None:
     assert compiled["error"] < 1e-5
     assert compiled["gradient"]
     assert not compiled["triton"]
+
+
+def test_a_checkout_is_enough_where_it_is_imported(tmp_path: Path) -> None:
+    """No entry point: the import of the package makes the backend known, and imports nothing for that."""
+    python = make_environment(tmp_path)
+    (tmp_path / "checkout").mkdir()
+    (tmp_path / "checkout" / "sla_compile").symlink_to(ROOT / "sla_compile")
+    imported = 'import sla_compile, sys\nassert "torch" not in sys.modules\n'
+    assert run_python(python, imported + COMPILES, "eager", cwd=tmp_path / "checkout")["gates"]
+
+
+def test_an_entry_point_and_what_is_registered_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.backends import registry
+
+    from sla_compile.registration import register
+
+    finders = [*sys.meta_path]
+    known: dict[str, Any] = {"sla": None}
+    monkeypatch.setattr(registry, "_BACKENDS", known)
+    register()
+    assert known == {"sla": None}, "of the user's"
+    known.clear()
+    register()
+    assert known["sla"].load() is importlib.import_module("sla_compile.backend").sla
+    assert sys.meta_path == finders
 
 
 def test_editable_install_follows_the_sources(sources: Path, tmp_path: Path) -> None:

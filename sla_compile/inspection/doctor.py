@@ -46,7 +46,7 @@ class DoctorReport:
     caches: dict[str, str]
     """Folder by name, with what is wrong with it after a colon; nothing where it can be written."""
     entry_point: bool
-    """Whether ``torch.compile`` lists a backend "sla"."""
+    """Whether ``torch.compile`` knows a backend "sla" without an import of this package."""
     problems: tuple[str, ...]
     """What is wrong, one sentence each; empty where everything works."""
     seconds: float
@@ -99,7 +99,7 @@ def doctor(*, self_test: bool = True) -> DoctorReport:
     paths = [path for device in reversed(devices) for path in kernel_paths(device)]
     tests = [*_self_tests(devices)] if self_test else []
     caches = {name: _cache_state(folder) for name, folder in _cache_folders().items()}
-    entry_point = "sla" in torch.compiler.list_backends(exclude_tags=None)
+    entry_point = "sla" in importlib.metadata.entry_points(group="torch_dynamo_backends").names
     versions = _versions()
     return DoctorReport(
         versions=versions,
@@ -130,8 +130,8 @@ def _problems(
 ) -> Iterator[str]:
     if not entry_point:
         yield (
-            'torch.compile knows no backend "sla": the package is not installed in this environment (accepted: '
-            "pip install, or the function itself, torch.compile(model, backend=sla_compile.backend.sla))"
+            'torch.compile knows no backend "sla" before an import of sla_compile: the package is not installed in '
+            "this environment (accepted: pip install, or that import)"
         )
     for test in tests:
         if not test.passed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import json
 from pathlib import Path
@@ -110,7 +111,7 @@ def test_what_raises_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         raise RuntimeError("no kernel image\nmore")
 
     monkeypatch.setattr(cpu, "forward", broken)
-    monkeypatch.setattr(torch.compiler, "list_backends", lambda **_: ["inductor"])
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: importlib.metadata.EntryPoints())
     monkeypatch.setattr(module, "_cache_state", lambda folder: f"{folder}: Permission denied")
     monkeypatch.setenv("SLA_COMPILE_LAUNCHES", str(tmp_path / "missing.json"))
     report = sla_compile.doctor()
