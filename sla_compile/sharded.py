@@ -12,13 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["fill", "is_sharded", "on_first_rank", "reshard", "whole"]
+__all__ = ["fill", "is_sharded", "on_first_rank", "refuse_flattened", "reshard", "whole"]
 
 
 def is_sharded(tensor: Any) -> bool:
     """Whether ``tensor`` is a DTensor."""
     module: Any = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def refuse_flattened(model: nn.Module) -> None:
+    """Raise ValueError where ``model`` has a FullyShardedDataParallel (FSDP1): parameters in it are not theirs."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    for path, module in model.named_modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FullyShardedDataParallel):
+            raise ValueError(
+                f"{path or 'the model'}: got a FullyShardedDataParallel (FSDP1), in which gates are parts of a flat "
+                f"parameter; accepted: FSDP2 (torch.distributed.fsdp.fully_shard), or the model before it is wrapped"
+            )
 
 
 def whole(tensor: Any) -> Tensor:

@@ -34,6 +34,7 @@ from sla_compile.compat.recompile_limits import count_apart, on_recompile_limit
 from sla_compile.compat.runtime import (
     count_in_running_counters,
     data_parallel,
+    flattened,
     fully_sharded,
     has_tangent,
     no_compile_under,
@@ -51,6 +52,7 @@ __all__ = [
     "count_in_running_counters",
     "current_frame",
     "data_parallel",
+    "flattened",
     "forget_code",
     "forward_codes",
     "forward_functions",

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 __all__ = [
     "count_in_running_counters",
     "data_parallel",
+    "flattened",
     "fully_sharded",
     "has_tangent",
     "no_compile_under",
@@ -73,6 +74,14 @@ def fully_sharded(module: nn.Module) -> bool:
     composable = sys.modules.get("torch.distributed._composable_state")
     wrapped = getattr(composable, "_module_state_mapping", ())
     return any(module is inner for outer in list(wrapped) for inner in outer.modules())
+
+
+def flattened(module: nn.Module) -> bool:
+    """Whether ``module`` is in a FullyShardedDataParallel (FSDP1), which makes parts of a flat tensor of parameters.
+
+    Remove when torch has a function that says which wrapper owns a module.
+    """
+    return bool(getattr(module, "_is_fsdp_managed_module", False)) and not fully_sharded(module)
 
 
 def count_in_running_counters(packet: Any, formula: Callable[..., int]) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from sla_compile.compiler.site_numbers import known_sites
 from sla_compile.gate import detach
 from sla_compile.memory import remember_site
+from sla_compile.sharded import refuse_flattened
 
 __all__ = ["traceable_copy"]
 
@@ -24,8 +25,9 @@ __all__ = ["traceable_copy"]
 def traceable_copy(model: nn.Module) -> nn.Module:
     """A copy of ``model``'s Python state, without gates, that shares every tensor with it.
 
-    Raises ValueError where a part of the model cannot be copied.
+    Raises ValueError where a part of the model cannot be copied, or is in FullyShardedDataParallel.
     """
+    refuse_flattened(model)
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):

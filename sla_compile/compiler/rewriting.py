@@ -12,7 +12,15 @@ import torch
 from torch import fx, nn
 
 import sla_compile.ops  # noqa: F401  registers the ops that a rewritten graph calls
-from sla_compile.compat import Frame, compiled_siblings, data_parallel, fully_sharded, runs_forward_of, user_errors
+from sla_compile.compat import (
+    Frame,
+    compiled_siblings,
+    data_parallel,
+    flattened,
+    fully_sharded,
+    runs_forward_of,
+    user_errors,
+)
 from sla_compile.compiler.call_watch import watch
 from sla_compile.compiler.gate_binding import bind_gates
 from sla_compile.compiler.late_gates import warn_of_late_gates
@@ -119,7 +127,8 @@ def _inject(sites: Sequence[Site], frame: Frame, *, alone: bool) -> int:
     for site, owner, _ in missing:
         refuse_taken_name(owner, site.ordinal, site.gate_path)
         if site.gate is None:
-            sharded = "fully_shard" if fully_sharded(owner) else None
+            flat = "FullyShardedDataParallel" if flattened(owner) else None
+            sharded = "fully_shard" if fully_sharded(owner) else flat
             refuse_unsynchronised(site.gate_path, "DistributedDataParallel" if data_parallel() else sharded)
     changed: list[Site] = []
     late: dict[str, Gate] = {}

@@ -24,7 +24,7 @@ from sla_compile.compat import fully_sharded
 from sla_compile.compiler.preparation import prepare, unwrapped
 from sla_compile.config import SLAConfig
 from sla_compile.fitting.observer import Arguments, Topk, no_gated_call_message, peek_first, prepared_or_rolled_back
-from sla_compile.fitting.ranks import over_ranks
+from sla_compile.fitting.ranks import over_ranks, refuse_distributed
 from sla_compile.fitting.sensitivity import OutputErrors, SiteSensitivity, measure_sites
 from sla_compile.fitting.traced_calls import kept_traces
 from sla_compile.fitting.water_fill import water_fill
@@ -176,6 +176,7 @@ def allocate(
     model = unwrapped(model)
     first, stream = peek_first(batches, max_batches)
     first_batches = list(islice(stream, OUTPUT_BATCHES))
+    refuse_distributed(model, parameters=True)
     with over_ranks(model, group) as model, prepared_or_rolled_back(model, first, config), kept_traces(model):
         _refuse_sharded(model)
         known = {path: SiteSensitivity.of_gate(path, gate, budget, ladder) for path, gate in gates(model).items()}

@@ -14,7 +14,7 @@ from sla_compile.compiler.preparation import unwrapped
 from sla_compile.config import SLAConfig
 from sla_compile.fitting.allocation import LADDER, OUTPUT_BATCHES, at_run_time, check_spending
 from sla_compile.fitting.observer import Arguments, Topk, no_gated_call_message, peek_first, prepared_or_rolled_back
-from sla_compile.fitting.ranks import over_ranks
+from sla_compile.fitting.ranks import over_ranks, refuse_distributed
 from sla_compile.fitting.sensitivity import OutputErrors, SiteSensitivity, measure_sites
 from sla_compile.fitting.sparsity_plan import PlanLevel, SparsityPlan
 from sla_compile.fitting.traced_calls import kept_traces
@@ -69,6 +69,7 @@ def allocate_by_time(
     model = unwrapped(model)
     data = {float(time): list(peek_first(batches[time], None)[1]) for time in sorted(batches)}
     first = next(iter(data.values()))[0]
+    refuse_distributed(model, parameters=True)
     with over_ranks(model, group) as model, prepared_or_rolled_back(model, first, config), kept_traces(model):
         if not at_run_time(model):
             raise ValueError(

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sla_compile.compat import fully_sharded
 from sla_compile.gate import gates
-from sla_compile.sharded import is_sharded
+from sla_compile.sharded import is_sharded, refuse_flattened
 
-__all__ = ["every_site", "from_first_rank", "over_ranks", "sum_tensors", "total"]
+__all__ = ["every_site", "from_first_rank", "over_ranks", "refuse_distributed", "sum_tensors", "total"]
 
 T = TypeVar("T")
 
@@ -34,8 +35,11 @@ def over_ranks(model: nn.Module, group: Any = None) -> Iterator[nn.Module]:
 
     Raises:
         TypeError: ``group`` is no process group.
-        ValueError: ``model`` is sharded over a mesh of which it is not known which axes have batches of their own.
+        ValueError: ``model`` is sharded over a mesh of which it is not known which axes have batches of their own; it
+            is in FullyShardedDataParallel; or `refuse_distributed`.
     """
+    refuse_flattened(model)
+    refuse_distributed(model, parameters=False)
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group: got {type(group).__name__}; accepted: a torch.distributed.ProcessGroup, or None")
     replicas = [module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel)]
@@ -46,6 +50,21 @@ def over_ranks(model: nn.Module, group: Any = None) -> Iterator[nn.Module]:
         yield model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     finally:
         _ranks.reset(token)
+
+
+def refuse_distributed(model: nn.Module, *, parameters: bool) -> None:
+    """Raise ValueError where nothing gathers buffers, or parameters too, of gates that are run for a measurement.
+
+    The op takes plain tensors: those of ``fully_shard`` are plain in a forward, those of a parallel plan are not.
+    """
+    for path, gate in gates(model).items():
+        tensors = [*gate.buffers(), *(gate.parameters() if parameters else ())]
+        placed = next((tensor for tensor in tensors if is_sharded(tensor)), None)
+        if placed is not None and not fully_sharded(gate):
+            raise ValueError(
+                f"{path}: got a gate of DTensors ({', '.join(map(str, placed.placements))}), which only fully_shard "
+                f"gathers; accepted: a gate outside of the parallel plan, or to fit before distribute_module"
+            )
 
 
 def _of_shards(model: nn.Module) -> list[Any]:

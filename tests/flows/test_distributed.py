@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import FileStore, checkpoint
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import distribute_module
 
 import sla_compile
 from tests.support.closeness import assert_close
@@ -46,12 +50,15 @@ def data_parallel(model: Model) -> nn.Module:
 
 
 def sharded(model: Model) -> Model:
-    from torch.distributed.fsdp import fully_shard
-
     for block in model.blocks:
         fully_shard(block)
     fully_shard(model)
     return model
+
+
+def flattened(module: nn.Module) -> nn.Module:
+    """In FSDP1."""
+    return FullyShardedDataParallel(module, use_orig_params=True, device_id=torch.device("cpu"))
 
 
 def fully_sharded(model: Model) -> nn.Module:
@@ -138,10 +145,16 @@ def one_process() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_process", "fresh_dynamo", "float64")
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use")
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp1", "fsdp2"])
 def test_no_gate_is_made_behind_the_wrappers_back(wrapper: str) -> None:
     """Its gradients would not be averaged over the processes; without gradients it does no harm."""
-    model: nn.Module = nn.parallel.DistributedDataParallel(Model()) if wrapper == "ddp" else sharded(Model())
+    wrappers: dict[str, Callable[[Model], nn.Module]] = {
+        "ddp": nn.parallel.DistributedDataParallel,
+        "fsdp1": flattened,
+        "fsdp2": sharded,
+    }
+    model = wrappers[wrapper](Model())
     wrapped: Any = torch.compile(model, backend="sla", options={**OPTIONS, "inner": "aot_eager"})
     with pytest.raises(ValueError, match=r"attention\.sla: the model is in .* already, .*call sla_compile\.prep"):
         wrapped(batch())
@@ -156,6 +169,51 @@ def test_no_gate_is_made_behind_the_wrappers_back(wrapper: str) -> None:
         with torch.no_grad():
             sla_compile.prepare(model, (batch(),), config=OPTIONS)
         assert [*sla_compile.gates(model)] == ["blocks.0.attention.sla", "blocks.1.attention.sla"]
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use")
+@pytest.mark.parametrize("inner", [True, False])
+def test_fits_refuse_fsdp1_before_anything_changes(inner: bool) -> None:
+    model: Any = Model()
+    if inner:
+        model.blocks[1] = flattened(model.blocks[1])
+    else:
+        model = flattened(sla_compile.prepare(model, (torch.zeros(1, 100, 32),), config=OPTIONS))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batches = [(torch.randn(1, 100, 32),)] * 2
+    place = "blocks.1" if inner else "the model"
+    named = rf"^{place}: got a FullyShardedDataParallel \(FSDP1\).*fully_shard"
+    for fit in (
+        partial(sla_compile.calibrate, model, batches),
+        partial(sla_compile.allocate, model, batches),
+        partial(sla_compile.distill, model, batches, steps=1),
+        partial(sla_compile.allocate_by_time, model, {0.5: batches}),
+        partial(sla_compile.prepare, model, batches[0]),
+        partial(sla_compile.explain, model, batches[0]),
+        partial(sla_compile.atlas, model, batches),
+    ):
+        with pytest.raises(ValueError, match=named):
+            fit()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert len(sla_compile.gates(model)) == (0 if inner else 2)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("max_topk", [None, 0.5])
+def test_fits_refuse_gates_that_a_plan_distributes(max_topk: float | None) -> None:
+    batches = [(torch.randn(1, 100, 32),)] * 2
+    model = sla_compile.prepare(Model(), batches[0], config={**OPTIONS, "max_topk": max_topk})
+    for gate in sla_compile.gates(model).values():
+        distribute_module(gate, init_device_mesh("cpu", (1,)))
+    named = r"^blocks\.0\.attention\.sla: got a gate of DTensors \(R\).*accepted: a gate outside of the parallel plan"
+    with pytest.raises(ValueError, match=named):
+        sla_compile.allocate(model, batches)
+    if max_topk is None:  # nothing runs the gate
+        assert sla_compile.calibrate(model, batches).sites[0].factor is not None
+    else:
+        with pytest.raises(ValueError, match=named):
+            sla_compile.calibrate(model, batches)
 
 
 @pytest.mark.usefixtures("one_process", "fresh_dynamo", "float64")
