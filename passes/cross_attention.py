@@ -4,7 +4,7 @@ They are taken for self-attention unless the graph shows otherwise: projections 
 both depend token by token. Operations that are not known here are walked through. What is not such an origin: a
 parameter, a buffer or what is computed from those alone, a tensor without an axis of tokens, what only came in through
 a projection or an attention that was added, as the output of a cross-attention is, and other items of the same batch:
-two frames, say, that were joined along it and see each other after its halves were swapped.
+two frames, say, that were joined along it and see each other after its halves were swapped, whole or window by window.
 """
 
 from __future__ import annotations
@@ -135,32 +135,44 @@ def _places(node: fx.Node, behind: fx.Node, moved: int, items: int | None) -> li
 def _moved(node: fx.Node, behind: fx.Node, items: int | None) -> list[int]:
     """How many items of the batch those of ``node`` lie behind theirs in ``behind``, an input; one for each use of it.
 
-    0 where ``node`` takes or joins no items, or sizes do not tell the axis of the batch, the first, from others.
+    Items are the attention's: one of an outer batch, of pictures that are cut into windows later, is many of them. 0
+    where ``node`` takes or joins no items, or sizes do not tell the axis of the batch, the first, from others.
     """
     op, value = read(node), example(node)
-    if op.word == "cat" and _has_items(value, items) and op.arguments.get("dim", 0) in (0, -value.dim()):
+    many = _items_in_one(value, items)
+    if many and op.word == "cat" and op.arguments.get("dim", 0) in (0, -value.dim()):
         given = op.arguments.get("tensors", ())
         parts: Any = given if isinstance(given, tuple | list) else ()  # a node that gives several
         sizes = [getattr(example(part), "shape", [None])[0] for part in parts]
         if all(isinstance(size, int) for size in sizes):
             starts = accumulate(sizes, initial=0)
-            return [-start for part, start in zip(parts, starts, strict=False) if part is behind] or [0]
-    if op.word == "getitem" and _has_items(example(behind), items):
+            return [-start * many for part, start in zip(parts, starts, strict=False) if part is behind] or [0]
+    if many and op.word == "roll":
+        (shift, axis), size = (_alone(op.arguments.get(name)) for name in ("shifts", "dims")), value.shape[0]
+        if type(shift) is int and axis in (0, -value.dim()) and shift % size:
+            return [-(shift % size) * many, (size - shift % size) * many]
+    if op.word == "getitem" and (many := _items_in_one(example(behind), items)):
         index = op.arguments.get("index")
         first = index[0] if isinstance(index, tuple) and index else None
         if isinstance(first, slice) and type(first.start) is int and first.step in (None, 1):
-            return [first.start % example(behind).shape[0]]
-    if items is not None and _has_items(value, items) and isinstance(source := example(behind), torch.Tensor):
+            return [first.start % example(behind).shape[0] * many]
+    if items is not None and _items_in_one(value, items) == 1 and isinstance(source := example(behind), torch.Tensor):
         size = source.shape[0] if source.dim() == value.dim() else None
         if isinstance(size, int) and 0 < size < items <= _MOST_COPIES * size:  # repeated, in whatever way
             return [-start for start in range(0, items, size)]
     return [0]
 
 
-def _has_items(value: Any, items: int | None) -> bool:
-    """Whether the first axis of ``value``, of tokens or of a picture, is that of the batch."""
+def _items_in_one(value: Any, items: int | None) -> int:
+    """How many ``items`` one along the first axis of ``value``, of tokens or of a picture, is; 0 where it is none."""
     known = isinstance(value, torch.Tensor) and value.dim() in (3, 4) and items is not None
-    return known and statically_known_true(value.shape[0] == items)
+    size = value.shape[0] if known else None
+    return items // size if items is not None and isinstance(size, int) and size > 1 and items % size == 0 else 0
+
+
+def _alone(value: Any) -> Any:
+    """The one entry of a tuple or list of one; ``value`` itself where it is none."""
+    return value[0] if isinstance(value, tuple | list) and len(value) == 1 else value
 
 
 def _is_data(node: fx.Node) -> bool:

@@ -85,6 +85,7 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
         "unbind": "input dim",
         "cat": "tensors dim",
         "repeat": "input *repeats",
+        "roll": "input shifts dims",
         "repeat_interleave": "input repeats dim",
         "masked_fill": "input mask value",
         "where": "condition input other",

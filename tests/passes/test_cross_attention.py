@@ -107,6 +107,38 @@ def test_frames_of_one_batch_that_see_each_other_are_cross_attention(kind: str) 
     assert (site.rewritten, site.reason) == (not others, "cross-attention" if others else "self-attention")
 
 
+class Windows(nn.Module):
+    """Two pictures in one batch, cut into shifted windows, each of which sees the other one's or its own."""
+
+    def __init__(self, kind: str, cut_first: bool) -> None:
+        super().__init__()
+        self.kind, self.cut_first = kind, cut_first
+        self.q, self.k = (nn.Linear(HEADS * HEAD_DIM, HEADS * HEAD_DIM) for _ in range(2))
+
+    def cut(self, x: Tensor) -> Tensor:
+        x = x.roll((-2, -2), (1, 2)).unflatten(2, (2, 8)).unflatten(1, (2, 8))
+        return x.transpose(2, 3).reshape(-1, 64, HEADS * HEAD_DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 1
+        seen = {"swapped": torch.cat(x.chunk(2)[::-1]), "rolled": x.roll(1, 0), "own": x}[self.kind]
+        if self.cut_first:
+            q, k = self.q(self.cut(x)), self.k(self.cut(seen))
+        else:
+            q, k = self.cut(self.q(x)), self.cut(self.k(seen))
+        q, k = (z.unflatten(-1, (HEADS, -1)).transpose(1, 2) for z in (q, k))
+        return sdpa(q, k, k).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("cut_first", [True, False])
+@pytest.mark.parametrize("kind", ["swapped", "rolled", "own"])
+def test_windows_of_pictures_that_see_each_other_are_cross_attention(kind: str, cut_first: bool) -> None:
+    pictures = torch.randn(2, 16, 16, HEADS * HEAD_DIM)
+    (site,) = sla_compile.explain(Windows(kind, cut_first), (pictures,), config=OPTIONS).sites
+    others = kind != "own"
+    assert (site.rewritten, site.reason) == (not others, "cross-attention" if others else "self-attention")
+
+
 class ByKeywords(nn.Module):
     """Projections that are called with nothing but keywords, and halves of one instead of two."""
 
