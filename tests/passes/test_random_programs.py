@@ -139,11 +139,27 @@ def check(seed: str) -> str:
         return f"kept: {decisions[0].reason if isinstance(decisions[0], Keep) else ''}" if decisions else "not found"
     if len(decisions) != len(p.cores) or not all(core.defined for core in p.cores):
         return "rewritten"
-    expected = run(definition(p, decisions, copy, copies), p.inputs)
+    by_definition = definition(p, decisions, copy, copies)
     for node in p.graph.find_nodes(op="call_function", target=torch.ops.sla.forward.default):
         node.kwargs = {**node.kwargs, "topk": SPARSE["topk"], "bottomk": SPARSE["bottomk"]}
-    compare(run(p.graph, p.inputs), expected)
+    try:
+        compare(run(p.graph, p.inputs), run(by_definition, p.inputs))
+    except AssertionError:
+        if not is_tied(by_definition, p.inputs):
+            raise
+        return "a tie between blocks"
     return "rewritten and defined"
+
+
+def is_tied(graph: fx.Graph, inputs: list[Tensor]) -> bool:
+    """Whether rounding decides which blocks are critical: outputs jump when inputs move by no more than that."""
+    outputs, generator = run(graph, inputs), torch.Generator().manual_seed(0)
+    for _ in range(4):
+        noise = (1e-14 * torch.randn(x.shape, dtype=torch.float64, generator=generator) for x in inputs)
+        moved = [x * (1 + part) if x.is_floating_point() else x for x, part in zip(inputs, noise, strict=True)]
+        if any((a - b).norm() > 1e-6 * b.norm() for a, b in zip(run(graph, moved), outputs, strict=True)):
+            return True
+    return False
 
 
 def of_inputs(graph: fx.Graph, inputs: list[Tensor]) -> list[Tensor | None] | None:
@@ -181,6 +197,16 @@ def test_random_programs() -> None:
         except Exception as error:
             raise AssertionError(f"the program of seed {seed!r}: {error}") from error
     assert tried["rewritten and defined"] > 5, tried
+
+
+def test_a_tie_between_blocks_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks have scores that differ by rounding alone; a program without one is held to its definition."""
+    assert check("left 91") == "a tie between blocks"
+    assert check("left 90") == "rewritten and defined"
+    right = reference.sparse_linear_attention
+    monkeypatch.setattr(reference, "sparse_linear_attention", lambda *args, **told: 1.00001 * right(*args, **told))
+    with pytest.raises(AssertionError, match="relative error"):
+        check("left 90")
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
