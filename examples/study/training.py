@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import math
 import os
+import platform
 import re
 import time
 from collections.abc import Callable
@@ -137,8 +139,23 @@ def rate(step: int, steps: int) -> float:
 def write(path: Path, save: Callable[[Path], object]) -> None:
     """Write ``path`` by ``save``, beside it first: a reader, or a restart, never finds half a file.
 
-    Each process beside a name of its own: of several that write at once, none moves the file of another.
+    Each process beside a name of its own: of several that write at once, none moves the file of another. What processes
+    of this machine left that were killed as they wrote is removed.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    machine = f"{path.name}.{platform.node()}"  # others may share the folder
+    for left in path.parent.glob(f"{glob.escape(machine)}.*.tmp"):
+        if not _is_running(left.suffixes[-2].removeprefix(".")):
+            left.unlink(missing_ok=True)
+    temporary = path.with_name(f"{machine}.{os.getpid()}.tmp")
     save(temporary)
     temporary.replace(path)
+
+
+def _is_running(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)  # signals nothing
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True  # another user's
+    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import platform
 import signal
 import time
 import warnings
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sla_compile
+from examples.study.training import write
 from tests.support.models import OPTIONS, Model, random_input, randomize_gates
 from tests.support.processes import FRESH
 
@@ -173,3 +175,16 @@ def test_resume_of_another_model_is_refused(tmp_path: Path) -> None:
     other = sla_compile.prepare(Model().double(), (random_input(),), config={**OPTIONS, "block_k": 32})
     with pytest.raises(ValueError, match=r"block_k is 16 in the file, 32 in the model; max_topk is 1\.0 in the file"):
         sla_compile.load(other, path)
+
+
+def test_what_killed_processes_left_beside_a_file_is_removed(tmp_path: Path) -> None:
+    gone = fork.Process(target=int)
+    gone.start()
+    gone.join()
+    here, file = platform.node(), tmp_path / "losses.json"
+    kept = {f"losses.json.{here}.{os.getppid()}.tmp", f"losses.json.elsewhere.{gone.pid}.tmp", "other.json.tmp"}
+    for name in {f"losses.json.{here}.{gone.pid}.tmp", *kept}:
+        (tmp_path / name).touch()
+    write(file, lambda temporary: temporary.write_text("[]"))
+    assert {path.name for path in tmp_path.iterdir()} == {"losses.json", *kept}
+    assert file.read_text() == "[]"
