@@ -29,7 +29,7 @@ from sla_compile.compat.forwards import (
     plain_function_name,
     runs_forward_of,
 )
-from sla_compile.compat.inductor import lower_gather, sound_options, triton_cache_folder
+from sla_compile.compat.inductor import lower_gather, mixed_reductions, sound_options, triton_cache_folder
 from sla_compile.compat.recompile_limits import count_apart, on_recompile_limit
 from sla_compile.compat.runtime import (
     count_in_running_counters,
@@ -62,6 +62,7 @@ __all__ = [
     "is_attention_dispatch",
     "is_user_error",
     "lower_gather",
+    "mixed_reductions",
     "model_under_way",
     "modules_under_way",
     "no_compile_under",

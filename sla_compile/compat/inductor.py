@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.torch_version import TorchVersion
 
-__all__ = ["lower_gather", "sound_options", "triton_cache_folder"]
+__all__ = ["lower_gather", "mixed_reductions", "sound_options", "triton_cache_folder"]
 
 
 def lower_gather(op: Any, table: Callable[..., torch.Tensor]) -> None:
@@ -59,6 +59,17 @@ def sound_options(version: str = torch.__version__) -> dict[str, bool]:
     if "TORCHINDUCTOR_MIX_ORDER_REDUCTION" in os.environ or TorchVersion(version) >= "2.15":
         return {}
     return {"triton.mix_order_reduction": False}
+
+
+def mixed_reductions(version: str = torch.__version__) -> tuple[bool, bool]:
+    """Whether Inductor makes the wrong reductions of `sound_options` now: in this backend's graphs, and in others'.
+
+    An option of a single compile is not seen. Remove with `sound_options`.
+    """
+    from torch._inductor import config
+
+    on = TorchVersion(version) < "2.15" and bool(getattr(config.triton, "mix_order_reduction", False))
+    return on and not sound_options(version), on
 
 
 def triton_cache_folder(device: torch.device) -> str:

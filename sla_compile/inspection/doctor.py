@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import sla_compile
+from sla_compile.compat import mixed_reductions
 from sla_compile.compiler.precompile import compile_calls
 from sla_compile.inspection.kernel_paths import KernelPath, kernel_paths
 from sla_compile.inspection.self_test import SelfTest, calls_to_compile, self_tests
@@ -47,6 +48,8 @@ class DoctorReport:
     """Folder by name, with what is wrong with it after a colon; nothing where it can be written."""
     entry_point: bool
     """Whether ``torch.compile`` knows a backend "sla" without an import of this package."""
+    gradients: str
+    """Whether Inductor's gradients of a long video's modulation are right with its environment and config of now."""
     problems: tuple[str, ...]
     """What is wrong, one sentence each; empty where everything works."""
     seconds: float
@@ -108,6 +111,7 @@ def doctor(*, self_test: bool = True) -> DoctorReport:
         tests=tuple(tests),
         caches=caches,
         entry_point=entry_point,
+        gradients=_gradients(),
         problems=tuple(_problems(versions, tests, caches, entry_point)),
         seconds=time.perf_counter() - start,
     )
@@ -145,6 +149,8 @@ def _problems(
         yield "no C++ compiler was found (CXX, g++, clang++, c++): Inductor needs one on the CPU"
     if torch.cuda.is_available() and versions["triton"] == "missing":
         yield "there is a GPU but no Triton: nothing of this package runs there"
+    if torch.cuda.is_available() and mixed_reductions()[0]:
+        yield f"gradients of modulation: {_gradients()} (accepted: 0, or that variable not set)"
     from sla_compile.kernels.triton.launches import VARIABLE, read
 
     if os.environ.get(VARIABLE):
@@ -152,6 +158,18 @@ def _problems(
             read(os.environ[VARIABLE])
         except ValueError as error:
             yield f"{VARIABLE}: {error}"
+
+
+def _gradients() -> str:
+    ours, others = mixed_reductions()
+    if ours:
+        return (
+            "may be wrong on a GPU, in graphs of this backend too: TORCHINDUCTOR_MIX_ORDER_REDUCTION is set, so that "
+            "mixed-order reductions stay on (pytorch#193061)"
+        )
+    if others:
+        return 'right with backend="sla", which turns off mixed-order reductions; may be wrong with others on a GPU'
+    return "right"
 
 
 def _versions() -> dict[str, str]:

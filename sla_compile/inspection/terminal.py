@@ -71,6 +71,7 @@ class DoctorView:
             yield Text(f"  {device}", overflow="fold")
         for name, folder in report.caches.items():
             yield Text(f"  cache of {name}: {folder}", overflow="fold")
+        yield Text(f"  gradients of modulation: {report.gradients}", overflow="fold")
         yield from self._paths(width)
         yield from self._tests(width)
         yield Text()

@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 
 import sla_compile
 from sla_compile.__main__ import main
 from sla_compile.common.kernel_interface import AttentionInputs
 from sla_compile.common.options import AttentionOptions
+from sla_compile.compat import mixed_reductions
 from sla_compile.inspection import doctor as module
 from sla_compile.inspection.kernel_paths import CallKind, kernel_path
 from sla_compile.inspection.self_test import SelfTest, calls_to_compile, self_tests
@@ -39,6 +42,32 @@ def test_this_machine_is_healthy() -> None:
     data = json.loads(report.to_json())
     assert data["healthy"] is True
     assert len(data["paths"]) == len(report.paths)
+
+
+@pytest.mark.parametrize(
+    ("variable", "config", "version", "said", "problem"),
+    [
+        (None, True, "2.14.0", 'right with backend="sla"', False),
+        (None, False, "2.14.0", "right", False),
+        ("1", True, "2.14.0", "may be wrong on a GPU, in graphs of this backend too", True),
+        ("0", True, "2.14.0", "may be wrong on a GPU, in graphs of this backend too", True),  # set again in Python
+        ("0", False, "2.14.0", "right", False),
+        ("1", True, "2.15.0", "right", False),
+    ],
+)
+def test_wrong_gradients_of_inductor_are_told(
+    variable: str | None, config: bool, version: str, said: str, problem: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_MIX_ORDER_REDUCTION", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("TORCHINDUCTOR_MIX_ORDER_REDUCTION", variable)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module, "mixed_reductions", partial(mixed_reductions, version))
+    with torch._inductor.config.patch("triton.mix_order_reduction", config):
+        assert module._gradients().startswith(said)
+        versions = {"C++ compiler": "a", "triton": "3"}
+        found = [*module._problems(versions, [], {}, entry_point=True)]
+    assert [text.partition(":")[0] for text in found] == (["gradients of modulation"] if problem else [])
 
 
 def test_the_random_state_is_left_alone() -> None:
