@@ -131,9 +131,10 @@ class Experiment:
             row = self._job(job)
             self._add_result(job.key, row)
             self.trainer.running(job.label).unlink(missing_ok=True)
+            step = f"{row['step_ms']:.1f} ms/step, " if row["step_ms"] else ""  # too few steps to tell
             self.console.print(
                 f"{job.label}: held-out loss {row['before']:.5f} -> {row['after']:.5f}, Fréchet {row['frechet']:.4f}, "
-                f"{row['step_ms']:.1f} ms/step, {row['seconds']:.1f} s"
+                f"{step}{row['seconds']:.1f} s"
             )
 
     def _add_result(self, key: str, row: dict[str, Any]) -> None:
