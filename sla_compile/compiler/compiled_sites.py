@@ -25,7 +25,7 @@ from sla_compile.gate import PREPARED, Gate, gate_name, own_gates
 from sla_compile.memory import Accounts
 from sla_compile.module_paths import module_paths
 
-__all__ = ["compiled_breaks", "compiled_sites", "remember"]
+__all__ = ["compiled_breaks", "compiled_sites", "remember", "shared_sites"]
 
 
 def remember(gm: fx.GraphModule, sites: Sequence[Site], unused: Sequence[UnusedGate], frame: Frame) -> None:
@@ -83,6 +83,21 @@ def compiled_sites(model: nn.Module) -> list[SiteReport]:
                 if dense and gate_now is not None and (report.rewritten or (compiled and not report.compiled)):
                     report = not_traced(report) if compiled else dataclasses.replace(report, ran_dense=True)
                 found.append(dataclasses.replace(report, current=current))
+    return found
+
+
+def shared_sites(model: nn.Module) -> set[str]:
+    """The paths in ``model`` of owners at which a module of the same class had attention in a graph.
+
+    Such code may serve ``model`` too, with no compile and so no report of its own where there is no gate.
+    """
+    modules = dict(module_paths(model))
+    found = set()
+    for path, module in modules.items():
+        for (inside, _, _), history in memory.accounts_of_class(type(module)).items():
+            owner = f"{path}.{inside}".strip(".")
+            if owner in modules and type(modules[owner]).__name__ == history[-1][0].owner:
+                found.add(owner)
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from sla_compile.compat import Frame, forward_functions
-from sla_compile.compiler.compiled_sites import compiled_sites
+from sla_compile.compiler.compiled_sites import compiled_sites, shared_sites
 from sla_compile.compiler.dense_warnings import warn_of_outside
 from sla_compile.compiler.site_report import graph_break
 from sla_compile.config import SLAConfig
@@ -40,15 +40,16 @@ ATTENTION = frozenset(
 def outside_graphs(model: nn.Module, found: Iterable[str]) -> dict[str, nn.Module]:
     """The modules of ``model`` that call a function of `ATTENTION` by name, by path, without those ``found`` in graphs.
 
-    They may not have been called at all. Attention that is written by hand is not told from other code, so not here.
+    They may not have been called at all. What code of another model of the class may serve is left out. Attention that
+    is written by hand is not told from other code, so not here.
     """
-    known = {*found}
+    known, shared = {*found}, shared_sites(model)
     outside = {}
     for local, module in module_paths(model):
         path = local or module.__dict__.get(PREPARED, (None, ""))[1]  # as the reports of sites say it
         # nn.TransformerEncoderLayer owns the attention of its self_attn.
         names = {path, path.rpartition(".")[0]} if isinstance(module, nn.MultiheadAttention) else {path}
-        if known.isdisjoint(names) and _calls_attention(module):
+        if known.isdisjoint(names) and local not in shared and _calls_attention(module):
             outside[path] = module
     return outside
 

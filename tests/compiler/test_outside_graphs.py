@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sla_compile
 from tests.support.models import HEADS, OPTIONS, WIDTH, Attention, Doubled, random_input
+from tests.support.reports import BrokenBlocks
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
@@ -122,6 +123,19 @@ def test_silent_where_it_is_held_or_excluded(excluded: bool) -> None:
     run = torch.compile(model, backend="sla", options=EAGER | ({"exclude": ["odd.*"]} if excluded else {}))
     run(random_input().float())
     assert sla_compile.report(model).outside_graphs == (("odd.attention",) if excluded else ())
+
+
+@pytest.mark.parametrize("by_blocks", [True, False])
+def test_silent_where_code_is_shared(by_blocks: bool) -> None:
+    """Blocks that are short run what was compiled for the first: they have no compile, and no gate, of their own."""
+    model = BrokenBlocks(3)
+    if by_blocks:
+        for block in model.blocks:
+            block.compile(backend="sla", options={"inner": "eager"})
+    run: Any = model if by_blocks else torch.compile(model, backend="sla", options={"inner": "eager"})
+    for _ in range(2):
+        run(random_input().float())
+    assert not sla_compile.report(model).outside_graphs
 
 
 def test_inlined_functions_and_fused_layers_are_held() -> None:
