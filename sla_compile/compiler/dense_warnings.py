@@ -59,7 +59,8 @@ def warn_of_outside(modules: Mapping[str, nn.Module], cause: str) -> None:
         path, module = next(iter(new.items()))
         more = f", nor that of {len(new) - 1} more, which sla_compile.report lists" if len(new) > 1 else ""
         warn_user(
-            f"{_path(module, path) or 'the compiled module'}: its attention runs dense: no graph holds it{more}{cause}",
+            f"{_path(module, path) or 'the compiled module'}: its attention runs dense if it is called: no graph holds "
+            f"it{more}{cause}",
             DenseAttentionWarning,
         )
 
