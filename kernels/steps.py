@@ -172,11 +172,18 @@ class Steps(Protocol):
         """The moments of all key blocks, in one pass over k and v."""
 
     def attention_forward(
-        self, inputs: KernelInputs, lists: BlockLists, linear: LinearStates | None, options: BackwardOptions
+        self,
+        inputs: KernelInputs,
+        lists: BlockLists,
+        linear: LinearStates | None,
+        options: BackwardOptions,
+        *,
+        runs_beside: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """out, linear_out and lse, as in `ForwardResult`, over the critical ``lists`` of the rows.
 
-        ``linear`` is H and Z, (B, H, Tm or 1, ...); None: no linear branch.
+        ``linear`` is H and Z, (B, H, Tm or 1, ...); None: no linear branch. The kernel that it may run `beside` makes
+        nothing else of what it reads.
         """
 
     def virtual_forward(
@@ -185,7 +192,13 @@ class Steps(Protocol):
         """out and lse over the critical ``lists`` of the rows and the ``virtual`` keys."""
 
     def linear_backward(
-        self, upstream: Upstream, inputs: KernelInputs, linear: LinearStates | None, options: BackwardOptions
+        self,
+        upstream: Upstream,
+        inputs: KernelInputs,
+        linear: LinearStates | None,
+        options: BackwardOptions,
+        *,
+        runs_beside: bool = False,
     ) -> tuple[QueryGradients, LinearStates | None]:
         """The backward of the linear branch from the queries' side.
 

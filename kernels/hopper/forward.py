@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sla_compile.common.options import BackwardOptions
 
 from ..steps import BlockLists, KernelInputs, LinearStates, VirtualKeys
+from ..triton.overlap import beside, start_beside, wait_for_kernel_before
 from ..triton.primitives import LOG2E, bias_pitch
 from ..triton.tiles import ceil_div, head_stride
 from .primitives import (
@@ -197,6 +198,7 @@ def forward_producer(
     HAS_MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
     GROUP: gl.constexpr,
+    BESIDE: gl.constexpr,
 ):
     q_desc, k_desc, v_desc, state_desc, gate_desc, virtual_k_desc, virtual_v_desc = descriptors
     q_buffers, k_ring, v_ring, matrix_buffer, _out_buffers = buffers
@@ -288,6 +290,7 @@ def forward_producer(
                 mbarrier.expect(matrix_full, state_desc.block_type.nbytes)
                 load_tile(state_desc, [line, 0, 0], matrix_full, matrix_buffer)
         if HAS_LINEAR:
+            wait_for_kernel_before(BESIDE)
             state_row = (batch * num_heads + head) * state_rows + gl.minimum(row, state_rows - 1)
             gate_row = gl.minimum(head, gate_heads - 1)
             # states are bfloat16 beside float16 inputs
@@ -441,6 +444,7 @@ def forward_consumer(
     HAS_COUNTS: gl.constexpr,
     HAS_MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
+    BESIDE: gl.constexpr,
 ):
     q_buffers, k_ring, v_ring, matrix_buffer, out_buffers = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty, matrix_full, matrix_empty = barriers
@@ -570,7 +574,21 @@ def forward_consumer(
         mbarrier.wait(v_full.index(index), phase)
         value = v_ring.index(index).reshape([TILE_K, PADDED_DIM])
         accumulator = warpgroup_mma(operand, value, accumulator, is_async=True)
-        accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
+        if HAS_LINEAR and PADDED_DIM <= 128:
+            # beside the last product, as far as it needs no other
+            wait_for_kernel_before(BESIDE)
+            state_row = batch_head * state_rows + gl.minimum(row, state_rows - 1)
+            normalizer = load_row(normalizers + state_row * HEAD_DIM, dims, HEAD_DIM, PADDED_DIM)
+            if HAS_BIAS:
+                shift = load_row(bias + head * stride_bh, dims, HEAD_DIM, PADDED_DIM)
+            own = query.load(out_layout).to(gl.float32)
+            if OUTPUTS > 0:
+                fence_async_shared()
+                mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+            phi = map_features(own, HEAD_DIM, PADDED_DIM, FEATURE_MAP, out_layout)
+            inverse = reciprocal_or_zero(gl.sum(phi * normalizer[None, :], 1))
+            phi_operand = gl.convert_layout(phi.to(gl.bfloat16), weights_layout)
+        accumulator, operand = warpgroup_mma_wait(0, deps=(accumulator, operand))
         mbarrier.arrive(v_empty.index(index), count=1)
         taken += 1
 
@@ -613,6 +631,7 @@ def forward_consumer(
             accumulator = warpgroup_mma_wait(0, deps=(accumulating,))
             mbarrier.arrive(slope_empty, count=1)
         if HAS_LINEAR and PADDED_DIM > 128:
+            wait_for_kernel_before(BESIDE)
             state_row = batch_head * state_rows + gl.minimum(row, state_rows - 1)
             normalizer = normalizers + state_row * HEAD_DIM
             phi, denominator = features_in_place(query, normalizer, ROWS, HEAD_DIM, FEATURE_MAP, scores_layout)
@@ -642,16 +661,6 @@ def forward_consumer(
                 mbarrier.arrive(v_empty.index(index), count=1)
                 taken += 1
         elif HAS_LINEAR:
-            own = query.load(out_layout).to(gl.float32)
-            if OUTPUTS > 0:
-                fence_async_shared()
-                mbarrier.arrive(q_empty.index(CONSUMER), count=1)
-            phi = map_features(own, HEAD_DIM, PADDED_DIM, FEATURE_MAP, out_layout)
-            state_row = batch_head * state_rows + gl.minimum(row, state_rows - 1)
-            normalizer = load_row(normalizers + state_row * HEAD_DIM, dims, HEAD_DIM, PADDED_DIM)
-            denominator = gl.sum(phi * normalizer[None, :], 1)
-            inverse = reciprocal_or_zero(denominator)
-            phi_operand = gl.convert_layout(phi.to(gl.bfloat16), weights_layout)
             if MATRICES_IN_RINGS:
                 index = taken % STAGES
                 state_full, state_empty, state_phase = k_full.index(index), k_empty.index(index), taken // STAGES & 1
@@ -682,7 +691,8 @@ def forward_consumer(
             accumulator = warpgroup_mma_wait(0, deps=(accumulating,))
             mbarrier.arrive(gate_empty, count=1)
         if HAS_BIAS:
-            shift = load_row(bias + head * stride_bh, dims, HEAD_DIM, PADDED_DIM)
+            if not HAS_LINEAR or PADDED_DIM > 128:
+                shift = load_row(bias + head * stride_bh, dims, HEAD_DIM, PADDED_DIM)
             accumulator += shift.to(gl.float32)[None, :]
         tma.store_wait(PENDING)
         leaving.reshape([ROWS, PADDED_DIM]).store(accumulator.to(dtype))
@@ -754,7 +764,10 @@ def attention_forward_kernel(
     HAS_MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
     GROUP: gl.constexpr,
+    BESIDE: gl.constexpr,
 ):
+    """With ``BESIDE`` it runs beside the kernel that sums normalizers: all but the linear branch is done meanwhile."""
+    start_beside(BESIDE)
     CONSUMERS: gl.constexpr = TILE_Q // 64
     q_buffers = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
     k_ring = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
@@ -814,11 +827,12 @@ def attention_forward_kernel(
                     buffers, barriers, lists, counts, normalizers, bias, virtual_bias, mask, out_desc, linear_desc,
                     lse, scale_log2, stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
                     HEAD_DIM, PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
-                    HAS_COUNTS, HAS_MASK, CAUSAL,
+                    HAS_COUNTS, HAS_MASK, CAUSAL, BESIDE,
                 )),
                 (forward_producer, (
                     descriptors, buffers, barriers, lists, counts, mask, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
                     HEAD_DIM, MATRICES_IN_RINGS, HAS_LINEAR, HAS_VIRTUAL, HAS_COUNTS, HAS_MASK, CAUSAL, GROUP,
+                    BESIDE,
                 )),
             ],
             [1],
@@ -831,17 +845,18 @@ def attention_forward_kernel(
                     buffers, barriers, lists, counts, normalizers, bias, virtual_bias, mask, out_desc, linear_desc,
                     lse, scale_log2, stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
                     HEAD_DIM, PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
-                    HAS_COUNTS, HAS_MASK, CAUSAL,
+                    HAS_COUNTS, HAS_MASK, CAUSAL, BESIDE,
                 )),
                 (forward_consumer, (
                     buffers, barriers, lists, counts, normalizers, bias, virtual_bias, mask, out_desc, linear_desc,
                     lse, scale_log2, stride_bh, num_queries, num_keys, extents, 1, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
                     HEAD_DIM, PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
-                    HAS_COUNTS, HAS_MASK, CAUSAL,
+                    HAS_COUNTS, HAS_MASK, CAUSAL, BESIDE,
                 )),
                 (forward_producer, (
                     descriptors, buffers, barriers, lists, counts, mask, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
                     HEAD_DIM, MATRICES_IN_RINGS, HAS_LINEAR, HAS_VIRTUAL, HAS_COUNTS, HAS_MASK, CAUSAL, GROUP,
+                    BESIDE,
                 )),
             ],
             [4, 1],
@@ -850,10 +865,15 @@ def attention_forward_kernel(
 
 
 def attention_forward(
-    inputs: KernelInputs, lists: BlockLists, linear: LinearStates | None, options: BackwardOptions
+    inputs: KernelInputs,
+    lists: BlockLists,
+    linear: LinearStates | None,
+    options: BackwardOptions,
+    *,
+    runs_beside: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `Steps.attention_forward`; without a mask every count is at least 1."""
-    return _forward(inputs, lists, linear, None, options)
+    return _forward(inputs, lists, linear, None, options, runs_beside)
 
 
 def virtual_forward(
@@ -870,6 +890,7 @@ def _forward(
     linear: LinearStates | None,
     virtual: VirtualKeys | None,
     options: BackwardOptions,
+    runs_beside: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     q, k, v, gate, bias, weights = inputs
     block_q, block_k = options.block_q, options.block_k
@@ -939,5 +960,7 @@ def _forward(
         GROUP=inputs.group,
         num_warps=4,
         maxnreg=launch.registers,
+        # above 128 dimensions that was not tried
+        **beside(runs_beside and padded <= 128),
     )
     return out, linear_out, lse

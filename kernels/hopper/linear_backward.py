@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sla_compile.common.options import BackwardOptions
 
 from ..steps import KernelInputs, LinearStates, QueryGradients, Upstream
+from ..triton.overlap import beside, end_beside, start_beside
 from ..triton.primitives import LOG2E
 from ..triton.tiles import ceil_div, head_stride
 from .primitives import (
@@ -269,7 +270,9 @@ def linear_kernel(
     PADDED_DIM: gl.constexpr,
     FEATURE_MAP: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    BESIDE: gl.constexpr,
 ):
+    start_beside(BESIDE)
     STATES: gl.constexpr = 2 if BLOCK_Q == 64 else 1
     q_buffer = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
     grad_buffer = gl.allocate_shared_memory(q_desc.dtype, q_desc.block_type.shape, q_desc.layout)
@@ -322,10 +325,15 @@ def linear_kernel(
         [4, 1],
         [240, 24],
     )  # fmt: skip
+    end_beside(BESIDE)
 
 
 def linear_backward(
-    upstream: Upstream, inputs: KernelInputs, linear: LinearStates, options: BackwardOptions
+    upstream: Upstream,
+    inputs: KernelInputs,
+    linear: LinearStates,
+    options: BackwardOptions,
+    runs_beside: bool = False,
 ) -> tuple[QueryGradients, LinearStates]:
     """As `Steps.linear_backward` with a linear branch."""
     grad_out, out, linear_out, lse = upstream
@@ -341,8 +349,9 @@ def linear_backward(
     statistics = torch.empty((batch, heads, 2, rows * block_q), dtype=torch.float32, device=q.device)
     grad_states = linear.states.new_empty(batch, heads, slots, *linear.states.shape[3:])
     grads = LinearStates(grad_states, statistics.new_empty(batch, heads, slots, head_dim))
-    # a handful of numbers; a stride of its own would cost the kernel registers
-    bias = bias.contiguous() if bias is not None else None
+    if bias is not None and not bias.is_contiguous():
+        # a handful of numbers; a stride of its own would cost the kernel registers, which now follows the copy's
+        bias, runs_beside = bias.contiguous(), False
     linear_kernel[(min(total, multiprocessors(q.device.index)),)](
         tile_descriptor(q, 128),
         tile_descriptor(grad_out, 128),
@@ -374,5 +383,6 @@ def linear_backward(
         HAS_BIAS=bias is not None,
         num_warps=4,
         maxnreg=168,
+        **beside(runs_beside),
     )
     return QueryGradients(dq, statistics, complete=True, started=True), grads

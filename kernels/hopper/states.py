@@ -23,7 +23,8 @@ from sla_compile.common.options import BackwardOptions
 from ..steps import KernelInputs, LinearStates
 from ..triton.overlap import beside, end_beside, start_beside
 from ..triton.primitives import LOG2E
-from ..triton.tiles import ceil_div, row_pitch
+from ..triton.states import empty_states
+from ..triton.tiles import ceil_div
 from .primitives import (
     all_threads,
     load_tile,
@@ -69,6 +70,7 @@ def states_consumer(
     pooled,
     mask,
     num_keys,
+    num_blocks,
     extents,
     BLOCK_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -97,7 +99,7 @@ def states_consumer(
         key_sum = gl.zeros([PADDED_DIM], gl.float32, dim_layout)
         if HAS_MASK:
             key_bias, bias_rows = mask
-            bias_block = gl.minimum(batch, bias_rows - 1) * blocks_per_head + key_block
+            bias_block = gl.minimum(batch, bias_rows - 1) * num_blocks + gl.minimum(key_block, num_blocks - 1)
             own_bias = key_bias + bias_block.to(gl.int64) * BLOCK_K
             total = gl.to_tensor(0.0)
         for part in gl.static_range(BLOCK_K // 64):
@@ -142,17 +144,19 @@ def states_consumer(
         finished.store(state.to(state_dtype))
         fence_async_shared()
         store_tile(state_desc, [block, 0, 0], state_buffer)
-        line = ((batch * num_heads + head).to(gl.int64) * blocks_per_head + key_block) * HEAD_DIM
-        gl.store(normalizers + line + dims, normalizer, mask=dims < HEAD_DIM)
+        line = ((batch * num_heads + head).to(gl.int64) * num_blocks + key_block) * HEAD_DIM
+        # a state past the last block is made of nothing but zeros, and there is no normalizer for it
+        stored = (dims < HEAD_DIM) & (key_block < num_blocks)
+        gl.store(normalizers + line + dims, normalizer, mask=stored)
         if STORE_POOLED:
             count = gl.minimum(num_keys - key_block * BLOCK_K, BLOCK_K).to(gl.float32)
             if HAS_MASK:
                 count = gl.where(total > 0.0, total, 1.0)
-            gl.store(pooled + line + dims, key_sum / count, mask=dims < HEAD_DIM)
+            gl.store(pooled + line + dims, key_sum / count, mask=stored)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["bias_rows", "num_keys", "total_blocks", "blocks_per_head"])
+@gluon.jit(do_not_specialize=["bias_rows", "num_keys", "num_blocks", "total_blocks", "blocks_per_head"])
 def states_kernel(
     k_desc,
     v_desc,
@@ -162,6 +166,7 @@ def states_kernel(
     key_bias,
     bias_rows,
     num_keys,
+    num_blocks,
     total_blocks,
     blocks_per_head,
     num_heads,
@@ -190,7 +195,8 @@ def states_kernel(
     gl.warp_specialize(
         [
             (states_consumer, (
-                state_desc, k_ring, v_ring, state_buffer, full, empty, normalizers, pooled, mask, num_keys, extents,
+                state_desc, k_ring, v_ring, state_buffer, full, empty, normalizers, pooled, mask, num_keys,
+                num_blocks, extents,
                 BLOCK_K, HEAD_DIM, PADDED_DIM, FEATURE_MAP, STORE_POOLED, HAS_MASK,
             )),
             (states_producer, (k_desc, v_desc, k_ring, v_ring, full, empty, extents, BLOCK_K)),
@@ -209,10 +215,12 @@ def key_states(
     batch, heads, keys, head_dim = k.shape
     blocks = ceil_div(keys, block_k)
     shape = (batch, heads, blocks, head_dim)
-    states = torch.empty((*shape, row_pitch(head_dim)), dtype=torch.bfloat16, device=k.device)
+    states = empty_states(shape, torch.bfloat16, k.device)
     normalizers = torch.empty(shape, dtype=torch.float32, device=k.device)
     pooled = torch.empty(shape if pool else (0,), dtype=torch.float32, device=k.device)
-    total = blocks * batch * heads
+    # the kernel makes the zeros of what is padded too
+    padded_blocks = states.shape[2]
+    total = padded_blocks * batch * heads
     states_kernel[(min(total, 2 * multiprocessors(k.device.index)),)](
         tile_descriptor(k, 64),
         tile_descriptor(v, 64),
@@ -223,8 +231,9 @@ def key_states(
         weights.bias if weights is not None else None,
         weights.bias.shape[0] if weights is not None else None,
         keys,
-        total,
         blocks,
+        total,
+        padded_blocks,
         heads,
         BLOCK_K=block_k,
         HEAD_DIM=head_dim,

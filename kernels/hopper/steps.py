@@ -62,12 +62,17 @@ def column_order(inputs: KernelInputs, lists: BlockLists, options: BackwardOptio
 
 
 def linear_backward(
-    upstream: Upstream, inputs: KernelInputs, linear: LinearStates | None, options: BackwardOptions
+    upstream: Upstream,
+    inputs: KernelInputs,
+    linear: LinearStates | None,
+    options: BackwardOptions,
+    *,
+    runs_beside: bool = False,
 ) -> tuple[QueryGradients, LinearStates | None]:
     """As `Steps.linear_backward`: in Gluon with a linear branch; for the statistics of a gate that is a bias alone, in
     Triton; without a gate the dQ kernel makes the statistics from what it loads."""
     if linear is not None and not _is_wide(inputs):
-        return hopper_linear_backward.linear_backward(upstream, inputs, linear, options)
+        return hopper_linear_backward.linear_backward(upstream, inputs, linear, options, runs_beside)
     if inputs.bias is not None or _is_wide(inputs):
         return triton_linear_backward.linear_backward(upstream, inputs, linear, options)
     return backward_query.fresh_gradients(inputs.q, options.block_q), None

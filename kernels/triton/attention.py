@@ -2,25 +2,31 @@
 
 forward:  means and block states -> block scores -> classes and lists -> sums of states -> attention and gate.
 backward: states and their sums again -> D^s, dH, dZ, linear dQ -> sums of dH and dZ -> lists -> dQ -> dK, dV -> dW, db.
-States are computed again in the backward: keeping them would cost more memory than q, k and v together.
+The sums of states are kept for the backward where they take no more memory than q; else all states are computed again.
 """
 
 from __future__ import annotations
 
 import torch
 
-from sla_compile.common.kernel_interface import AttentionInputs, ForwardResult, Gradients, has_linear_branch
+from sla_compile.common.kernel_interface import (
+    AttentionInputs,
+    ForwardResult,
+    Gradients,
+    has_linear_branch,
+    kept_rows,
+)
 from sla_compile.common.limits import TAYLOR
 from sla_compile.common.options import AttentionOptions, BackwardOptions
 
 from ..hopper import support as hopper
-from ..steps import BlockLists, KernelInputs, Steps, Upstream
+from ..steps import BlockLists, KernelInputs, LinearStates, Steps, Upstream
 from . import overlap, taylor
 from . import steps as triton_steps
 from .classify import block_scores, classes, critical_lists
 from .linear_backward import gate_backward
 from .masks import key_weights
-from .states import block_means, marginal_matrix, sum_over_blocks
+from .states import block_means, empty_matrix, marginal_matrix, state_dtype, sum_over_blocks
 from .tiles import check_supported, gate_matrix, vector_readable
 
 __all__ = ["backward", "forward"]
@@ -43,18 +49,30 @@ def forward(inputs: AttentionInputs, options: AttentionOptions) -> ForwardResult
         steps = _steps(q, k, v, options=options, has_key_mask=key_mask is not None)
         if options.linear == TAYLOR:
             return taylor.forward(inputs, operands, options, steps)
-        pooled_q = block_means(q, options.block_q)
-        linear = None
+        may_overlap = steps is not triton_steps and overlap.may_overlap()
+        pooled_q = block_means(q, options.block_q, lets_next_start=may_overlap and has_linear)
+        linear = matrix = None
         if has_linear:
-            linear, pooled_k = steps.key_states(operands, options, pool=True)
+            linear, pooled_k = steps.key_states(operands, options, pool=True, runs_beside=may_overlap)
         else:
             pooled_k = block_means(k, options.block_k, operands.key_bias)
         scores = block_scores(pooled_q, pooled_k, options.scale)
-        block_map, lists = classes(scores, operands, inputs.sparsity, options)
+        if linear is not None and options.linear == "marginal":
+            matrix = empty_matrix(scores.shape, linear.states.dtype, q.device)
+        block_map, lists = classes(scores, operands, inputs.sparsity, options, matrix)
         del scores  # its memory serves what follows
-        if linear is not None:
-            linear = sum_over_blocks(_summed_blocks(block_map, linear.states.dtype, options), linear, q.shape[1])
-        return ForwardResult(*steps.attention_forward(operands, lists, linear, options), block_map)
+        if linear is None:
+            return ForwardResult(*steps.attention_forward(operands, lists, None, options), block_map)
+        if matrix is None:
+            matrix = _summed_blocks(block_map, linear.states.dtype, options)
+        beside = may_overlap and matrix is not None
+        sums = sum_over_blocks(matrix, linear, q.shape[1], lets_next_start=beside)
+        # what the kernel beside reads stays; h does not
+        normalizers = linear.normalizers
+        del linear
+        found = steps.attention_forward(operands, lists, sums, options, runs_beside=beside)
+        del normalizers, matrix
+        return ForwardResult(*found, block_map, *(sums if kept_rows(q, weight, options) else (None, None)))
 
 
 def backward(
@@ -62,7 +80,7 @@ def backward(
 ) -> Gradients:
     """Gradients at grad_out of the call that gave ``result``; the same bits every time. Raises as `forward` does."""
     q, k, v, weight, bias, key_mask = inputs[:6]
-    out, linear_out, lse, block_map = result
+    out, linear_out, lse, block_map, state_sums, normalizer_sums = result
     check_supported(q, options)
     with torch.cuda.device_of(q):
         grad_out, q, k, v, out = (vector_readable(x) for x in (grad_out, q, k, v, out))
@@ -78,16 +96,20 @@ def backward(
         if options.linear == TAYLOR:
             return taylor.backward(upstream, block_map, inputs.shift, operands, options, steps)
         linear = matrix = lists = None
-        # with few blocks kernels run beside each other: states beside lists, the gate and dK, dV beside dQ; with many
-        # the lists are made when they are read, and take no memory until then
+        # with few blocks kernels run beside each other: what the linear branch begins with beside lists, the gate and
+        # dK, dV beside dQ; with many the lists are made when they are read, and take no memory until then
         beside = has_linear and overlap.may_overlap() and steps.few_columns(operands, options)
+        if has_linear:
+            matrix = _summed_blocks(block_map, state_dtype(q.dtype), options)
         if beside:
             lists = _critical_lists(block_map, operands, options, steps)
-        if has_linear:
+        kept = False
+        if state_sums is not None and normalizer_sums is not None and state_sums.shape[2] > 0:
+            linear, kept = LinearStates(state_sums, normalizer_sums), True
+        elif has_linear:
             linear, _ = steps.key_states(operands, options, pool=False, runs_beside=beside)
-            matrix = _summed_blocks(block_map, linear.states.dtype, options)
             linear = sum_over_blocks(matrix, linear, q.shape[1])
-        gradients, linear = steps.linear_backward(upstream, operands, linear, options)
+        gradients, linear = steps.linear_backward(upstream, operands, linear, options, runs_beside=beside and kept)
         if linear is not None:
             tiles_per_block = linear.states.shape[2] // block_map.shape[2]
             if tiles_per_block > 1:

@@ -79,6 +79,13 @@ def ordered_key(score):
 
 
 @triton.jit
+def score_of(key):
+    """The inverse of `ordered_key`."""
+    ALL_BUT_SIGN: tl.constexpr = 0x7FFFFFFF
+    return (key ^ ((key >> 31) & ALL_BUT_SIGN)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def take_largest(key, valid, count):
     """Mask of the ``count`` largest of ``key`` [lanes] (int32) in ``valid``; of equal keys the first."""
     LEAST: tl.constexpr = -2147483648
@@ -89,9 +96,14 @@ def take_largest(key, valid, count):
     high = tl.max(key, 0)
     # the count-th largest key is the largest threshold that at least `count` keys reach; one that exactly as many
     # reach will do, and is found sooner
+    step = 0
     while low < high:
         # the upper middle, without overflow
         middle = (low | high) - ((low ^ high) >> 1)
+        # that of the scores first: between two signs half of all integers are scores of nearly 0
+        of_scores = ordered_key(0.5 * score_of(low) + 0.5 * score_of(high))
+        middle = tl.where((step < 4) & (of_scores > low) & (of_scores <= high), of_scores, middle)
+        step += 1
         reached = tl.sum((key >= middle).to(tl.int32), 0)
         low = tl.where(reached >= count, middle, low)
         high = tl.where(reached == count, middle, tl.where(reached > count, high, middle - 1))
@@ -124,8 +136,15 @@ def store_parted_list(list_base, count, partial_count, member, partial, lanes):
     tl.store(partial_count, rest)
 
 
-@triton.jit(do_not_specialize=["num_keys", "critical", "negligible"])
-def classify_kernel(scores, block_map, lists, num_keys, critical, negligible, LANES: tl.constexpr):
+@triton.jit
+def store_marginal(matrix, row, width, label, lanes, num_keys):
+    """A row of the 0/1 matrix of the marginal blocks, 0 where it is padded."""
+    value = tl.where((label == 0) & (lanes < num_keys), 1.0, 0.0).to(matrix.dtype.element_ty)
+    tl.store(matrix + row * width + lanes, value, mask=lanes < width)
+
+
+@triton.jit(do_not_specialize=["num_keys", "critical", "negligible", "width"])
+def classify_kernel(scores, block_map, lists, matrix, width, num_keys, critical, negligible, LANES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, LANES)
     valid = lanes < num_keys
@@ -137,6 +156,8 @@ def classify_kernel(scores, block_map, lists, num_keys, critical, negligible, LA
         is_kept = take_largest(key, valid, num_keys - negligible)
         label = tl.where(is_kept, label, -1)
     tl.store(block_map + row * num_keys + lanes, label.to(tl.int8), mask=valid)
+    if matrix is not None:
+        store_marginal(matrix, row, width, label, lanes, num_keys)
     store_list(lists + row * critical, is_critical, lanes)
 
 
@@ -153,6 +174,7 @@ def share_of(size, numerator, denominator):
         "num_keys",
         "num_heads",
         "list_width",
+        "width",
         "stride_tiers",
         "stride_sparsity",
         "stride_share",
@@ -168,6 +190,8 @@ def classify_with_options_kernel(
     lists,
     counts,
     partial_counts,
+    matrix,
+    width,
     tiers,
     sparsity,
     num_queries,
@@ -236,6 +260,8 @@ def classify_with_options_kernel(
     is_kept = take_largest(key, candidate, tl.maximum(kept, 0))
     label = tl.where(is_critical, 1, tl.where(is_kept, 0, -1))
     tl.store(block_map + row * num_keys + lanes, label.to(tl.int8), mask=valid)
+    if matrix is not None:
+        store_marginal(matrix, row, width, label, lanes, num_keys)
     if HAS_PARTIAL:
         store_parted_list(lists + row * list_width, counts + row, partial_counts + row, is_critical, partial, lanes)
     else:
@@ -343,15 +369,23 @@ def block_scores(pooled_q: torch.Tensor, pooled_k: torch.Tensor, scale: float) -
 
 
 def classes(
-    scores: torch.Tensor, inputs: KernelInputs, sparsity: torch.Tensor | None, options: AttentionOptions
+    scores: torch.Tensor,
+    inputs: KernelInputs,
+    sparsity: torch.Tensor | None,
+    options: AttentionOptions,
+    matrix: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, BlockLists]:
-    """The block map and the critical blocks of its rows, with counts where rows may have unequal numbers of them."""
+    """The block map and the critical blocks of its rows, with counts where rows may have unequal numbers of them.
+
+    A ``matrix``, an `empty_matrix`, is made the `marginal_matrix` of the block map.
+    """
     queries, keys = inputs.q.shape[2], inputs.k.shape[2]
     weights = inputs.key_weights
     tiers = block_tiers(weights, options.always_critical, keys, options.block_k, scores.device)
     if tiers is None and sparsity is None and not options.causal:
         critical = num_critical(options.topk, scores.shape[3])
-        return classify_rows(scores, critical, num_negligible(options.bottomk, critical, scores.shape[3]))
+        negligible = num_negligible(options.bottomk, critical, scores.shape[3])
+        return classify_rows(scores, critical, negligible, matrix)
     forced = sum(last - first for first, last in forced_blocks(options.always_critical, keys, options.block_k))
     return classify_rows_with_options(
         scores,
@@ -361,17 +395,23 @@ def classes(
         has_partial=weights is not None,
         queries=queries,
         forced=forced,
+        matrix=matrix,
     )
 
 
-def classify_rows(scores: torch.Tensor, critical: int, negligible: int) -> tuple[torch.Tensor, BlockLists]:
-    """The block map, int8, of ``scores`` (B, H, Tm, Tn), and the critical key blocks of each row."""
+def classify_rows(
+    scores: torch.Tensor, critical: int, negligible: int, matrix: torch.Tensor | None = None
+) -> tuple[torch.Tensor, BlockLists]:
+    """The block map, int8, of ``scores`` (B, H, Tm, Tn), and the critical key blocks of each row; and `classes`'s
+    ``matrix``."""
     batch, heads, num_queries, num_keys = scores.shape
     block_map = torch.empty(scores.shape, dtype=torch.int8, device=scores.device)
     lists = torch.empty((batch, heads, num_queries, critical), dtype=torch.int32, device=scores.device)
     lanes, warps = _lanes_and_warps(num_keys)
+    # what is None is no parameter of the compiled kernel
+    width = matrix.stride(1) if matrix is not None else None
     classify_kernel[(batch * heads * num_queries,)](
-        scores, block_map, lists, num_keys, critical, negligible, LANES=lanes, num_warps=warps
+        scores, block_map, lists, matrix, width, num_keys, critical, negligible, LANES=lanes, num_warps=warps
     )
     return block_map, BlockLists(lists, None)
 
@@ -385,6 +425,7 @@ def classify_rows_with_options(
     has_partial: bool,
     queries: int,
     forced: int,
+    matrix: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, BlockLists]:
     """`classify_rows` where rows differ: by ``sparsity`` (`AttentionInputs`), ``tiers`` (`block_tiers`) or causality.
 
@@ -408,6 +449,9 @@ def classify_rows_with_options(
         lists,
         counts,
         partial,
+        # what is None is no parameter of the compiled kernel
+        matrix,
+        matrix.stride(1) if matrix is not None else None,
         tiers if tiers is not None else block_map,
         sparsity if sparsity is not None else block_map,
         queries,

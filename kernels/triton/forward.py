@@ -193,9 +193,14 @@ def attention_forward_kernel(
 
 
 def attention_forward(
-    inputs: KernelInputs, lists: BlockLists, linear: LinearStates | None, options: BackwardOptions
+    inputs: KernelInputs,
+    lists: BlockLists,
+    linear: LinearStates | None,
+    options: BackwardOptions,
+    *,
+    runs_beside: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `Steps.attention_forward`."""
+    """As `Steps.attention_forward`; never beside the kernel before it."""
     q, k, v, gate, bias, _ = inputs
     key_bias = inputs.key_bias
     batch, heads, tokens, head_dim = q.shape

@@ -266,9 +266,14 @@ def gate_sum_kernel(
 
 
 def linear_backward(
-    upstream: Upstream, inputs: KernelInputs, linear: LinearStates | None, options: BackwardOptions
+    upstream: Upstream,
+    inputs: KernelInputs,
+    linear: LinearStates | None,
+    options: BackwardOptions,
+    *,
+    runs_beside: bool = False,
 ) -> tuple[QueryGradients, LinearStates | None]:
-    """As `Steps.linear_backward`."""
+    """As `Steps.linear_backward`; never beside the kernel before it."""
     grad_out, out, linear_out, lse = upstream
     q, _, _, gate, bias, _ = inputs
     block_q = options.block_q

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["beside", "end_beside", "let_next_start", "may_overlap", "start_beside"]
+__all__ = ["beside", "end_beside", "let_next_start", "may_overlap", "start_beside", "wait_for_kernel_before"]
 
 
 @triton.jit
@@ -33,6 +33,13 @@ def start_beside(BESIDE: tl.constexpr):
         gdc_launch_dependents()
         # what the multiprocessor has cached may be older than what the kernels before that one wrote
         tl.inline_asm_elementwise("fence.acq_rel.gpu; // dummy $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def wait_for_kernel_before(BESIDE: tl.constexpr):
+    """In such a kernel that needs something of the one before it after all, before it reads that."""
+    if BESIDE:
+        gdc_wait()
 
 
 @triton.jit

@@ -9,6 +9,8 @@ range, and float32 for float32; z and Z are float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -17,11 +19,14 @@ from sla_compile.common.options import BackwardOptions
 
 from ..steps import KernelInputs, LinearStates
 from .masks import batch_stride
+from .overlap import let_next_start
 from .primitives import feature_map, head_pointer, load_key_bias, load_tile, locate_program, store_tile
 from .tiles import ceil_div, launch_for, padded_dim, power_of_two, row_pitch, stacked, vector_strides
 
 __all__ = [
     "block_means",
+    "empty_matrix",
+    "empty_states",
     "key_states",
     "marginal_matrix",
     "state_dtype",
@@ -47,7 +52,10 @@ def mean_kernel(
     PADDED_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_KEY_BIAS: tl.constexpr,
+    LETS_NEXT_START: tl.constexpr,
 ):
+    if LETS_NEXT_START:
+        let_next_start()
     block, batch, head = locate_program(num_blocks, num_heads)
     rows = tl.arange(0, BLOCK)
     dims = tl.arange(0, PADDED_DIM)
@@ -89,7 +97,7 @@ def add_keys(
     return phi, key_sum, normalizer, total
 
 
-@triton.jit(do_not_specialize=["stride_bias", "num_tokens", "num_blocks", "num_heads"])
+@triton.jit(do_not_specialize=["stride_bias", "num_tokens", "num_blocks", "num_states", "num_heads"])
 def key_state_kernel(
     k,
     v,
@@ -106,6 +114,7 @@ def key_state_kernel(
     stride_bias,
     num_tokens,
     num_blocks,
+    num_states,
     num_heads,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -129,7 +138,7 @@ def key_state_kernel(
     k_base = head_pointer(k, batch, head, stride_kb, stride_kh)
     v_base = head_pointer(v, batch, head, stride_vb, stride_vh)
     bias_base = bias + batch.to(tl.int64) * stride_bias
-    state_base = states + slot * HEAD_DIM * PITCH
+    state_base = states + ((slot - block) // num_blocks * num_states + block) * HEAD_DIM * PITCH
     origin = tl.zeros([], tl.int32)
 
     key_sum = tl.zeros([PADDED_DIM], tl.float32)
@@ -206,8 +215,11 @@ def normalizer_sum_kernel(
     TILE: tl.constexpr,
     STEP: tl.constexpr,
     TRANSPOSE: tl.constexpr,
+    LETS_NEXT_START: tl.constexpr,
 ):
     """With a bfloat16 matrix by exact products of that type: a float32 is the sum of three, and the matrix 0 and 1."""
+    if LETS_NEXT_START:
+        let_next_start()
     batch_head = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * TILE + tl.arange(0, TILE)
     dims = tl.program_id(2) * TILE + tl.arange(0, TILE)
@@ -243,10 +255,13 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
 
-def block_means(x: torch.Tensor, block: int, bias: torch.Tensor | None = None) -> torch.Tensor:
+def block_means(
+    x: torch.Tensor, block: int, bias: torch.Tensor | None = None, *, lets_next_start: bool = False
+) -> torch.Tensor:
     """Mean over each block's true length: (B, H, N, D), `vector_readable` -> float32 (B, H, T, D).
 
-    A ``bias`` (`key_bias`) weighs the tokens by exp(bias); a block without weight has mean 0.
+    A ``bias`` (`key_bias`) weighs the tokens by exp(bias); a block without weight has mean 0. Here as elsewhere
+    ``lets_next_start`` says that the next kernel may run `beside` this one.
     """
     batch, heads, tokens, head_dim = x.shape
     blocks = ceil_div(tokens, block)
@@ -264,9 +279,17 @@ def block_means(x: torch.Tensor, block: int, bias: torch.Tensor | None = None) -
         PADDED_DIM=padded_dim(head_dim),
         BLOCK=block,
         HAS_KEY_BIAS=bias is not None,
+        LETS_NEXT_START=lets_next_start,
         num_warps=1,
     )
     return pooled
+
+
+def empty_states(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Room for h of the blocks of ``shape`` (B, Hk, Tn, D), and for zeros up to a multiple of 8 blocks a head."""
+    batch, heads, blocks, head_dim = shape
+    padded = ceil_div(blocks, 8) * 8
+    return torch.empty((batch, heads, padded, head_dim, row_pitch(head_dim)), dtype=dtype, device=device)
 
 
 def key_states(
@@ -276,8 +299,8 @@ def key_states(
     k, v, key_bias, block_k = inputs.k, inputs.v, inputs.key_bias, options.block_k
     batch, heads, tokens, head_dim = k.shape
     blocks = ceil_div(tokens, block_k)
-    shape = (batch, heads, blocks, head_dim, row_pitch(head_dim))
-    states = torch.empty(shape, dtype=state_dtype(k.dtype), device=k.device)
+    states = empty_states((batch, heads, blocks, head_dim), state_dtype(k.dtype), k.device)
+    states[:, :, blocks:].zero_()
     normalizers = torch.empty((batch, heads, blocks, head_dim), dtype=torch.float32, device=k.device)
     pooled = torch.empty(normalizers.shape if pool else (0,), dtype=torch.float32, device=k.device)
     launch = launch_for("states", head_dim, k.dtype, block_k, block_k)
@@ -297,6 +320,7 @@ def key_states(
         batch_stride(key_bias),
         tokens,
         blocks,
+        states.shape[2],
         heads,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim),
@@ -313,17 +337,22 @@ def key_states(
     return LinearStates(states, normalizers), pooled
 
 
+def empty_matrix(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(B*H, Tm, Tn) of the ``shape`` (B, H, Tm, Tn), unwritten. Rows are padded in memory to a multiple of 8, with
+    zeros that `sum_over_blocks` includes: cuBLAS leaves its fast kernels at an odd row pitch or number of columns."""
+    batch, heads, rows, columns = shape
+    width = ceil_div(columns, 8) * 8
+    return torch.empty((batch * heads, rows, width), dtype=dtype, device=device)[:, :, :columns]
+
+
 def marginal_matrix(
     block_map: torch.Tensor, dtype: torch.dtype, repeat: int = 1, below: tuple[int, int] | None = None
 ) -> torch.Tensor:
-    """(M == 0) as 0/1, each row ``repeat`` times: (B, H, Tm, Tn) -> (B*H, Tm*repeat, Tn), in ``dtype``.
-    With ``below``, (block_q, block_k), 1 at every key block that ends before the row begins instead.
-
-    Rows are padded in memory to 16 bytes: cuBLAS leaves its fast kernels at an odd row pitch.
-    """
+    """(M == 0) as 0/1, each row ``repeat`` times: (B, H, Tm, Tn) -> (B*H, Tm*repeat, Tn), an `empty_matrix` in
+    ``dtype``. With ``below``, (block_q, block_k), 1 at every key block that ends before the row begins instead."""
     batch, heads, rows, columns = block_map.shape
-    width = ceil_div(columns, 8) * 8
-    matrix = torch.empty((batch * heads, rows * repeat, width), dtype=dtype, device=block_map.device)
+    matrix = empty_matrix((batch, heads, rows * repeat, columns), dtype, block_map.device)
+    width = matrix.stride(1)
     lanes = min(1024, max(32, power_of_two(width)))
     grid = (batch * heads * rows * repeat, ceil_div(width, lanes))
     block_q, block_k = below or (1, 1)
@@ -340,18 +369,30 @@ def marginal_matrix(
         ALL_BELOW=below is not None,
         num_warps=1,
     )
-    return matrix[:, :, :columns]
+    return matrix
 
 
 def sum_over_blocks(
-    matrix: torch.Tensor | None, linear: LinearStates, heads: int, *, transpose: bool = False
+    matrix: torch.Tensor | None,
+    linear: LinearStates,
+    heads: int,
+    *,
+    transpose: bool = False,
+    lets_next_start: bool = False,
 ) -> LinearStates:
     """`sum_of_states` and `sum_of_normalizers` of ``linear``: H and Z of all query ``heads`` from h and z, or dh and dz
-    of all key ``heads`` from dH and dZ."""
-    return LinearStates(
-        sum_of_states(matrix, linear.states, heads, transpose=transpose),
-        sum_of_normalizers(matrix, linear.normalizers, heads, transpose=transpose),
+    of all key ``heads`` from dH and dZ. The normalizers come last: it is their kernel that ``lets_next_start``.
+
+    ``matrix`` is an `empty_matrix` that was filled. States of key blocks, h and what is made of dH, are padded to a
+    multiple of 8 blocks, with zeros, and so is dz.
+    """
+    if matrix is not None:
+        matrix = matrix.as_strided((*matrix.shape[:2], matrix.stride(1)), matrix.stride())
+    states = sum_of_states(matrix, linear.states, heads, transpose=transpose)
+    normalizers = sum_of_normalizers(
+        matrix, linear.normalizers, heads, transpose=transpose, lets_next_start=lets_next_start
     )
+    return LinearStates(states, normalizers)
 
 
 def sum_of_states(
@@ -395,7 +436,12 @@ def _of_every_block(states: torch.Tensor, heads: int, dtype: torch.dtype) -> tor
 
 
 def sum_of_normalizers(
-    matrix: torch.Tensor | None, normalizers: torch.Tensor, heads: int, *, transpose: bool = False
+    matrix: torch.Tensor | None,
+    normalizers: torch.Tensor,
+    heads: int,
+    *,
+    transpose: bool = False,
+    lets_next_start: bool = False,
 ) -> torch.Tensor:
     """`sum_of_states` of ``normalizers`` (B, Hk or H, T, D), float32, in float32.
 
@@ -423,5 +469,6 @@ def sum_of_normalizers(
         TILE=tile,
         STEP=64,
         TRANSPOSE=transpose,
+        LETS_NEXT_START=lets_next_start,
     )
     return sums.view(batch, heads, own_heads * rows // max(1, heads), head_dim)

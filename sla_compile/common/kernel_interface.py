@@ -10,10 +10,11 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from sla_compile.common.blocks import num_blocks
 from sla_compile.common.limits import TAYLOR
 from sla_compile.common.options import AttentionOptions, BackwardOptions
 
-__all__ = ["AttentionInputs", "ForwardResult", "Gradients", "Kernels", "has_linear_branch"]
+__all__ = ["AttentionInputs", "ForwardResult", "Gradients", "Kernels", "has_linear_branch", "kept_rows"]
 
 
 class AttentionInputs(NamedTuple):
@@ -38,7 +39,7 @@ class AttentionInputs(NamedTuple):
 
 
 class ForwardResult(NamedTuple):
-    """What a forward returns; the last three are kept for the backward."""
+    """What a forward returns; all but ``out`` is for the backward alone."""
 
     out: Tensor
     """(B, H, Lq, D) over (B, Lq, H, D) memory, in the dtype of q."""
@@ -49,6 +50,11 @@ class ForwardResult(NamedTuple):
     -inf for a query without a key. float64 for float64 inputs, else float32."""
     block_map: Tensor
     """int8 (B, H, Tm, Tn): 1 critical, 0 marginal, -1 negligible."""
+    state_sums: Tensor | None = None
+    """H, (B, H, `kept_rows`, D, D up to a multiple of 8), bfloat16 for 16-bit inputs, else float32. Without a row, or
+    None, the backward makes it again."""
+    normalizer_sums: Tensor | None = None
+    """Z beside it, float32 (B, H, `kept_rows`, D)."""
 
 
 class Gradients(NamedTuple):
@@ -77,3 +83,14 @@ class Kernels(Protocol):
 def has_linear_branch(weight: Tensor | None, options: BackwardOptions) -> bool:
     """Whether a call has a linear branch: a gate to let it in, and blocks that it sums."""
     return weight is not None and options.linear not in ("none", TAYLOR)
+
+
+def kept_rows(q: Tensor, weight: Tensor | None, options: BackwardOptions) -> int:
+    """Of how many rows a forward on a GPU keeps H and Z for its backward: all where they take no more memory than q,
+    the one row where all have the same, else 0."""
+    if not has_linear_branch(weight, options):
+        return 0
+    if options.linear == "all" and not options.causal:
+        return 1
+    pitch = -(-q.shape[3] // 8) * 8
+    return num_blocks(q.shape[2], options.block_q) if pitch <= options.block_q else 0

@@ -131,7 +131,7 @@ class GatedCall:
 
     def _run_op(self, weight: Tensor | None, bias: Tensor | None, **changes: Any) -> tuple[Tensor, Tensor]:
         """Output and O^l of ``sla::forward``, tokens back in the model's order."""
-        out, linear, _, _ = torch.ops.sla.forward.default(
+        out, linear, *_ = torch.ops.sla.forward.default(
             self.query, self.key, self.value, weight, bias, **{**self.options(), **changes}
         )
         if (placement := self.decision.order.queries) is None:

@@ -111,7 +111,7 @@ def errors_by_definition(
     leaves = {name: x.clone().requires_grad_() for name, x in given.items()}
     absent = dict.fromkeys(("weight", "bias", "shift", "sparsity"))
     with torch.enable_grad():
-        out, _, _, block_map = torch.ops.sla.forward.default(**{**absent, **leaves}, key_mask=key_mask, **options)
+        out, _, _, block_map, *_ = torch.ops.sla.forward.default(**{**absent, **leaves}, key_mask=key_mask, **options)
         actual = (out, *torch.autograd.grad(out, list(leaves.values()), upstream))
         exact: dict[str, Any] = {name: x.double().requires_grad_() for name, x in given.items()}
         # With the op's own classes: two scores that rounding makes equal are no mistake.

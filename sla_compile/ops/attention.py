@@ -23,6 +23,7 @@ from sla_compile.common.kernel_interface import (
     ForwardResult,
     Kernels,
     has_linear_branch,
+    kept_rows,
 )
 from sla_compile.common.options import AttentionOptions, BackwardOptions
 from sla_compile.compat import has_tangent
@@ -97,8 +98,7 @@ def sparse_linear_attention(
         _refuse_tangents(q, k, v, weight, bias, shift)
         _let_flops_be_counted()
     _refuse_mask_gradient(key_mask)
-    out, _, _, _ = torch.ops.sla.forward.default(**tensors, **options)
-    return out  # type: ignore[no-any-return]
+    return torch.ops.sla.forward.default(**tensors, **options)[0]  # type: ignore[no-any-return]
 
 
 _NUM_INPUTS = 17  # of sla::forward
@@ -145,7 +145,8 @@ def _kernels(q: Tensor) -> Kernels:
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor? bias, Tensor? key_mask, Tensor? sparsity, "
     "float scale, float topk, float bottomk, int block_q, int block_k, str feature_map, str linear, "
-    "bool causal=False, int[]? always_critical=None, Tensor? shift=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool causal=False, int[]? always_critical=None, Tensor? shift=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(
     q: Tensor,
@@ -165,8 +166,8 @@ def _forward(
     causal: bool = False,
     always_critical: list[int] | None = None,
     shift: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out and linear_out (B, H, Lq, D), lse (B, H, Lq), block_map (B, H, Tm, Tn)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All of `ForwardResult`; its sums have no row where none is kept."""
     inputs = AttentionInputs(q, k, v, weight, bias, key_mask, sparsity, shift)
     options = AttentionOptions(
         scale=scale,
@@ -184,7 +185,10 @@ def _forward(
     count_run()
     result = _kernels(q).forward(inputs, options)
     show_run(inputs, result)
-    return result
+    out, linear_out, lse, block_map, states, normalizers = result
+    if states is None or normalizers is None:
+        states, normalizers = _sums(q, 0)
+    return out, linear_out, lse, block_map, states, normalizers
 
 
 @_forward.register_fake
@@ -206,7 +210,7 @@ def _forward_fake(
     causal: bool = False,
     always_critical: list[int] | None = None,
     shift: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = AttentionOptions(
         scale=scale,
         topk=topk,
@@ -226,7 +230,16 @@ def _forward_fake(
         _token_major(q) if branch else q.new_empty(0),
         q.new_empty(batch, heads, tokens, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32),
         q.new_empty(batch, heads, num_blocks(tokens, block_q), num_blocks(k.shape[2], block_k), dtype=torch.int8),
+        *_sums(q, kept_rows(q, weight, options) if q.device.type == "cuda" else 0),
     )
+
+
+def _sums(q: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Empty sums of states and normalizers, as `ForwardResult` has them, of so many rows."""
+    batch, heads, _, dim = q.shape
+    state_dtype = torch.bfloat16 if q.element_size() == 2 else q.dtype
+    states = q.new_empty(batch, heads, rows, dim, num_blocks(dim, 8) * 8, dtype=state_dtype)
+    return states, q.new_empty(batch, heads, rows, dim, dtype=torch.float32)
 
 
 def _token_major(q: Tensor) -> Tensor:
@@ -239,8 +252,8 @@ def _token_major(q: Tensor) -> Tensor:
     "sla::backward",
     mutates_args=(),
     schema="(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor? bias, Tensor? key_mask, "
-    "Tensor out, Tensor linear_out, Tensor lse, Tensor block_map, float scale, int block_q, int block_k, "
-    "str feature_map, str linear, bool causal=False, Tensor? shift=None) "
+    "Tensor out, Tensor linear_out, Tensor lse, Tensor block_map, Tensor state_sums, Tensor normalizer_sums, "
+    "float scale, int block_q, int block_k, str feature_map, str linear, bool causal=False, Tensor? shift=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
@@ -255,6 +268,8 @@ def _backward(
     linear_out: Tensor,
     lse: Tensor,
     block_map: Tensor,
+    state_sums: Tensor,
+    normalizer_sums: Tensor,
     scale: float,
     block_q: int,
     block_k: int,
@@ -265,7 +280,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dweight, dbias, dshift); shape (0,) for a gate tensor that is None."""
     inputs = AttentionInputs(q, k, v, weight, bias, key_mask, None, shift)
-    result = ForwardResult(out, linear_out, lse, block_map)
+    result = ForwardResult(out, linear_out, lse, block_map, state_sums, normalizer_sums)
     options = BackwardOptions(
         scale=scale, block_q=block_q, block_k=block_k, feature_map=feature_map, linear=linear, causal=causal
     )
@@ -285,6 +300,8 @@ def _backward_fake(
     linear_out: Tensor,
     lse: Tensor,
     block_map: Tensor,
+    state_sums: Tensor,
+    normalizer_sums: Tensor,
     scale: float,
     block_q: int,
     block_k: int,
@@ -299,12 +316,12 @@ def _backward_fake(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    out, linear_out, lse, block_map = output
+    out, *others = output
     # autograd shows the inputs with the schema's defaults filled in
     *tensors, _, scale, _, _, block_q, block_k, feature_map, linear, causal, _, shift = inputs
-    ctx.save_for_backward(*tensors, out, linear_out, lse, block_map, shift)
+    ctx.save_for_backward(*tensors, out, *others, shift)
     ctx.options = (scale, block_q, block_k, feature_map, linear, causal)
-    ctx.mark_non_differentiable(linear_out, lse, block_map)
+    ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
 
 

@@ -74,6 +74,8 @@ def backward_flops(
     linear_out: Tensor,
     lse: Tensor,
     block_map: Tensor,
+    state_sums: Tensor,
+    normalizer_sums: Tensor,
     scale: float,
     block_q: int,
     block_k: int,

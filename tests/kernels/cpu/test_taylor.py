@@ -80,7 +80,7 @@ def test_blocks_are_ranked_by_a_weight_without_a_bound() -> None:
     off = torch.cat([off, -off], dim=3) * torch.tensor([20.0, 40.0, 30.0, 10.0]).view(4, 1, 1)  # a mean of zero
     k = off.flatten(2, 3)
     for topk, critical in ((0.25, [1]), (0.5, [1, 2]), (0.75, [0, 1, 2])):
-        _, _, _, found = torch.ops.sla.forward.default(
+        _, _, _, found, *_ = torch.ops.sla.forward.default(
             q, k, v, None, None, None, None, 0.25, topk, 0.0, 16, 16, "softmax", "taylor"
         )
         assert (found[0, 0] == 1).nonzero().tolist() == [[row, block] for row in range(4) for block in critical]

@@ -1,4 +1,4 @@
-"""Kernels of a backward that run beside each other give the bits of kernels that wait for each other."""
+"""Kernels that run beside each other give the bits of kernels that wait for each other."""
 
 from __future__ import annotations
 

@@ -244,6 +244,19 @@ else:
             ):
                 assert torch.equal(member[:count].long(), (line == 1).nonzero().flatten())
 
+    @pytest.mark.parametrize("columns", [1, 31, 50, 64])
+    def test_classes_with_the_matrix_of_the_marginal(columns: int) -> None:
+        from sla_compile.kernels.triton.classify import classify_rows
+        from sla_compile.kernels.triton.states import empty_matrix, marginal_matrix
+
+        scores = torch.randn(2, 2, 5, columns, generator=torch.Generator().manual_seed(0))
+        matrix = empty_matrix(scores.shape, torch.float32, scores.device)
+        block_map, _ = classify_rows(scores, 1 + columns // 8, columns // 4, matrix)
+        expected = marginal_matrix(block_map, torch.float32)
+        assert matrix.stride() == expected.stride()
+        padded = [x.as_strided((*x.shape[:2], x.stride(1)), x.stride()) for x in (matrix, expected)]
+        assert torch.equal(*padded)
+
     @pytest.mark.parametrize("lines", [5, 131, 300, 9000])
     def test_classes_popular_columns_come_first(lines: int) -> None:
         from sla_compile.kernels.steps import BlockLists
