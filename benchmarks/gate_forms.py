@@ -70,7 +70,7 @@ class Sums:
     def add(self, call: GatedCall, topk: float) -> None:
         """Add every token of ``call``."""
         head_dim, options = call.query.shape[3], {**call.options(), "topk": topk}
-        out, linear, _, classes = torch.ops.sla.forward.default(
+        out, linear, _, classes, *_ = torch.ops.sla.forward.default(
             call.query, call.key, call.value, call.query.new_zeros(head_dim, head_dim), None, **options
         )
         query, key = (x.float().unflatten(2, (classes.shape[2], -1)).mean(3) for x in (call.query, call.key))

@@ -64,7 +64,7 @@ def look(call: GatedCall, grid: tuple[int, ...], orders: tuple[str, ...]) -> Loo
             inside = reorder(inside.mT, placement).mT.unflatten(-1, (-1, block)).sum(dim=-1)
             q_in, k_in, v_in = (reorder(x, placement) for x in (q, k, v))
             for topk in TOPKS:
-                out, _, _, block_map = torch.ops.sla.forward.default(
+                out, _, _, block_map, *_ = torch.ops.sla.forward.default(
                     q_in, k_in, v_in, None, None, None, None, scale, topk, 0.0, block, block, "softmax", "none"
                 )
                 critical = (block_map == 1).repeat_interleave(block, dim=2)
