@@ -116,6 +116,8 @@ class VirtualKeys(NamedTuple):
     """float32 (B, H, Tm, Tn up to a multiple of 64): added to their logits; -inf where the row has no such key."""
     slopes: Tensor
     """S of each row, like `LinearStates`'s states."""
+    shares: Tensor
+    """float32 (B, H, Lq): of each query's softmax, what the virtual keys have; filled by the forward."""
 
 
 class Upstream(NamedTuple):
@@ -189,7 +191,7 @@ class Steps(Protocol):
     def virtual_forward(
         self, inputs: KernelInputs, lists: BlockLists, virtual: VirtualKeys, options: BackwardOptions
     ) -> tuple[Tensor, Tensor]:
-        """out and lse over the critical ``lists`` of the rows and the ``virtual`` keys."""
+        """out and lse over the critical ``lists`` of the rows and the ``virtual`` keys, whose shares are filled."""
 
     def linear_backward(
         self,

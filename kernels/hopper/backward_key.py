@@ -146,40 +146,6 @@ def key_steps(
 
 
 @gluon.jit
-def spread(vector, buffer, INDEX: gl.constexpr, layout: gl.constexpr, THROUGH_BUFFER: gl.constexpr):
-    """A vector, a number a thread, in ``layout``, by way of a free tile in shared memory where there is little else."""
-    if THROUGH_BUFFER:
-        dims: gl.constexpr = vector.shape[0]
-        vector_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-        place = view_as(buffer, gl.float32, [32, dims], vector_layout).index(INDEX)
-        place.store(vector)
-        found = place.load(layout)
-    else:
-        found = gl.convert_layout(vector, layout)
-    return found
-
-
-@gluon.jit
-def subtract_row(
-    tile, row, factor, key_bias, read_layout: gl.constexpr, tile_layout: gl.constexpr, HAS_MASK: gl.constexpr
-):
-    """A tile [1, 1, rows, dims] less ``row`` and times ``factor`` and, with a mask, the weights of its keys, in its
-    place, as bfloat16 [rows, dims]."""
-    ROWS: gl.constexpr = tile.type.shape[2]
-    PADDED_DIM: gl.constexpr = tile.type.shape[3]
-    before = tile.reshape([ROWS, PADDED_DIM])
-    after = view_as(tile, gl.bfloat16, [1, 1, ROWS, PADDED_DIM], tile_layout).reshape([ROWS, PADDED_DIM])
-    # a few rows at a time, which takes few registers
-    for part in gl.static_range(ROWS // 32):
-        off = before.slice(part * 32, 32).load(read_layout).to(gl.float32) - row[None, :]
-        if HAS_MASK:
-            rows = gl.arange(0, 32, layout=gl.SliceLayout(1, read_layout))
-            off *= gl.exp2(gl.load(key_bias + part * 32 + rows) * LOG2E)[:, None]
-        after.slice(part * 32, 32).store((off * factor).to(gl.bfloat16))
-    return after
-
-
-@gluon.jit
 def linear_part(
     key, value, ring, ring_full, ring_empty, taken, grad_normalizers, state_row, key_weight, HEAD_DIM: gl.constexpr,
     FEATURE_MAP: gl.constexpr, HAS_MASK: gl.constexpr,
@@ -221,50 +187,68 @@ def linear_part(
 
 
 @gluon.jit
+def off_mean(tile, mean, weight, HAS_MASK: gl.constexpr, layout: gl.constexpr, operand_layout: gl.constexpr):
+    """Columns of a tile less their means, times the weights of the rows, as a left operand."""
+    off = tile.load(layout).to(gl.float32) - mean.load(gl.SliceLayout(0, layout))[None, :]
+    if HAS_MASK:
+        off *= gl.convert_layout(weight, gl.SliceLayout(1, layout))[:, None]
+    else:
+        off *= weight
+    return gl.convert_layout(off.to(gl.bfloat16), operand_layout)
+
+
+@gluon.jit
 def moments_part(
-    key_accumulator, value_accumulator, key_tile, value_tile, leaving, ring, ring_full, ring_empty, taken, vectors,
-    inverse, weighed_keys, key_weight, HAS_OUTPUTS: gl.constexpr, HAS_MASK: gl.constexpr,
+    key_accumulator, value_accumulator, key, value, places, ring, ring_full, ring_empty, taken, vectors, inverse,
+    key_weight, HAS_OUTPUTS: gl.constexpr, HAS_MASK: gl.constexpr,
 ):  # fmt: skip
-    """Add to dK and dV of 64 keys what the gradients of their block's moments make, by the ring's next matrix, dC; the
-    tiles [1, 1, keys, dims] are then no more what they were."""
+    """Add to dK and dV of 64 keys what the gradients of their block's moments make, by the ring's next matrix, dC."""
     mean_value, mean, of_mean, of_variance, of_value = vectors
     STAGES: gl.constexpr = ring.type.shape[0]
     PADDED_DIM: gl.constexpr = key_accumulator.shape[1]
     out_layout: gl.constexpr = key_accumulator.type.layout
+    part_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    operand_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     matrix_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, PADDED_DIM, PADDED_DIM], gl.bfloat16)
-    tile_layout: gl.constexpr = key_tile.layout
     dim_layout: gl.constexpr = gl.SliceLayout(0, out_layout)
-    LANES: gl.constexpr = PADDED_DIM // 8
-    read_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
     if HAS_OUTPUTS:
         tma.store_wait(0)
-    mean_value = spread(mean_value, leaving, 0, gl.SliceLayout(0, read_layout), HAS_OUTPUTS)
-    off_value = subtract_row(value_tile, mean_value, inverse, weighed_keys, read_layout, tile_layout, HAS_MASK)
-    mean = spread(mean, leaving, 1, gl.SliceLayout(0, read_layout), HAS_OUTPUTS)
-    off_key = subtract_row(key_tile, mean, inverse, weighed_keys, read_layout, tile_layout, HAS_MASK)
-    # each thread's fence comes before any warp's product
-    fence_async_shared()
-    all_threads()
+    of_variance *= 2.0
+    places.index(0).store(mean_value)
+    places.index(1).store(mean)
+    places.index(2).store(of_mean - mean * of_variance)
+    places.index(3).store(of_variance)
+    places.index(4).store(of_value)
+    weight = inverse
+    if HAS_MASK:
+        weight = key_weight * inverse
     index = taken % STAGES
     grad_slope = matrix_of(ring.index(index), gl.bfloat16, matrix_layout).reshape([PADDED_DIM, PADDED_DIM])
     mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
-    key_accumulator = warpgroup_mma(off_value, grad_slope.permute((1, 0)), key_accumulator, is_async=True)
-    value_accumulator = warpgroup_mma(off_key, grad_slope, value_accumulator, is_async=True)
-    key_accumulator, value_accumulator = warpgroup_mma_wait(0, deps=(key_accumulator, value_accumulator))
-    of_value = spread(of_value * inverse, leaving, 2, dim_layout, HAS_OUTPUTS)
-    if HAS_MASK:
-        value_accumulator += of_value[None, :] * key_weight[:, None]
-    else:
-        value_accumulator += of_value[None, :]
-    of_mean = spread(of_mean * inverse, leaving, 3, dim_layout, HAS_OUTPUTS)
-    if HAS_MASK:
-        key_accumulator += of_mean[None, :] * key_weight[:, None]
-    else:
-        key_accumulator += of_mean[None, :]
-    of_variance = spread(2.0 * of_variance, leaving, 4, dim_layout, HAS_OUTPUTS)
-    key_accumulator += off_key.load(out_layout).to(gl.float32) * of_variance[None, :]
-    fence_async_shared()
+    for part in gl.static_range(PADDED_DIM // 64):
+        # half of the columns at a time, which takes few registers
+        means = places.index(0).slice(part * 64, 64)
+        off_value = off_mean(value.slice(part * 64, 64, dim=1), means, weight, HAS_MASK, part_layout, operand_layout)
+        columns = grad_slope.slice(part * 64, 64, dim=1)
+        key_accumulator = warpgroup_mma(off_value, columns.permute((1, 0)), key_accumulator, is_async=True)
+        means = places.index(1).slice(part * 64, 64)
+        off_key = off_mean(key.slice(part * 64, 64, dim=1), means, weight, HAS_MASK, part_layout, operand_layout)
+        lines = grad_slope.slice(part * 64, 64)
+        value_accumulator = warpgroup_mma(off_key, lines, value_accumulator, is_async=True)
+        key_accumulator, value_accumulator, _value, _key = warpgroup_mma_wait(
+            0, deps=(key_accumulator, value_accumulator, off_value, off_key)
+        )
     mbarrier.arrive(ring_empty.index(index), count=1)
+    by_key = key.load(out_layout).to(gl.float32) * places.index(3).load(dim_layout)[None, :]
+    by_key += places.index(2).load(dim_layout)[None, :]
+    fence_async_shared()
+    of_values = places.index(4).load(dim_layout)
+    if HAS_MASK:
+        key_accumulator += by_key * weight[:, None]
+        value_accumulator += of_values[None, :] * weight[:, None]
+    else:
+        key_accumulator += by_key * weight
+        value_accumulator += (of_values * weight)[None, :]
     return key_accumulator, value_accumulator, taken + 1
 
 
@@ -346,7 +330,7 @@ def key_consumer(
     own_k, own_v, ring, statistics_ring, turns, out_buffers = buffers
     own_full, own_empty, ring_full, ring_empty, _prior_full, _prior_empty, _joint = barriers
     num_columns, total_tiles, tiles_per_head, num_heads, _list_width, matrix_rows, num_keys, slots = extents
-    means, mean_values, grad_spans, grad_values = moments
+    means, mean_values, grad_spans, grad_values, places = moments
     ROWS: gl.constexpr = 64
     PARTS: gl.constexpr = BLOCK_Q // TILE_Q
     # products in flight over the end of a step: the next S, but a lone consumer has no registers left for it
@@ -359,6 +343,9 @@ def key_consumer(
     key = own_k.index(CONSUMER).reshape([ROWS, PADDED_DIM])
     value = own_v.index(CONSUMER).reshape([ROWS, PADDED_DIM])
     leaving = out_buffers.index(CONSUMER)
+    if HAS_MOMENTS and HAS_OUTPUTS:
+        # where results leave
+        places = view_as(leaving, gl.float32, [32, PADDED_DIM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
     taken = 0
     turn = 0
@@ -434,14 +421,11 @@ def key_consumer(
             if HAS_MASK:
                 # of a block without weight, all of whose weights are 0, the size is -inf
                 inverse = gl.where(kind < 0, 0.0, gl.exp2(-gl.load(sizes + slot // HEAD_DIM) * LOG2E))
-                weighed_keys = own_bias
             else:
                 inverse = 1.0 / gl.minimum(num_keys - key_tile * TILE_K, TILE_K).to(gl.float32)
-                weighed_keys = means
             key_accumulator, value_accumulator, taken = moments_part(
-                key_accumulator, value_accumulator, own_k.index(CONSUMER), own_v.index(CONSUMER), leaving, ring,
-                ring_full, ring_empty, taken, (mean_value, mean, of_mean, of_variance, of_value), inverse,
-                weighed_keys, key_weight, HAS_OUTPUTS, HAS_MASK,
+                key_accumulator, value_accumulator, key, value, places, ring, ring_full, ring_empty, taken,
+                (mean_value, mean, of_mean, of_variance, of_value), inverse, key_weight, HAS_OUTPUTS, HAS_MASK,
             )  # fmt: skip
         is_whole = True
         if HAS_PARTS and parts > 1:
@@ -535,7 +519,11 @@ def key_kernel(
     sums = (partial_sums, of_columns + 2 * total_tiles) if HAS_PARTS else ()
     listed_descs = (q_desc, grad_desc)
     descriptors = ((k_desc, v_desc), listed_descs, listed_descs, q_desc, matrix_desc, statistics_desc, k_desc)
-    moments = (means, mean_values, grad_spans, grad_values)
+    # where vectors of moments lie: without outputs, in a place of their own
+    places = buffers[5]
+    if HAS_MOMENTS and not HAS_OUTPUTS:
+        places = gl.allocate_shared_memory(gl.float32, [5, PADDED_DIM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    moments = (means, mean_values, grad_spans, grad_values, places)
     mask = (key_bias, kinds, bias_rows, sizes) if HAS_MASK else ()
     if CONSUMERS == 1:
         gl.warp_specialize(

@@ -42,12 +42,12 @@ __all__ = ["attention_backward_query", "fresh_gradients", "virtual_backward_quer
 
 @gluon.jit
 def query_step(
-    accumulator, query, grad, unit, full, empty, phase, row_lse, delta, scale, bias, share, TILE_K: gl.constexpr,
+    accumulator, query, grad, unit, full, empty, phase, row_lse, delta, scale, bias, TILE_K: gl.constexpr,
     tile_layout: gl.constexpr, scores_layout: gl.constexpr, operand_layout: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_SHARE: gl.constexpr, CAUSAL: gl.constexpr,
+    CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """dQ of the pair of tiles in ``unit``, maybe with a ``bias``, which comes with it; and the rows' sums of P. Causal,
-    the first query is ``bias`` ahead of the first key."""
+    """dQ of the pair of tiles in ``unit``, maybe with a ``bias``, which comes with it. Causal, the first query is
+    ``bias`` ahead of the first key."""
     dtype: gl.constexpr = unit.dtype
     ROWS: gl.constexpr = accumulator.shape[0]
     PADDED_DIM: gl.constexpr = accumulator.shape[1]
@@ -70,8 +70,6 @@ def query_step(
         exponents = gl.where((bias + rows)[:, None] >= keys[None, :], exponents, float("-inf"))
     # at most 1 by the definition of lse; past the last key, where K is 0, it could be infinite
     weights = gl.exp2(gl.minimum(exponents, 0.0))
-    if HAS_SHARE:
-        share += gl.sum(weights, 1)
     grad_weights = warpgroup_mma_wait(0, deps=(grad_weights,))
     grad_scores = weights * (grad_weights * scale - delta[:, None])
     operand = gl.convert_layout(grad_scores.to(dtype), operand_layout)
@@ -80,7 +78,7 @@ def query_step(
     if HAS_BIAS:
         fence_async_shared()
     mbarrier.arrive(empty, count=1)
-    return accumulator, share
+    return accumulator
 
 
 @gluon.jit
@@ -92,6 +90,7 @@ def query_consumer(
     lse,
     statistics,
     virtual_statistics,
+    shares,
     out_desc,
     grad_slope_desc,
     scale,
@@ -173,15 +172,29 @@ def query_consumer(
             gl.store(row_statistics + score_rows, row_lse)
             gl.store(row_statistics + row_pitch + score_rows, delta)
         accumulator = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
-        share = gl.zeros([ROWS], gl.float32, row_layout)
         if HAS_VIRTUAL:
+            share = gl.load(shares + batch_head * num_queries + rows, mask=rows < num_queries, other=0.0)
+            factor = gl.convert_layout(share * scale, gl.SliceLayout(1, out_layout))
             index = taken % STAGES
             slope = matrix_of(ring.index(index), gl.bfloat16, matrix_layout).reshape([PADDED_DIM, PADDED_DIM])
             grad_operand = gl.convert_layout(grad.to(gl.bfloat16), operand_layout)
             mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
-            # dO S^T, again after the loop: there are no registers to keep it
+            # dO S^T
             along = warpgroup_mma(grad_operand, slope.permute((1, 0)), accumulator, use_acc=False, is_async=True)
-            along = warpgroup_mma_wait(0, deps=(along,))
+            # what dS is made of lies where queries and gradients lay, in the type of the states; these are read again:
+            # the compiler would keep what was made of the registers above, in local memory
+            own_shape: gl.constexpr = [CONSUMERS, 1, 1, ROWS, PADDED_DIM]
+            queries = view_as(own_q, gl.bfloat16, own_shape, tile_layout)
+            weighed = view_as(own_grad, gl.bfloat16, own_shape, tile_layout)
+            own_weighed = weighed.index(CONSUMER).reshape([ROWS, PADDED_DIM])
+            again = own_grad.index(CONSUMER).reshape([ROWS, PADDED_DIM]).load(out_layout).to(gl.float32)
+            own_weighed.store((again * factor[:, None]).to(gl.bfloat16))
+            if dtype != gl.bfloat16:
+                again = own_q.index(CONSUMER).reshape([ROWS, PADDED_DIM]).load(out_layout).to(gl.float32)
+                queries.index(CONSUMER).reshape([ROWS, PADDED_DIM]).store(again.to(gl.bfloat16))
+            fence_async_shared()
+            mbarrier.arrive(joint, count=1)
+            along, _grad = warpgroup_mma_wait(0, deps=(along, grad_operand))
             mbarrier.arrive(ring_empty.index(index), count=1)
             taken += 1
             gain = gl.sum(along * gl.convert_layout(query, out_layout).to(gl.float32), 1) * (scale * scale)
@@ -190,45 +203,17 @@ def query_consumer(
             row_statistics = virtual_statistics + batch_head * row_pitch * 2 + first
             gl.store(row_statistics + score_rows, row_lse)
             gl.store(row_statistics + row_pitch + score_rows, against)
-            for _start in range(0, num_virtual, TILE_K):
-                index = taken % STAGES
-                accumulator, share = query_step(
-                    accumulator, query, grad, ring.index(index), ring_full.index(index), ring_empty.index(index),
-                    taken // STAGES & 1, row_lse, against, scale, bias_ring.index(index), share, TILE_K, tile_layout,
-                    scores_layout, operand_layout, True, True, False,
-                )  # fmt: skip
-                taken += 1
-            factor = gl.convert_layout(share * scale, gl.SliceLayout(1, out_layout))
-            # what dS is made of lies where queries and gradients lay, in the type of the states; these are read again:
-            # the compiler would keep what was made of the registers above, in local memory
-            own_shape: gl.constexpr = [CONSUMERS, 1, 1, ROWS, PADDED_DIM]
-            queries = view_as(own_q, gl.bfloat16, own_shape, tile_layout)
-            shares = view_as(own_grad, gl.bfloat16, own_shape, tile_layout)
-            own_shares = shares.index(CONSUMER).reshape([ROWS, PADDED_DIM])
-            weighed = own_grad.index(CONSUMER).reshape([ROWS, PADDED_DIM]).load(out_layout).to(gl.float32)
-            own_shares.store((weighed * factor[:, None]).to(gl.bfloat16))
-            if dtype != gl.bfloat16:
-                again = own_q.index(CONSUMER).reshape([ROWS, PADDED_DIM]).load(out_layout)
-                queries.index(CONSUMER).reshape([ROWS, PADDED_DIM]).store(again.to(gl.float32).to(gl.bfloat16))
-            fence_async_shared()
-            mbarrier.arrive(joint, count=1)
-            mbarrier.wait(joint, turn & 1)
-            index = taken % STAGES
-            slope = matrix_of(ring.index(index), gl.bfloat16, matrix_layout).reshape([PADDED_DIM, PADDED_DIM])
-            mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
-            accumulator = warpgroup_mma(own_shares, slope.permute((1, 0)), accumulator, is_async=True)
-            accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
-            mbarrier.arrive(ring_empty.index(index), count=1)
-            taken += 1
+            accumulator = along * factor[:, None]
             slope_shape: gl.constexpr = [1, ROWS, PADDED_DIM]
             slope_layout: gl.constexpr = grad_slope_desc.layout
             slope_leaving = view_as(leaving, gl.bfloat16, slope_shape, slope_layout)
+            mbarrier.wait(joint, turn & 1)
             # 64 rows of dS at a time
             for part in gl.static_range(CONSUMER, PADDED_DIM // ROWS, CONSUMERS):
                 grad_slope = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
                 for consumer in gl.static_range(CONSUMERS):
                     left = queries.index(consumer).reshape([ROWS, PADDED_DIM]).slice(part * ROWS, ROWS, dim=1)
-                    right = shares.index(consumer).reshape([ROWS, PADDED_DIM])
+                    right = weighed.index(consumer).reshape([ROWS, PADDED_DIM])
                     # [dims, queries] x [queries, dims]
                     grad_slope = warpgroup_mma(left.permute((1, 0)), right, grad_slope, is_async=True)
                 grad_slope = warpgroup_mma_wait(0, deps=(grad_slope,))
@@ -237,6 +222,14 @@ def query_consumer(
                 fence_async_shared()
                 store_tile(grad_slope_desc, [tile, part * ROWS, 0], slope_leaving)
             mbarrier.arrive(own_empty, count=1)
+            for _start in range(0, num_virtual, TILE_K):
+                index = taken % STAGES
+                accumulator = query_step(
+                    accumulator, query, grad, ring.index(index), ring_full.index(index), ring_empty.index(index),
+                    taken // STAGES & 1, row_lse, against, scale, bias_ring.index(index), TILE_K, tile_layout,
+                    scores_layout, operand_layout, True, False,
+                )  # fmt: skip
+                taken += 1
         whole = count
         if HAS_MASK:
             whole = count - gl.load(partial + line)
@@ -247,28 +240,28 @@ def query_consumer(
             whole = count - edge
         for _step in range(whole * PARTS):
             index = taken % STAGES
-            accumulator, share = query_step(
+            accumulator = query_step(
                 accumulator, query, grad, ring.index(index), ring_full.index(index), ring_empty.index(index),
-                taken // STAGES & 1, row_lse, delta, scale, bias_ring, share, TILE_K, tile_layout, scores_layout,
-                operand_layout, False, False, False,
+                taken // STAGES & 1, row_lse, delta, scale, bias_ring, TILE_K, tile_layout, scores_layout,
+                operand_layout, False, False,
             )  # fmt: skip
             taken += 1
         if HAS_MASK:
             for _step in range((count - whole) * PARTS):
                 index = taken % STAGES
-                accumulator, share = query_step(
+                accumulator = query_step(
                     accumulator, query, grad, ring.index(index), ring_full.index(index), ring_empty.index(index),
-                    taken // STAGES & 1, row_lse, delta, scale, bias_ring.index(index), share, TILE_K, tile_layout,
-                    scores_layout, operand_layout, True, False, False,
+                    taken // STAGES & 1, row_lse, delta, scale, bias_ring.index(index), TILE_K, tile_layout,
+                    scores_layout, operand_layout, True, False,
                 )  # fmt: skip
                 taken += 1
         if CAUSAL:
             for step in range(edge * PARTS):
                 index = taken % STAGES
-                accumulator, share = query_step(
+                accumulator = query_step(
                     accumulator, query, grad, ring.index(index), ring_full.index(index), ring_empty.index(index),
-                    taken // STAGES & 1, row_lse, delta, scale, first - edge_block * BLOCK_K - step * TILE_K, share,
-                    TILE_K, tile_layout, scores_layout, operand_layout, False, False, True,
+                    taken // STAGES & 1, row_lse, delta, scale, first - edge_block * BLOCK_K - step * TILE_K,
+                    TILE_K, tile_layout, scores_layout, operand_layout, False, True,
                 )  # fmt: skip
                 taken += 1
         if HAS_LINEAR:
@@ -314,6 +307,7 @@ def query_kernel(
     lse,
     statistics,
     virtual_statistics,
+    shares,
     scale,
     num_queries,
     row_pitch,
@@ -354,9 +348,9 @@ def query_kernel(
         gl.warp_specialize(
             [
                 (query_consumer, (
-                    buffers, barriers, counts, partial, lse, statistics, virtual_statistics, out_desc, grad_slope_desc,
-                    scale, num_queries, row_pitch, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM,
-                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS, HAS_MASK, CAUSAL,
+                    buffers, barriers, counts, partial, lse, statistics, virtual_statistics, shares, out_desc,
+                    grad_slope_desc, scale, num_queries, row_pitch, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
+                    HEAD_DIM, PADDED_DIM, HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS, HAS_MASK, CAUSAL,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, lists, mask, extents, BLOCK_Q, TILE_Q, BLOCK_K,
@@ -371,14 +365,14 @@ def query_kernel(
         gl.warp_specialize(
             [
                 (query_consumer, (
-                    buffers, barriers, counts, partial, lse, statistics, virtual_statistics, out_desc, grad_slope_desc,
-                    scale, num_queries, row_pitch, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM,
-                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS, HAS_MASK, CAUSAL,
+                    buffers, barriers, counts, partial, lse, statistics, virtual_statistics, shares, out_desc,
+                    grad_slope_desc, scale, num_queries, row_pitch, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
+                    HEAD_DIM, PADDED_DIM, HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS, HAS_MASK, CAUSAL,
                 )),
                 (query_consumer, (
-                    buffers, barriers, counts, partial, lse, statistics, virtual_statistics, out_desc, grad_slope_desc,
-                    scale, num_queries, row_pitch, extents, 1, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K, HEAD_DIM, PADDED_DIM,
-                    HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS, HAS_MASK, CAUSAL,
+                    buffers, barriers, counts, partial, lse, statistics, virtual_statistics, shares, out_desc,
+                    grad_slope_desc, scale, num_queries, row_pitch, extents, 1, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
+                    HEAD_DIM, PADDED_DIM, HAS_LINEAR, HAS_VIRTUAL, MAKES_STATISTICS, HAS_MASK, CAUSAL,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, lists, mask, extents, BLOCK_Q, TILE_Q, BLOCK_K,
@@ -467,6 +461,7 @@ def _backward_query(
         upstream.lse if makes_statistics else statistics,
         statistics,
         virtual_statistics if virtual is not None else statistics,
+        virtual.shares if virtual is not None else statistics,
         options.scale,
         queries,
         statistics.shape[3],

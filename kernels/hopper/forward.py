@@ -423,6 +423,7 @@ def forward_consumer(
     out_desc,
     linear_desc,
     lse,
+    shares,
     scale_log2,
     stride_bh,
     num_queries,
@@ -607,13 +608,13 @@ def forward_consumer(
             if OUTPUTS > 0:
                 fence_async_shared()
                 mbarrier.arrive(q_empty.index(CONSUMER), count=1)
-            # the virtual keys' share, times the scale of the logits
             if HAS_MASK:
-                critical_share = critical_sum * inverse_sum
+                share = gl.where(running_sum > 0.0, 1.0 - critical_sum * inverse_sum, 0.0)
             else:
-                critical_share = critical_sum / running_sum
-            factor = (1.0 - critical_share) * (scale_log2 * LN2)
-            factor = gl.convert_layout(factor, out_row_layout)
+                share = 1.0 - critical_sum / running_sum
+            share = gl.convert_layout(share, out_row_layout)
+            gl.store(shares + batch_head * num_queries + rows, share, mask=rows < num_queries)
+            factor = share * (scale_log2 * LN2)
             weighed = gl.convert_layout((own * factor[:, None]).to(gl.bfloat16), weights_layout)
             if MATRICES_IN_RINGS:
                 index = taken % STAGES
@@ -735,6 +736,7 @@ def attention_forward_kernel(
     out_desc,
     linear_desc,
     lse,
+    shares,
     scale_log2,
     stride_bh,
     num_queries,
@@ -825,8 +827,8 @@ def attention_forward_kernel(
             [
                 (forward_consumer, (
                     buffers, barriers, lists, counts, normalizers, bias, virtual_bias, mask, out_desc, linear_desc,
-                    lse, scale_log2, stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
-                    HEAD_DIM, PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
+                    lse, shares, scale_log2, stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K,
+                    TILE_K, HEAD_DIM, PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
                     HAS_COUNTS, HAS_MASK, CAUSAL, BESIDE,
                 )),
                 (forward_producer, (
@@ -843,14 +845,14 @@ def attention_forward_kernel(
             [
                 (forward_consumer, (
                     buffers, barriers, lists, counts, normalizers, bias, virtual_bias, mask, out_desc, linear_desc,
-                    lse, scale_log2, stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
-                    HEAD_DIM, PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
+                    lse, shares, scale_log2, stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K,
+                    TILE_K, HEAD_DIM, PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
                     HAS_COUNTS, HAS_MASK, CAUSAL, BESIDE,
                 )),
                 (forward_consumer, (
                     buffers, barriers, lists, counts, normalizers, bias, virtual_bias, mask, out_desc, linear_desc,
-                    lse, scale_log2, stride_bh, num_queries, num_keys, extents, 1, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
-                    HEAD_DIM, PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
+                    lse, shares, scale_log2, stride_bh, num_queries, num_keys, extents, 1, BLOCK_Q, TILE_Q, BLOCK_K,
+                    TILE_K, HEAD_DIM, PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
                     HAS_COUNTS, HAS_MASK, CAUSAL, BESIDE,
                 )),
                 (forward_producer, (
@@ -929,6 +931,7 @@ def _forward(
         tile_descriptor(out, 64),
         tile_descriptor(linear_out if linear is not None else out, 64, part),
         lse,
+        virtual.shares if virtual is not None else lse,
         options.scale * LOG2E.value,
         head_stride(bias, 1),
         queries,

@@ -43,6 +43,11 @@ def sums_of_rows(tile, GROUPS: gl.constexpr):
 
 
 @gluon.jit
+def add_each(a, b, c, other_a, other_b, other_c):
+    return a + other_a, b + other_b, c + other_c
+
+
+@gluon.jit
 def moments_consumer(
     slope_desc,
     k_ring,
@@ -72,8 +77,6 @@ def moments_consumer(
     LANES: gl.constexpr = PADDED_DIM // 8
     GROUPS: gl.constexpr = 4 * (32 // LANES)
     read_layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
-    dim_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    dims = gl.arange(0, PADDED_DIM, layout=dim_layout)
     finished = slope_buffer.reshape([PADDED_DIM, PADDED_DIM])
     LN2: gl.constexpr = 0.6931471805599453
 
@@ -85,54 +88,52 @@ def moments_consumer(
             key_bias, bias_rows = mask
             bias_block = gl.minimum(batch, bias_rows - 1) * blocks_per_head + key_block
             own_bias = key_bias + bias_block.to(gl.int64) * BLOCK_K
-            rows = gl.arange(0, 64, layout=gl.SliceLayout(1, read_layout))
+            rows = gl.arange(0, 32, layout=gl.SliceLayout(1, read_layout))
             total = gl.to_tensor(0.0)
         for part in gl.static_range(PARTS):
             index = taken % STAGES
-            if HAS_MASK:
-                # on its way while the tile is waited for
-                bias = gl.load(own_bias + part * 64 + rows)
-            mbarrier.wait(full.index(index), taken // STAGES & 1)
             left = k_ring.index(index).reshape([64, PADDED_DIM])
             right = v_ring.index(index).reshape([64, PADDED_DIM])
-            key = left.load(read_layout)
-            if HAS_MASK:
-                key_weight = gl.exp2(bias * LOG2E)
-                total += gl.sum(key_weight, 0)
-                weighed = key.to(gl.float32) * key_weight[:, None]
-                part_sums = sums_of_rows(weighed, GROUPS)
-                part_squares = sums_of_rows(weighed * key.to(gl.float32), GROUPS)
-                value = right.load(read_layout)
-                part_values = sums_of_rows(value.to(gl.float32) * key_weight[:, None], GROUPS)
-            else:
-                part_sums = sums_of_rows(key.to(gl.float32), GROUPS)
-                part_squares = sums_of_rows(key.to(gl.float32) * key.to(gl.float32), GROUPS)
-                value = right.load(read_layout)
-                part_values = sums_of_rows(value.to(gl.float32), GROUPS)
-            if part == 0:
-                key_sums = part_sums
-                square_sums = part_squares
-                value_sums = part_values
-            else:
-                key_sums += part_sums
-                square_sums += part_squares
-                value_sums += part_values
             # in place: keys have their weights, and states are bfloat16 beside float16 inputs
+            left_after = view_as(k_ring.index(index), gl.bfloat16, [1, 1, 64, PADDED_DIM], tile_layout)
+            left_after = left_after.reshape([64, PADDED_DIM])
+            right_after = view_as(v_ring.index(index), gl.bfloat16, [1, 1, 64, PADDED_DIM], tile_layout)
+            right_after = right_after.reshape([64, PADDED_DIM])
             if HAS_MASK:
-                left = view_as(k_ring.index(index), gl.bfloat16, [1, 1, 64, PADDED_DIM], tile_layout)
-                left = left.reshape([64, PADDED_DIM])
-                left.store(weighed.to(gl.bfloat16))
-            elif dtype != gl.bfloat16:
-                left = view_as(k_ring.index(index), gl.bfloat16, [1, 1, 64, PADDED_DIM], tile_layout)
-                left = left.reshape([64, PADDED_DIM])
-                left.store(key.to(gl.float32).to(gl.bfloat16))
-            if dtype != gl.bfloat16:
-                right = view_as(v_ring.index(index), gl.bfloat16, [1, 1, 64, PADDED_DIM], tile_layout)
-                right = right.reshape([64, PADDED_DIM])
-                right.store(value.to(gl.float32).to(gl.bfloat16))
+                # on their way while the tile is waited for
+                bias = (gl.load(own_bias + part * 64 + rows), gl.load(own_bias + part * 64 + 32 + rows))
+            mbarrier.wait(full.index(index), taken // STAGES & 1)
+            # a few rows at a time, which takes few registers
+            for some in gl.static_range(2):
+                key = left.slice(some * 32, 32).load(read_layout)
+                value = right.slice(some * 32, 32).load(read_layout)
+                if HAS_MASK:
+                    key_weight = gl.exp2(bias[some] * LOG2E)
+                    total += gl.sum(key_weight, 0)
+                    weighed = key.to(gl.float32) * key_weight[:, None]
+                    some_sums = sums_of_rows(weighed, GROUPS)
+                    some_squares = sums_of_rows(weighed * key.to(gl.float32), GROUPS)
+                    some_values = sums_of_rows(value.to(gl.float32) * key_weight[:, None], GROUPS)
+                    left_after.slice(some * 32, 32).store(weighed.to(gl.bfloat16))
+                else:
+                    some_sums = sums_of_rows(key.to(gl.float32), GROUPS)
+                    some_squares = sums_of_rows(key.to(gl.float32) * key.to(gl.float32), GROUPS)
+                    some_values = sums_of_rows(value.to(gl.float32), GROUPS)
+                    if dtype != gl.bfloat16:
+                        left_after.slice(some * 32, 32).store(key.to(gl.float32).to(gl.bfloat16))
+                if dtype != gl.bfloat16:
+                    right_after.slice(some * 32, 32).store(value.to(gl.float32).to(gl.bfloat16))
+                if part == 0 and some == 0:
+                    key_sums = some_sums
+                    square_sums = some_squares
+                    value_sums = some_values
+                else:
+                    key_sums += some_sums
+                    square_sums += some_squares
+                    value_sums += some_values
             fence_async_shared()
             # [dims, keys] x [keys, dims]
-            slope = warpgroup_mma(left.permute((1, 0)), right, slope, is_async=True)
+            slope = warpgroup_mma(left_after.permute((1, 0)), right_after, slope, is_async=True)
             slope = warpgroup_mma_wait(0, deps=(slope,))
             mbarrier.arrive(empty.index(index), count=1)
             taken += 1
@@ -141,9 +142,13 @@ def moments_consumer(
         else:
             count = gl.minimum(num_keys - key_block * BLOCK_K, BLOCK_K).to(gl.float32)
         inverse = 1.0 / count
-        mean = gl.convert_layout(gl.sum(key_sums, 0), dim_layout) / count
-        mean_square = gl.convert_layout(gl.sum(square_sums, 0), dim_layout) * inverse
-        mean_value = gl.convert_layout(gl.sum(value_sums, 0), dim_layout) * inverse
+        # threads meet once for all three
+        sums = gl.reduce((key_sums, square_sums, value_sums), 0, add_each)
+        mean = sums[0] / count
+        mean_square = sums[1] * inverse
+        mean_value = sums[2] * inverse
+        dim_layout: gl.constexpr = mean.type.layout
+        dims = gl.arange(0, PADDED_DIM, layout=dim_layout)
         slot = (batch * num_heads + head).to(gl.int64) * blocks_per_head + key_block
         line = slot * HEAD_DIM
         gl.store(means + line + dims, mean, mask=dims < HEAD_DIM)

@@ -82,7 +82,7 @@ def pair_producer(
     HAS_PARTS: gl.constexpr,
 ):
     """Load a pair of own tiles, then through the ring (own tiles of saved outputs, a matrix, pairs of tiles of virtual
-    keys with their bias and the matrix again, and) pairs of tiles (and their rows' statistics) of the listed blocks
+    keys with their bias, and) pairs of tiles (and their rows' statistics) of the listed blocks
     (and now a matrix); last, where there is one, what the output is to be added to. With a ``mask``, tiles of blocks
     that are ``partial``, the last of each list, come with their keys' bias. ``CAUSAL`` leaves out key blocks of a row's
     list that its tile does not see. GROUP query heads share a key head: own tiles of queries have the keys of one,
@@ -179,8 +179,6 @@ def pair_producer(
                     ring_full, ring_empty, filled, 1,
                 )  # fmt: skip
                 filled += 1
-            produce_matrix(matrix_desc, matrix_row, ring, ring_full, ring_empty, filled)
-            filled += 1
         whole = count
         if HAS_MASK:
             bias_desc, partial, bias_rows = mask

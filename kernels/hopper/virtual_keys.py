@@ -6,9 +6,9 @@ stretch of the queries, and what the stretches give is added up afterwards, in a
 
 from __future__ import annotations
 
-import functools
-
 import torch
+import triton
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
@@ -26,16 +26,15 @@ __all__ = ["virtual_key_gradients"]
 
 
 @gluon.jit
-def locate_stretch(item, extents):
-    """(tile of virtual keys, batch, head, stretch, first tile of queries, their number); neighbours share queries."""
-    _total, tiles_per_head, num_heads, splits, query_tiles, _num_virtual = extents
-    stretch = item // tiles_per_head % splits
-    batch_head = item // tiles_per_head // splits
-    each = gl.cdiv(query_tiles, splits)
-    first = gl.minimum(stretch * each, query_tiles)
+def locate_stretch(position, end, extents):
+    """(tile of virtual keys, batch, head, first tile of queries, their number, which stretch of its tile of keys)."""
+    tiles_per_head, num_heads, query_tiles, share, _total, _num_virtual = extents
+    item = position // query_tiles
+    first = position % query_tiles
+    batch_head = item // tiles_per_head
     return (
-        item % tiles_per_head, batch_head // num_heads, batch_head % num_heads, stretch, first,
-        gl.minimum(each, query_tiles - first)
+        item % tiles_per_head, batch_head // num_heads, batch_head % num_heads, first,
+        gl.minimum(query_tiles - first, end - position), position // share - item * query_tiles // share
     )  # fmt: skip
 
 
@@ -44,11 +43,13 @@ def stretch_producer(descriptors, buffers, barriers, extents, TILE_Q: gl.constex
     k_desc, v_desc, q_desc, grad_desc, statistics_desc = descriptors
     own_k, own_v, ring, statistics_ring, _turns, _out_buffers = buffers
     own_full, own_empty, ring_full, ring_empty, _prior_full, _prior_empty, _joint = barriers
-    total, _tiles_per_head, num_heads, _splits, _query_tiles, _num_virtual = extents
+    _tiles_per_head, num_heads, _query_tiles, share, total, _num_virtual = extents
     filled = 0
     turn = 0
-    for item in range(gl.program_id(0), total, gl.num_programs(0)):
-        tile, batch, head, _stretch, first, steps = locate_stretch(item, extents)
+    position = gl.program_id(0) * share
+    end = gl.minimum(position + share, total)
+    while position < end:
+        tile, batch, head, first, steps, _stretch = locate_stretch(position, end, extents)
         mbarrier.wait(own_empty, (turn & 1) ^ 1)
         mbarrier.expect(own_full, 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
         for consumer in gl.static_range(2):
@@ -63,6 +64,7 @@ def stretch_producer(descriptors, buffers, barriers, extents, TILE_Q: gl.constex
                 statistics_ring, ring_full, ring_empty, filled, 2,
             )  # fmt: skip
             filled += 1
+        position += steps
 
 
 @gluon.jit
@@ -84,7 +86,7 @@ def stretch_consumer(
 ):
     own_k, own_v, ring, statistics_ring, _turns, _out_buffers = buffers
     own_full, own_empty, ring_full, ring_empty, _prior_full, _prior_empty, _joint = barriers
-    total, _tiles_per_head, num_heads, splits, query_tiles, num_virtual = extents
+    tiles_per_head, num_heads, query_tiles, share, total, num_virtual = extents
     ROWS: gl.constexpr = 64
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED_DIM, 16])
     tile_layout: gl.constexpr = own_k.layout
@@ -95,32 +97,33 @@ def stretch_consumer(
     line_pitch = bias_pitch(num_virtual)
     taken = 0
     turn = 0
-    for item in range(gl.program_id(0), total, gl.num_programs(0)):
-        tile, batch, head, stretch, first, steps = locate_stretch(item, extents)
+    position = gl.program_id(0) * share
+    end = gl.minimum(position + share, total)
+    while position < end:
+        tile, batch, head, first, steps, stretch = locate_stretch(position, end, extents)
         batch_head = (batch * num_heads + head).to(gl.int64)
         first_key = tile * 128 + CONSUMER * ROWS
         mbarrier.wait(own_full, turn & 1)
         key_accumulator = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
         value_accumulator = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
-        if steps > 0:
-            key_accumulator, value_accumulator, taken = key_steps(
-                key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken,
-                steps, scale, bias + batch_head * num_rows * line_pitch + first_key,
-                grad_bias + batch_head * query_tiles * line_pitch + first_key, first, line_pitch,
-                num_virtual - first_key, bias, BLOCK_Q, TILE_Q, 1, tile_layout, True, False,
-                False, 1,
-            )  # fmt: skip
+        key_accumulator, value_accumulator, taken = key_steps(
+            key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken, steps,
+            scale, bias + batch_head * num_rows * line_pitch + first_key,
+            grad_bias + batch_head * query_tiles * line_pitch + first_key, first, line_pitch, num_virtual - first_key,
+            bias, BLOCK_Q, TILE_Q, 1, tile_layout, True, False, False, 1,
+        )  # fmt: skip
         fence_async_shared()
         mbarrier.arrive(own_empty, count=1)
         turn += 1
-        line = (stretch * (total // (_tiles_per_head * splits)) + batch_head) * num_virtual + first_key
+        line = (stretch * (total // (tiles_per_head * query_tiles)) + batch_head) * num_virtual + first_key
         at = line * HEAD_DIM + rows[:, None] * HEAD_DIM + dims[None, :]
         mask = (first_key + rows < num_virtual)[:, None] & (dims < HEAD_DIM)[None, :]
         gl.store(grad_keys + at, key_accumulator, mask=mask)
         gl.store(grad_values + at, value_accumulator, mask=mask)
+        position += steps
 
 
-@gluon.jit(do_not_specialize=["num_rows", "total", "splits", "query_tiles", "num_virtual"])
+@gluon.jit(do_not_specialize=["num_rows", "query_tiles", "share", "total", "num_virtual"])
 def virtual_key_kernel(
     k_desc,
     v_desc,
@@ -133,11 +136,11 @@ def virtual_key_kernel(
     grad_bias,
     scale,
     num_rows,
-    total,
     tiles_per_head,
     num_heads,
-    splits,
     query_tiles,
+    share,
+    total,
     num_virtual,
     BLOCK_Q: gl.constexpr,
     TILE_Q: gl.constexpr,
@@ -147,7 +150,7 @@ def virtual_key_kernel(
     GROUP: gl.constexpr,
 ):
     buffers, barriers = make_buffers(k_desc, q_desc, statistics_desc, STAGES, 2, 2, False, False, False)
-    extents = (total, tiles_per_head, num_heads, splits, query_tiles, num_virtual)
+    extents = (tiles_per_head, num_heads, query_tiles, share, total, num_virtual)
     descriptors = (k_desc, v_desc, q_desc, grad_desc, statistics_desc)
     gl.warp_specialize(
         [
@@ -166,13 +169,27 @@ def virtual_key_kernel(
     )  # fmt: skip
 
 
-@functools.cache
-def _stretches(items: int, query_tiles: int, programs: int) -> int:
-    """In how many stretches to cut the queries, so that the programs end together."""
-    most = min(query_tiles, max(1, 2 * programs // items))
-    return min(
-        range(1, most + 1), key=lambda splits: ceil_div(items * splits, programs) * ceil_div(query_tiles, splits)
-    )
+@triton.jit(do_not_specialize=["tiles_per_head", "query_tiles", "share", "num_virtual", "per_stretch", "per_kind"])
+def stretch_sum_kernel(
+    grads, sums, tiles_per_head, query_tiles, share, num_virtual, per_stretch, per_kind,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Sums over stretches of the queries and the heads of a group, of some rows of one kind of gradients."""
+    first = tl.program_id(0) * ROWS
+    rows = first + tl.arange(0, ROWS)
+    dims = tl.arange(0, PADDED_DIM)
+    mask = (rows < num_virtual)[:, None] & (dims < HEAD_DIM)[None, :]
+    offsets = rows[:, None] * HEAD_DIM + dims[None, :]
+    total = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    for member in range(GROUP):
+        batch_head = tl.program_id(1) * GROUP + member
+        begin = (batch_head * tiles_per_head + first // 128) * query_tiles
+        stretches = (begin + query_tiles - 1) // share - begin // share + 1
+        at = grads + tl.program_id(2) * per_kind + batch_head.to(tl.int64) * num_virtual * HEAD_DIM
+        for stretch in range(stretches):
+            total += tl.load(at + stretch * per_stretch + offsets, mask=mask, other=0.0)
+    line = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(sums + line * num_virtual * HEAD_DIM + offsets, total, mask=mask)
 
 
 def virtual_key_gradients(
@@ -185,11 +202,13 @@ def virtual_key_gradients(
     tiles = ceil_div(count, 128)
     query_tiles = statistics.shape[3] // tile_q
     programs = multiprocessors(q.device.index)
-    splits = _stretches(tiles * batch * heads, query_tiles, programs)
-    total = tiles * batch * heads * splits
-    grads = statistics.new_empty(2, splits, batch, heads, count, head_dim)
+    total = tiles * batch * heads * query_tiles
+    # so many tiles of queries for each program, which is then done when the others are
+    share = ceil_div(total, programs)
+    stretches = ceil_div(query_tiles - 1, share) + 1
+    grads = statistics.new_empty(2, stretches, batch, heads, count, head_dim)
     grad_bias = statistics.new_empty(batch, heads, query_tiles, virtual.bias.shape[3])
-    virtual_key_kernel[(min(total, programs),)](
+    virtual_key_kernel[(ceil_div(total, share),)](
         tile_descriptor(virtual.keys, 64),
         tile_descriptor(virtual.values, 64),
         tile_descriptor(q, tile_q),
@@ -201,11 +220,11 @@ def virtual_key_gradients(
         grad_bias,
         options.scale,
         virtual.bias.shape[2],
-        total,
         tiles,
         heads,
-        splits,
         query_tiles,
+        share,
+        total,
         count,
         BLOCK_Q=options.block_q,
         TILE_Q=tile_q,
@@ -216,5 +235,21 @@ def virtual_key_gradients(
         num_warps=4,
         maxnreg=168,
     )
-    of_keys, of_values = grads.unflatten(3, (-1, inputs.group)).sum(dim=(1, 4))
-    return of_keys, of_values, grad_bias
+    sums = statistics.new_empty(2, batch, heads // inputs.group, count, head_dim)
+    rows = 8
+    stretch_sum_kernel[(ceil_div(count, rows), batch * heads // inputs.group, 2)](
+        grads,
+        sums,
+        tiles,
+        query_tiles,
+        share,
+        count,
+        grads.stride(1),
+        grads.stride(0),
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded,
+        ROWS=rows,
+        GROUP=inputs.group,
+        num_warps=4,
+    )
+    return sums[0], sums[1], grad_bias

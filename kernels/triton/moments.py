@@ -28,7 +28,7 @@ from .primitives import (
 from .states import state_dtype
 from .tiles import ceil_div, clamped, padded_dim, row_pitch, vector_strides, virtual_launch
 
-__all__ = ["add_key_gradients", "add_query_gradients", "fresh_moments", "key_moments", "query_moments"]
+__all__ = ["add_key_gradients", "add_query_gradients", "fill_query_moments", "fresh_moments", "key_moments"]
 
 
 @triton.jit
@@ -277,11 +277,10 @@ def query_gradient_kernel(
     add_tile(grad_base, grad, first_query, rows, dims, num_heads, num_tokens, HEAD_DIM, PADDED)
 
 
-def query_moments(q: torch.Tensor, block_q: int) -> torch.Tensor:
-    """The means of q and of q^2 by blocks, float32 (2, B, H, Tm, D), of a `vector_readable` q."""
+def fill_query_moments(q: torch.Tensor, moments: torch.Tensor, block_q: int) -> None:
+    """Fill ``moments``, float32 (2, B, H, Tm, D), with the means of q, `vector_readable`, and of q^2 by blocks."""
     batch, heads, tokens, head_dim = q.shape
-    blocks = ceil_div(tokens, block_q)
-    moments = q.new_empty((2, batch, heads, blocks, head_dim), dtype=torch.float32)
+    blocks = moments.shape[3]
     launch = clamped(virtual_launch("query_moments", head_dim, q.dtype), head_dim, block_q, block_q)
     query_moment_kernel[(blocks * batch * heads,)](
         q,
@@ -298,7 +297,6 @@ def query_moments(q: torch.Tensor, block_q: int) -> torch.Tensor:
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
-    return moments
 
 
 def fresh_moments(k: torch.Tensor, block_k: int) -> KeyMoments:
@@ -394,7 +392,7 @@ def add_key_gradients(
 
 
 def add_query_gradients(q: torch.Tensor, gradients: torch.Tensor, dq: torch.Tensor, block_q: int) -> None:
-    """Add to dq (B, H, Lq, D), in memory (B, Lq, H, D), what ``gradients`` of `query_moments` make of it."""
+    """Add to dq (B, H, Lq, D), in memory (B, Lq, H, D), what ``gradients`` of the queries' moments make of it."""
     batch, heads, tokens, head_dim = q.shape
     launch = clamped(virtual_launch("query_gradients", head_dim, q.dtype), head_dim, block_q, block_q)
     tiles = ceil_div(tokens, launch.tile_q)

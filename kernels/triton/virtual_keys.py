@@ -50,6 +50,7 @@ __all__ = [
     "RowGradients",
     "VirtualRows",
     "mixture_backward",
+    "span_gradients",
     "virtual_backward_key",
     "virtual_backward_query",
     "virtual_forward",
@@ -168,6 +169,7 @@ def virtual_forward_kernel(
     slopes,
     out,
     lse,
+    shares,
     stride_qb,
     stride_qh,
     stride_qn,
@@ -236,7 +238,9 @@ def virtual_forward_kernel(
     tl.store(lse + row_at, (running_max + tl.log2(safe_sum)) * LN2, mask=row_mask)
 
     slope_base = slopes + line * HEAD_DIM * PITCH
-    factor = share / safe_sum * scale
+    share /= safe_sum
+    tl.store(shares + row_at, share, mask=row_mask)
+    factor = share * scale
     state_type = slopes.dtype.element_ty
     for first in tl.range(0, PADDED_DIM, CHUNK, num_stages=1):
         columns = first + tl.arange(0, CHUNK)
@@ -260,6 +264,7 @@ def virtual_backward_query_kernel(
     mean_values,
     bias,
     slopes,
+    shares,
     grad_q,
     statistics,
     virtual_statistics,
@@ -341,7 +346,6 @@ def virtual_backward_query_kernel(
     tl.store(virtual_statistics + row_at + pitch, against)
 
     scale_log2 = scale * LOG2E
-    share = tl.zeros([TILE_Q], tl.float32)
     accumulator = tl.zeros([TILE_Q, PADDED_DIM], tl.float32)
     key_head = batch_head // GROUP
     key_base = mean_keys + key_head * num_virtual * PITCH
@@ -353,14 +357,13 @@ def virtual_backward_query_kernel(
         added = tl.load(row_bias + start + keys, mask=start + keys < num_virtual, other=float("-inf"))
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2 + (added * LOG2E)[None, :]
         probability = tl.exp2(scores - row_lse[:, None])
-        share += tl.sum(probability, 1)
         value = load_tile(value_base, first, keys, dims, PITCH // 8, num_virtual, PITCH, PADDED)
         grad_scores = tl.dot(grad, tl.trans(value), input_precision="ieee") * scale - against[:, None]
         grad_scores *= probability
         # [TILE_Q, TILE_K] x [TILE_K, PADDED_DIM]
         accumulator = tl.dot(grad_scores.to(key.dtype), key, accumulator, input_precision="ieee")
 
-    factor = share * scale
+    factor = tl.load(shares + batch_head * num_tokens + first_query + rows, mask=row_mask, other=0.0) * scale
     transposed = tl.trans(query.to(state_type))
     grad_slope_base = grad_slopes + slot * HEAD_DIM * PITCH
     if WHOLE:
@@ -495,6 +498,49 @@ def mixture_backward_kernel(
     tl.store(of_shift + row, tl.sum(tl.where(valid, summed, 0.0), 0))
 
 
+@triton.jit(do_not_specialize=["num_rows", "num_keys", "num_heads", "row_tiles"])
+def span_gradient_kernel(
+    of_rows, query_moments, spans, of_keys, of_queries, of_spans, num_rows, num_keys, num_heads, row_tiles,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of the gradients of the moments of query blocks, or of key blocks."""
+    batch_head = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, PADDED_DIM)
+    inside = (dims < HEAD_DIM)[None, :]
+    lines = tl.arange(0, TILE)
+    steps = tl.arange(0, STEP)
+    matrix = of_rows + batch_head * num_rows * num_keys
+    query_base = batch_head * num_rows * HEAD_DIM
+    key_base = batch_head * num_keys * HEAD_DIM
+    total = tl.zeros([TILE, PADDED_DIM], tl.float32)
+    if tl.program_id(1) < row_tiles:
+        rows = tl.program_id(1) * TILE + lines
+        for first in range(0, num_keys, STEP):
+            keys = first + steps
+            mask = (rows < num_rows)[:, None] & (keys < num_keys)[None, :]
+            weights = tl.load(matrix + rows[:, None].to(tl.int64) * num_keys + keys[None, :], mask=mask, other=0.0)
+            at = key_base + keys[:, None] * HEAD_DIM + dims[None, :]
+            span = tl.load(spans + at, mask=(keys < num_keys)[:, None] & inside, other=0.0)
+            total = tl.dot(weights, span, total, input_precision=PRECISION)
+        at = query_base + rows[:, None] * HEAD_DIM + dims[None, :]
+        tl.store(of_queries + at, total, mask=(rows < num_rows)[:, None] & inside)
+    else:
+        keys = (tl.program_id(1) - row_tiles) * TILE + lines
+        for first in range(0, num_rows, STEP):
+            rows = first + steps
+            mask = (rows < num_rows)[:, None] & (keys < num_keys)[None, :]
+            weights = tl.load(matrix + rows[:, None].to(tl.int64) * num_keys + keys[None, :], mask=mask, other=0.0)
+            at = query_base + rows[:, None] * HEAD_DIM + dims[None, :]
+            moment = tl.load(query_moments + at, mask=(rows < num_rows)[:, None] & inside, other=0.0)
+            total = tl.dot(tl.trans(weights), moment, total, input_precision=PRECISION)
+        at = key_base + keys[:, None] * HEAD_DIM + dims[None, :]
+        mask = (keys < num_keys)[:, None] & inside
+        # the virtual keys are the means, which come first
+        if tl.program_id(0) < num_heads:
+            total += tl.load(of_keys + at, mask=mask, other=0.0)
+        tl.store(of_spans + at, total, mask=mask)
+
+
 def _lanes(items: int) -> tuple[int, int]:
     """Lanes for a row of ``items``, and warps."""
     lanes = max(32, power_of_two(items))
@@ -586,6 +632,7 @@ def virtual_forward(
         virtual.slopes,
         out,
         lse,
+        virtual.shares,
         *vector_strides(q),
         options.scale,
         tokens,
@@ -628,6 +675,7 @@ def virtual_backward_query(
         virtual.values,
         virtual.bias,
         virtual.slopes,
+        virtual.shares,
         dq,
         statistics,
         virtual_statistics,
@@ -760,3 +808,33 @@ def mixture_backward(
         num_warps=warps,
     )
     return RowGradients(of_spans, of_shift)
+
+
+def span_gradients(
+    of_rows: torch.Tensor, query_moments: torch.Tensor, spans: torch.Tensor, of_keys: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of ``query_moments`` (2, B, H, Tm, D) and of ``spans`` (2, B, Hk, Tn, D) from those of their products
+    (2, B, H, Tm, Tn), the former contiguous, to the latter's means ``of_keys`` (B, Hk, Tn, D) added. All float32."""
+    batch, heads, num_keys, head_dim = of_keys.shape
+    of_queries, of_spans = torch.empty_like(query_moments), torch.empty_like(spans)
+    of_rows, query_moments = stacked(of_rows, heads, 2), stacked(query_moments, heads, 2)
+    num_rows, tile = of_rows.shape[3], 32
+    row_tiles = ceil_div(num_rows, tile)
+    span_gradient_kernel[(2 * batch * heads, row_tiles + ceil_div(num_keys, tile))](
+        of_rows,
+        query_moments,
+        spans,
+        of_keys,
+        of_queries,
+        of_spans,
+        num_rows,
+        num_keys,
+        batch * heads,
+        row_tiles,
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim(head_dim),
+        TILE=tile,
+        STEP=32,
+        PRECISION=FULL_PRECISION,
+    )
+    return of_queries, of_spans

@@ -14,7 +14,15 @@ from sla_compile.common.blocks import num_blocks
 from sla_compile.common.limits import TAYLOR
 from sla_compile.common.options import AttentionOptions, BackwardOptions
 
-__all__ = ["AttentionInputs", "ForwardResult", "Gradients", "Kernels", "has_linear_branch", "kept_rows"]
+__all__ = [
+    "AttentionInputs",
+    "ForwardResult",
+    "Gradients",
+    "Kernels",
+    "has_linear_branch",
+    "kept_numbers",
+    "kept_rows",
+]
 
 
 class AttentionInputs(NamedTuple):
@@ -44,7 +52,8 @@ class ForwardResult(NamedTuple):
     out: Tensor
     """(B, H, Lq, D) over (B, Lq, H, D) memory, in the dtype of q."""
     linear_out: Tensor
-    """The linear branch before the gate, as ``out``; of shape (0,) without that branch."""
+    """The linear branch before the gate, as ``out``; with ``linear="taylor"`` on CUDA float32 (`kept_numbers`,); else
+    of shape (0,)."""
     lse: Tensor
     """(B, H, Lq): natural logarithm of the softmax's denominator, that is over the critical keys and any virtual ones;
     -inf for a query without a key. float64 for float64 inputs, else float32."""
@@ -94,3 +103,13 @@ def kept_rows(q: Tensor, weight: Tensor | None, options: BackwardOptions) -> int
         return 1
     pitch = -(-q.shape[3] // 8) * 8
     return num_blocks(q.shape[2], options.block_q) if pitch <= options.block_q else 0
+
+
+def kept_numbers(q: Tensor, options: BackwardOptions) -> int:
+    """How many numbers the CUDA kernels of a call keep for its backward in place of ``linear_out``: with "taylor", the
+    means of q and of q^2 by blocks, and a number for each query; else none."""
+    if options.linear != TAYLOR:
+        return 0
+    batch, heads, tokens, head_dim = q.shape
+    numbers: int = batch * heads * (2 * num_blocks(tokens, options.block_q) * head_dim + tokens)
+    return numbers

@@ -23,8 +23,10 @@ from sla_compile.common.kernel_interface import (
     ForwardResult,
     Kernels,
     has_linear_branch,
+    kept_numbers,
     kept_rows,
 )
+from sla_compile.common.limits import TAYLOR
 from sla_compile.common.options import AttentionOptions, BackwardOptions
 from sla_compile.compat import has_tangent
 from sla_compile.memory import count_run
@@ -224,10 +226,15 @@ def _forward_fake(
     )
     check(AttentionInputs(q, k, v, weight, bias, key_mask, sparsity, shift), options)
     batch, heads, tokens, _ = q.shape
-    branch = has_linear_branch(weight, options)
+    if has_linear_branch(weight, options):
+        linear_out = _token_major(q)
+    elif q.device.type == "cuda":
+        linear_out = q.new_empty(kept_numbers(q, options), dtype=torch.float32 if options.linear == TAYLOR else q.dtype)
+    else:
+        linear_out = q.new_empty(0)
     return (
         _token_major(q),
-        _token_major(q) if branch else q.new_empty(0),
+        linear_out,
         q.new_empty(batch, heads, tokens, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32),
         q.new_empty(batch, heads, num_blocks(tokens, block_q), num_blocks(k.shape[2], block_k), dtype=torch.int8),
         *_sums(q, kept_rows(q, weight, options) if q.device.type == "cuda" else 0),

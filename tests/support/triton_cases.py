@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sla_compile.common.blocks import num_blocks, num_critical, num_negligible
-from sla_compile.common.kernel_interface import AttentionInputs, Kernels
+from sla_compile.common.kernel_interface import AttentionInputs, Kernels, kept_numbers
 from sla_compile.common.limits import TAYLOR
 from sla_compile.common.options import AttentionOptions
 from sla_compile.kernels import reference
@@ -204,6 +204,7 @@ def run_kernels(
     case: Case, tensors: Sequence[torch.Tensor | None], kernels: Kernels | None = None
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The launchers' out and gradients by name, and their block map; ``kernels`` None: Triton's."""
+    on_gpu = kernels is None
     if kernels is None:
         from sla_compile.kernels.triton import attention
 
@@ -215,7 +216,7 @@ def run_kernels(
     result = kernels.forward(call, options)
     out, linear_out = result.out, result.linear_out
     has_linear = arguments[3] is not None and case.linear not in ("none", TAYLOR)
-    assert linear_out.shape == (out.shape if has_linear else (0,))
+    assert linear_out.shape == (out.shape if has_linear else (kept_numbers(call.q, options) if on_gpu else 0,))
     assert out.transpose(1, 2).is_contiguous()
     *gradients, dshift = kernels.backward(grad_out, call, result, options)
     if case.linear == TAYLOR:
