@@ -187,33 +187,39 @@ def linear_part(
 
 
 @gluon.jit
-def off_mean(tile, mean, weight, HAS_MASK: gl.constexpr, layout: gl.constexpr, operand_layout: gl.constexpr):
-    """Columns of a tile less their means, times the weights of the rows, as a left operand."""
+def off_mean(tile, mean, weight, HAS_MASK: gl.constexpr, layout: gl.constexpr):
+    """A tile less its mean, times the weights of the rows, as a left operand."""
     off = tile.load(layout).to(gl.float32) - mean.load(gl.SliceLayout(0, layout))[None, :]
     if HAS_MASK:
-        off *= gl.convert_layout(weight, gl.SliceLayout(1, layout))[:, None]
+        off *= weight[:, None]
     else:
         off *= weight
-    return gl.convert_layout(off.to(gl.bfloat16), operand_layout)
+    return gl.convert_layout(off.to(gl.bfloat16), gl.DotOperandLayout(0, layout, 2))
 
 
 @gluon.jit
 def moments_part(
-    key_accumulator, value_accumulator, key, value, places, ring, ring_full, ring_empty, taken, vectors, inverse,
-    key_weight, HAS_OUTPUTS: gl.constexpr, HAS_MASK: gl.constexpr,
+    key, value, places, ring, ring_full, ring_empty, taken, moments, slot, variances, key_weight, inverse,
+    HEAD_DIM: gl.constexpr, HAS_MASK: gl.constexpr,
 ):  # fmt: skip
-    """Add to dK and dV of 64 keys what the gradients of their block's moments make, by the ring's next matrix, dC."""
-    mean_value, mean, of_mean, of_variance, of_value = vectors
+    """What the gradients of their block's moments make of dK and dV of 64 keys: by the ring's next matrix, dC, and by
+    vectors at ``slot``, those of ``variances`` so much further, which lie in ``places`` meanwhile."""
+    means, mean_values, grad_spans, grad_values = moments
     STAGES: gl.constexpr = ring.type.shape[0]
-    PADDED_DIM: gl.constexpr = key_accumulator.shape[1]
-    out_layout: gl.constexpr = key_accumulator.type.layout
-    part_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    operand_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    ROWS: gl.constexpr = key.type.shape[0]
+    PADDED_DIM: gl.constexpr = key.type.shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED_DIM, 16])
     matrix_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, PADDED_DIM, PADDED_DIM], gl.bfloat16)
-    dim_layout: gl.constexpr = gl.SliceLayout(0, out_layout)
-    if HAS_OUTPUTS:
-        tma.store_wait(0)
-    of_variance *= 2.0
+    dim_layout: gl.constexpr = gl.SliceLayout(0, layout)
+    lanes = gl.arange(0, PADDED_DIM, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    # a number a thread
+    mean_value = load_row(mean_values + slot, lanes, HEAD_DIM, PADDED_DIM).to(gl.float32)
+    mean = load_row(means + slot, lanes, HEAD_DIM, PADDED_DIM)
+    of_mean = load_row(grad_spans + slot, lanes, HEAD_DIM, PADDED_DIM)
+    of_variance = load_row(grad_spans + variances + slot, lanes, HEAD_DIM, PADDED_DIM) * 2.0
+    of_value = load_row(grad_values + slot, lanes, HEAD_DIM, PADDED_DIM)
+    # results that leave from there
+    tma.store_wait(0)
     places.index(0).store(mean_value)
     places.index(1).store(mean)
     places.index(2).store(of_mean - mean * of_variance)
@@ -222,34 +228,27 @@ def moments_part(
     weight = inverse
     if HAS_MASK:
         weight = key_weight * inverse
+    zero = gl.zeros([ROWS, PADDED_DIM], gl.float32, layout)
     index = taken % STAGES
     grad_slope = matrix_of(ring.index(index), gl.bfloat16, matrix_layout).reshape([PADDED_DIM, PADDED_DIM])
+    off_value = off_mean(value, places.index(0), weight, HAS_MASK, layout)
     mbarrier.wait(ring_full.index(index), taken // STAGES & 1)
-    for part in gl.static_range(PADDED_DIM // 64):
-        # half of the columns at a time, which takes few registers
-        means = places.index(0).slice(part * 64, 64)
-        off_value = off_mean(value.slice(part * 64, 64, dim=1), means, weight, HAS_MASK, part_layout, operand_layout)
-        columns = grad_slope.slice(part * 64, 64, dim=1)
-        key_accumulator = warpgroup_mma(off_value, columns.permute((1, 0)), key_accumulator, is_async=True)
-        means = places.index(1).slice(part * 64, 64)
-        off_key = off_mean(key.slice(part * 64, 64, dim=1), means, weight, HAS_MASK, part_layout, operand_layout)
-        lines = grad_slope.slice(part * 64, 64)
-        value_accumulator = warpgroup_mma(off_key, lines, value_accumulator, is_async=True)
-        key_accumulator, value_accumulator, _value, _key = warpgroup_mma_wait(
-            0, deps=(key_accumulator, value_accumulator, off_value, off_key)
-        )
-    mbarrier.arrive(ring_empty.index(index), count=1)
-    by_key = key.load(out_layout).to(gl.float32) * places.index(3).load(dim_layout)[None, :]
+    grad_key = warpgroup_mma(off_value, grad_slope.permute((1, 0)), zero, use_acc=False, is_async=True)
+    off_key = off_mean(key, places.index(1), weight, HAS_MASK, layout)
+    grad_value = warpgroup_mma(off_key, grad_slope, zero, use_acc=False, is_async=True)
+    grad_key, grad_value, _value, _key = warpgroup_mma_wait(0, deps=(grad_key, grad_value, off_value, off_key))
+    by_key = key.load(layout).to(gl.float32) * places.index(3).load(dim_layout)[None, :]
     by_key += places.index(2).load(dim_layout)[None, :]
-    fence_async_shared()
     of_values = places.index(4).load(dim_layout)
     if HAS_MASK:
-        key_accumulator += by_key * weight[:, None]
-        value_accumulator += of_values[None, :] * weight[:, None]
+        grad_key += by_key * weight[:, None]
+        grad_value += of_values[None, :] * weight[:, None]
     else:
-        key_accumulator += by_key * weight
-        value_accumulator += (of_values * weight)[None, :]
-    return key_accumulator, value_accumulator, taken + 1
+        grad_key += by_key * weight
+        grad_value += (of_values * weight)[None, :]
+    fence_async_shared()
+    mbarrier.arrive(ring_empty.index(index), count=1)
+    return grad_key, grad_value, taken + 1
 
 
 @gluon.jit
@@ -304,6 +303,7 @@ def key_consumer(
     barriers,
     grad_normalizers,
     moments,
+    places,
     mask,
     sums,
     grad_k_desc,
@@ -325,12 +325,11 @@ def key_consumer(
     GROUP: gl.constexpr,
     HAS_PARTS: gl.constexpr,
 ):
-    """dK and dV of 64 keys: the linear branch's part from dh and dz, then one step for each tile of queries, last the
-    moments' part."""
+    """dK and dV of 64 keys: the linear branch's part from dh and dz, or the moments', then one step for each tile of
+    queries."""
     own_k, own_v, ring, statistics_ring, turns, out_buffers = buffers
     own_full, own_empty, ring_full, ring_empty, _prior_full, _prior_empty, _joint = barriers
     num_columns, total_tiles, tiles_per_head, num_heads, _list_width, matrix_rows, num_keys, slots = extents
-    means, mean_values, grad_spans, grad_values, places = moments
     ROWS: gl.constexpr = 64
     PARTS: gl.constexpr = BLOCK_Q // TILE_Q
     # products in flight over the end of a step: the next S, but a lone consumer has no registers left for it
@@ -339,7 +338,6 @@ def key_consumer(
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PADDED_DIM, 16])
     tile_layout: gl.constexpr = own_k.layout
     key_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, out_layout))
-    lanes = gl.arange(0, PADDED_DIM, layout=gl.BlockedLayout([1], [32], [4], [0]))
     key = own_k.index(CONSUMER).reshape([ROWS, PADDED_DIM])
     value = own_v.index(CONSUMER).reshape([ROWS, PADDED_DIM])
     leaving = out_buffers.index(CONSUMER)
@@ -377,15 +375,18 @@ def key_consumer(
                 batch_head * matrix_rows + gl.minimum(key_tile, matrix_rows - 1), key_weight, HEAD_DIM, FEATURE_MAP,
                 HAS_MASK,
             )  # fmt: skip
+        if HAS_MOMENTS and part == 0:
+            slot = batch_head * num_columns + key_tile
+            if HAS_MASK:
+                # of a block without weight, all of whose weights are 0, the size is -inf
+                inverse = gl.where(kind < 0, 0.0, gl.exp2(-gl.load(sizes + slot) * LOG2E))
+            else:
+                inverse = 1.0 / gl.minimum(num_keys - key_tile * TILE_K, TILE_K).to(gl.float32)
+            key_accumulator, value_accumulator, taken = moments_part(
+                key, value, places, ring, ring_full, ring_empty, taken, moments, slot * HEAD_DIM,
+                total_tiles * HEAD_DIM, key_weight, inverse, HEAD_DIM, HAS_MASK,
+            )  # fmt: skip
 
-        if HAS_MOMENTS:
-            # long before they are wanted, a number a thread
-            slot = (batch_head * num_columns + key_tile) * HEAD_DIM
-            mean_value = load_row(mean_values + slot, lanes, HEAD_DIM, PADDED_DIM).to(gl.float32)
-            mean = load_row(means + slot, lanes, HEAD_DIM, PADDED_DIM)
-            of_mean = load_row(grad_spans + slot, lanes, HEAD_DIM, PADDED_DIM)
-            of_variance = load_row(grad_spans + total_tiles * HEAD_DIM + slot, lanes, HEAD_DIM, PADDED_DIM)
-            of_value = load_row(grad_values + slot, lanes, HEAD_DIM, PADDED_DIM)
         whole = count
         if CAUSAL:
             # blocks of queries on the diagonal come first
@@ -416,16 +417,6 @@ def key_consumer(
                 key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken,
                 whole * PARTS, scale, grad_normalizers, grad_normalizers, 0, 0, 0, grad_normalizers, TILE_Q, TILE_Q,
                 AHEAD, tile_layout, False, False, False, GROUP,
-            )  # fmt: skip
-        if HAS_MOMENTS and part == 0:
-            if HAS_MASK:
-                # of a block without weight, all of whose weights are 0, the size is -inf
-                inverse = gl.where(kind < 0, 0.0, gl.exp2(-gl.load(sizes + slot // HEAD_DIM) * LOG2E))
-            else:
-                inverse = 1.0 / gl.minimum(num_keys - key_tile * TILE_K, TILE_K).to(gl.float32)
-            key_accumulator, value_accumulator, taken = moments_part(
-                key_accumulator, value_accumulator, key, value, places, ring, ring_full, ring_empty, taken,
-                (mean_value, mean, of_mean, of_variance, of_value), inverse, key_weight, HAS_OUTPUTS, HAS_MASK,
             )  # fmt: skip
         is_whole = True
         if HAS_PARTS and parts > 1:
@@ -523,19 +514,19 @@ def key_kernel(
     places = buffers[5]
     if HAS_MOMENTS and not HAS_OUTPUTS:
         places = gl.allocate_shared_memory(gl.float32, [5, PADDED_DIM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    moments = (means, mean_values, grad_spans, grad_values, places)
+    moments = (means, mean_values, grad_spans, grad_values)
     mask = (key_bias, kinds, bias_rows, sizes) if HAS_MASK else ()
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
                 (key_consumer, (
-                    buffers, barriers, grad_normalizers, moments, mask, sums, grad_k_desc, grad_v_desc, scale, extents,
-                    0, TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS,
+                    buffers, barriers, grad_normalizers, moments, places, mask, sums, grad_k_desc, grad_v_desc, scale,
+                    extents, 0, TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS,
                     HAS_OUTPUTS, HAS_MASK, CAUSAL, GROUP, HAS_PARTS,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, order, (), extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
-                    HAS_LINEAR, True, True, False, False, False, HAS_MOMENTS, False, False, GROUP, HAS_PARTS,
+                    HAS_LINEAR or HAS_MOMENTS, True, True, False, False, False, False, False, GROUP, HAS_PARTS,
                 )),
             ],
             [1],
@@ -545,18 +536,18 @@ def key_kernel(
         gl.warp_specialize(
             [
                 (key_consumer, (
-                    buffers, barriers, grad_normalizers, moments, mask, sums, grad_k_desc, grad_v_desc, scale, extents,
-                    0, TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS,
+                    buffers, barriers, grad_normalizers, moments, places, mask, sums, grad_k_desc, grad_v_desc, scale,
+                    extents, 0, TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS,
                     HAS_OUTPUTS, HAS_MASK, CAUSAL, GROUP, HAS_PARTS,
                 )),
                 (key_consumer, (
-                    buffers, barriers, grad_normalizers, moments, mask, sums, grad_k_desc, grad_v_desc, scale, extents,
-                    1, TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS,
+                    buffers, barriers, grad_normalizers, moments, places, mask, sums, grad_k_desc, grad_v_desc, scale,
+                    extents, 1, TILE_K, BLOCK_Q, TILE_Q, HEAD_DIM, PADDED_DIM, FEATURE_MAP, HAS_LINEAR, HAS_MOMENTS,
                     HAS_OUTPUTS, HAS_MASK, CAUSAL, GROUP, HAS_PARTS,
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, order, (), extents, TILE_K, TILE_K, BLOCK_Q, TILE_Q,
-                    HAS_LINEAR, True, True, False, False, False, HAS_MOMENTS, False, False, GROUP, HAS_PARTS,
+                    HAS_LINEAR or HAS_MOMENTS, True, True, False, False, False, False, False, GROUP, HAS_PARTS,
                 )),
             ],
             [4, 1],

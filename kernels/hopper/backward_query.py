@@ -354,8 +354,8 @@ def query_kernel(
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, lists, mask, extents, BLOCK_Q, TILE_Q, BLOCK_K,
-                    TILE_K, HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL, False, HAS_MASK,
-                    CAUSAL, GROUP, False,
+                    TILE_K, HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL, HAS_MASK, CAUSAL,
+                    GROUP, False,
                 )),
             ],
             [1],
@@ -376,8 +376,8 @@ def query_kernel(
                 )),
                 (pair_producer, (
                     descriptors, buffers, barriers, lists, counts, lists, mask, extents, BLOCK_Q, TILE_Q, BLOCK_K,
-                    TILE_K, HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL, False, HAS_MASK,
-                    CAUSAL, GROUP, False,
+                    TILE_K, HAS_VIRTUAL, False, False, MAKES_STATISTICS, HAS_LINEAR, HAS_VIRTUAL, HAS_MASK, CAUSAL,
+                    GROUP, False,
                 )),
             ],
             [4, 1],

@@ -75,18 +75,17 @@ def pair_producer(
     HAS_SAVED: gl.constexpr,
     HAS_PRIOR: gl.constexpr,
     HAS_VIRTUAL: gl.constexpr,
-    HAS_LAST_MATRIX: gl.constexpr,
     HAS_MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
     GROUP: gl.constexpr,
     HAS_PARTS: gl.constexpr,
 ):
     """Load a pair of own tiles, then through the ring (own tiles of saved outputs, a matrix, pairs of tiles of virtual
-    keys with their bias, and) pairs of tiles (and their rows' statistics) of the listed blocks
-    (and now a matrix); last, where there is one, what the output is to be added to. With a ``mask``, tiles of blocks
-    that are ``partial``, the last of each list, come with their keys' bias. ``CAUSAL`` leaves out key blocks of a row's
-    list that its tile does not see. GROUP query heads share a key head: own tiles of queries have the keys of one,
-    listed tiles of queries, which are those with statistics, are of all, as `BlockLists.blocks` says.
+    keys with their bias, and) pairs of tiles (and their rows' statistics) of the listed blocks; last, where there is
+    one, what the output is to be added to. With a ``mask``, tiles of blocks that are ``partial``, the last of each
+    list, come with their keys' bias. ``CAUSAL`` leaves out key blocks of a row's list that its tile does not see. GROUP
+    query heads share a key head: own tiles of queries have the keys of one, listed tiles of queries, which are those
+    with statistics, are of all, as `BlockLists.blocks` says.
 
     With ``order``, of `longest_first`, programs take the next tile in it whenever they are done with one, and the
     consumers learn from ``turns`` which that is, -1 at the end, and how many blocks it has; without, each has its own.
@@ -210,9 +209,6 @@ def pair_producer(
                         first + part * LISTED_TILE, ring, vectors_ring, ring_full, ring_empty, filled, 1,
                     )  # fmt: skip
                     filled += 1
-        if HAS_LAST_MATRIX and own_part == 0:
-            produce_matrix(matrix_desc, matrix_row, ring, ring_full, ring_empty, filled)
-            filled += 1
         if HAS_PRIOR:
             mbarrier.wait(prior_empty, (turn & 1) ^ 1)
             mbarrier.expect(prior_full, CONSUMERS * prior_desc.block_type.nbytes)
