@@ -49,18 +49,19 @@ __all__ = ["attention_backward_key", "column_order", "few_columns", "key_steps",
 @gluon.jit
 def key_steps(
     key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken, steps, scale,
-    bias, grad_bias, first_tile, line_pitch, num_keys, key_bias, BLOCK_Q: gl.constexpr, TILE_Q: gl.constexpr,
-    AHEAD: gl.constexpr, tile_layout: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_KEY_BIAS: gl.constexpr,
-    CAUSAL: gl.constexpr, GROUP: gl.constexpr,
+    grad_bias, first_tile, line_pitch, num_keys, key_bias, CONSUMER: gl.constexpr, BLOCK_Q: gl.constexpr,
+    TILE_Q: gl.constexpr, AHEAD: gl.constexpr, tile_layout: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_KEY_BIAS: gl.constexpr, CAUSAL: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Add to dK and dV of 64 keys those of at least one tile of queries; and how many stages of the ring were taken.
 
-    ``bias`` (block rows, keys), where there is one, is added to the logits of these queries, which are tiles from
-    ``first_tile`` on, and its gradients go to ``grad_bias`` (tiles, keys); both begin at these keys. A ``key_bias`` is
-    the same for all queries. Causal, the first of these queries is ``first_tile`` ahead of the first key; of each block
-    of them come those of GROUP heads.
+    A bias of the keys, where there is one, comes with each tile of queries, for each consumer after the statistics; its
+    gradients go to ``grad_bias`` (tiles, keys), which begins at these keys, from line ``first_tile`` on. A ``key_bias``
+    is the same for all queries. Causal, the first of these queries is ``first_tile`` ahead of the first key; of each
+    block of them come those of GROUP heads.
     """
     STAGES: gl.constexpr = ring.type.shape[0]
+    VECTORS: gl.constexpr = 4 if HAS_BIAS else 2
     ROWS: gl.constexpr = key_accumulator.shape[0]
     PADDED_DIM: gl.constexpr = key_accumulator.shape[1]
     dtype: gl.constexpr = ring.dtype
@@ -75,19 +76,13 @@ def key_steps(
     if HAS_KEY_BIAS:
         own_added = gl.load(key_bias + rows) * LOG2E
     if HAS_BIAS:
-        line = first_tile * TILE_Q // BLOCK_Q * line_pitch
-        following_added = gl.load(bias + line + rows, mask=rows < num_keys, other=float("-inf"))
+        inverse_scale = 1.0 / scale
     if AHEAD:
         first = taken % STAGES
         mbarrier.wait(ring_full.index(first), taken // STAGES & 1)
         first_query = split_pair(ring.index(first), TILE_Q, tile_layout)[0].reshape([TILE_Q, PADDED_DIM])
         scoring = warpgroup_mma(key, first_query.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
     for step in range(steps):
-        if HAS_BIAS:
-            added = following_added
-            # one tile ahead
-            line = (first_tile + gl.minimum(step + 1, steps - 1)) * TILE_Q // BLOCK_Q * line_pitch
-            following_added = gl.load(bias + line + rows, mask=rows < num_keys, other=float("-inf"))
         index = taken % STAGES
         tiles = split_pair(ring.index(index), TILE_Q, tile_layout)
         query = tiles[0].reshape([TILE_Q, PADDED_DIM])
@@ -101,12 +96,13 @@ def key_steps(
             scores = warpgroup_mma(key, query.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
             grad_weights = warpgroup_mma(value, grad.permute((1, 0)), zero_scores, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(1, deps=(scores,))
-        lse = view_as(statistics_ring.index(index * 2), gl.float32, [TILE_Q], vector_layout)
+        lse = view_as(statistics_ring.index(index * VECTORS), gl.float32, [TILE_Q], vector_layout)
         exponents = scores * scale_log2 - lse.load(query_layout)[None, :]
         if HAS_KEY_BIAS:
             exponents += own_added[:, None]
         if HAS_BIAS:
-            exponents += (added * LOG2E)[:, None]
+            added = view_as(statistics_ring.index(index * VECTORS + 2 + CONSUMER), gl.float32, [ROWS], vector_layout)
+            exponents += (added.load(gl.SliceLayout(1, scores_layout)) * LOG2E)[:, None]
         if CAUSAL:
             if GROUP > 1:
                 PARTS: gl.constexpr = BLOCK_Q // TILE_Q
@@ -120,13 +116,14 @@ def key_steps(
         # [keys, queries] x [queries, dims]
         value_accumulator = warpgroup_mma(weights_operand, grad, value_accumulator, is_async=True)
         grad_weights = warpgroup_mma_wait(1, deps=(grad_weights,))
-        delta = view_as(statistics_ring.index(index * 2 + 1), gl.float32, [TILE_Q], vector_layout)
+        delta = view_as(statistics_ring.index(index * VECTORS + 1), gl.float32, [TILE_Q], vector_layout)
         grad_scores = weights * (grad_weights * scale - delta.load(query_layout)[None, :])
         scores_operand = gl.convert_layout(grad_scores.to(dtype), operand_layout)
         key_accumulator = warpgroup_mma(scores_operand, query, key_accumulator, is_async=True)
         if HAS_BIAS:
+            # while products run
             line = (first_tile + step) * line_pitch
-            gl.store(grad_bias + line + rows, gl.sum(grad_scores, 1) / scale, mask=rows < num_keys)
+            gl.store(grad_bias + line + rows, gl.sum(grad_scores, 1) * inverse_scale, mask=rows < num_keys)
         if AHEAD:
             # the last step makes its own scores again, which nobody reads
             following = taken + gl.where(step + 1 < steps, 1, 0)
@@ -401,22 +398,22 @@ def key_consumer(
             if edge > 0:
                 key_accumulator, value_accumulator, taken = key_steps(
                     key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken,
-                    edge * PARTS, scale, grad_normalizers, grad_normalizers, ahead, 0, 0, grad_normalizers, BLOCK_Q,
-                    TILE_Q, AHEAD, tile_layout, False, False, True, GROUP,
+                    edge * PARTS, scale, grad_normalizers, ahead, 0, 0, grad_normalizers, CONSUMER, BLOCK_Q, TILE_Q,
+                    AHEAD, tile_layout, False, False, True, GROUP,
                 )  # fmt: skip
         if HAS_MASK:
             whole = gl.where(kind > 0, 0, count)
             if whole < count:
                 key_accumulator, value_accumulator, taken = key_steps(
                     key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken,
-                    count * PARTS, scale, grad_normalizers, grad_normalizers, 0, 0, 0, own_bias, TILE_Q, TILE_Q, AHEAD,
+                    count * PARTS, scale, grad_normalizers, 0, 0, 0, own_bias, CONSUMER, TILE_Q, TILE_Q, AHEAD,
                     tile_layout, False, True, False, GROUP,
                 )  # fmt: skip
         if whole > 0:
             key_accumulator, value_accumulator, taken = key_steps(
                 key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken,
-                whole * PARTS, scale, grad_normalizers, grad_normalizers, 0, 0, 0, grad_normalizers, TILE_Q, TILE_Q,
-                AHEAD, tile_layout, False, False, False, GROUP,
+                whole * PARTS, scale, grad_normalizers, 0, 0, 0, grad_normalizers, CONSUMER, TILE_Q, TILE_Q, AHEAD,
+                tile_layout, False, False, False, GROUP,
             )  # fmt: skip
         is_whole = True
         if HAS_PARTS and parts > 1:

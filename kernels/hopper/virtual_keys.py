@@ -19,7 +19,7 @@ from ..steps import KernelInputs, Upstream, VirtualKeys
 from ..triton.primitives import bias_pitch
 from ..triton.tiles import ceil_div
 from .backward_key import key_steps
-from .pairs import make_buffers, produce_pair
+from .pairs import make_buffers, split_pair
 from .primitives import load_tile, multiprocessors, padded_dim, tile_descriptor, vectors_descriptor
 
 __all__ = ["virtual_key_gradients"]
@@ -39,9 +39,15 @@ def locate_stretch(position, end, extents):
 
 
 @gluon.jit
-def stretch_producer(descriptors, buffers, barriers, extents, TILE_Q: gl.constexpr, GROUP: gl.constexpr):
-    k_desc, v_desc, q_desc, grad_desc, statistics_desc = descriptors
-    own_k, own_v, ring, statistics_ring, _turns, _out_buffers = buffers
+def stretch_producer(
+    descriptors, buffers, barriers, num_rows, extents, BLOCK_Q: gl.constexpr, TILE_Q: gl.constexpr, GROUP: gl.constexpr
+):
+    """Load a pair of tiles of virtual keys, then through the ring the tiles of queries of a stretch, each with its
+    statistics and its row's bias of these keys."""
+    k_desc, v_desc, q_desc, grad_desc, statistics_desc, bias_desc = descriptors
+    own_k, own_v, ring, vectors_ring, _turns, _out_buffers = buffers
+    STAGES: gl.constexpr = ring.type.shape[0]
+    tile_layout: gl.constexpr = q_desc.layout
     own_full, own_empty, ring_full, ring_empty, _prior_full, _prior_empty, _joint = barriers
     _tiles_per_head, num_heads, _query_tiles, share, total, _num_virtual = extents
     filled = 0
@@ -57,12 +63,23 @@ def stretch_producer(descriptors, buffers, barriers, extents, TILE_Q: gl.constex
             load_tile(k_desc, at, own_full, own_k.index(consumer))
             load_tile(v_desc, at, own_full, own_v.index(consumer))
         turn += 1
-        first_vector = (batch * num_heads + head) * 2
+        batch_head = batch * num_heads + head
         for step in range(steps):
-            produce_pair(
-                q_desc, grad_desc, statistics_desc, batch, head, first_vector, (first + step) * TILE_Q, ring,
-                statistics_ring, ring_full, ring_empty, filled, 2,
-            )  # fmt: skip
+            first_query = (first + step) * TILE_Q
+            index = filled % STAGES
+            mbarrier.wait(ring_empty.index(index), (filled // STAGES & 1) ^ 1)
+            full = ring_full.index(index)
+            mbarrier.expect(
+                full, 2 * (q_desc.block_type.nbytes + statistics_desc.block_type.nbytes + bias_desc.block_type.nbytes)
+            )
+            for which in gl.static_range(2):
+                vectors = index * 4 + which
+                load_tile(statistics_desc, [batch_head * 2 + which, first_query], full, vectors_ring.index(vectors))
+                row = batch_head * num_rows + first_query // BLOCK_Q
+                load_tile(bias_desc, [row, tile * 128 + which * 64], full, vectors_ring.index(vectors + 2))
+            tile_q, tile_grad = split_pair(ring.index(index), TILE_Q, tile_layout)
+            load_tile(q_desc, [batch, head, first_query, 0], full, tile_q)
+            load_tile(grad_desc, [batch, head, first_query, 0], full, tile_grad)
             filled += 1
         position += steps
 
@@ -71,15 +88,12 @@ def stretch_producer(descriptors, buffers, barriers, extents, TILE_Q: gl.constex
 def stretch_consumer(
     buffers,
     barriers,
-    bias,
     grad_keys,
     grad_values,
     grad_bias,
     scale,
-    num_rows,
     extents,
     CONSUMER: gl.constexpr,
-    BLOCK_Q: gl.constexpr,
     TILE_Q: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     PADDED_DIM: gl.constexpr,
@@ -108,9 +122,8 @@ def stretch_consumer(
         value_accumulator = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
         key_accumulator, value_accumulator, taken = key_steps(
             key_accumulator, value_accumulator, key, value, ring, statistics_ring, ring_full, ring_empty, taken, steps,
-            scale, bias + batch_head * num_rows * line_pitch + first_key,
-            grad_bias + batch_head * query_tiles * line_pitch + first_key, first, line_pitch, num_virtual - first_key,
-            bias, BLOCK_Q, TILE_Q, 1, tile_layout, True, False, False, 1,
+            scale, grad_bias + batch_head * query_tiles * line_pitch + first_key, first, line_pitch,
+            num_virtual - first_key, grad_bias, CONSUMER, TILE_Q, TILE_Q, 1, tile_layout, True, False, False, 1,
         )  # fmt: skip
         fence_async_shared()
         mbarrier.arrive(own_empty, count=1)
@@ -130,7 +143,7 @@ def virtual_key_kernel(
     q_desc,
     grad_desc,
     statistics_desc,
-    bias,
+    bias_desc,
     grad_keys,
     grad_values,
     grad_bias,
@@ -149,20 +162,18 @@ def virtual_key_kernel(
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    buffers, barriers = make_buffers(k_desc, q_desc, statistics_desc, STAGES, 2, 2, False, False, False)
+    buffers, barriers = make_buffers(k_desc, q_desc, statistics_desc, STAGES, 2, 4, False, False, False)
     extents = (tiles_per_head, num_heads, query_tiles, share, total, num_virtual)
-    descriptors = (k_desc, v_desc, q_desc, grad_desc, statistics_desc)
+    descriptors = (k_desc, v_desc, q_desc, grad_desc, statistics_desc, bias_desc)
     gl.warp_specialize(
         [
             (stretch_consumer, (
-                buffers, barriers, bias, grad_keys, grad_values, grad_bias, scale, num_rows, extents, 0, BLOCK_Q,
-                TILE_Q, HEAD_DIM, PADDED_DIM,
+                buffers, barriers, grad_keys, grad_values, grad_bias, scale, extents, 0, TILE_Q, HEAD_DIM, PADDED_DIM,
             )),
             (stretch_consumer, (
-                buffers, barriers, bias, grad_keys, grad_values, grad_bias, scale, num_rows, extents, 1, BLOCK_Q,
-                TILE_Q, HEAD_DIM, PADDED_DIM,
+                buffers, barriers, grad_keys, grad_values, grad_bias, scale, extents, 1, TILE_Q, HEAD_DIM, PADDED_DIM,
             )),
-            (stretch_producer, (descriptors, buffers, barriers, extents, TILE_Q, GROUP)),
+            (stretch_producer, (descriptors, buffers, barriers, num_rows, extents, BLOCK_Q, TILE_Q, GROUP)),
         ],
         [4, 1],
         [240, 24],
@@ -214,7 +225,7 @@ def virtual_key_gradients(
         tile_descriptor(q, tile_q),
         tile_descriptor(upstream.grad_out, tile_q),
         vectors_descriptor(statistics, tile_q),
-        virtual.bias,
+        vectors_descriptor(virtual.bias, 64),
         grads[0],
         grads[1],
         grad_bias,
