@@ -82,6 +82,22 @@ def query_step(
 
 
 @gluon.jit
+def slope_rows(queries, weighed, PART: gl.constexpr, layout: gl.constexpr):
+    """64 rows of a tile's dS, on their way: of all its queries and, weighed, their gradients (consumers, 1, 1, 64,
+    dims)."""
+    CONSUMERS: gl.constexpr = queries.type.shape[0]
+    ROWS: gl.constexpr = queries.type.shape[3]
+    PADDED_DIM: gl.constexpr = queries.type.shape[4]
+    grad_slope = gl.zeros([ROWS, PADDED_DIM], gl.float32, layout)
+    for consumer in gl.static_range(CONSUMERS):
+        left = queries.index(consumer).reshape([ROWS, PADDED_DIM]).slice(PART * ROWS, ROWS, dim=1)
+        right = weighed.index(consumer).reshape([ROWS, PADDED_DIM])
+        # [dims, queries] x [queries, dims]
+        grad_slope = warpgroup_mma(left.permute((1, 0)), right, grad_slope, is_async=True)
+    return grad_slope
+
+
+@gluon.jit
 def query_consumer(
     buffers,
     barriers,
@@ -144,6 +160,11 @@ def query_consumer(
         if not MAKES_STATISTICS:
             row_lse = gl.load(row_statistics + score_rows)
             delta = gl.load(row_statistics + row_pitch + score_rows)
+        else:
+            rows = first + score_rows
+            row_lse = gl.load(lse + batch_head * num_queries + rows, mask=rows < num_queries, other=float("inf"))
+        if HAS_VIRTUAL:
+            share = gl.load(shares + batch_head * num_queries + rows, mask=rows < num_queries, other=0.0)
 
         mbarrier.wait(own_full, turn & 1)
         query = own_q.index(CONSUMER).reshape([ROWS, PADDED_DIM]).load(own_layout)
@@ -151,13 +172,11 @@ def query_consumer(
         if not HAS_VIRTUAL:
             fence_async_shared()
             mbarrier.arrive(own_empty, count=1)
-        # the output before has left
-        tma.store_wait(0)
         if HAS_LINEAR:
+            # the output before has left
+            tma.store_wait(0)
             mbarrier.arrive(prior_empty, count=1)
         if MAKES_STATISTICS:
-            rows = first + score_rows
-            row_lse = gl.load(lse + batch_head * num_queries + rows, mask=rows < num_queries, other=float("inf"))
             # a query without a key: every score is -inf
             row_lse = gl.where(row_lse == float("-inf"), 0.0, row_lse * LOG2E)
             index = taken % STAGES
@@ -173,7 +192,6 @@ def query_consumer(
             gl.store(row_statistics + row_pitch + score_rows, delta)
         accumulator = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
         if HAS_VIRTUAL:
-            share = gl.load(shares + batch_head * num_queries + rows, mask=rows < num_queries, other=0.0)
             factor = gl.convert_layout(share * scale, gl.SliceLayout(1, out_layout))
             index = taken % STAGES
             slope = matrix_of(ring.index(index), gl.bfloat16, matrix_layout).reshape([PADDED_DIM, PADDED_DIM])
@@ -194,7 +212,12 @@ def query_consumer(
                 queries.index(CONSUMER).reshape([ROWS, PADDED_DIM]).store(again.to(gl.bfloat16))
             fence_async_shared()
             mbarrier.arrive(joint, count=1)
-            along, _grad = warpgroup_mma_wait(0, deps=(along, grad_operand))
+            # of dS 64 rows at a time, the first while dO S^T is worked on
+            mbarrier.wait(joint, turn & 1)
+            HAS_ROWS: gl.constexpr = CONSUMER < PADDED_DIM // ROWS
+            if HAS_ROWS:
+                grad_slope = slope_rows(queries, weighed, CONSUMER, out_layout)
+            along, _grad = warpgroup_mma_wait(CONSUMERS if HAS_ROWS else 0, deps=(along, grad_operand))
             mbarrier.arrive(ring_empty.index(index), count=1)
             taken += 1
             gain = gl.sum(along * gl.convert_layout(query, out_layout).to(gl.float32), 1) * (scale * scale)
@@ -207,15 +230,9 @@ def query_consumer(
             slope_shape: gl.constexpr = [1, ROWS, PADDED_DIM]
             slope_layout: gl.constexpr = grad_slope_desc.layout
             slope_leaving = view_as(leaving, gl.bfloat16, slope_shape, slope_layout)
-            mbarrier.wait(joint, turn & 1)
-            # 64 rows of dS at a time
             for part in gl.static_range(CONSUMER, PADDED_DIM // ROWS, CONSUMERS):
-                grad_slope = gl.zeros([ROWS, PADDED_DIM], gl.float32, out_layout)
-                for consumer in gl.static_range(CONSUMERS):
-                    left = queries.index(consumer).reshape([ROWS, PADDED_DIM]).slice(part * ROWS, ROWS, dim=1)
-                    right = weighed.index(consumer).reshape([ROWS, PADDED_DIM])
-                    # [dims, queries] x [queries, dims]
-                    grad_slope = warpgroup_mma(left.permute((1, 0)), right, grad_slope, is_async=True)
+                if part > CONSUMER:
+                    grad_slope = slope_rows(queries, weighed, part, out_layout)
                 grad_slope = warpgroup_mma_wait(0, deps=(grad_slope,))
                 tma.store_wait(0)
                 slope_leaving.reshape([ROWS, PADDED_DIM]).store(grad_slope.to(gl.bfloat16))
@@ -267,7 +284,7 @@ def query_consumer(
         if HAS_LINEAR:
             mbarrier.wait(prior_full, turn & 1)
             accumulator += staged.load(out_layout).to(gl.float32)
-        if HAS_VIRTUAL:
+        else:
             tma.store_wait(0)
         staged.store(accumulator.to(dtype))
         fence_async_shared()
