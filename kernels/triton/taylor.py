@@ -104,7 +104,7 @@ def backward(
     tiles = by_query.slopes.shape[2] // block_map.shape[2]
     if tiles > 1:
         mixture = mixture.repeat_interleave(tiles, dim=1)
-    of_queries, of_spans = virtual_keys.span_gradients(by_rows.of_spans, kept.moments, moments.spans, of_keys)
+    of_queries, of_spans = virtual_keys.span_gradients(by_rows.of_spans, kept.moments, moments, of_keys)
     of_slopes = sum_of_states(mixture, by_query.slopes, key_heads, transpose=True)
     of_moments = MomentGradients(of_spans, of_values, of_slopes)
     add_query_gradients(q, of_queries, by_query.dq, options.block_q)

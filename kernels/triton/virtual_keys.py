@@ -719,6 +719,8 @@ def virtual_backward_key(
     return dk, dv
 
 
+_SHORT_PRECISION = "ieee" if torch.version.hip is not None else "tf32"
+"""Of gradients of 16-bit numbers."""
 _PROGRAMS = 264
 """At least as many programs for the virtual keys' gradients, where there are queries enough."""
 
@@ -811,11 +813,13 @@ def mixture_backward(
 
 
 def span_gradients(
-    of_rows: torch.Tensor, query_moments: torch.Tensor, spans: torch.Tensor, of_keys: torch.Tensor
+    of_rows: torch.Tensor, query_moments: torch.Tensor, moments: KeyMoments, of_keys: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of ``query_moments`` (2, B, H, Tm, D) and of ``spans`` (2, B, Hk, Tn, D) from those of their products
-    (2, B, H, Tm, Tn), the former contiguous, to the latter's means ``of_keys`` (B, Hk, Tn, D) added. All float32."""
+    """Gradients of ``query_moments`` (2, B, H, Tm, D) and of the spans of ``moments`` from those of their products
+    (2, B, H, Tm, Tn), the former contiguous, to the latter's means ``of_keys`` (B, Hk, Tn, D) added. All float32; for
+    16-bit inputs, products are TF32's."""
     batch, heads, num_keys, head_dim = of_keys.shape
+    spans = moments.spans
     of_queries, of_spans = torch.empty_like(query_moments), torch.empty_like(spans)
     of_rows, query_moments = stacked(of_rows, heads, 2), stacked(query_moments, heads, 2)
     num_rows, tile = of_rows.shape[3], 32
@@ -835,6 +839,6 @@ def span_gradients(
         PADDED_DIM=padded_dim(head_dim),
         TILE=tile,
         STEP=32,
-        PRECISION=FULL_PRECISION,
+        PRECISION=FULL_PRECISION if moments.keys.dtype == torch.float32 else _SHORT_PRECISION,
     )
     return of_queries, of_spans
