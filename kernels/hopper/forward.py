@@ -828,8 +828,8 @@ def attention_forward_kernel(
                 (forward_consumer, (
                     buffers, barriers, lists, counts, normalizers, bias, virtual_bias, mask, out_desc, linear_desc,
                     lse, shares, scale_log2, stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K,
-                    TILE_K, HEAD_DIM, PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
-                    HAS_COUNTS, HAS_MASK, CAUSAL, BESIDE,
+                    TILE_K, HEAD_DIM, PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL,
+                    HAS_BIAS, HAS_COUNTS, HAS_MASK, CAUSAL, BESIDE,
                 )),
                 (forward_producer, (
                     descriptors, buffers, barriers, lists, counts, mask, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
@@ -846,14 +846,14 @@ def attention_forward_kernel(
                 (forward_consumer, (
                     buffers, barriers, lists, counts, normalizers, bias, virtual_bias, mask, out_desc, linear_desc,
                     lse, shares, scale_log2, stride_bh, num_queries, num_keys, extents, 0, BLOCK_Q, TILE_Q, BLOCK_K,
-                    TILE_K, HEAD_DIM, PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
-                    HAS_COUNTS, HAS_MASK, CAUSAL, BESIDE,
+                    TILE_K, HEAD_DIM, PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL,
+                    HAS_BIAS, HAS_COUNTS, HAS_MASK, CAUSAL, BESIDE,
                 )),
                 (forward_consumer, (
                     buffers, barriers, lists, counts, normalizers, bias, virtual_bias, mask, out_desc, linear_desc,
                     lse, shares, scale_log2, stride_bh, num_queries, num_keys, extents, 1, BLOCK_Q, TILE_Q, BLOCK_K,
-                    TILE_K, HEAD_DIM, PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL, HAS_BIAS,
-                    HAS_COUNTS, HAS_MASK, CAUSAL, BESIDE,
+                    TILE_K, HEAD_DIM, PADDED_DIM, MATRICES_IN_RINGS, OUTPUTS, FEATURE_MAP, HAS_LINEAR, HAS_VIRTUAL,
+                    HAS_BIAS, HAS_COUNTS, HAS_MASK, CAUSAL, BESIDE,
                 )),
                 (forward_producer, (
                     descriptors, buffers, barriers, lists, counts, mask, extents, BLOCK_Q, TILE_Q, BLOCK_K, TILE_K,
