@@ -122,9 +122,8 @@ def arms(tokens: int, *, flex: bool, blocks: Sequence[tuple[int, int]] = SLA_BLO
     for block_q, block_k in blocks:
 
         def sparse(block_q: int = block_q, block_k: int = block_k) -> Tensor:
-            return sparse_linear_attention(
-                q, k, v, *gates, topk=TOPK, bottomk=BOTTOMK, block_q=block_q, block_k=block_k
-            )
+            blocks: dict[str, Any] = {"block_q": block_q, "block_k": block_k}
+            return sparse_linear_attention(q, k, v, *gates, topk=TOPK, bottomk=BOTTOMK, linear="marginal", **blocks)
 
         found[f"SLA {block_q}x{block_k}"] = pair(sparse, (q, k, v, *gates), grad_out)
     if flex:
@@ -163,7 +162,8 @@ def peak_share(tokens: int, block_q: int, block_k: int) -> float:
     activations = 4 * tensors["q"].numel() * tensors["q"].element_size()
 
     def call() -> None:
-        out = sparse_linear_attention(*leaves, topk=TOPK, bottomk=BOTTOMK, block_q=block_q, block_k=block_k)
+        blocks: dict[str, Any] = {"block_q": block_q, "block_k": block_k}
+        out = sparse_linear_attention(*leaves, topk=TOPK, bottomk=BOTTOMK, linear="marginal", **blocks)
         torch.autograd.grad(out, leaves, tensors["grad_out"])
 
     call()

@@ -64,7 +64,8 @@ class Study:
         return f"{self.batches * self.data.batch} videos, {len(self.held_out) * self.data.batch} held out"
 
     def prepare(self, **changes: Any) -> None:
-        """Give every attention a gate, with the checkpoint's settings and ``changes`` of ``SLAConfig``."""
+        """Give every attention a gate of the paper's form, or as ``changes`` of ``SLAConfig`` have it."""
         block, bottomk, inner = self.settings.block, self.settings.bottomk, self.settings.inner
-        config = {"block_q": block, "block_k": block, "bottomk": bottomk, "inner": inner, "min_tokens": 0, **changes}
+        config: dict[str, Any] = {"linear": "marginal", "bottomk": bottomk, "block_q": block, "block_k": block}
+        config |= {"inner": inner, "min_tokens": 0, **changes}
         sla_compile.prepare(self.model, self.held_out[0][:2], config=config)

@@ -44,6 +44,7 @@ import sla_compile
 from benchmarks.gpu_timeline import profile, timeline
 from benchmarks.parallel_arm import ADDED, OVERLAPS, WHAT, Arm
 from benchmarks.ulysses_wan import MODELS
+from sla_compile.common.limits import LINEAR_BRANCHES
 
 STARTED = time.perf_counter()
 Row = dict[str, Any]
@@ -206,6 +207,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", default=["plain"], choices=("plain", "diffusers"))
     parser.add_argument("--arms", nargs="+", type=arm_name, default=["alone", "all", "all+memory"], help="see above")
     parser.add_argument("--topk", type=float, default=0.05)
+    parser.add_argument("--linear", default="marginal", choices=LINEAR_BRANCHES, help="SLAConfig.linear")
     parser.add_argument("--min-tokens", type=int, default=4096, help="SLAConfig.min_tokens")
     parser.add_argument("--repeats", type=int, default=7, help="at most; fewer where a call is long, but three")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no arm that would end later")

@@ -49,6 +49,7 @@ class Arm:
         if attention != "dense":
             block = int(attention.rpartition(" ")[2])
             config = {"topk": options.topk, "block_q": block, "block_k": block, "min_tokens": options.min_tokens}
+            config |= {"linear": options.linear}
             sla_compile.prepare(self.model, self.inputs, self._keywords(), config=config)
             how = {"backend": "sla", "options": {"inner": options.inner}}
         self._add_layers()

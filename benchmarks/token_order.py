@@ -89,7 +89,9 @@ def measure(checkpoints: list[Path], videos: int, device: torch.device) -> list[
     for number, checkpoint in enumerate(checkpoints):
         model, settings = load(checkpoint, device)
         clean = list(Data(settings.size, 1, device).videos(videos, seed=10 + number))
-        sla_compile.prepare(model, (clean[0], torch.zeros(1, device=device)), config={"min_tokens": 0})
+        sla_compile.prepare(
+            model, (clean[0], torch.zeros(1, device=device)), config={"linear": "marginal", "min_tokens": 0}
+        )
         generator = torch.Generator().manual_seed(number)
         for video in clean:
             for time in TIMES:
@@ -115,6 +117,7 @@ def pooled(checkpoint: Path, videos: int, device: torch.device, console: Console
         for block in BLOCKS[1:]:
             for kind in ORDERS:
                 config = {"topk": topk, "block_q": block, "block_k": block, "min_tokens": 0, "reorder": kind}
+                config |= {"linear": "marginal"}  # errors are those of its sparse branch
                 sla_compile.prepare(sla_compile.detach(model), batches[0][0], config=config)
                 _, sites = gather(model, batches)
                 errors = [site.sparse_only_error() for site in sites.values()]

@@ -44,8 +44,10 @@ def build_wan(device: torch.device) -> tuple[nn.Module, Inputs]:
         text_dim=128,
         freq_dim=64,
     )
-    for block in model.blocks:  # fresh from its constructor, attention is all but switched off by adaLN
+    for block in model.blocks:  # fresh from its constructor, attention is all but switched off by adaLN, and even
         nn.init.normal_(block.scale_shift_table, std=0.5)
+        block.attn1.to_k.load_state_dict(block.attn1.to_q.state_dict())  # tokens attend to what is like them
+        nn.init.constant_(block.attn1.norm_q.weight, 2.0)
     text = torch.randn(1, 64, 128, device=device)
 
     def inputs(latents: Tensor, noise_level: Tensor) -> dict[str, Any]:
@@ -61,10 +63,12 @@ def build_video_dit(device: torch.device) -> tuple[nn.Module, Inputs]:
 
     torch.manual_seed(0)
     model = VideoDiT(VideoDiTConfig(channels=16, heads=2, head_dim=64, layers=2))
-    for name, parameter in model.named_parameters():
-        if name.endswith("modulation.bias"):  # fresh from its constructor, each block is the identity
-            nn.init.normal_(parameter, std=0.5)
-
+    for block in model.get_submodule("blocks").children():  # fresh from its constructor, each is the identity
+        nn.init.normal_(block.get_parameter("modulation.bias"), std=0.5)
+        for name in ("attn.qkv.weight", "attn.qkv.bias"):
+            query, key, _ = block.get_parameter(name).detach().chunk(3)
+            key.copy_(query)  # tokens attend to what is like them
+        nn.init.constant_(block.get_parameter("attn.norm_q.weight"), 2.0)
     return model.to(device), lambda latents, noise_level: {"video": latents, "time": noise_level}
 
 
@@ -94,7 +98,7 @@ def fine_tune(model: nn.Module, call: Callable[[], Tensor], target: Tensor, step
     """Fit ``call``, which runs ``model``, to ``target``; returns the relative squared distance at each step."""
     gates = list(sla_compile.gate_parameters(model))  # zero so far: they get a higher learning rate
     weights = [p for name, p in model.named_parameters() if ".sla." not in name]
-    rate = 1e-5 if target.is_cuda else 3e-4  # the wider model of the GPU needs smaller steps
+    rate = 1e-5 if target.is_cuda else 6e-5  # the wider model of the GPU needs smaller steps
     optimizer = torch.optim.AdamW(
         [{"params": weights, "lr": rate}, {"params": gates, "lr": 3 * rate}], weight_decay=0.0
     )

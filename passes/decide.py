@@ -158,12 +158,13 @@ Decision = Rewrite | Keep
 @dataclass(frozen=True)
 class Requirements:
     """What the caller knows and the passes must not: settings of the site, dtypes that a device has kernels for, and
-    whether each head has a gate of its own."""
+    whether each head has a gate of its own (``per_head``) or a number in one (``by_head``)."""
 
     min_tokens: int | None
     """None: what is the default on the device of the call."""
     dtypes: dict[str, tuple[torch.dtype, ...]]
     per_head: bool = False
+    by_head: bool = False
     cross_attention: bool = False
     always_critical: tuple[tuple[int, int | None], ...] | str = ()
     """Ranges of key tokens; or "text", those outside the grid of ``order``."""
@@ -297,18 +298,18 @@ def _refuse_form(call: AttentionCall, requirements: Requirements) -> Keep | None
     scale = call.scale
     if scale is not None and (type(scale) not in (int, float) or not math.isfinite(scale)):
         return Keep("scale is not a fixed number", f"scale={_describe(scale)}", "a finite number or None")
-    return _refuse_heads(call) if requirements.per_head else None
+    return _refuse_heads(call, requirements.per_head) if requirements.per_head or requirements.by_head else None
 
 
-def _refuse_heads(call: AttentionCall) -> Keep | None:
-    """Where the second axis of (B, H, N, D) may be another than the heads, each of which is to have its gate."""
-    accepted = 'gate="shared", or (B, H, N, D) tensors'
-    if call.merged_heads:
-        return Keep("batch and heads are one axis", _describe(call.query), accepted)
-    told = {split_off(side, (0, 1)) for side in (call.query, call.key, call.value)}
+def _refuse_heads(call: AttentionCall, per_head: bool) -> Keep | None:
+    """Where the second axis of (B, H, N, D) is another than the heads; of a gate for each head also where it may be."""
+    accepted = '(B, H, N, D) tensors, or settings that heads share (linear="marginal", gate="shared")'
+    if call.merged_heads:  # of which a number is one for all
+        return Keep("batch and heads are one axis", _describe(call.query), accepted) if per_head else None
+    told = {split_off(side, (0, 1), beside=None if per_head else 3) for side in (call.query, call.key, call.value)}
     if 0 in told:
         return Keep("heads are where the batch should be", _describe(call.query), accepted)
-    if call.mixed_heads and 1 not in told:
+    if per_head and call.mixed_heads and 1 not in told:
         return Keep("batch and heads are in different orders", _describe(call.query), accepted)
     return None
 

@@ -69,12 +69,13 @@ def origins_of_pieces(op: NodeOp) -> list[Origins] | None:
     return None if found is None else [_indexed(index) for index in found]
 
 
-def split_off(source: Any, axes: Sequence[int]) -> int | None:
+def split_off(source: Any, axes: Sequence[int], *, beside: int | None = None) -> int | None:
     """The one of ``axes`` of ``source`` that a regrouping split off another axis; None where none, or several, were.
 
     As the axis of heads, from the channels of a projection. It is followed back through views and element by element.
+    With ``beside`` only where the axis of that number is what is left of the other one, as the channels of a head are.
     """
-    places = {axis: axis for axis in axes}
+    places = {axis: axis for axis in (*axes, *(() if beside is None else (beside,)))}
     while (op := read(source)).word in VIEWS | ELEMENTWISE | {"layer_norm", "rms_norm"} and op.tensor is not None:
         here, source = tensor(source), op.input
         if op.word not in VIEWS:
@@ -84,8 +85,10 @@ def split_off(source: Any, axes: Sequence[int]) -> int | None:
         found = origins(op)
         if found is None:
             return None
-        split = [axis for axis, place in places.items() if found[place] is None]
+        split = [axis for axis in axes if found[places[axis]] is None]
         if split:
+            if beside is not None and places[beside] != places[split[0]] + 1:
+                return None
             return split[0] if len(split) == 1 and op.word == "reshape" else None
         for axis, place in places.items():
             origin = found[place]

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from sla_compile.common.limits import FEATURE_MAPS, GATE_FORMS, LINEAR_BRANCHES, TEXT, TOPK_OWNERS
+from sla_compile.common.limits import FEATURE_MAPS, GATE_FORMS, LINEAR_BRANCHES, TAYLOR, TEXT, TOPK_OWNERS
 from sla_compile.common.token_orders import RASTER
 from sla_compile.config_inductor import frozen_inductor, inductor_name
 from sla_compile.config_shares import (
     check_all_read,
-    check_forms,
     check_shares,
+    check_topk_by,
     default_bottomk,
     with_bottomk,
     without_unread,
@@ -94,8 +94,8 @@ class SLAConfig:
     """Share of a row's key blocks that is critical (exact attention), at least one block. Range (0, 1]."""
 
     bottomk: float = _setting(_WHAT_TOPK_LEAVES, number("a number from 0 to 1", lambda value: 0 <= value <= 1))
-    """Share of a row's key blocks that is negligible (skipped). Range [0, 1], topk + bottomk at most 1. By default
-    0.1, or what a larger topk leaves; with linear="taylor" 0."""
+    """Share of a row's key blocks that is negligible (skipped). Range [0, 1], topk + bottomk at most 1. By default 0;
+    with another linear than "taylor" 0.1, or what a larger topk leaves."""
 
     block_q: int = _setting(64, BLOCK_SIZE)
     """Query tokens in a block. Range: 16, 32, 64, 128 or 256."""
@@ -104,22 +104,23 @@ class SLAConfig:
     """Key tokens in a block. Range: 16, 32, 64, 128 or 256."""
 
     feature_map: str = _setting("softmax", one_of(*FEATURE_MAPS))
-    """Feature map of the linear branch. Range: "softmax" (over the head dimension), "elu" (+ 1), "relu". There is none
-    with linear="taylor"."""
+    """Feature map of the linear branch. Range: "softmax" (over the head dimension), "elu" (+ 1), "relu"; with
+    linear="taylor" there is none, and the last two are refused."""
 
-    linear: str = _setting("marginal", one_of(*LINEAR_BRANCHES))
-    """What stands for the key blocks that are not critical. Range: a linear branch over the "marginal" ones (paper) or
-    over "all" (the authors' release), "none", or "taylor": for each marginal block a virtual key in the softmax of the
-    critical ones, with its values to first order; see docs/quality.md."""
+    linear: str = _setting(TAYLOR, one_of(*LINEAR_BRANCHES))
+    """What stands for the key blocks that are not critical. Range: "taylor", for each marginal block a virtual key in
+    the softmax of the critical ones, with its values to first order; a linear branch over the "marginal" blocks (the
+    paper) or over "all" (the authors' release); or "none". See docs/quality.md."""
 
     gate: str = _setting("shared", one_of(*GATE_FORMS))
-    """Gate of a site. Range: "shared" by its heads, (D, D) and (D), or "per_head", (H, D, D) and (H, D). With
-    linear="taylor" it is one number for each head, and this has no other value than "shared"."""
+    """Weight and bias of a site's gate. Range: "shared" by its heads, (D, D) and (D), or "per_head", (H, D, D) and
+    (H, D). With linear="taylor" the gate is one number for each head, and "per_head" is refused."""
 
     sparse_scale: bool = _setting(False, BOOLEAN)
     """Whether each head's sparse branch has a trainable scale: O = exp(log_scale) O^s + O^l W^T + b. Range: True or
     False. O^s, normalised over the critical keys alone, is the dense output's part times 1 / (critical mass of the
-    softmax), too large (SLA2, arXiv 2602.12675); W and b cannot undo that, a number can. See docs/fine-tuning.md."""
+    softmax), too large (SLA2, arXiv 2602.12675); W and b cannot undo that, a number can. With linear="taylor" there is
+    one normalisation, and this is refused. See docs/fine-tuning.md."""
 
     min_tokens: int | None = _setting(None, OPTIONAL_MIN_TOKENS)
     """Attention over fewer tokens stays dense: SLA is not faster there. None: by the device, 6144 on a GPU, 768 on a
@@ -175,7 +176,7 @@ class SLAConfig:
                 value = default_bottomk(self.topk, self.linear)
             object.__setattr__(self, f.name, f.metadata["validator"].check(f"SLAConfig.{f.name}", value))
         check_shares("SLAConfig", self.topk, self.bottomk, self.max_topk)
-        check_forms("SLAConfig", self.linear, self.sparse_scale, self.topk_by, self.max_topk)
+        check_topk_by("SLAConfig", self.topk_by, self.max_topk)
         _check_grid_start("SLAConfig", self.grid, self.grid_start)
         object.__setattr__(self, "inductor", frozen_inductor(self.inductor))
         if self.inductor and self.inner != "inductor":
@@ -184,7 +185,7 @@ class SLAConfig:
                 f"accepted: Inductor options (torch.compile's mode gives some too) only with inner='inductor'"
             )
         object.__setattr__(self, "overrides", _frozen_overrides(self.overrides, self))
-        check_all_read(self.linear, {"feature_map": self.feature_map, "gate": self.gate}, self.overrides)
+        check_all_read(self.linear, vars(self), self.overrides)
 
     @classmethod
     def check_value(cls, name: str, value: Any) -> Any:
@@ -214,7 +215,7 @@ class SLAConfig:
         """The settings of the site at module path ``path``: its overrides applied, and ``overrides`` empty.
 
         Raises ValueError where overrides that match together ask for topk + bottomk above 1, topk above max_topk, or
-        a feature map or form of gate with linear="taylor".
+        a setting of the linear branch with linear="taylor".
         """
         matching = [pattern for pattern in self.overrides if fnmatchcase(path, pattern)]
         changes: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What fields may be together: the shares topk, bottomk and max_topk, and forms of gates; a default bottomk."""
+"""What fields may be together: the shares topk, bottomk and max_topk, and linear and its own; a default bottomk."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from sla_compile.common.blocks import exact_fraction
 from sla_compile.common.limits import TAYLOR
 
-__all__ = ["check_all_read", "check_forms", "check_shares", "default_bottomk", "with_bottomk", "without_unread"]
+__all__ = ["check_all_read", "check_shares", "check_topk_by", "default_bottomk", "with_bottomk", "without_unread"]
 
-_UNREAD_BY_TAYLOR = {"feature_map": "softmax", "gate": "shared"}
-"""Fields of the linear branch and its weight, by their defaults: with ``linear="taylor"`` there is neither."""
+_UNREAD_BY_TAYLOR = {"feature_map": "softmax", "gate": "shared", "sparse_scale": False}
+"""Fields of the two branches and the weight between them, by their defaults: ``linear="taylor"`` has one softmax."""
 
 
 def default_bottomk(topk: float, linear: str) -> float:
-    """bottomk where only ``topk`` is said: 0.1, or the rest if that is less, so that topk=1.0 alone is accepted.
+    """bottomk where none is said: with ``linear="taylor"`` 0, as a virtual key costs next to nothing.
 
-    With ``linear="taylor"`` 0: a virtual key costs next to nothing, so there is nothing to skip.
+    Else 0.1, or the rest if that is less, so that topk=1.0 alone is accepted.
     """
     return 0.0 if linear == TAYLOR else float(min(exact_fraction(0.1), 1 - exact_fraction(topk)))
 
@@ -41,25 +41,20 @@ def check_shares(name: str, topk: float, bottomk: float, max_topk: float | None)
         raise ValueError(f"{name}: got topk={topk!r}; accepted: topk up to max_topk={max_topk!r}")
 
 
-def check_forms(name: str, linear: str, sparse_scale: bool, topk_by: str, max_topk: float | None) -> None:
-    """Raise ValueError, its text prefixed by ``name``, for forms of gates that do not go together."""
+def check_topk_by(name: str, topk_by: str, max_topk: float | None) -> None:
+    """Raise ValueError, its text prefixed by ``name``, for a topk of each head that has no bound."""
     if topk_by == "head" and max_topk is None:
         raise ValueError(
             f"{name}: got topk_by='head' without max_topk; accepted: max_topk too, the most that the topk of a head "
             f"may be, several times topk"
         )
-    if sparse_scale and linear == TAYLOR:
-        raise ValueError(
-            f"{name}: got sparse_scale=True with linear={linear!r}; accepted: sparse_scale with another linear: "
-            f"virtual keys are normalised together with the critical ones"
-        )
 
 
 def check_all_read(linear: str, said: Mapping[str, Any], overrides: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise ValueError for a feature map or form of gate that no site reads, as all that may have it are "taylor".
+    """Raise ValueError for a field of the linear branch that no site reads, as all that may have it are "taylor".
 
-    ``said`` are the top-level fields besides ``linear``. Where sites differ in ``linear``, an inherited field is read
-    by some; then only an override that names both is refused here.
+    ``said`` are the top-level fields. Where sites differ in ``linear``, an inherited field is read by some; then only
+    an override that names both is refused here.
     """
     if all(changes.get("linear", linear) == linear for changes in overrides.values()):
         _check_read("SLAConfig", linear, said)
@@ -86,6 +81,7 @@ def _check_read(name: str, linear: str, said: Mapping[str, Any]) -> None:
     for field, default in _UNREAD_BY_TAYLOR.items():
         if said.get(field, default) != default:
             raise ValueError(
-                f"{name}: got {field}={said[field]!r} with linear={linear!r}; accepted: {field}={default!r}, or "
-                f"another linear: virtual keys have no feature map, and a number for each head as the gate"
+                f"{name}: got {field}={said[field]!r} with linear={linear!r}, the default; accepted: "
+                f"{field}={default!r}, or linear='marginal' (the paper's form), 'all' or 'none' beside it: virtual "
+                f"keys lie in the softmax of the critical ones, with a number for each head as the gate"
             )

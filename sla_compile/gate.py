@@ -55,19 +55,17 @@ PREPARED = "_sla_prepared"
 
 
 class Gate(nn.Module):
-    """The gate of one attention site: O = O^s + O^l weight^T + bias (paper, section 5; here W and b).
-
-    With ``linear="taylor"`` it is ``shift`` alone, and there is neither weight, bias nor log_scale.
+    """The gate of one attention site: with ``linear="taylor"`` its ``shift``; else, as in the paper (W and b in its
+    section 5), O = O^s + O^l weight^T + bias.
 
     Attributes:
-        weight: (D, D) shared by the heads, or (H, D, D) per head. Zero at start.
-        bias: (D) or (H, D). Zero at start, so that an untuned SLA equals its sparse branch.
+        weight: (D, D) shared by the heads, or (H, D, D) per head; None with a shift. Zero at start.
+        bias: (D) or (H, D); None with a shift. Zero at start, so that an untuned SLA equals its sparse branch.
         log_scale: (H) where the settings have ``sparse_scale``, else None. The gate then computes
             O = exp(log_scale) O^s + O^l weight^T + bias, so that zero, as at the start, scales nothing.
         shift: (H) with ``linear="taylor"``, else None: added to the logits of the virtual keys. Zero at start.
         sparsity: int64 (2), or (H, 2) with ``topk_by="head"``, where the settings have ``max_topk``, else None: topk
-            and bottomk in millionths, a buffer
-            that the attention reads at each run. Without it they are constants of the compiled graph.
+            and bottomk in millionths, a buffer read at each run. Without it they are constants of the compiled graph.
         heads, head_dim: H and D of the attention.
         path: module path of the gate when it was made, for example ``"blocks.0.attn1.sla"``.
         config: the settings of this site.
@@ -166,7 +164,7 @@ class Gate(nn.Module):
             self.sparsity.copy_(sparsity)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        raise TypeError(f"gate {self.path!r} is not called: the compiled attention reads its weight and bias")
+        raise TypeError(f"gate {self.path!r} is not called: the compiled attention reads its parameters")
 
     def extra_repr(self) -> str:
         form = "a number per head" if self.shift is not None else "per head" if self.weight.dim() == 3 else "shared"
@@ -187,6 +185,10 @@ class Gate(nn.Module):
         if self.device.type == "meta":
             return False
         return any(bool(parameter.detach().any()) for parameter in self.parameters())
+
+    def silent(self) -> bool:
+        """Whether critical blocks alone count: nothing is trained, and there are no virtual keys. Waits, as above."""
+        return self.shift is None and not self.trained()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -69,8 +69,8 @@ def refuse_other_form(existing: Gate, spec: GateSpec) -> None:
     if (existing.shift is not None) != ("shift" in shapes):
         raise ValueError(
             f"{path}: has a gate for linear={existing.config.linear!r}, but these settings have "
-            f"linear={config.linear!r}, whose gate is another; keep it, or remove the gate by "
-            f"sla_compile.detach(model)"
+            f"linear={config.linear!r}, whose gate is another; keep linear={existing.config.linear!r}, or remove the "
+            f"gate by sla_compile.detach(model)"
         )
     if existing.shift is not None and existing.form() != spec.form():
         raise ValueError(

@@ -45,7 +45,7 @@ class UnmatchedPatternWarning(UserWarning):
 
 
 class UntrainedGatesWarning(UserWarning):
-    """Attention was rewritten whose gates are still zero, so that only its sparse branch counts."""
+    """Attention is rewritten whose gates are zero: only critical blocks count there; or saved gates were not loaded."""
 
 
 class RecompileLimitWarning(UserWarning):

@@ -321,7 +321,7 @@ def test_inductor_gets_the_options_under_which_it_is_right(
 
 def test_untrained_gates_warn_once_a_model() -> None:
     for _ in range(2):
-        run = compiled(Model())
+        run = compiled(Model(), linear="marginal")
         with pytest.warns(sla_compile.UntrainedGatesWarning, match="2 attention.* gates that are still zero"):
             run(random_input())
         with warnings.catch_warnings():

@@ -53,8 +53,9 @@ def fails_with(*parts: str) -> Any:
 
 def test_defaults() -> None:
     config = SLAConfig()
-    assert (config.topk, config.bottomk, config.block_q, config.block_k) == (0.05, 0.10, 64, 64)
-    assert (config.feature_map, config.linear, config.gate) == ("softmax", "marginal", "shared")
+    assert (config.topk, config.bottomk, config.block_q, config.block_k) == (0.05, 0.0, 64, 64)
+    assert (config.feature_map, config.linear, config.gate) == ("softmax", "taylor", "shared")
+    assert SLAConfig(linear="marginal") == SLAConfig(linear="marginal", bottomk=0.10, sparse_scale=False)
     assert (config.inner, config.min_tokens) == ("inductor", None)
     assert (config.inductor, config.overrides) == ({}, {})
     assert (config.include, config.exclude) == (("*",), ())
@@ -118,6 +119,7 @@ def test_later_override_wins_and_both_win_over_top_level() -> None:
     config = SLAConfig(
         topk=0.1,
         block_q=32,
+        linear="marginal",
         overrides={
             "blocks.*": {"topk": 0.2, "feature_map": "relu"},
             "blocks.0.*": {"topk": 0.3, "gate": "per_head", "min_tokens": 5},
@@ -164,10 +166,15 @@ def test_overrides_are_checked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "default"), [("feature_map", "elu", "softmax"), ("gate", "per_head", "shared")]
+    ("field", "value", "default"),
+    [("feature_map", "elu", "softmax"), ("gate", "per_head", "shared"), ("sparse_scale", True, False)],
 )
-def test_what_virtual_keys_do_not_read_is_refused_where_it_is_said(field: str, value: str, default: str) -> None:
-    problem = f"got {field}='{value}' with linear='taylor'; accepted: {field}='{default}', or another linear"
+def test_what_virtual_keys_do_not_read_is_refused_where_it_is_said(field: str, value: Any, default: Any) -> None:
+    problem = f"got {field}={value!r} with linear='taylor', the default; accepted: {field}={default!r}, or linear='marg"
+    with fails_with(f"SLAConfig: {problem}"):
+        SLAConfig.from_options({field: value})
+    with fails_with(f"SLAConfig.overrides['a.*']: {problem}"):
+        SLAConfig(overrides={"a.*": {field: value}})
     with fails_with(f"SLAConfig: {problem}"):
         SLAConfig.from_options({"linear": "taylor", field: value})
     with fails_with(f"SLAConfig.overrides['a.*']: {problem}"):
@@ -179,14 +186,14 @@ def test_what_virtual_keys_do_not_read_is_refused_where_it_is_said(field: str, v
     assert getattr(SLAConfig.from_options({"linear": "taylor", field: default}), field) == default
 
     # inherited, and read by other sites: a site of virtual keys has it at its default
-    mixed = SLAConfig(**said, overrides={"a.*": {"linear": "taylor"}})
+    mixed = SLAConfig(linear="marginal", **said, overrides={"a.*": {"linear": "taylor"}})
     assert getattr(mixed.for_site("a.b"), field) == default
     assert getattr(mixed.for_site("b"), field) == value
     assert mixed.for_site("a.b").for_site("a.b") == mixed.for_site("a.b")
     reverse = SLAConfig(linear="taylor", **said, overrides={"a.*": {"linear": "all"}})
     assert getattr(reverse.for_site("a.b"), field) == value
     assert getattr(reverse.for_site("b"), field) == default
-    meeting = SLAConfig(overrides={"a.*": {"linear": "taylor"}, "*.b": said})
+    meeting = SLAConfig(linear="marginal", overrides={"a.*": {"linear": "taylor"}, "*.b": said})
     assert getattr(meeting.for_site("c.b"), field) == value
     with fails_with(f"SLAConfig.overrides ['a.*', '*.b'] at 'a.b': {problem}"):
         meeting.for_site("a.b")
@@ -201,17 +208,20 @@ def test_a_mode_is_options_of_inductor() -> None:
 
 
 def test_bottomk_gives_way_to_topk_unless_it_is_said() -> None:
-    assert (SLAConfig(topk=1.0).bottomk, SLAConfig(topk=0.93).bottomk, SLAConfig(topk=0.9).bottomk) == (0.0, 0.07, 0.1)
-    assert SLAConfig.from_options({"topk": 1.0}).bottomk == 0.0
+    paper = SLAConfig(linear="marginal")
+    assert [paper.changed({"topk": topk}).bottomk for topk in (1.0, 0.93, 0.9)] == [0.0, 0.07, 0.1]
+    assert SLAConfig.from_options({"topk": 1.0, "linear": "all"}).bottomk == 0.0
     with fails_with("SLAConfig: got topk=1.0, bottomk=0.1; accepted: topk + bottomk up to 1"):
         SLAConfig(topk=1.0, bottomk=0.1)
-    config = SLAConfig(topk=0.95, overrides={"a.*": {"topk": 1.0}, "b.*": {"topk": 0.5}, "*.c": {"bottomk": 0.01}})
+    topks = {"a.*": {"topk": 1.0}, "b.*": {"topk": 0.5}, "*.c": {"bottomk": 0.01}}
+    config = SLAConfig(linear="marginal", topk=0.95, overrides=topks)
     paths = {"a.b": 0.0, "b.a": 0.1, "d": 0.05, "b.c": 0.01}
     assert {path: config.for_site(path).bottomk for path in paths} == paths
     assert SLAConfig.from_json(config.to_json()) == config
     said = SLAConfig(bottomk=0.2, overrides={"a.*": {"topk": 0.5}})
     assert said.for_site("a.b").bottomk == said.changed({"topk": 0.3}).bottomk == 0.2
-    assert SLAConfig().changed({"topk": 1.0}).bottomk == 0.0
+    assert SLAConfig(topk=0.5).bottomk == SLAConfig().changed({"topk": 1.0}).bottomk == 0.0
+    assert SLAConfig(overrides={"a.*": {"linear": "none"}}).for_site("a.b").bottomk == 0.1
 
 
 def test_kernel_options_are_the_keyword_arguments_of_the_op() -> None:
@@ -415,10 +425,13 @@ def test_fingerprint_changes_with_every_field_and_with_nothing_else() -> None:
         changed: dict[str, Any] = {"inner": "eager"} if name == "inner" else {name: value}
         if name == "topk_by":
             changed |= {"max_topk": 0.5}
+        if name in ("feature_map", "gate", "sparse_scale"):
+            prints.add(SLAConfig(linear="none").fingerprint())
+            changed |= {"linear": "none"}
         if name == "grid_start":
             changed["grid"] = (8, 30, 52)
         prints.add(SLAConfig(**changed).fingerprint())
-    assert len(prints) == len(FULL) + 1
+    assert len(prints) == len(FULL) + 2
     shuffled = dict(reversed(list(FULL.items())))
     shuffled["inductor"] = dict(reversed(list(FULL["inductor"].items())))
     shuffled["overrides"] = {p: dict(reversed(list(c.items()))) for p, c in FULL["overrides"].items()}

@@ -14,7 +14,7 @@ from sla_compile.gate import Gate
 from sla_compile.gate_settings import GateSpec
 from tests.support.closeness import assert_close
 from tests.support.compiled import compiled, first_call, graphs
-from tests.support.models import OPTIONS, Model, assert_follows_definition, random_input, randomize_gates
+from tests.support.models import MARGINAL, OPTIONS, Model, assert_follows_definition, random_input, randomize_gates
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
 
@@ -64,9 +64,9 @@ def test_strict_load_of_a_dense_checkpoint() -> None:
     model.load_state_dict(dense.state_dict())
     assert torch.equal(model(x), dense(x))
     randomize_gates(model)
-    with pytest.raises(RuntimeError, match=r"Missing key.*blocks\.0\.attention\.sla\.weight"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*blocks\.0\.attention\.sla\.shift"):
         model.load_state_dict(dense.state_dict())
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*blocks\.0\.attention\.sla\.weight"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*blocks\.0\.attention\.sla\.shift"):
         dense.load_state_dict(model.state_dict())
 
 
@@ -82,7 +82,7 @@ def test_frozen_base_with_trainable_gates() -> None:
 
 def test_per_head_gates_and_overrides() -> None:
     model, x = Model(), random_input()
-    config = {**OPTIONS, "gate": "per_head", "overrides": {"blocks.1.*": {"gate": "shared", "topk": 0.5}}}
+    config = {**MARGINAL, "gate": "per_head", "overrides": {"blocks.1.*": {"gate": "shared", "topk": 0.5}}}
     sla_compile.prepare(model, (x,), config=config)
     shapes = [tuple(gate.weight.shape) for gate in sla_compile.gates(model).values()]
     assert shapes == [(2, 16, 16), (16, 16)]

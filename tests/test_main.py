@@ -164,7 +164,8 @@ def test_mistakes_are_one_line_and_exit_code_2(
 def saved(path: Path) -> None:
     torch.manual_seed(0)
     model = Model(2).double()
-    sla_compile.prepare(model, (random_input(),), config={**OPTIONS, "overrides": {"blocks.1.*": {"gate": "per_head"}}})
+    config = {**OPTIONS, "linear": "marginal", "overrides": {"blocks.1.*": {"gate": "per_head"}}}
+    sla_compile.prepare(model, (random_input(),), config=config)
     randomize_gates(model)
     sla_compile.save(model, path)
 

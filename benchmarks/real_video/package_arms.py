@@ -110,7 +110,9 @@ def sampled(plan: sla_compile.SparsityPlan, steps: int = 24) -> float:
 _TAYLOR = {"linear": "taylor"}
 PACKAGE_ARMS = {
     "package-sparse": PackageArm("the package, sparse only", {"linear": "none"}),
-    "package-marginal": PackageArm("the package, SLA, scaled, calibrated", {"sparse_scale": True}, calibrated=True),
+    "package-marginal": PackageArm(
+        "the package, SLA, scaled, calibrated", {"linear": "marginal", "sparse_scale": True}, calibrated=True
+    ),
     "package-taylor": PackageArm("the package, taylor", _TAYLOR),
     "package-taylor-cal": PackageArm("the package, taylor, calibrated", _TAYLOR, calibrated=True),
     "package-taylor-heads": PackageArm("the package, taylor, a topk for each head", _TAYLOR, heads=True),

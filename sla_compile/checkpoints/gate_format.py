@@ -141,6 +141,7 @@ def _parse(metadata: Mapping[str, str], opened: Any) -> GateFile:
     if isinstance(fields, dict):
         left_out = tuple(map(str, fields.get("inductor") or ()))
         fields = {name: value for name, value in fields.items() if name not in COMPILE_FIELDS}
+        fields = {"linear": "marginal", **fields}  # its default until files could have another
     config = SLAConfig.from_dict(fields)
     left = set(opened.keys())
     gates: dict[str, SavedGate] = {}

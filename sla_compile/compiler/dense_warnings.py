@@ -119,7 +119,7 @@ def _warn_of_zero(owned: Sequence[tuple[nn.Module, Gate]], module: nn.Module) ->
     model = model_under_way(module)
     if memory.was_told(model, _ZERO):  # asked first: reading the gates' values waits for the device
         return
-    untrained = [(owner, gate) for owner, gate in owned if not gate.trained()]
+    untrained = [(owner, gate) for owner, gate in owned if gate.silent()]
     if untrained:
         memory.remember_told(model, _ZERO)
         owner = untrained[0][0]

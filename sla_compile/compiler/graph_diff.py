@@ -90,7 +90,8 @@ def _line(node: fx.Node, label: Callable[[fx.Node], str], target: Any = None) ->
     """``node`` as ``name = operation(arguments)``, with another ``target`` than its own if given."""
     target = node.target if target is None else target
     arguments = [_text(argument, label) for argument in node.args]
-    keywords = [f"{name}={_text(value, label)}" for name, value in node.kwargs.items()]
+    by_kind = sorted(node.kwargs.items(), key=lambda item: not isinstance(item[1], fx.Node))  # tensors are not cut off
+    keywords = [f"{name}={_text(value, label)}" for name, value in by_kind]
     if node.op == "get_attr":
         return f"{label(node)} = {target}"
     if node.op == "call_method":

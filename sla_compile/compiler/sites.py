@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from sla_compile.common.limits import DTYPES
+from sla_compile.common.limits import DTYPES, TAYLOR
 from sla_compile.compat import Frame, plain_function_name, plain_module_path
 from sla_compile.compiler.call_sites import call_site, traced_frames
 from sla_compile.compiler.owners import iterates_over_children
@@ -70,8 +70,7 @@ class Settings:
     def conflicts(self, path: str, there: SLAConfig) -> list[str]:
         """Site fields that were spelled out here and differ from what the gate at ``path`` was prepared with."""
         wanted = self.config.for_site(path)
-        plain = replace(self.config, overrides={})
-        named = {name for name in SITE_FIELDS if getattr(wanted, name) != getattr(plain, name)} | self.explicit
+        named = {name for name in SITE_FIELDS if getattr(wanted, name) != getattr(self.config, name)} | self.explicit
         return [
             f"{name}={getattr(wanted, name)!r} here, {getattr(there, name)!r} in its gate"
             for name in SITE_FIELDS
@@ -136,6 +135,7 @@ def requirements(config: SLAConfig) -> Requirements:
         config.min_tokens,
         DTYPES,
         per_head=config.gate == "per_head",
+        by_head=config.linear == TAYLOR or config.sparse_scale or config.topk_by == "head",
         cross_attention=config.cross_attention,
         always_critical=config.always_critical,
         order=Wanted(config.reorder, config.grid, config.grid_start, (config.block_q, config.block_k)),

@@ -43,7 +43,7 @@ class SiteError:
     path: str
     """Module path of the gate, for example ``"blocks.0.attn1.sla"``."""
     sparse_only: float
-    """With a gate of zero."""
+    """With a gate of zero: the sparse branch alone, but for ``linear="taylor"``, which has virtual keys then too."""
     before: float
     """With the gate as it was."""
     after: float
@@ -53,7 +53,7 @@ class SiteError:
 
     @property
     def closed(self) -> float:
-        """The share of the sparse branch's error that the gate removes now."""
+        """The share of the error with a gate of zero that the gate removes now."""
         return 1 - self.after / self.sparse_only if self.sparse_only > 0 else 0.0
 
 
@@ -148,7 +148,7 @@ def calibrate(
     held_back: float = 0.25,
     group: Any = None,
 ) -> CalibrationReport:
-    """Set every gate of ``model`` to the least-squares fit of what its sparse branch misses; no training.
+    """Set every gate of ``model`` to what brings its attention nearest to dense; no training.
 
     The model runs eagerly and dense, in the mode (train or eval) it is in, and at each attention that has a gate sums
     of products of O^l and dense - O^s are gathered: about 2 D^2 numbers per site (per head for per-head gates), never

@@ -168,8 +168,8 @@ def _refuse_gates(model: nn.Module, loss: str) -> None:
     for path, gate in gates(model).items():
         if gate.shift is not None:
             raise ValueError(
-                f"{path}: got a gate for linear='taylor', one number for each head; accepted: gates with a weight. "
-                f"calibrate finds the numbers, and training the model trains them"
+                f"{path}: got a gate for linear='taylor', one number for each head; accepted: gates with a "
+                f"weight, as linear='marginal' has. calibrate finds the numbers, and training the model trains them"
             )
         if loss == "output" and is_sharded(gate.weight):  # outside its forward it has no gradient to ask for
             raise ValueError(f"loss: got 'output' with a gate that is sharded, {path}; accepted: 'attention'")

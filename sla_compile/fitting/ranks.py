@@ -58,7 +58,8 @@ def refuse_distributed(model: nn.Module, *, parameters: bool) -> None:
     The op takes plain tensors: those of ``fully_shard`` are plain in a forward, those of a parallel plan are not.
     """
     for path, gate in gates(model).items():
-        tensors = [*gate.buffers(), *(gate.parameters() if parameters else ())]
+        run = parameters or gate.shift is not None  # a shift is fitted by running it
+        tensors = [*gate.buffers(), *(gate.parameters() if run else ())]
         placed = next((tensor for tensor in tensors if is_sharded(tensor)), None)
         if placed is not None and not fully_sharded(gate):
             raise ValueError(

@@ -146,8 +146,8 @@ def bench(
     sizes = _checked_shape(shape, device)
     if not seconds > 0:
         raise ValueError(f"seconds: got {seconds}; accepted: a number above 0")
-    base = SLAConfig.from_options(config)
-    forms = {form: base.changed({"linear": form}) for form in (linear or (base.linear,))}
+    forms = _forms(linear, config)
+    base = next(iter(forms.values()))
     errors = {form: _checked_error(form, settings, sizes, device, dtype) for form, settings in forms.items()}
     calls = dict(_calls(forms, _inputs(sizes, dtype, device)))
     return BenchReport(
@@ -160,6 +160,14 @@ def bench(
         arms=tuple(_timed(calls, device, seconds)),
         errors=errors,
     )
+
+
+def _forms(linear: Sequence[str] | None, config: SLAConfig | Mapping[str, Any] | None) -> dict[str, SLAConfig]:
+    """The settings of each form; those of a mapping are read with the form, as a feature map may need it."""
+    if not linear or isinstance(config, SLAConfig):
+        base = SLAConfig.from_options(config)
+        return {form: base.changed({"linear": form}) for form in linear or (base.linear,)}
+    return {form: SLAConfig.from_options({**(config or {}), "linear": form}) for form in linear}
 
 
 def _checked_shape(shape: Sequence[int] | None, device: torch.device) -> tuple[int, int, int, int]:

@@ -40,7 +40,7 @@ class Errors:
     """||O - dense|| / ||dense|| with three gates."""
 
     sparse_only: float
-    """With gates of zero; for ``linear="taylor"`` not the sparse branch alone, but shifts of zero."""
+    """With gates of zero: the sparse branch alone, but for ``linear="taylor"``, which has virtual keys then too."""
     now: float
     """With the gates that the model has; those of one without gates are zero."""
     fitted: float

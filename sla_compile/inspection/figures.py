@@ -88,7 +88,7 @@ def _error_bars(axes: Any, report: ComparisonReport) -> None:
     errors = [*(site.errors for site in report.sites), report.output]
     places = [-i for i in range(len(names))]
     for shift, label, colour, field in (
-        (0.25, "sparse only", SPARSE, "sparse_only"),
+        (0.25, "gates of zero", SPARSE, "sparse_only"),
         (0.0, "gates as they are", NOW, "now"),
         (-0.25, "fitted gates", FITTED, "fitted"),
     ):
@@ -142,7 +142,8 @@ def sheet(atlas: Atlas) -> Any:
     # the sum of an untrained gate is the sparse branch: it lies inside the wide line
     for field, colour, width in (("sparse", SPARSE, 5.0), ("linear", DENSE, 1.5), ("sum", NOW, 1.5)):
         values = [math.nan if (e := getattr(site.errors, field)) is None else e for site in atlas.sites]
-        errors.plot(places, values, "o-", color=colour, label=field, linewidth=width, markersize=4 + width)
+        if not all(map(math.isnan, values)):  # virtual keys have no branches
+            errors.plot(places, values, "o-", color=colour, label=field, linewidth=width, markersize=4 + width)
     errors.plot(places, [site.fitted for site in atlas.sites], "o-", color=FITTED, label="fitted gate")
     errors.set(title="relative error against dense", ylim=(0, None))
     _curves(curves, atlas)

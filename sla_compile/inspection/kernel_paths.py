@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sla_compile.common.limits import BLOCK_SIZES, DTYPES, MAX_HEAD_DIM, MIN_HEAD_DIM
+from sla_compile.common.limits import BLOCK_SIZES, DTYPES, MAX_HEAD_DIM, MIN_HEAD_DIM, TAYLOR
 from sla_compile.common.options import BackwardOptions
 from sla_compile.ops import attention as op
 
@@ -94,7 +94,7 @@ def _options(kind: CallKind) -> BackwardOptions:
         block_q=kind.block_q,
         block_k=kind.block_k,
         feature_map="softmax",
-        linear="marginal",
+        linear=TAYLOR,
         causal=kind.mask == "causal",
     )
 

@@ -96,7 +96,7 @@ def errors_by_definition(
     heads: int,
     dim: int,
     mask: str = "none",
-    linear: str = "marginal",
+    linear: str,
     **options: Any,
 ) -> dict[str, float]:
     """Relative errors of the op against its definition in float64: of "out", and of the gradients "dq", "dk", ...

@@ -120,7 +120,7 @@ class ComparisonView:
         yield Text(report.title, style="bold", overflow="fold")
         rows: list[tuple[Text | str, ...]] = [(site.path, *_errors(site.errors)) for site in report.sites]
         rows.append((Text("output of the model", style="bold"), *_errors(report.output)))
-        columns = ("attention", "sparse only", "gates as they are", "fitted gates")
+        columns = ("attention", "gates of zero", "gates as they are", "fitted gates")
         yield from rows_of("relative error against dense", columns, rows, width)
         if report.dense is not None and report.sla is not None:
             rows = [("dense", *_forward(report.dense)), ("sparse-linear", *_forward(report.sla))]
@@ -204,14 +204,17 @@ class AtlasView:
         atlas, width = self.atlas, options.max_width
         yield Text(atlas.title, style="bold", overflow="fold")
         rows: list[tuple[Text | str, ...]] = []
+        branches = [
+            name for name in ("sparse", "linear") if any(getattr(s.errors, name) is not None for s in atlas.sites)
+        ]
         for site in atlas.sites:
             topk = f"{100 * site.topk:.3g}%"
             if site.suggested is not None:
                 topk += f" -> {100 * site.suggested:.3g}%"
             mass = f"{_percent(site.mean('mass', 'critical'))} of {_percent(site.mean('best_mass'))}"
-            errors = (site.errors.sparse, site.errors.linear, site.errors.sum, site.fitted)
+            errors = (*(getattr(site.errors, name) for name in branches), site.errors.sum, site.fitted)
             rows.append((site.path, topk, mass, _percent(site.mean("recall")), *map(_error, errors)))
-        columns = ("attention", "topk", "critical mass", "recall", "sparse", "linear", "sum", "fitted")
+        columns = ("attention", "topk", "critical mass", "recall", *branches, "sum", "fitted")
         title = "attention in critical blocks, of the best choice's; relative errors of branches, sum and fitted gate"
         yield from rows_of(title, columns, rows, width)
         yield from self._heads(width)

@@ -58,7 +58,7 @@ def sparse_linear_attention(
     block_q: int = 64,
     block_k: int = 64,
     feature_map: str = "softmax",
-    linear: str = "marginal",
+    linear: str,
     causal: bool = False,
     always_critical: list[int] | None = None,
 ) -> Tensor:
@@ -82,7 +82,7 @@ def sparse_linear_attention(
         topk, bottomk: shares of a row's key blocks: critical, in (0, 1], at least one block; negligible, in [0, 1).
         block_q, block_k: tokens in a block, a power of two from 16 to 256.
         feature_map: phi of the linear branch: "softmax" over the head axis, "elu" (elu(x) + 1) or "relu".
-        linear: linear branch over the "marginal" blocks (the paper), "all" (the authors' code), "none"; or "taylor".
+        linear: "taylor"; or a linear branch over the "marginal" blocks (paper), "all" (the authors' code) or "none".
         causal: key j for queries from j on; blocks on the diagonal are critical, shares are of those below it.
         always_critical: token ranges [start, stop, ...] of k, as in slices, whose blocks are critical besides.
     """

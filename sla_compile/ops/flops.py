@@ -51,6 +51,7 @@ def forward_flops(
     linear: str,
     causal: bool = False,
     always_critical: list[int] | None = None,
+    shift: Tensor | None = None,
     **_: Any,
 ) -> int:
     """FLOPs of one forward, from shapes alone; where ``sparsity`` sets another topk, those of ``topk``, its maximum."""
@@ -82,6 +83,7 @@ def backward_flops(
     feature_map: str,
     linear: str,
     causal: bool = False,
+    shift: Tensor | None = None,
     **_: Any,
 ) -> int:
     """FLOPs of one backward. The critical blocks are counted in the block map, so this waits for the device.

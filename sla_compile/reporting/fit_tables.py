@@ -68,15 +68,15 @@ class _SitesView:
 class ErrorsView(_SitesView):
     """The attention error of each site before and after its gate was fitted or trained."""
 
-    caption = "relative attention error; closed: share of the sparse branch's that is gone"
-    columns: tuple[str, ...] = ("sparse only", "before", "after", "closed")
+    caption = "relative attention error; closed: share of that with gates of zero that is gone"
+    columns: tuple[str, ...] = ("gates of zero", "before", "after", "closed")
 
     def cells(self, site: SiteError) -> tuple[str, ...]:
         return f"{site.sparse_only:.4f}", f"{site.before:.4f}", f"{site.after:.4f}", f"{100 * site.closed:.1f}%"
 
     def sentence(self, site: SiteError) -> str:
-        sparse, before, after, closed = self.cells(site)
-        return f"{sparse} sparse only, {before} -> {after}, {closed} closed"
+        zero, before, after, closed = self.cells(site)
+        return f"{zero} with gates of zero, {before} -> {after}, {closed} closed"
 
 
 class CalibrationView(ErrorsView):
@@ -88,8 +88,8 @@ class CalibrationView(ErrorsView):
         return *super().cells(site), _kept(cast("CalibratedSite", site))
 
     def sentence(self, site: SiteError) -> str:
-        sparse, before, after, closed, kept = self.cells(site)
-        return f"{sparse} sparse only, {before} -> {after}, {closed} closed, {kept} of the fit kept"
+        zero, before, after, closed, kept = self.cells(site)
+        return f"{zero} with gates of zero, {before} -> {after}, {closed} closed, {kept} of the fit kept"
 
     def remarks(self) -> Iterator[RenderableType]:
         for site in self.sites:

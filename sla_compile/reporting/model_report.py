@@ -205,4 +205,4 @@ def report(model: nn.Module) -> Report:
 
 
 def _untrained(model: nn.Module) -> tuple[str, ...]:
-    return tuple(path for path, gate in gates(model).items() if not gate.trained())
+    return tuple(path for path, gate in gates(model).items() if gate.silent())

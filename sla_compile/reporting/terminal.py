@@ -301,8 +301,10 @@ def _flops(site: SiteReport) -> Text:
 def _gate_parameters(site: SiteReport) -> Text:
     if not site.gate_parameters:
         return Text()
+    if site.settings["linear"] == TAYLOR:
+        return Text(f"{site.gate_parameters:,}, one per head")
     scaled = ", with scale" if site.settings["sparse_scale"] else ""
-    form = "per_head" if site.settings["linear"] == TAYLOR else str(site.settings["gate"])
+    form = str(site.settings["gate"])
     return Text(f"{site.gate_parameters:,} {form.replace('_', ' ')}{scaled}")
 
 

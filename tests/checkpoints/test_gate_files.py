@@ -25,7 +25,9 @@ from sla_compile.gate_attachment import attach_gate
 from sla_compile.gate_settings import GateSpec
 
 HEADS, HEAD_DIM = 2, 16
-CONFIG = SLAConfig(topk=0.25, min_tokens=0, inner="eager", overrides={"blocks.1.*": {"gate": "per_head"}})
+CONFIG = SLAConfig(
+    linear="marginal", topk=0.25, min_tokens=0, inner="eager", overrides={"blocks.1.*": {"gate": "per_head"}}
+)
 IN_FILE = dataclasses.replace(CONFIG, inner=SLAConfig().inner)
 """The same without what configures a compiler."""
 PATHS = ["blocks.0.attn.sla", "blocks.1.attn.sla"]
@@ -205,7 +207,7 @@ def test_owner_without_parameters_takes_those_around_it(tmp_path: Path) -> None:
     save(source, tmp_path / "gates")
     model: Any = load(build(), tmp_path / "gates")
     assert list(gates(model)) == ["block.core.sla_1"]
-    assert model["block"].core.sla_1.weight.dtype == torch.bfloat16
+    assert model["block"].core.sla_1.shift.dtype == torch.bfloat16
 
 
 def test_module_without_any_parameter_takes_the_files_dtype(tmp_path: Path) -> None:
@@ -214,10 +216,7 @@ def test_module_without_any_parameter_takes_the_files_dtype(tmp_path: Path) -> N
     attach_gate(source, spec, device=torch.device("cpu"), dtype=torch.float64)
     save(source, tmp_path / "gates")
     model = load(nn.Identity(), tmp_path / "gates")
-    assert {k: v.dtype for k, v in gate_values(model).items()} == {
-        "sla.weight": torch.float64,
-        "sla.bias": torch.float64,
-    }
+    assert {k: v.dtype for k, v in gate_values(model).items()} == {"sla.shift": torch.float64}
 
 
 def test_compiled_models_share_the_paths(saved: Path) -> None:
@@ -398,6 +397,19 @@ def test_other_settings_are_listed_in_one_error(saved: Path) -> None:
         load(model, saved)
     assert "inner" not in str(caught.value)
     assert same(state(model), before)
+
+
+def test_settings_that_say_no_linear_are_those_of_before_there_was_another_default(saved: Path) -> None:
+    rewrite(saved, config=json.dumps({k: v for k, v in CONFIG.to_dict().items() if k != "linear"}))
+    model = load(Model(), saved)
+    assert model_config(model) == IN_FILE
+    assert {gate.config.linear for gate in gates(model).values()} == {"marginal"}
+
+
+def test_a_model_prepared_for_another_form_is_refused(saved: Path) -> None:
+    model = prepared(SLAConfig(topk=0.25, min_tokens=0), fill=False)
+    with refused("linear is 'marginal' in the file, 'taylor' in the model", "or not prepared"):
+        load(model, saved)
 
 
 def test_settings_of_one_site_are_compared(saved: Path) -> None:

@@ -27,6 +27,7 @@ from sla_compile.passes.token_order import Grid
 
 PATH = "0.sla"
 CONFIG = SLAConfig(
+    linear="marginal",
     topk=0.25,
     max_topk=0.5,
     sparse_scale=True,

@@ -16,8 +16,9 @@ from tests.support.paths import ROOT
 from tests.support.processes import FRESH
 
 SETTINGS: list[dict[str, Any]] = [
-    *({"topk": 0.5}, {"bottomk": 0.4}, {"block_q": 32}, {"block_k": 32}, {"feature_map": "elu"}, {"linear": "all"}),
-    *({"gate": "per_head"}, {"sparse_scale": True}, {"always_critical": [[0, 20]]}),
+    *({"topk": 0.5}, {"bottomk": 0.4}, {"block_q": 32}, {"block_k": 32}, {"linear": "all"}, {"linear": "marginal"}),
+    *({"linear": "marginal", **one} for one in ({"feature_map": "elu"}, {"gate": "per_head"}, {"sparse_scale": True})),
+    {"always_critical": [[0, 20]]},
 ]
 
 

@@ -157,7 +157,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, dict[str
     "cross-attention stays": (WithText, lambda: ((random_input(),), {"text": random_input()}), {}),
     "several calls of a line": (Samples, lambda: ((random_input(),), {}), {}),
     "sparsity at run time": (Model, lambda: ((random_input(),), {}), {"max_topk": 0.6}),
-    "gate per head": (Model, lambda: ((random_input(),), {}), {"gate": "per_head"}),
+    "gate per head": (Model, lambda: ((random_input(),), {}), {"linear": "marginal", "gate": "per_head"}),
     "text is critical": (Model, lambda: ((random_input(),), {}), {"always_critical": ((0, 20),)}),
     "MultiheadAttention": (
         lambda: Inside(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)),

@@ -22,7 +22,7 @@ from sla_compile.gate_settings import GateSpec
 from sla_compile.reporting.terminal import ReportView, group_sites, plain_text
 from tests.support.closeness import assert_close
 from tests.support.compiled import graphs
-from tests.support.models import OPTIONS, WIDTH, Attention, TwoAttentions, random_input
+from tests.support.models import MARGINAL, WIDTH, Attention, TwoAttentions, random_input
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo", "float64"),
@@ -117,7 +117,7 @@ def test_calls_for_the_samples_of_a_batch_share_a_gate(root: bool) -> None:
     torch.manual_seed(0)
     owner, x = Split(), random_input(batch=2)
     model = owner if root else Within(owner)
-    sla_compile.prepare(model, (x, (100, 60)), config=OPTIONS)
+    sla_compile.prepare(model, (x, (100, 60)), config=MARGINAL)
     assert [path.rpartition(".")[2] for path in names(model)] == ["sla"]
     parameters = {id(p) for p in model.parameters()}
     fill(model)
@@ -133,7 +133,7 @@ def test_calls_for_the_samples_of_a_batch_share_a_gate(root: bool) -> None:
 
 
 def test_the_report_of_a_loop_is_one_row_with_its_calls() -> None:
-    report = sla_compile.explain(Split(), (random_input(), (100, 100)), config=OPTIONS)
+    report = sla_compile.explain(Split(), (random_input(), (100, 100)), config=MARGINAL)
     (row,) = group_sites(report.sites)
     assert (row.count, row.modules, row.first.call_site.partition("+")[0]) == (2, 1, "forward")
     assert "the model itself (2 calls)" in plain_text(ReportView(report), 200)
@@ -155,13 +155,13 @@ def test_an_optional_attention_moves_no_gate(how: str, first: bool) -> None:
     model: nn.Module = {"root": owner, "checkpoint": Within(Checkpointed(owner))}.get(how, Within(owner))
     x = random_input()
     if how == "prepared":
-        sla_compile.prepare(model, (x, first), config=OPTIONS)
-        sla_compile.prepare(model, (x, True), config=OPTIONS)
-    run = compiled(model, **({} if how == "prepared" else OPTIONS))
+        sla_compile.prepare(model, (x, first), config=MARGINAL)
+        sla_compile.prepare(model, (x, True), config=MARGINAL)
+    run = compiled(model, **({} if how == "prepared" else MARGINAL))
     run(x, first)
     if how == "copied":
         model = copy.deepcopy(model)
-        run = compiled(model, **OPTIONS)
+        run = compiled(model, **MARGINAL)
     run(x, not first)
     found = sla_compile.gates(owner if how != "copied" else model)
     assert sorted(path.rpartition(".")[2] for path in found) == ["sla", "sla_1"]
@@ -174,8 +174,8 @@ def test_code_of_one_block_does_not_serve_another_whose_gates_are_in_another_ord
     x = random_input()
     blocks = [Optional(), Optional()]
     for block, aux in zip(blocks, (True, False), strict=True):
-        sla_compile.prepare(block, (x, aux), config=OPTIONS)
-        sla_compile.prepare(block, (x, True), config=OPTIONS)
+        sla_compile.prepare(block, (x, aux), config=MARGINAL)
+        sla_compile.prepare(block, (x, True), config=MARGINAL)
         main, optional = ("sla_1", "sla") if aux else ("sla", "sla_1")
         fill(block, **{main: 100.0, optional: 1.0})
         block.compile(backend="sla", options=EAGER)
@@ -187,7 +187,7 @@ def test_equal_blocks_still_share_one_graph() -> None:
     model = nn.Sequential(*(TwoAttentions() for _ in range(10)))
     x = random_input(64)
     for block in model:
-        block.compile(backend="sla", options={**OPTIONS, **EAGER})
+        block.compile(backend="sla", options={**MARGINAL, **EAGER})
     before = graphs()
     model(x)
     assert graphs() - before <= 2
@@ -211,7 +211,7 @@ class TwoForms(nn.Module):
 def test_of_calls_that_no_one_gate_can_serve_the_others_stay_dense() -> None:
     model = nn.Sequential(TwoForms())
     with pytest.warns(sla_compile.DenseAttentionWarning, match="its call site has a gate of another form"):
-        compiled(model, **OPTIONS)(random_input())
+        compiled(model, **MARGINAL)(random_input())
     assert [tuple(gate.weight.shape) for gate in sla_compile.gates(model).values()] == [(16, 16)]
     kept = [site for site in sla_compile.report(model).sites if not site.rewritten]
     assert [(site.reason, site.value) for site in kept] == [
@@ -224,7 +224,7 @@ def test_of_calls_that_no_one_gate_can_serve_the_others_stay_dense() -> None:
 
 def with_old_gates(model: nn.Module, numbers: int) -> nn.Module:
     """``model``, an owner, with gates of before for its first calls, with random values."""
-    config = sla_compile.SLAConfig(**OPTIONS)
+    config = sla_compile.SLAConfig(**MARGINAL)
     for ordinal in range(numbers):
         spec = GateSpec(heads=2, head_dim=16, config=config, path=gate_name(ordinal), ordinal=ordinal)
         attach_gate(model, spec, device="cpu", dtype=torch.float64)
@@ -244,7 +244,7 @@ def into(model: nn.Module, old: nn.Module, how: str, folder: Path) -> nn.Module:
     with safe_open(folder / "gates.safetensors", framework="pt") as opened:
         assert "call_site" not in opened.metadata()["sites"]
     if how == "prepared":
-        sla_compile.prepare(model, (random_input(), (100, 60)), config=OPTIONS)
+        sla_compile.prepare(model, (random_input(), (100, 60)), config=MARGINAL)
     return sla_compile.load(model, folder / "gates.safetensors")
 
 
@@ -299,7 +299,7 @@ def test_prepare_drops_the_others_too() -> None:
     model = with_old_gates(SplitThenJoint(), 3)
     before = biases(model)
     with pytest.warns(UserWarning, match="sla_1 taken out"):
-        sla_compile.prepare(model, (random_input(), (100, 60)), config=OPTIONS)
+        sla_compile.prepare(model, (random_input(), (100, 60)), config=MARGINAL)
     assert biases(model) == {"sla": before["sla"], "sla_2": before["sla_2"]}
     assert [gate.call_site.count(">") for gate in sla_compile.gates(model).values()] == [1, 1]
 
@@ -333,7 +333,7 @@ def edited(path: Path, *sites: str) -> None:
 def file(tmp_path: Path) -> Path:
     """Of an ``Optional`` with the biases 1 and 100."""
     model = Optional()
-    sla_compile.prepare(model, (random_input(), True), config=OPTIONS)
+    sla_compile.prepare(model, (random_input(), True), config=MARGINAL)
     fill(model, sla=1.0, sla_1=100.0)
     sla_compile.save(model, tmp_path / "gates.safetensors")
     return tmp_path / "gates.safetensors"
@@ -351,8 +351,8 @@ def where(file: Path) -> tuple[str, str]:
 def test_a_file_knows_which_attention_a_gate_belongs_to(file: Path, prepared: bool) -> None:
     x, model = random_input(), Optional()
     if prepared:
-        sla_compile.prepare(model, (x, False), config=OPTIONS)
-        sla_compile.prepare(model, (x, True), config=OPTIONS)  # the other order
+        sla_compile.prepare(model, (x, False), config=MARGINAL)
+        sla_compile.prepare(model, (x, True), config=MARGINAL)  # the other order
     sla_compile.load(model, file)
     run = compiled(model)
     for aux in (False, True):
@@ -368,7 +368,7 @@ def test_an_edit_that_moves_lines_loses_no_gate(file: Path, prepared: bool) -> N
     edited(file, "forward+15:12 > attend+1:11", "forward+18:39")
     x, model = random_input(), Optional()
     if prepared:
-        sla_compile.prepare(model, (x, True), config=OPTIONS)
+        sla_compile.prepare(model, (x, True), config=MARGINAL)
     sla_compile.load(model, file)
     run = compiled(model)
     for aux in (True, False):
@@ -382,7 +382,7 @@ def test_what_cannot_be_told_apart_is_said(file: Path, prepared: bool) -> None:
     edited(file, aux, "forward+18:39")
     x, model = random_input(), Optional()
     if prepared:
-        sla_compile.prepare(model, (x, True), config=OPTIONS)
+        sla_compile.prepare(model, (x, True), config=MARGINAL)
         with pytest.warns(UserWarning, match=r"sla_1.*\(was forward\+18:39\)"):
             sla_compile.load(model, file)
     else:

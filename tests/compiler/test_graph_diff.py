@@ -9,22 +9,26 @@ from torch import Tensor, nn
 from tests.support.models import HEADS, CheckpointedModel, Model
 from tests.support.reports import explain
 
+WEIGHT_AND_BIAS = ["blocks.1.attention.sla.weight", "blocks.1.attention.sla.bias"]
+
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
     pytest.mark.filterwarnings("ignore::sla_compile.UntrainedGatesWarning"),
 ]
 
 
-def test_diff_shows_the_site_before_and_after() -> None:
-    diff = explain(Model()).sites[1].diff
+@pytest.mark.parametrize(
+    ("linear", "parts"), [("taylor", ["shift=blocks.1.attention.sla.shift"]), ("marginal", WEIGHT_AND_BIAS)]
+)
+def test_diff_shows_the_site_before_and_after(linear: str, parts: list[str]) -> None:
+    diff = explain(Model(), linear=linear).sites[1].diff
     minus = [line for line in diff if line.startswith("- ")]
     plus = [line for line in diff if line.startswith("+ ")]
     context = [line for line in diff if line.startswith("  ")]
     assert len(minus) + len(plus) + len(context) == len(diff) <= 12
     assert any("scaled_dot_product_attention(" in line for line in minus)
     assert any("sla::forward(" in line for line in plus)
-    assert "blocks.1.attention.sla.weight" in "".join(plus)
-    assert "blocks.1.attention.sla.bias" in "".join(plus)
+    assert all(part in "".join(plus) for part in parts)
     assert not any("gate(" in line or "_parameters_" in line for line in diff)
     assert not any("sla" in line for line in minus + context)
 
@@ -46,7 +50,7 @@ def test_an_operand_that_is_not_in_the_graph_has_parameters_by_their_paths() -> 
 
 def test_diff_inside_activation_checkpointing() -> None:
     diff = explain(CheckpointedModel()).sites[1].diff
-    assert "blocks.1.attention.sla.weight" in "".join(diff)
+    assert "blocks.1.attention.sla.shift" in "".join(diff)
     assert not any("gate(" in line for line in diff)
 
 

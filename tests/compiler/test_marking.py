@@ -46,8 +46,8 @@ def by_forward(inside: nn.Module, x: Tensor) -> Tensor:
 
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], int]] = {
     "blocks": (models.Model, {}, 1),
-    "a scale by head and a limit": (models.Model, {"sparse_scale": True, "max_topk": 0.5}, 1),
-    "taylor": (models.Model, {"linear": "taylor"}, 1),
+    "a scale by head and a limit": (models.Model, {"linear": "marginal", "sparse_scale": True, "max_topk": 0.5}, 1),
+    "a weight and a bias": (models.Model, {"linear": "marginal"}, 1),
     "one of two": (models.Model, {"exclude": ("blocks.0.*",)}, 1),
     "two attentions of one owner": (lambda: models.Doubled(models.TwoAttentions()), {}, 1),
     "called twice": (models.CalledTwice, {}, 1),

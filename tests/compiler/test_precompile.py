@@ -195,7 +195,7 @@ def rewritten(*, autocast: bool = False, dynamic: bool = False, **options: Any) 
 
 def test_calls_of_a_graph() -> None:
     """The forms of the tensors, in the dtype that autocast gives them, and the options."""
-    calls = calls_of(rewritten())
+    calls = calls_of(rewritten(linear="marginal"))
     (call,) = calls[torch.device("cpu")]
     q, k, v, weight, bias, key_mask, sparsity, shift = call.inputs
     assert q == k == v == TensorForm((1, 2, 96, 16), (3072, 16, 32, 1), "float32")
@@ -204,15 +204,15 @@ def test_calls_of_a_graph() -> None:
     assert key_mask is sparsity is shift is None
     options = call.options
     assert (options.topk, options.scale, options.block_q) == (0.25, 0.25, OPTIONS["block_q"])
-    (cast,) = calls_of(rewritten(autocast=True))[torch.device("cpu")]
+    (cast,) = calls_of(rewritten(linear="marginal", autocast=True))[torch.device("cpu")]
     assert q is not None
     assert weight is not None
     assert cast.inputs[0] == replace(q, dtype="bfloat16")
     assert cast.inputs[3] == replace(weight, dtype="bfloat16")  # its owner has no parameters to go by
-    (virtual,) = calls_of(rewritten(linear="taylor", bottomk=0.0))[torch.device("cpu")]
+    (virtual,) = calls_of(rewritten())[torch.device("cpu")]
     assert virtual.inputs[3:5] == (None, None)
     assert virtual.inputs[7] == TensorForm((2,), (1,), "float32")
-    (scaled,) = calls_of(rewritten(sparse_scale=True))[torch.device("cpu")]
+    (scaled,) = calls_of(rewritten(linear="marginal", sparse_scale=True))[torch.device("cpu")]
     # divided by the scale of each head
     gate = (TensorForm((2, 16, 16), (256, 16, 1), "float32"), TensorForm((2, 16), (16, 1), "float32"))
     assert scaled == replace(call, inputs=(q, k, v, *gate, None, None, None))

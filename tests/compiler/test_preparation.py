@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sla_compile
 from tests.support.closeness import assert_close
 from tests.support.compiled import compiled
-from tests.support.models import OPTIONS, Model, assert_follows_definition, random_input, randomize_gates
+from tests.support.models import MARGINAL, OPTIONS, Model, assert_follows_definition, random_input, randomize_gates
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
 
@@ -63,7 +63,7 @@ def test_prepare_changes_nothing_but_gates() -> None:
         assert after.pop(name) is parameter
         assert torch.equal(parameter, value)
         assert parameter.requires_grad is trainable
-    assert sorted(after) == sorted(f"blocks.{i}.attention.sla.{name}" for i in range(2) for name in ("weight", "bias"))
+    assert sorted(after) == [f"blocks.{i}.attention.sla.shift" for i in range(2)]
     assert not any(bool(p.any()) for p in after.values())
     assert all(p.requires_grad for p in after.values())
 
@@ -118,17 +118,19 @@ def test_prepare_keeps_python_state_of_the_model() -> None:
 
 def test_settings_that_would_drop_a_trained_gate_are_refused() -> None:
     model, x = Model(), random_input()
-    sla_compile.prepare(model, (x,), config=OPTIONS)
-    without_first = {**OPTIONS, "exclude": ["blocks.0.*"]}
+    sla_compile.prepare(model, (x,), config=MARGINAL)
+    without_first = {**MARGINAL, "exclude": ["blocks.0.*"]}
     sla_compile.prepare(model, (x,), config=without_first)
     assert list(sla_compile.gates(model)) == ["blocks.1.attention.sla"]
-    sla_compile.prepare(model, (x,), config=OPTIONS)
+    sla_compile.prepare(model, (x,), config=MARGINAL)
     randomize_gates(model)
     kept = list(sla_compile.gates(model))
     with pytest.raises(ValueError, match=r"leave out attention whose gate is trained: blocks\.0\.attention\.sla"):
         sla_compile.prepare(model, (x,), config=without_first)
     with pytest.raises(ValueError, match=r"blocks\.0\.attention\.sla: has a gate of shape \(16, 16\)"):
-        sla_compile.prepare(model, (x,), config={**OPTIONS, "gate": "per_head"})
+        sla_compile.prepare(model, (x,), config={**MARGINAL, "gate": "per_head"})
+    with pytest.raises(ValueError, match=r"these settings have linear='taylor', .*; keep linear='marginal', or remove"):
+        sla_compile.prepare(model, (x,), config=OPTIONS)
     assert list(sla_compile.gates(model)) == kept
 
 

@@ -40,7 +40,7 @@ def test_each_site_says_what_would_become_of_it() -> None:
     assert attn1.shape == {
         "batch": 2, "heads": HEADS, "tokens": 100, "head_dim": 16, "dtype": "float64", "device": "cpu",
     }  # fmt: skip
-    assert (attn1.gate_path, attn1.gate_parameters) == ("attn1.sla", 16 * 16 + 16)
+    assert (attn1.gate_path, attn1.gate_parameters) == ("attn1.sla", HEADS)
     assert attn1.settings["topk"] == OPTIONS["topk"]
     assert attn1.flops_before == 4 * 2 * HEADS * 100 * 100 * 16
     assert (attn2.path, attn2.rewritten, attn2.reason) == ("attn2", False, "cross-attention")
@@ -51,7 +51,7 @@ def test_each_site_says_what_would_become_of_it() -> None:
 
 
 def test_flops_after_are_those_of_the_settings_of_the_site() -> None:
-    after = explain(Model(1)).sites[0]
+    after = explain(Model(1), linear="marginal").sites[0]
     cost = sla_cost(OPTIONS["topk"], 16, 16, "marginal")
     # 100 tokens are 7 blocks of 16, of which floor(0.3 * 7) = 2 are critical.
     sparse = 4 * (7 * 16) * (2 * 16) * 16
@@ -75,7 +75,7 @@ def test_a_module_called_twice_counts_both_calls_and_one_gate() -> None:
     torch.compile(model, backend="sla", options=EAGER)(x)
     for report in (explained, sla_compile.report(model)):
         assert [site.path for site in report.sites] == ["attention", "attention"]
-        assert report.totals.gate_parameters == 16 * 16 + 16
+        assert report.totals.gate_parameters == HEADS
         assert len(group_sites(report.sites)) == 1
 
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import sla_compile
 from tests.support.compiled import EAGER, compiled, first_call
 from tests.support.models import (
+    MARGINAL,
     OPTIONS,
     Attention,
     BrokenAttention,
@@ -142,7 +143,7 @@ def test_excluded_sites_of_a_prepared_model_stay_dense() -> None:
 
 def test_a_gate_of_another_attention_is_refused() -> None:
     model, x = Model(), random_input()
-    sla_compile.prepare(model, (x,), config=OPTIONS)
+    sla_compile.prepare(model, (x,), config=MARGINAL)
     sla_compile.gates(model)["blocks.1.attention.sla"].weight = nn.Parameter(torch.zeros(5, 5))
     with pytest.raises(ValueError, match=r"blocks\.1\.attention\.sla: has a gate of shape \(5, 5\), but"):
         compiled(model)(x)

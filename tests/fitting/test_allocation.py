@@ -82,7 +82,7 @@ def test_unprepared_model_and_overrides() -> None:
     model, data = uneven(2), batches()
     report = sla_compile.allocate(model, data, budget=BUDGET, config=settings)
     gates = sla_compile.gates(model)
-    assert [gate.config.linear for gate in gates.values()] == ["none", "marginal"]
+    assert [gate.config.linear for gate in gates.values()] == ["none", "taylor"]
     assert [gate.config.topk for gate in gates.values()] == [site.topk for site in report.sites]
     assert [site.topk_before for site in report.sites] == [0.25, 0.25]
     config = next(iter(gates.values())).model_config

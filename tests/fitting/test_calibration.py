@@ -24,7 +24,7 @@ from tests.support.calibration import (
     wan,
 )
 from tests.support.closeness import assert_close, relative_error
-from tests.support.models import HEADS, OPTIONS, CalledTwice, Model, TwoAttentions, random_input, randomize_gates
+from tests.support.models import HEADS, MARGINAL, CalledTwice, Model, TwoAttentions, random_input, randomize_gates
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -162,7 +162,7 @@ def test_gates_of_lower_precision(dtype: torch.dtype) -> None:
     model, data = made(), batches()
     sla_compile.calibrate(model, data)
     exact = {path: gate.weight.detach().clone() for path, gate in sla_compile.gates(model).items()}
-    low = sla_compile.prepare(Model().to(dtype), (random_input().to(dtype),), config=OPTIONS)
+    low = sla_compile.prepare(Model().to(dtype), (random_input().to(dtype),), config=MARGINAL)
     low.load_state_dict({name: value for name, value in model.state_dict().items() if ".sla." not in name})
     report = sla_compile.calibrate(low, [(x.to(dtype),) for (x,) in data])
     for path, gate in sla_compile.gates(low).items():
@@ -176,7 +176,7 @@ def test_gates_of_lower_precision(dtype: torch.dtype) -> None:
 def test_autocast() -> None:
     model = Model()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        report = sla_compile.calibrate(model, [(x.float(),) for (x,) in batches(1)], config=OPTIONS, held_back=0)
+        report = sla_compile.calibrate(model, [(x.float(),) for (x,) in batches(1)], config=MARGINAL, held_back=0)
     assert all(site.after < site.sparse_only for site in report.sites)
     assert all(gate.weight.dtype == torch.float32 for gate in sla_compile.gates(model).values())
 
@@ -198,7 +198,7 @@ def failing(count: int) -> Iterator[tuple[Tensor]]:
     raise Failed
 
 
-@pytest.mark.parametrize("config", [None, {**OPTIONS, "topk": 0.5}], ids=["as it was", "other settings"])
+@pytest.mark.parametrize("config", [None, {**MARGINAL, "topk": 0.5}], ids=["as it was", "other settings"])
 @pytest.mark.parametrize("sequential", [False, True])
 def test_an_exception_leaves_a_prepared_model_as_it_was(config: Any, sequential: bool) -> None:
     model = made()
@@ -226,7 +226,7 @@ def test_an_exception_leaves_an_unprepared_model_as_it_was() -> None:
     model = Model().double()
     before = state(model)
     with pytest.raises(Failed):
-        sla_compile.calibrate(model, failing(1), config=OPTIONS)
+        sla_compile.calibrate(model, failing(1), config=MARGINAL)
     assert_same_state(state(model), before)
     assert not sla_compile.gates(model)
 

@@ -21,7 +21,7 @@ from sla_compile.kernels import reference
 from tests.support.calibration import wan
 from tests.support.closeness import assert_close, relative_error
 from tests.support.models import (
-    OPTIONS,
+    MARGINAL,
     CalledTwice,
     Model,
     TwoAttentions,
@@ -42,7 +42,7 @@ def batches(count: int = 3) -> list[tuple[Tensor]]:
 
 def made(model: nn.Module | None = None, **options: Any) -> Any:
     """A float64 model (two blocks by default) with gates."""
-    config = {**OPTIONS, "inner": "eager", **options}
+    config = {**MARGINAL, "inner": "eager", **options}
     if model is None:
         return prepared_model(**config)
     return sla_compile.prepare(model.double(), (random_input(),), config=config)
@@ -187,7 +187,7 @@ def test_warm_up_and_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_low_precision_gates_move_by_small_steps() -> None:
     model = Model().bfloat16()
     data = [(x.bfloat16(),) for (x,) in batches()]
-    report = sla_compile.distill(model, data, steps=40, lr=2e-3, config=OPTIONS)
+    report = sla_compile.distill(model, data, steps=40, lr=2e-3, config=MARGINAL)
     assert all(site.after < site.before for site in report.sites)
     assert all(gate.weight.dtype == torch.bfloat16 for gate in sla_compile.gates(model).values())
 

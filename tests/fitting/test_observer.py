@@ -14,7 +14,7 @@ import sla_compile
 from sla_compile.fitting.observer import GatedCall, as_batches, gated_calls
 from tests.support.calibration import DIM, Failed, batches, defined_error, made, recorded
 from tests.support.closeness import relative_error
-from tests.support.models import HEADS, OPTIONS, WIDTH, Attention, Model, TwoAttentions, random_input, randomize_gates
+from tests.support.models import HEADS, MARGINAL, WIDTH, Attention, Model, TwoAttentions, random_input, randomize_gates
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -62,7 +62,7 @@ class Samples(nn.Module):
 
 def test_calls_of_one_call_site_have_one_gate_whatever_comes_before_them() -> None:
     model = made(nn.Sequential(Samples()))
-    sla_compile.prepare(model[0], (random_input(), True), config=OPTIONS)
+    sla_compile.prepare(model[0], (random_input(), True), config=MARGINAL)
     assert list(sla_compile.gates(model)) == ["0.sla", "0.sla_1"]
     calls: list[tuple[str, float]] = []
 
@@ -85,9 +85,9 @@ def test_attention_too_short_for_its_settings_is_left_dense() -> None:
 
 def test_prepares_takes_compiled_models_and_keyword_batches() -> None:
     model = Model().double()
-    compiled: Any = torch.compile(model, backend="sla", options={**OPTIONS, "inner": "eager"})
+    compiled: Any = torch.compile(model, backend="sla", options={**MARGINAL, "inner": "eager"})
     seen = iter([{"x": random_input()} for _ in range(5)])
-    report = sla_compile.calibrate(compiled, seen, config=OPTIONS, max_batches=2, held_back=0)
+    report = sla_compile.calibrate(compiled, seen, config=MARGINAL, max_batches=2, held_back=0)
     assert report.batches == 2
     assert len(list(seen)) == 3
     assert len(sla_compile.gates(model)) == 2
@@ -174,7 +174,7 @@ def test_no_gated_attention_says_why() -> None:
         sla_compile.calibrate(model, batches(1, tokens=50))
     short = Model().double()
     with pytest.warns(UserWarning, match="no attention of Model will be rewritten"):
-        sla_compile.prepare(short, (random_input(50),), config={**OPTIONS, "min_tokens": 60})
+        sla_compile.prepare(short, (random_input(50),), config={**MARGINAL, "min_tokens": 60})
     assert sla_compile.calibrate(short, batches(1)).sites, "prepared by the settings that gave no gate at 50 tokens"
     with pytest.raises(ValueError, match="no attention was found"):
         sla_compile.calibrate(nn.Linear(WIDTH, WIDTH).double(), batches(1))

@@ -42,7 +42,7 @@ def test_closed_form_is_the_least_squares_solution(gate: str, ridge: float) -> N
 
 def test_closed_form_on_random_numbers() -> None:
     """Branches far from those of an attention, on tokens that do not fill the last chunk."""
-    config = sla_compile.SLAConfig(gate="per_head")
+    config = sla_compile.SLAConfig(linear="marginal", gate="per_head")
     gate = Gate(GateSpec(heads=3, head_dim=16, config=config), dtype=torch.float64)
     linear, sparse, dense = torch.randn(3, 2, 3, 2100, 16, dtype=torch.float64)
 

@@ -213,7 +213,7 @@ def test_buffers_keep_their_type_and_travel_with_the_model(tmp_path: Path) -> No
     for loaded in (Model(), prepared()):
         sla_compile.load(loaded, tmp_path / "gates.safetensors")
         assert shares(loaded) == expected
-        assert_close("weight", loaded.blocks[1].attention.sla.weight, model.blocks[1].attention.sla.weight, 1e-12)
+        assert_close("shift", loaded.blocks[1].attention.sla.shift, model.blocks[1].attention.sla.shift, 1e-12)
     with refused("max_topk is 0.9 in the file, None in the model"):
         sla_compile.load(prepared(max_topk=None), tmp_path / "gates.safetensors")
 
@@ -260,7 +260,7 @@ def test_eager_calls_see_it_too() -> None:
     run = torch.compile(model, backend="sla", options=EAGER)
     for topk in (0.2, 0.7):
         sla_compile.set_sparsity(model, topk=topk)
-        with gated_calls(model, lambda call: call.output_with_gate(call.gate.weight, call.gate.bias)):
+        with gated_calls(model, lambda call: call.output_with_gate(*call.gate.parameters())):
             eager = model(x)
         assert_close("output", eager, run(x), 1e-12)
 
@@ -289,7 +289,7 @@ def test_prepared_on_meta() -> None:
     with torch.device("meta"):
         model = Model()
     sla_compile.prepare(model, (x.to("meta"),), config=AT_RUN_TIME)
-    assert {gate.weight.device.type for gate in sla_compile.gates(model).values()} == {"meta"}
+    assert {gate.device.type for gate in sla_compile.gates(model).values()} == {"meta"}
     model.to_empty(device="cpu")
     for gate in sla_compile.gates(model).values():
         gate.reset_parameters()

@@ -25,7 +25,7 @@ from sla_compile.fitting.observer import GatedCall, gated_calls, no_gated_call_m
 from tests.support import random_programs
 from tests.support.calibration import assert_same_state, batches, made, recorded, state
 from tests.support.closeness import relative_error
-from tests.support.models import HEADS, OPTIONS, WIDTH, Attention, Model, random_input, randomize_gates
+from tests.support.models import HEADS, MARGINAL, WIDTH, Attention, Model, random_input, randomize_gates
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -251,7 +251,7 @@ def test_an_owner_that_mixes_in_attention_written_by_hand(from_a_file: bool, tmp
     """The compiler counts both kinds, and so does this: each gate gets its own attention."""
     model = nn.Sequential(WithOneKept()).double()
     data = [(random_input(),)]
-    sla_compile.prepare(model, data[0], config=OPTIONS)
+    sla_compile.prepare(model, data[0], config=MARGINAL)
     assert [gate.pattern for gate in sla_compile.gates(model).values()] == [
         "scaled_matmul_softmax_matmul",
         "scaled_dot_product_attention",

@@ -105,7 +105,8 @@ def test_it_is_dense_attention_at_topk_of_one_and_the_definition_below(form: str
         assert_close(name, actual, expected, 1e-11)
     _, output = run(call, *inputs, **settings)
     q, k, v = inputs
-    wanted = reference.sparse_linear_attention(q, repeated(k, heads), repeated(v, heads), **BLOCKS, **told)
+    told = {"linear": "taylor", **BLOCKS, **told}
+    wanted = reference.sparse_linear_attention(q, repeated(k, heads), repeated(v, heads), **told)
     results = []
     for result in (output, wanted):
         results.append((result, *torch.autograd.grad(result, inputs, cotangent)))
@@ -247,7 +248,7 @@ def test_what_is_calibrated_is_what_the_compiled_model_computes(kind: str) -> No
     model = nn.Sequential(Wrapper(Owner(kind))).double()
     wrapper: Any = model[0]
     data = [example() for _ in range(2)]
-    sla_compile.prepare(wrapper, data[0], config=settings_of(kind))
+    sla_compile.prepare(wrapper, data[0], config={**settings_of(kind), "linear": "marginal"})
     assert list(sla_compile.gates(wrapper)) == ["inner.sla"]
     report = sla_compile.calibrate(wrapper, data)
     caught: list[Tensor] = []
@@ -267,7 +268,7 @@ def test_what_is_calibrated_is_what_the_compiled_model_computes(kind: str) -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_distillation_trains_the_gate(kind: str) -> None:
     wrapper, batches = Wrapper(Owner(kind)).double(), [example(), example()]
-    sla_compile.prepare(wrapper, batches[0], config=settings_of(kind))
+    sla_compile.prepare(wrapper, batches[0], config={**settings_of(kind), "linear": "marginal"})
     report = sla_compile.distill(wrapper, batches, steps=20, lr=3e-2, loss="attention")
     assert report.sites[0].after < report.sites[0].before
 
@@ -350,7 +351,7 @@ def test_symbolic_ranges_follow_the_rules_of_slices() -> None:
     for tokens in (80, 112, TOKENS):
         x = torch.randn(BATCH, HEADS, tokens, HEAD_DIM, dtype=torch.float64)
         expected = reference.sparse_linear_attention(
-            x, 2 * x, x, **BLOCKS, always_critical=[0, 20, tokens - 24, tokens]
+            x, 2 * x, x, **BLOCKS, linear="taylor", always_critical=[0, 20, tokens - 24, tokens]
         )
         assert_close("output", compiled(x, torch.zeros_like(x)), expected, 1e-12)
         assert isinstance(capture.sites[0].decision, Rewrite)

@@ -100,8 +100,9 @@ def test_allocate_makes_the_error_smaller() -> None:
             key.copy_(torch.eye(32))
     around = torch.randn(2, 32, 1, 32, device="cuda").expand(-1, -1, 64, -1)
     batches = [((around + 0.3 * torch.randn_like(around)).reshape(2, 2048, 32).bfloat16(),) for _ in range(2)]
+    settings = {"linear": "marginal", "topk": 0.125, "min_tokens": 0}
     for max_topk in (None, 1.0):
-        sla_compile.prepare(model, batches[0], config={"topk": 0.125, "min_tokens": 0, "max_topk": max_topk})
+        sla_compile.prepare(model, batches[0], config=settings | {"max_topk": max_topk})
         report = sla_compile.allocate(model, batches, budget=0.125)
         assert report.critical <= report.critical_uniform
         assert report.output < 0.9 * report.output_uniform
@@ -112,7 +113,7 @@ def test_allocate_makes_the_error_smaller() -> None:
 def test_autocast_trains_float32_gates() -> None:
     model = Model().cuda()
     x = torch.randn(2, 700, 32, device="cuda")
-    compiled = torch.compile(model, backend="sla", options=OPTIONS)
+    compiled = torch.compile(model, backend="sla", options={**OPTIONS, "linear": "marginal"})
     for _ in range(2):
         with torch.autocast("cuda", dtype=torch.bfloat16):
             loss = compiled(x).float().square().mean()

@@ -126,7 +126,7 @@ def test_every_gate_gets_a_gradient(name: str) -> None:
             parameter.normal_()
     call(compiled, inputs).square().mean().backward()
     for path, gate in sla_compile.gates(model).items():
-        for parameter in (gate.weight, gate.bias):
+        for parameter in gate.parameters():
             assert parameter.grad is not None, path
             assert parameter.grad.isfinite().all(), path
             assert parameter.grad.norm() > 0, path

@@ -19,7 +19,7 @@ from torch.distributed.tensor import distribute_module
 
 import sla_compile
 from tests.support.closeness import assert_close
-from tests.support.models import OPTIONS, Model, randomize_gates
+from tests.support.models import OPTIONS, Model, numbers, randomize_gates
 from tests.support.processes import launch
 
 WORLD = 2
@@ -200,16 +200,16 @@ def test_fits_refuse_fsdp1_before_anything_changes(inner: bool) -> None:
 
 
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("max_topk", [None, 0.5])
-def test_fits_refuse_gates_that_a_plan_distributes(max_topk: float | None) -> None:
+@pytest.mark.parametrize(("linear", "max_topk"), [("marginal", None), ("marginal", 0.5), ("taylor", None)])
+def test_fits_refuse_gates_that_a_plan_distributes(linear: str, max_topk: float | None) -> None:
     batches = [(torch.randn(1, 100, 32),)] * 2
-    model = sla_compile.prepare(Model(), batches[0], config={**OPTIONS, "max_topk": max_topk})
+    model = sla_compile.prepare(Model(), batches[0], config={**OPTIONS, "linear": linear, "max_topk": max_topk})
     for gate in sla_compile.gates(model).values():
         distribute_module(gate, init_device_mesh("cpu", (1,)))
     named = r"^blocks\.0\.attention\.sla: got a gate of DTensors \(R\).*accepted: a gate outside of the parallel plan"
     with pytest.raises(ValueError, match=named):
         sla_compile.allocate(model, batches)
-    if max_topk is None:  # nothing runs the gate
+    if linear == "marginal" and max_topk is None:  # nothing runs the gate
         assert sla_compile.calibrate(model, batches).sites[0].factor is not None
     else:
         with pytest.raises(ValueError, match=named):
@@ -228,8 +228,8 @@ def test_gates_in_a_wrapper_are_named_as_in_the_model(tmp_path: Path) -> None:
     sla_compile.save(wrapped, tmp_path / "gates.safetensors")
     alone = sla_compile.load(Model(), tmp_path / "gates.safetensors")
     with torch.no_grad():
-        for gate in sla_compile.gates(wrapped).values():
-            gate.weight.zero_()
+        for parameter in sla_compile.gate_parameters(wrapped):
+            parameter.zero_()
     sla_compile.load(wrapped, tmp_path / "gates.safetensors")
     for path, gate in sla_compile.gates(alone).items():
-        assert torch.equal(gate.weight, sla_compile.gates(model)[path].weight)
+        assert torch.equal(numbers(gate), numbers(sla_compile.gates(model)[path]))

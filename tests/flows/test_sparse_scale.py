@@ -27,7 +27,7 @@ from tests.support.capture import Capture
 from tests.support.closeness import assert_close, relative_error
 from tests.support.models import (
     HEADS,
-    OPTIONS,
+    MARGINAL,
     WIDTH,
     Attention,
     CalledTwice,
@@ -44,7 +44,7 @@ from tests.support.models import (
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
 
 DIM = WIDTH // HEADS
-SCALED = {**OPTIONS, "sparse_scale": True}
+SCALED = {**MARGINAL, "sparse_scale": True}
 GATES = pytest.mark.parametrize("gate", ["shared", "per_head"])
 PATHS = ["blocks.0.attention.sla", "blocks.1.attention.sla"]
 
@@ -61,7 +61,7 @@ def compiled(model: nn.Module, inner: str = "aot_eager") -> Any:
 
 def test_nothing_is_scaled_at_the_start() -> None:
     model, x = made(), random_input()
-    plain = sla_compile.prepare(Model(), (x,), config=OPTIONS)
+    plain = sla_compile.prepare(Model(), (x,), config=MARGINAL)
     plain.load_state_dict({name: value for name, value in model.state_dict().items() if ".sla." not in name})
     assert [gate.log_scale.shape for gate in sla_compile.gates(model).values()] == [(HEADS,), (HEADS,)]  # type: ignore
     assert not any(gate.trained() for gate in sla_compile.gates(model).values())
@@ -99,7 +99,7 @@ def test_other_owners(kind: type[nn.Module]) -> None:
 
 def test_unprepared_model_and_settings_of_one_site() -> None:
     model, x = Model(), random_input()
-    options = {**OPTIONS, "inner": "aot_eager", "overrides": {"blocks.1.*": {"sparse_scale": True}}}
+    options = {**MARGINAL, "inner": "aot_eager", "overrides": {"blocks.1.*": {"sparse_scale": True}}}
     run = torch.compile(model, backend="sla", options=options)
     run(x.detach().requires_grad_())
     assert [gate.log_scale is not None for gate in sla_compile.gates(model).values()] == [False, True]
@@ -117,7 +117,7 @@ def test_regional_compile() -> None:
 
 def test_models_with_and_without_do_not_share_code() -> None:
     x = random_input()
-    for config in (OPTIONS, SCALED, OPTIONS):
+    for config in (MARGINAL, SCALED, MARGINAL):
         model = sla_compile.prepare(Model(), (x,), config=config)
         randomize_gates(model)
         assert_follows_definition(compiled(model), model, x)
@@ -144,7 +144,7 @@ def test_run_time_sparsity() -> None:
 def test_a_graph_without_scale_has_no_node_of_it(gate: str) -> None:
     def targets(**options: Any) -> list[str]:
         torch._dynamo.reset()
-        capture = Capture(gate=gate, inner="eager", **options)
+        capture = Capture(linear="marginal", gate=gate, inner="eager", **options)
         torch.compile(made(Attention(), gate=gate, **options), backend=capture)(random_input())
         assert capture.graph is not None
         return [str(node.target) for node in capture.graph.graph.nodes if node.op != "placeholder"]
@@ -217,7 +217,7 @@ def test_prepare_with_the_other_form_is_refused(there: bool) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         made(model, sparse_scale=not there)
     with pytest.raises(ValueError, match="contradict its gate"):
-        torch.compile(model, backend="sla", options={"sparse_scale": not there})(random_input())
+        torch.compile(model, backend="sla", options={"linear": "marginal", "sparse_scale": not there})(random_input())
     assert before.keys() == model.state_dict().keys()
 
 
@@ -327,7 +327,7 @@ def test_report_shows_it() -> None:
     regional.blocks[0].compile(backend="sla", options={"inner": "eager"})
     regional(x)
     assert any(f"{PATHS[0]}.log_scale" in line for line in sla_compile.report(regional).sites[0].diff)
-    plain = sla_compile.explain(Model(), (x,), config=OPTIONS)
+    plain = sla_compile.explain(Model(), (x,), config=MARGINAL)
     assert plain.sites[0].settings["sparse_scale"] is False
     assert "scale" not in str(plain.without_diffs())
 
@@ -364,7 +364,9 @@ def error_of(gate: list[Tensor], linear: Tensor, sparse: Tensor, dense: Tensor) 
 @GATES
 @pytest.mark.parametrize("ridge", [0.0, 0.3])
 def test_closed_form_is_a_minimum_and_its_error_true(gate: str, ridge: float) -> None:
-    made_of = Gate(GateSpec(heads=3, head_dim=DIM, config=sla_compile.SLAConfig(gate=gate, sparse_scale=True)))
+    made_of = Gate(
+        GateSpec(heads=3, head_dim=DIM, config=sla_compile.SLAConfig(linear="marginal", gate=gate, sparse_scale=True))
+    )
     statistics, *branches = random_statistics(made_of)
     solved = [tensor.requires_grad_() for tensor in statistics.solve(ridge)]
     assert [tensor.shape for tensor in solved] == [parameter.shape for parameter in made_of.parameters()]
@@ -382,7 +384,7 @@ def test_closed_form_is_a_minimum_and_its_error_true(gate: str, ridge: float) ->
 
 
 def test_a_scale_stays_above_zero() -> None:
-    gate = Gate(GateSpec(heads=3, head_dim=DIM, config=sla_compile.SLAConfig(sparse_scale=True)))
+    gate = Gate(GateSpec(heads=3, head_dim=DIM, config=sla_compile.SLAConfig(linear="marginal", sparse_scale=True)))
     statistics, *_ = random_statistics(gate)
     statistics.sparse_residual -= statistics.sparse_square * torch.tensor(
         [0.0, 1.5, 0.0]
@@ -393,7 +395,7 @@ def test_a_scale_stays_above_zero() -> None:
 
 
 def test_a_sparse_branch_that_is_zero_or_spanned_keeps_its_scale() -> None:
-    gate = Gate(GateSpec(heads=2, head_dim=DIM, config=sla_compile.SLAConfig(sparse_scale=True)))
+    gate = Gate(GateSpec(heads=2, head_dim=DIM, config=sla_compile.SLAConfig(linear="marginal", sparse_scale=True)))
     statistics, *_ = random_statistics(gate)
     statistics.sparse_cross[0], statistics.sparse_square[0], statistics.sparse_residual[0] = 0, 0, 0
     weight, bias, log_scale = statistics.solve(0.01)
@@ -401,7 +403,11 @@ def test_a_sparse_branch_that_is_zero_or_spanned_keeps_its_scale() -> None:
     assert log_scale[1] < -0.01
     assert torch.isfinite(weight).all()
     assert torch.isfinite(bias).all()
-    gate = Gate(GateSpec(heads=2, head_dim=DIM, config=sla_compile.SLAConfig(sparse_scale=True, gate="per_head")))
+    gate = Gate(
+        GateSpec(
+            heads=2, head_dim=DIM, config=sla_compile.SLAConfig(linear="marginal", sparse_scale=True, gate="per_head")
+        )
+    )
     statistics, *branches = random_statistics(gate, spanned=True)
     solved = [*statistics.solve(0.0)]
     assert solved[2][0] == 0, "rounding alone would decide"
@@ -527,7 +533,7 @@ def test_head_scales_fold_into_the_output_projection() -> None:
     q, k, v = torch.randn(3, 1, HEADS, 96, DIM)
     weight, bias, scale = torch.randn(HEADS, DIM, DIM), torch.randn(HEADS, DIM), torch.tensor([0.4, 0.9])
     projection = torch.randn(WIDTH, WIDTH)
-    options = {name: OPTIONS[name] for name in ("topk", "bottomk", "block_q", "block_k")}
+    options = {name: MARGINAL[name] for name in ("topk", "bottomk", "block_q", "block_k", "linear")}
     sparse = sla_compile.sparse_linear_attention(q, k, v, **options)
     rest = sla_compile.sparse_linear_attention(q, k, v, weight, bias, **options) - sparse
     expected = F.linear((scale[:, None, None] * sparse + rest).transpose(1, 2).flatten(2), projection)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def test_other_owners(kind: type[nn.Module]) -> None:
 
 def test_one_form_for_each_site_of_an_unprepared_model() -> None:
     model, x = Model(), random_input()
-    options = {**OPTIONS, "inner": "aot_eager", "overrides": {"blocks.1.*": {"linear": "taylor"}}}
+    options = {**OPTIONS, "linear": "marginal", "inner": "aot_eager", "overrides": {"blocks.1.*": {"linear": "taylor"}}}
     run = torch.compile(model, backend="sla", options=options)
     run(x.detach().requires_grad_())
     assert [gate.shift is not None for gate in sla_compile.gates(model).values()] == [False, True]
@@ -127,6 +128,33 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(compiled(plain)(x), compiled(model)(x))
 
 
+def test_a_file_of_the_papers_form_stays_one_without_a_word(tmp_path: Path) -> None:
+    model, x = made(linear="marginal"), random_input()
+    randomize_gates(model)
+    sla_compile.save(model, tmp_path / "gates.safetensors")
+    plain = Model()
+    plain.load_state_dict(sla_compile.detach(copy.deepcopy(model)).state_dict())
+    sla_compile.load(plain, tmp_path / "gates.safetensors")
+    run = compiled(plain)
+    assert_follows_definition(run, plain, x)
+    assert torch.equal(run(x), compiled(model)(x))
+    assert {gate.config.linear for gate in sla_compile.gates(plain).values()} == {"marginal"}
+
+
+def test_the_default_and_its_gates_of_zero_are_no_cause_to_warn() -> None:
+    options = {name: value for name, value in OPTIONS.items() if name != "bottomk"}
+    for changes, warned in (({}, 0), ({"linear": "marginal"}, 1)):
+        model, x = Model(blocks=1), random_input()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run: Any = torch.compile(model, backend="sla", options={**options, **changes, "inner": "eager"})
+            run(x)
+        assert sum(issubclass(one.category, sla_compile.UntrainedGatesWarning) for one in caught) == warned
+        assert len(sla_compile.report(run).untrained_gates) == warned
+        (gate,) = sla_compile.gates(model).values()
+        assert gate.config.linear == changes.get("linear", "taylor")
+
+
 def test_pickled_and_copied() -> None:
     model, x = made(), random_input()
     randomize_gates(model)
@@ -161,7 +189,7 @@ def test_refused_by_name() -> None:
     with pytest.raises(ValueError, match="sparse_scale=True with linear='taylor'"):
         sla_compile.SLAConfig(linear="taylor", sparse_scale=True)
     with pytest.raises(ValueError, match=r"blocks\.0\.attention\.sla: has a gate for linear='taylor', but these set"):
-        sla_compile.prepare(made(), (random_input(),), config=OPTIONS)
+        sla_compile.prepare(made(), (random_input(),), config={**OPTIONS, "linear": "marginal"})
     owner = nn.Module()
     spec = GateSpec(heads=2, head_dim=16, config=sla_compile.SLAConfig(linear="taylor"), path="a.sla")
     attach_gate(owner, spec, device="cpu", dtype=torch.float64)
@@ -171,6 +199,6 @@ def test_refused_by_name() -> None:
     with pytest.raises(ValueError, match="weight is given with linear='taylor', accepted there is shift alone"):
         sla_compile.sparse_linear_attention(q, q, q, torch.zeros(16, 16, dtype=q.dtype), linear="taylor")
     with pytest.raises(ValueError, match="shift is given with linear='marginal', accepted is linear='taylor'"):
-        sla_compile.sparse_linear_attention(q, q, q, shift=torch.zeros(2))
+        sla_compile.sparse_linear_attention(q, q, q, shift=torch.zeros(2), linear="marginal")
     with pytest.raises(ValueError, match=r"shift has shape \(3,\), accepted is \(2,\)"):
         sla_compile.sparse_linear_attention(q, q, q, shift=torch.zeros(3), linear="taylor")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import sla_compile
 from sla_compile.reporting.terminal import ReportView, plain_text
 from tests.support.closeness import assert_close
-from tests.support.models import HEADS, OPTIONS, WIDTH, Model, random_input, randomize_gates
+from tests.support.models import HEADS, MARGINAL, OPTIONS, WIDTH, Model, random_input, randomize_gates
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo", "float64"),
@@ -166,7 +166,7 @@ def test_children_wrapped_after_a_compile_mark_again() -> None:
     sla_compile.gates(model)["blocks.0.sla"].requires_grad_(True)
     assert_sparse(model, model, plain)  # a new adapter adds nothing
     model(random_input()).sum().backward()
-    assert sla_compile.gates(model)["blocks.0.sla"].weight.grad is not None
+    assert all(p.grad is not None for p in sla_compile.gates(model)["blocks.0.sla"].parameters())
     with silent():
         sla_compile.prepare(model, (random_input(),), config=OPTIONS)
     assert len(sla_compile.gates(model)) == 2
@@ -393,14 +393,14 @@ def test_roots_of_other_kinds(kind: str, ready: bool) -> None:
         run(random_input()).sum().backward()
     ((path, rewritten, _, _),) = decisions(model)
     assert (path, rewritten) == ("" if kind == "function of layers" else "attention", True)
-    assert all(gate.weight.grad is not None for gate in sla_compile.gates(model).values())
+    assert all(parameter.grad is not None for parameter in sla_compile.gate_parameters(model))
 
 
 def test_the_second_model_of_a_process_is_told_of_zero_gates() -> None:
     for compile_it in (whole, by_blocks):
         for _ in range(2):
             model = model_of(lambda: InBlock(SelfAttention()))
-            sla_compile.prepare(model, (random_input(),), config=OPTIONS)
+            sla_compile.prepare(model, (random_input(),), config=MARGINAL)
             run = compile_it(model)
             with pytest.warns(sla_compile.UntrainedGatesWarning, match=r"first: 'blocks\.0\.attention'") as told:
                 run(random_input())

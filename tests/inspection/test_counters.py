@@ -56,8 +56,8 @@ def test_counts_are_those_of_the_block_maps() -> None:
     [
         {"linear": "none"},
         {"linear": "taylor", "bottomk": 0.0},
-        {"max_topk": 0.5, "sparse_scale": True},
-        {"gate": "per_head"},
+        {"linear": "marginal", "max_topk": 0.5, "sparse_scale": True},
+        {"linear": "marginal", "gate": "per_head"},
     ],
 )
 def test_sites_of_every_form_of_gate(changes: dict[str, Any]) -> None:

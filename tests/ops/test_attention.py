@@ -18,7 +18,7 @@ from sla_compile.kernels import reference
 from sla_compile.ops.attention import _kernels, sparse_linear_attention
 from tests.support.closeness import assert_close
 
-OPTIONS: dict[str, Any] = {"topk": 0.3, "bottomk": 0.2, "block_q": 16, "block_k": 32}
+OPTIONS: dict[str, Any] = {"topk": 0.3, "bottomk": 0.2, "block_q": 16, "block_k": 32, "linear": "marginal"}
 
 
 def make_inputs(
@@ -63,20 +63,20 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *x: sparse_linear_attention(*x, **OPTIONS), make_inputs(33, heads=1))
 
 
-def test_defaults_are_the_papers() -> None:
+def test_the_other_defaults_are_the_papers() -> None:
     torch.manual_seed(2)
     inputs = make_inputs(64 * 41)
     expected = reference.sparse_linear_attention(
         *inputs, scale=16**-0.5, topk=0.05, bottomk=0.10, block_q=64, block_k=64, feature_map="softmax"
     )
-    assert_close("out", sparse_linear_attention(*inputs), expected, 1e-10)
+    assert_close("out", sparse_linear_attention(*inputs, linear="marginal"), expected, 1e-10)
 
 
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_topk_1_is_sdpa(scale: float | None) -> None:
     torch.manual_seed(3)
     q, k, v, weight, _ = make_inputs(333, dtype=torch.float32)
-    out = sparse_linear_attention(q, k, v, weight, scale=scale, topk=1, bottomk=0)
+    out = sparse_linear_attention(q, k, v, weight, scale=scale, topk=1, bottomk=0, linear="marginal")
     assert_close("out", out, F.scaled_dot_product_attention(q, k, v, scale=scale), 1e-6)
 
 
@@ -112,7 +112,6 @@ def with_options(keys: int, key_heads: int = 2, **options: Any) -> tuple[list[Te
         "sparsity": None,
         "scale": 0.25,
         "feature_map": "softmax",
-        "linear": "marginal",
     } | OPTIONS
     return [q, k, v, weight, bias], given | options
 
@@ -365,9 +364,9 @@ def test_runs_where_triton_cannot_be_imported() -> None:
         import torch
         from sla_compile.ops.attention import sparse_linear_attention
         x = torch.randn(1, 2, 100, 16, requires_grad=True)
-        eager = sparse_linear_attention(x, x, x, torch.eye(16))
+        eager = sparse_linear_attention(x, x, x, torch.eye(16), linear="marginal")
         compiled_function = torch.compile(sparse_linear_attention, fullgraph=True, backend="aot_eager")
-        compiled = compiled_function(x, x, x, torch.eye(16))
+        compiled = compiled_function(x, x, x, torch.eye(16), linear="marginal")
         compiled.sum().backward()
         assert torch.equal(eager, compiled) and x.grad.isfinite().all()
         assert "triton" not in sys.modules

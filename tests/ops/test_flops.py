@@ -17,7 +17,7 @@ from tests.support.models import OPTIONS, Model, random_input
 
 B, H, N, D = 2, 3, 200, 16
 SIZES = {BATCH: B, HEADS: H, TOKENS: N, KEY_TOKENS: N, HEAD_DIM: D}
-BLOCKS: dict[str, Any] = {"block_q": 16, "block_k": 16}
+BLOCKS: dict[str, Any] = {"block_q": 16, "block_k": 16, "linear": "marginal"}
 
 
 def inputs(requires_grad: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -35,7 +35,7 @@ def counted(function: Any) -> dict[Any, int]:
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_forward_counts_its_cost(linear: str, causal: bool) -> None:
     weight = None if linear == "taylor" else torch.zeros(D, D)
-    options: dict[str, Any] = {"topk": 0.25, "linear": linear, "causal": causal, **BLOCKS}
+    options: dict[str, Any] = {**BLOCKS, "topk": 0.25, "linear": linear, "causal": causal}
     found = counted(lambda: sla_compile.sparse_linear_attention(*inputs(), weight, **options))
     cost = sla_cost(0.25, 16, 16, linear, causal=causal)
     assert found == {torch.ops.sla.forward: evaluate(cost.flops, SIZES)}
@@ -108,7 +108,7 @@ early = "torch.utils.flop_counter" in sys.modules
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 with FlopCounterMode(display=False) as counter:
-    attend(*torch.randn(3, 1, 2, 64, 16).unbind(), block_q=16, block_k=16)
+    attend(*torch.randn(3, 1, 2, 64, 16).unbind(), block_q=16, block_k=16, linear="taylor")
 print(json.dumps([early, counter.get_total_flops() > 0]))
 """
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sla_compile.ops.attention import sparse_linear_attention
 
-OPTIONS: dict[str, Any] = {"topk": 0.3, "bottomk": 0.2, "block_q": 16, "block_k": 32}
+OPTIONS: dict[str, Any] = {"topk": 0.3, "bottomk": 0.2, "block_q": 16, "block_k": 32, "linear": "marginal"}
 
 
 def make_inputs() -> list[Tensor]:

@@ -457,18 +457,41 @@ class HeadsBefore(nn.Module):
         return F.scaled_dot_product_attention(*(side.transpose(0, 1) for side in (q, k, v))).transpose(0, 1)
 
 
+@pytest.mark.parametrize("settings", [{"linear": "marginal", "gate": "per_head"}, {}], ids=["gates", "numbers"])
 @pytest.mark.parametrize("how", ["in the scores", "in the queries", "everywhere"])
-def test_gates_per_head_are_of_the_heads(how: str) -> None:
+def test_what_each_head_has_is_of_the_heads(how: str, settings: dict[str, Any]) -> None:
+    """Not of the batch, which may be another one in the next call."""
     model, x = nn.Sequential(HeadsBefore(how)).double(), torch.randn(3, TOKENS, 32, dtype=torch.float64)
-    capture = Capture(topk=1.0, bottomk=0.0, gate="per_head")
+    capture = Capture(topk=1.0, bottomk=0.0, **settings)
     output = torch.compile(model, backend=capture)(x)
     assert_close("topk=1 is dense attention", output, model(x), 1e-12)
     if how == "in the scores":
         (gate,) = sla_compile.gates(model).values()
-        assert gate.weight.shape == (HEADS, HEAD_DIM, HEAD_DIM)
+        assert next(gate.parameters()).shape == ((HEADS, HEAD_DIM, HEAD_DIM) if settings else (HEADS,))
     else:
         assert isinstance(keep := capture.sites[0].decision, Keep)
         assert keep.reason == "heads are where the batch should be"
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_batch_that_is_split_off_again_is_not_taken_for_heads(batch: int) -> None:
+    """Of tokens or of heads that were one axis with it, as in torch's MultiheadAttention of many steps."""
+
+    def of_tokens(x: Tensor) -> Tensor:
+        q, k, v = x.flatten(0, 1).unflatten(1, (3, HEADS, HEAD_DIM)).unbind(1)
+        q, k, v = (side.view(batch, TOKENS, HEADS, HEAD_DIM).transpose(1, 2) for side in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def of_heads(x: Tensor) -> Tensor:
+        q, k, v = x.transpose(0, 1).unflatten(2, (3, HEADS * HEAD_DIM)).unbind(2)
+        sides = (side.reshape(TOKENS, batch * HEADS, HEAD_DIM).transpose(0, 1) for side in (q, k, v))
+        q, k, v = (side.view(batch, HEADS, TOKENS, HEAD_DIM) for side in sides)
+        return F.scaled_dot_product_attention(q, k, v)
+
+    for call in (of_tokens, of_heads):
+        torch._dynamo.reset()
+        capture, _ = run(call, torch.randn(batch, TOKENS, 3 * HEADS * HEAD_DIM))
+        assert capture.rewritten == 1, capture.sites[0].decision
 
 
 def test_gates_per_head_need_to_know_which_axis_has_the_heads() -> None:
@@ -479,7 +502,7 @@ def test_gates_per_head_need_to_know_which_axis_has_the_heads() -> None:
         return torch.einsum("bhij,hbjd->bhid", weights, v)
 
     inputs = qkv(dtype=torch.float64)
-    capture, output = run(call, *inputs, gate="per_head")
+    capture, output = run(call, *inputs, linear="marginal", gate="per_head")
     assert isinstance(keep := capture.sites[0].decision, Keep)
     assert keep.reason == "batch and heads are in different orders"
     assert torch.equal(output, call(*inputs))

@@ -42,7 +42,7 @@ def test_merged_heads_are_rewritten_by_heads_where_they_are_seen() -> None:
     capture, _ = run(older_processor, *qkv())
     assert capture.sites[0].call.query.meta["example_value"].shape == (BATCH, HEADS, TOKENS, HEAD_DIM)
     assert not capture.sites[0].call.restore, "the op's output goes where the output by heads was"
-    capture, _ = run(older_processor, *qkv(), gate="per_head")
+    capture, _ = run(older_processor, *qkv(), linear="marginal", gate="per_head")
     assert capture.rewritten == 1
     gate = capture.sites[0].gate
     assert gate is not None
@@ -52,7 +52,7 @@ def test_merged_heads_are_rewritten_by_heads_where_they_are_seen() -> None:
 def test_merged_heads_that_are_not_seen_have_one_gate_or_none() -> None:
     capture, _ = run(merged_by_split, *qkv())
     assert capture.sites[0].call.query.meta["example_value"].shape == (BATCH * HEADS, 1, TOKENS, HEAD_DIM)
-    capture, output = run(merged_by_split, *(inputs := qkv()), gate="per_head")
+    capture, output = run(merged_by_split, *(inputs := qkv()), linear="marginal", gate="per_head")
     assert capture.rewritten == 0
     assert "batch and heads are one axis" in str(capture.sites[0].decision)
     assert torch.equal(output, merged_by_split(*inputs))

@@ -208,7 +208,7 @@ def test_moved_gathers_follow_the_definition_with_every_gradient() -> None:
         for block in model.blocks:
             q, k, v = block.attention.heads(block.norm(x))
             gate = block.attention.sla
-            y = by_hand(q, k, v, placement(), placement(), weight=gate.weight, bias=gate.bias)
+            y = by_hand(q, k, v, placement(), placement(), linear=gate.config.linear, shift=gate.shift)
             x = x + block.attention.out(y.transpose(1, 2).flatten(2))
         return x
 

@@ -143,7 +143,7 @@ def test_the_blocks_of_the_other_queries_are_theirs() -> None:
     options = {name: OPTIONS[name] for name in ("topk", "bottomk", "block_q", "block_k")}
     told: dict[str, Any] = {"scale": HEAD_DIM**-0.5, "key_mask": mask, **options}
     zeroed = q.masked_fill(~mask[:, None, :, None], 0)
-    expected = reference.sparse_linear_attention(zeroed, k, v, key_mask=mask, **options)
+    expected = reference.sparse_linear_attention(zeroed, k, v, key_mask=mask, linear="taylor", **options)
     assert_close("output", output, expected.masked_fill(~mask[:, None, :, None], 0), 1e-12)
     block = slice(0, OPTIONS["block_q"])
     alone = q[:1, :, block][:, :, mask[0, block]]
@@ -194,7 +194,9 @@ def test_calibration_leaves_masked_queries_out() -> None:
         x = F.pad(x, (0, 0, 0, padded))
         mask = torch.arange(112 + padded).expand(BATCH, -1) < 112
         model = Wrapper(Trained())
-        sla_compile.calibrate(model, [(x, mask)], config={**OPTIONS, "topk": 0.25, "bottomk": 0.0})
+        sla_compile.calibrate(
+            model, [(x, mask)], config={**OPTIONS, "linear": "marginal", "topk": 0.25, "bottomk": 0.0}
+        )
         (gate,) = sla_compile.gates(model).values()
         fits.append(torch.cat([gate.weight.flatten(), gate.bias]).detach())
     assert_close("gate", fits[0], fits[1], 1e-4)

@@ -33,7 +33,7 @@ from tests.support.random_programs import GRID, Core, Program
 
 SECONDS, SEED = 12.0, "numbers"
 BLOCKS = (16, 16)
-SPARSE: dict[str, Any] = {"topk": 0.4, "bottomk": 0.2, "block_q": BLOCKS[0], "block_k": BLOCKS[1]}
+SPARSE: dict[str, Any] = {"topk": 0.4, "bottomk": 0.2, "block_q": BLOCKS[0], "block_k": BLOCKS[1], "linear": "marginal"}
 EXACT = {**SPARSE, "topk": 1.0, "bottomk": 0.0}
 
 

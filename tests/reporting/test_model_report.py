@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import sla_compile
-from tests.support.models import OPTIONS, Attention, Model, random_input, randomize_gates
+from tests.support.models import HEADS, MARGINAL, OPTIONS, Attention, Model, random_input, randomize_gates
 from tests.support.reports import Stack, explain, flat, rendered
 
 pytestmark = pytest.mark.filterwarnings("ignore::sla_compile.UntrainedGatesWarning")
@@ -26,13 +26,15 @@ def test_totals_are_sums_over_the_sites() -> None:
     assert (totals.attentions, totals.rewritten, totals.kept, totals.not_compiled) == (6, 3, 3, 0)
     assert totals.flops_before == sum(site.flops_before or 0 for site in report.sites)
     assert totals.flops_after == sum(site.flops_after or 0 for site in report.sites) != totals.flops_before
-    assert totals.gate_parameters == 3 * (16 * 16 + 16)
+    assert totals.gate_parameters == 3 * HEADS
+    other = explain(Stack(1), random_input(100), random_input(30), linear="marginal")
+    assert other.totals.gate_parameters == 16 * 16 + 16
 
 
 def test_virtual_keys_have_no_feature_map_in_it() -> None:
     x = (random_input(100), random_input(30))
     taylor = " ".join(str(explain(Stack(1), *x, linear="taylor")).split())
-    other = " ".join(str(explain(Stack(1), *x)).split())
+    other = " ".join(str(explain(Stack(1), *x, linear="marginal")).split())
     assert "feature map softmax, linear marginal" in other
     assert "feature map" not in taylor
     assert "blocks 16x16, linear taylor" in taylor
@@ -84,7 +86,7 @@ def test_untrained_gates_are_named_until_they_are_trained() -> None:
     for block in model.blocks:
         block.attention = OwnAttention().double()
     assert not explain(model, x).untrained_gates
-    sla_compile.prepare(model, (x,), config=OPTIONS)
+    sla_compile.prepare(model, (x,), config=MARGINAL)
     report = sla_compile.report(model)
     assert report.untrained_gates == tuple(f"blocks.{i}.attention.sla" for i in range(3))
     assert "untrained gates" in str(report)

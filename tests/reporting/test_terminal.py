@@ -45,7 +45,7 @@ def test_renders_at_any_width(name: str) -> None:
 
 
 def test_text_has_every_fact_of_a_site_in_table_and_list() -> None:
-    report = explain(Stack(3), random_input(100), random_input(30))
+    report = explain(Stack(3), random_input(100), random_input(30), linear="marginal")
     facts = ["blocks.{0..2}.attn1", "blocks.{0..2}.attn2", "3 sites", "cross-attention", "100 queries, 30 keys"]
     facts += ["self-attention", "272", "4*B*H*N^2*d", "4*B*H*N*L*d", "Tk = ceil(N/bk)", "C = max(1, floor(0.3*Tk))"]
     for width in (60, 250):
@@ -94,6 +94,6 @@ def test_quantities(number: float, text: str) -> None:
 def test_gates_view_fits() -> None:
     gate = {
         "path": "blocks.0.attention.sla", "heads": 2, "shape": [16, 16], "dtype": "float32", "weight_norm": 0.0,
-        "bias_norm": 1.5, "config": sla_compile.SLAConfig(gate="per_head").to_dict(),
+        "bias_norm": 1.5, "config": sla_compile.SLAConfig(linear="marginal", gate="per_head").to_dict(),
     }  # fmt: skip
     assert_fits(GatesView("file.safetensors", [gate] * 3))

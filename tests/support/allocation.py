@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import sla_compile
 from sla_compile.fitting.observer import GatedCall, gated_calls
 from sla_compile.kernels import reference
-from tests.support.models import OPTIONS, WIDTH, Model
+from tests.support.models import MARGINAL, WIDTH, Model
 
 TOKENS, BLOCK = 320, 16  # 20 blocks
 
@@ -37,7 +37,8 @@ def batches(count: int = 2) -> list[tuple[Tensor]]:
 
 
 def prepared(model: nn.Module, **settings: Any) -> Any:
-    return sla_compile.prepare(model, batches()[0], config={**OPTIONS, "topk": BUDGET, "bottomk": 0.1, **settings})
+    """With gates of zero and no virtual keys, so that all that is not critical is missing."""
+    return sla_compile.prepare(model, batches()[0], config={**MARGINAL, "topk": BUDGET, "bottomk": 0.1, **settings})
 
 
 def errors(model: nn.Module, data: list[tuple[Tensor]], topks: dict[str, float]) -> dict[str, float]:
@@ -47,9 +48,8 @@ def errors(model: nn.Module, data: list[tuple[Tensor]], topks: dict[str, float])
     def observe(call: GatedCall) -> Tensor:
         gate, options = call.gate, call.gate.config.kernel_options()
         options |= {"topk": topks[call.path], "bottomk": gate.shares()[1], "scale": call.scale}
-        out = reference.sparse_linear_attention(
-            call.query, call.key, call.value, gate.weight.detach(), gate.bias.detach(), **options
-        )
+        parameters: dict[str, Any] = dict(gate.named_parameters())
+        out = reference.sparse_linear_attention(call.query, call.key, call.value, **parameters, **options)
         total = sums.setdefault(call.path, [0.0, 0.0])
         total[0] += (out - call.dense).square().sum().item()
         total[1] += call.dense.square().sum().item()

@@ -14,7 +14,7 @@ from sla_compile.fitting.observer import GatedCall, gated_calls
 from sla_compile.gate import PREPARED
 from sla_compile.kernels import reference
 from tests.support.closeness import relative_error
-from tests.support.models import HEADS, OPTIONS, WIDTH, prepared_model, random_input
+from tests.support.models import HEADS, MARGINAL, WIDTH, prepared_model, random_input
 
 DIM = WIDTH // HEADS
 
@@ -29,7 +29,7 @@ def batches(count: int = 3, tokens: int = 100) -> list[tuple[Tensor]]:
 
 def made(model: nn.Module | None = None, **options: Any) -> Any:
     """A float64 model (two blocks by default) with gates."""
-    config = {**OPTIONS, **options}
+    config = {**MARGINAL, **options}
     if model is None:
         return prepared_model(**config).eval()
     return sla_compile.prepare(model.double().eval(), (random_input(),), config=config)
@@ -124,4 +124,4 @@ def wan() -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
         "timestep": torch.tensor([500]),
         "encoder_hidden_states": torch.randn(1, 12, 16),
     }
-    return model, batch, {**OPTIONS, "min_tokens": 64}
+    return model, batch, {**MARGINAL, "min_tokens": 64}

@@ -20,11 +20,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import sla_compile
 from tests.support.closeness import assert_close
-from tests.support.models import OPTIONS, Model, randomize_gates
+from tests.support.models import MARGINAL, Model, randomize_gates
 from tests.support.ranks import WORLD, of_rank_0, whole
 
 SMALL: dict[str, Any] = {"topk": 0.3, "bottomk": 0.2, "block_q": 16, "block_k": 16, "min_tokens": 32}
-WITH_HEADS: dict[str, Any] = {**SMALL, "gate": "per_head", "sparse_scale": True}
+WITH_HEADS: dict[str, Any] = {**SMALL, "linear": "marginal", "gate": "per_head", "sparse_scale": True}
 INNER: dict[str, Any] = {"inner": "aot_eager"}
 EAGER: dict[str, Any] = {"inner": "eager"}
 """Where AOT autograd is not the point: what is compared with, and validation a second time."""
@@ -148,7 +148,7 @@ def sharded(model: Any) -> Any:
 TOKENS = torch.randn(WORLD, 100, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def prepared(config: dict[str, Any] = OPTIONS) -> Any:
+def prepared(config: dict[str, Any] = MARGINAL) -> Any:
     model = sla_compile.prepare(small_model(), (TOKENS,), config=config)
     with_gates(model)
     return model
@@ -210,7 +210,7 @@ def chosen(model: Any, batches: list[tuple[Tensor]]) -> dict[str, dict[str, floa
 
 def fitting(rank: int, folder: Path) -> None:
     """Each rank with batches of its own: all get the gates that one process gets from all batches."""
-    config = {**OPTIONS, "max_topk": 0.9}
+    config = {**MARGINAL, "max_topk": 0.9}
     for kind in ("calibrate", "allocate", "attention", "output"):
         torch._dynamo.reset()
         rounds = 1 if kind == "calibrate" else 3
@@ -229,7 +229,7 @@ def fitting(rank: int, folder: Path) -> None:
                 dist.all_gather(others, tensor.contiguous())
                 assert torch.equal(others[0], others[1]), f"{kind}, {wrapper}: {name} differs between ranks"
                 assert_close(f"{kind}, {wrapper}: {name}", tensor.double(), expected[name].double(), 1e-9)
-    grid = {**OPTIONS, "grid": (4, 5, 5)}
+    grid = {**MARGINAL, "grid": (4, 5, 5)}
     orders = [
         chosen(prepared(grid), [(TOKENS,)]),
         chosen(nn.parallel.DistributedDataParallel(prepared(grid)), [(TOKENS[rank : rank + 1],)]),
@@ -291,7 +291,7 @@ def tensor_parallel(rank: int, folder: Path) -> None:
     virtual = {"linear": "taylor", "bottomk": 0.0, "max_topk": 0.9, "topk_by": "head"}
     for changes, key_heads in (({}, 4), ({"gate": "per_head", "sparse_scale": True}, 2), (virtual, 2)):
         torch._dynamo.reset()
-        config = {**OPTIONS, **changes}
+        config = {**MARGINAL, **changes}
         expected = of_rank_0(of_one_rank, config, key_heads)
         for local in (True, False):
             torch._dynamo.reset()
@@ -320,7 +320,7 @@ def holds_a_group(rank: int, folder: Path) -> None:
     model = small_model()
     model.group, model.blocks[0].mesh = dist.group.WORLD, init_device_mesh("cpu", (WORLD,))
     if rank == 0:
-        sla_compile.prepare(model, (TOKENS,), config=OPTIONS)
+        sla_compile.prepare(model, (TOKENS,), config=MARGINAL)
         assert len(sla_compile.gates(model)) == 2
 
 

@@ -21,6 +21,8 @@ WIDTH, HEADS = 32, 2
 
 # Small blocks, so that a hundred tokens have several of each class.
 OPTIONS: dict[str, Any] = {"topk": 0.3, "bottomk": 0.2, "block_q": 16, "block_k": 16, "min_tokens": 0}
+MARGINAL: dict[str, Any] = {**OPTIONS, "linear": "marginal"}
+"""The same with the paper's form, for tests of a gate's weight and bias."""
 
 
 class Attention(nn.Module):
@@ -127,6 +129,11 @@ def randomize_gates(model: nn.Module) -> None:
     with torch.no_grad():
         for parameter in sla_compile.gate_parameters(model):
             parameter.normal_(std=0.5)
+
+
+def numbers(gate: nn.Module) -> Tensor:
+    """A copy of all parameters of ``gate``, of whatever form, as one vector."""
+    return torch.cat([parameter.detach().flatten() for parameter in gate.parameters()])
 
 
 _PREPARED: dict[str, nn.Module] = {}

@@ -21,7 +21,7 @@ from benchmarks.ulysses_wan import heads_for_tokens, tokens_for_heads
 from sla_compile.user_warnings import DenseAttentionWarning
 from tests.support.closeness import assert_close
 from tests.support.many_gpus import EAGER, INNER, PLAIN, SMALL, WITH_HEADS, outcome, summed, wan, with_gates
-from tests.support.models import OPTIONS
+from tests.support.models import MARGINAL
 from tests.support.ranks import WORLD, of_rank_0
 
 VIRTUAL: dict[str, Any] = {"linear": "taylor", "bottomk": 0.0, "max_topk": 0.9, "topk_by": "head"}
@@ -83,7 +83,7 @@ def of_one_rank(config: dict[str, Any]) -> dict[str, Tensor]:
 
 def by_hand(rank: int, folder: Path) -> None:
     """Each rank with half of the tokens, then with half of the heads and what of the gate is theirs."""
-    config = {**OPTIONS, **VIRTUAL}
+    config = {**MARGINAL, **VIRTUAL}
     expected = of_rank_0(of_one_rank, config)
     model = prepared(config)
     model.attention.parts = (2, 2)
@@ -108,7 +108,7 @@ def unequal_heads(rank: int, folder: Path) -> None:
     forms = ({"gate": "per_head"}, True), ({"sparse_scale": True}, False), (VIRTUAL, True)
     for config, ahead in forms:
         torch._dynamo.reset()
-        settings = {**OPTIONS, **config}
+        settings = {**MARGINAL, **config}
         model: Any = Model(3)
         if ahead:
             sla_compile.prepare(model, (TOKENS,), config=settings)
@@ -118,19 +118,19 @@ def unequal_heads(rank: int, folder: Path) -> None:
         with pytest.raises(ValueError, match=r"^attention\.sla: got heads in parts of 2, 1 on 2 ranks, .*accepted: "):
             run(TOKENS.chunk(WORLD, 1)[rank])
         assert list(model.state_dict()) == before
-    shared = prepared(OPTIONS, heads=3)
+    shared = prepared(MARGINAL, heads=3)
     shared.attention.parts = (2, 1)
     with torch.no_grad():
         torch.compile(shared, backend="sla", options=EAGER)(TOKENS.chunk(WORLD, 1)[rank])
     assert sla_compile.report(shared).sites[0].rewritten, "what all heads share needs no equal parts"
     torch._dynamo.reset()
     on_cpus([Shard(1)] * 2, [Shard(1)] * 3)
-    of_dtensors: Any = sla_compile.prepare(Model(3), (TOKENS,), config={**OPTIONS, "gate": "per_head"})
+    of_dtensors: Any = sla_compile.prepare(Model(3), (TOKENS,), config={**MARGINAL, "gate": "per_head"})
     of_dtensors.attention.mesh = init_device_mesh("cpu", (WORLD,))
     with pytest.raises(ValueError, match=r"^attention\.sla: got 3 heads on 2 ranks, .*accepted: heads in equal parts"):
         torch.compile(of_dtensors, backend="sla", options=EAGER)(TOKENS)
     torch._dynamo.reset()
-    spread = prepared(OPTIONS)
+    spread = prepared(MARGINAL)
     distribute_module(spread.attention.sla, init_device_mesh("cpu", (WORLD,)))
     with pytest.raises(
         ValueError, match=r"^attention\.sla: got a gate of DTensors \(R\) for an attention of local tensors"
@@ -179,7 +179,7 @@ def torch_context_parallel(rank: int, folder: Path) -> None:
     """``context_parallel`` of torch: its own dense result, told by a warning and in the report."""
     # torch has the ring for CUDA's kernels alone; here each rank gathers keys and values, which is as exact
     on_cpus([Shard(2)] * 2, [Shard(2), Replicate(), Replicate()])
-    model, whole = prepared(OPTIONS), TOKENS[:1].clone()
+    model, whole = prepared(MARGINAL), TOKENS[:1].clone()
     dense = model(whole)[0].chunk(WORLD, 1)[rank]
     run = torch.compile(model, backend="sla", options=INNER)
     mesh = init_device_mesh("cpu", (WORLD,))

@@ -46,7 +46,8 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, queries: Placement | None, keys: Pl
     """The definition on tokens gathered by plain indexing, and its output scattered back."""
     rows = torch.tensor(positions(queries, q.shape[2]) if queries else range(q.shape[2]))
     columns = torch.tensor(positions(keys, k.shape[2]) if keys else range(k.shape[2]))
-    out = reference.sparse_linear_attention(q[:, :, rows], k[:, :, columns], v[:, :, columns], **{**BLOCKS, **told})
+    told = {"linear": "taylor", **BLOCKS, **told}
+    out = reference.sparse_linear_attention(q[:, :, rows], k[:, :, columns], v[:, :, columns], **told)
     return out[:, :, rows.argsort()]
 
 

@@ -107,7 +107,8 @@ def test_what_a_mask_hides_changes_nothing() -> None:
         hidden = torch.where(mask[:, None, :, None], 1.0, factor).double()
         given = (q, k * hidden, v * hidden, weight, bias)
         leaves = [x.detach().requires_grad_() for x in given if x is not None]
-        out = sparse_linear_attention(*leaves, key_mask=mask, topk=0.2, bottomk=0.2, block_q=32, block_k=16)
+        options: dict[str, Any] = {"topk": 0.2, "bottomk": 0.2, "block_q": 32, "block_k": 16, "linear": "marginal"}
+        out = sparse_linear_attention(*leaves, key_mask=mask, **options)
         gradients = torch.autograd.grad(out.square().sum(), leaves)
         for gradient in gradients[1:3]:
             assert not gradient.masked_select(~mask[:, None, :, None]).any()
@@ -121,13 +122,16 @@ def test_one_row_and_its_repeats_are_one_mask() -> None:
     q, k, v, weight, bias, _ = inputs(case, torch.float64, "cpu")
     mask = key_mask(case, "cpu")
     assert mask is not None
-    a, b = (sparse_linear_attention(q, k, v, weight, bias, key_mask=m, block_k=16) for m in (mask, mask.expand(3, -1)))
+    a, b = (
+        sparse_linear_attention(q, k, v, weight, bias, key_mask=m, block_k=16, linear="marginal")
+        for m in (mask, mask.expand(3, -1))
+    )
     assert torch.equal(a, b)
 
 
 def test_run_time_sparsity_is_that_of_the_arguments() -> None:
     q, k, v, weight, bias, _ = inputs(Case(tokens=400, head_dim=32), torch.float64, "cpu")
-    options: dict[str, Any] = {"block_q": 16, "block_k": 16}
+    options: dict[str, Any] = {"block_q": 16, "block_k": 16, "linear": "marginal"}
     for topk, bottomk in ((0.05, 0.1), (0.28, 0.4), (0.5, 0.5)):
         wanted = sparse_linear_attention(q, k, v, weight, bias, topk=topk, bottomk=bottomk, **options)
         millionths = torch.tensor([round(topk * 1e6), round(bottomk * 1e6)])

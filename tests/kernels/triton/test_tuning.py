@@ -322,7 +322,7 @@ def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     capability = "{}.{}".format(*torch.cuda.get_device_capability())
     q = torch.randn(1, 2, 300, 128, device="cuda", dtype=torch.bfloat16)
     gate = torch.randn(128, 128, device="cuda") * 0.1
-    options: dict[str, Any] = {"topk": 0.3, "bottomk": 0.1}
+    options: dict[str, Any] = {"topk": 0.3, "bottomk": 0.1, "linear": "marginal"}
     expected = sla_compile.sparse_linear_attention(q, q, q, gate, **options)
     merge(str(tmp_path / "launches.json"), capability, {outcome.key: runs[1]})
     monkeypatch.setenv(VARIABLE, str(tmp_path / "launches.json"))
