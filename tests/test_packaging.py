@@ -158,7 +158,7 @@ def test_wheel_works_without_triton(wheel: Path, tmp_path: Path) -> None:
     assert facts["triton"] is False
     assert len(set(facts["version"])) == 1
     compiled = run_python(python, COMPILES, "inductor", cwd=tmp_path)
-    assert compiled["gates"] == ["sla.bias", "sla.weight"]
+    assert compiled["gates"] == ["sla.shift"]
     assert compiled["error"] < 1e-5
     assert compiled["gradient"]
     assert not compiled["triton"]
@@ -198,7 +198,7 @@ def test_editable_install_follows_the_sources(sources: Path, tmp_path: Path) -> 
     assert facts["kernels"] == str(sources / "sla_compile" / "kernels" / "__init__.py")
     assert facts["strays"] == []
     compiled = run_python(python, COMPILES, "eager", cwd=tmp_path)
-    assert compiled["gates"] == ["sla.bias", "sla.weight"]
+    assert compiled["gates"] == ["sla.shift"]
     assert compiled["error"] < 1e-5
     assert compiled["gradient"]
 
