@@ -161,7 +161,9 @@ def _add_bench(commands: Any) -> _Parser:
         "bench", help="one attention on this machine: dense against SLA", description=_BENCH
     )
     bench.add_argument("--shape", nargs=4, type=_integer(1), metavar=("B", "H", "N", "D"), help="by default a video's")
-    bench.add_argument("--linear", nargs="+", choices=LINEAR_BRANCHES, help="the forms to time, by default one")
+    bench.add_argument(
+        "--linear", nargs="+", choices=LINEAR_BRANCHES, help="forms to time, by default that of the settings"
+    )
     bench.add_argument("--dtype", choices=_DTYPES, help="by default bfloat16 on a GPU, float32 on a CPU")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="by default the GPU if there is one")
     bench.add_argument("--seconds", type=float, default=1.0, help="of timing for each arm and direction")

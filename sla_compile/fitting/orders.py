@@ -89,9 +89,10 @@ class OrderReport:
     @property
     def title(self) -> str:
         """One line: how many attentions, and the error of the output before and after."""
+        now = f" -> {self.output:.4f}" if self.output < self.output_before else ", no nearer with others: all stay"
         return (
             f"{self.model}: {len(self.sites)} attention(s), {len(self.orders)} order(s), {self.batches} batch(es): "
-            f"output error {self.output_before:.4f} -> {self.output:.4f}"
+            f"output error {self.output_before:.4f}{now}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -217,7 +218,7 @@ def _try(
     Raises ValueError where no attention can have another order than the model's, and for numbers that are not finite.
     """
     found: dict[str, dict[str, float]] = {}
-    obstacles: dict[str, str] = {}
+    obstacles: dict[str, _Measured] = {}
     others = {
         pattern: {name: value for name, value in fields.items() if name != "reorder"}
         for pattern, fields in before.overrides.items()
@@ -231,10 +232,13 @@ def _try(
             if order == RASTER or measured.placed:
                 errors[order] = measured.error(path)
             else:
-                obstacles[path] = measured.obstacle
+                obstacles[path] = measured
     if found and len(obstacles) == len(found):
-        path, obstacle = next(iter(obstacles.items()))
-        raise ValueError(f"{path}: no order but the model's own can be had: {obstacle}")
+        path = max(obstacles, key=lambda path: obstacles[path].tokens)
+        raise ValueError(
+            f"{path}: of {len(obstacles)} attention(s) none can have another order than the model's own; of this one "
+            f"{obstacles[path].obstacle}. Those after a graph break were not reached: see explain"
+        )
     return found
 
 
@@ -244,7 +248,7 @@ class _Measured:
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
         self.placed = False
-        self.obstacle = ""
+        self.obstacle, self.tokens = "", 0
 
     def add(self, call: GatedCall) -> None:
         out = call.output_with_gate(*call.gate.parameters())
@@ -252,7 +256,7 @@ class _Measured:
         self.sums[1] += call.dense.double().square().sum()
         order = call.decision.order
         self.placed |= order.queries is not None or order.keys is not None
-        self.obstacle = order.obstacle
+        self.obstacle, self.tokens = order.obstacle, call.query.shape[2]
 
     def error(self, path: str) -> float:
         missed, dense = self.sums.tolist()

@@ -132,6 +132,7 @@ def test_orders_that_bring_the_output_no_nearer_are_not_taken() -> None:
     report = sla_compile.choose_orders(model, batches(), orders=["tiles:8"])
     assert orders(model) == ["raster", "raster"]
     assert report.output == report.output_before
+    assert "no nearer with others: all stay" in report.title
     assert report.sites[0].error is None
     assert report.sites[0].errors.keys() == {"tiles:8"}
     assert sla_compile.gates(model)["blocks.0.attention.sla"].model_config == before
@@ -148,7 +149,9 @@ def test_attentions_of_one_module_get_one_order() -> None:
 
 def test_nothing_changes_without_a_grid() -> None:
     model = looking(1, 0)
-    with refused("blocks.0.attention.sla", "no order but the model's own", "give one by grid=(T, H, W)"):
+    with refused(
+        "blocks.0.attention.sla", "of 2 attention(s) none can have another order", "give one by grid=(T, H, W)"
+    ):
         sla_compile.choose_orders(model, batches(), config={**SETTINGS, "grid": None})
     assert not sla_compile.gates(model)
 

@@ -87,4 +87,5 @@ def test_report_of_choose_orders_renders() -> None:
         assert "not reached, left as they were: blocks.9.sla" in text
         assert all(f"{error:.4f}" in text for site in report.sites for error in site.errors.values())
     assert "OrderReport of Model" in repr(report)
-    assert f"output error {report.output_before:.4f} -> {report.output:.4f}" in report.title
+    nearer = dataclasses.replace(report, output=report.output_before / 2)
+    assert f"output error {report.output_before:.4f} -> {nearer.output:.4f}" in nearer.title
