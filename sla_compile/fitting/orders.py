@@ -285,13 +285,23 @@ def _measured(model: nn.Module, batches: Sequence[Arguments]) -> dict[str, _Meas
 
 
 def _best(found: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
-    """By module path, the order with the least squared error of all attentions of that module together."""
-    sums: dict[str, dict[str, float]] = {}
+    """By module path, the order with the least squared error of all attentions of that module together.
+
+    One that cannot have an order keeps the model's with it.
+    """
+    of_owner: dict[str, list[Mapping[str, float]]] = {}
     for path, errors in found.items():
-        of_owner = sums.setdefault(owner_path(path), {})
-        for order, error in errors.items():
-            of_owner[order] = of_owner.get(order, 0.0) + error**2
-    return {site: min(errors, key=errors.__getitem__) for site, errors in sums.items() if errors}
+        of_owner.setdefault(owner_path(path), []).append(errors)
+    chosen = {}
+    for site, together in of_owner.items():
+        sums = {
+            order: sum(errors.get(order, errors.get(RASTER, 0.0)) ** 2 for errors in together)
+            for errors in together
+            for order in errors
+        }
+        if sums:
+            chosen[site] = min(sums, key=sums.__getitem__)
+    return chosen
 
 
 def _settle(

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sla_compile
 from sla_compile.fitting.observer import GatedCall, gated_calls
+from sla_compile.fitting.orders import _best
 from sla_compile.kernels import reference
-from tests.support.models import HEADS, OPTIONS, WIDTH, Model, TwoAttentions
+from tests.support.models import HEADS, OPTIONS, WIDTH, Attention, Model, TwoAttentions
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
 
@@ -145,6 +147,27 @@ def test_attentions_of_one_module_get_one_order() -> None:
     assert len(report.sites) == 2
     best = min(sums, key=sums.__getitem__)
     assert set(orders(model)) == {best if report.output < report.output_before else "raster"}
+
+
+class WithText(Attention):
+    """To all tokens, and then to the first 160 of them alone, which are no grid."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + super().forward(x)
+        q, k, v = self.heads(x[:, :160])
+        return F.pad(self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), (0, 0, 0, 352))
+
+
+def test_an_attention_that_can_have_no_order_counts_with_that_of_the_model() -> None:
+    """Else an order that only one of two attentions has would be summed over one."""
+    model = nn.Sequential(WithText())
+    report = sla_compile.choose_orders(model, batches(), orders=TRIED, config=SETTINGS)
+    video, text = report.sites
+    assert set(video.errors) == set(TRIED)
+    assert set(text.errors) == {"raster"}
+    assert len({*orders(model)}) == 1
+    assert _best({"sla": {"raster": 0.3, "tiles:8": 0.31}, "sla_1": {"raster": 0.4}}) == {"": "raster"}
+    assert _best({"sla": {"raster": 0.3, "tiles:8": 0.29}, "sla_1": {"raster": 0.4}}) == {"": "tiles:8"}
 
 
 def test_nothing_changes_without_a_grid() -> None:
