@@ -62,6 +62,7 @@ __all__ = [
     "remember_unproven",
     "remembered_sites",
     "settings_of_last_compile",
+    "settings_of_owner",
     "take_dense_code",
     "take_unproven",
     "was_injected",
@@ -89,6 +90,7 @@ _last_settings: weakref.WeakKeyDictionary[CodeType, str] = weakref.WeakKeyDictio
 # that module, for siblings that run code compiled for another of their class; and by code, where no module owns the
 # attention. The last of each list was compiled last; the others are for other sizes and may still serve.
 _by_owner: weakref.WeakKeyDictionary[nn.Module, dict[OwnerKey, list[Accounts]]] = weakref.WeakKeyDictionary()
+_owner_settings: weakref.WeakKeyDictionary[nn.Module, dict[OwnerKey, str]] = weakref.WeakKeyDictionary()
 _by_class: weakref.WeakKeyDictionary[type, dict[ClassKey, list[Accounts]]] = weakref.WeakKeyDictionary()
 _by_code: weakref.WeakKeyDictionary[CodeType, list[SiteReport]] = weakref.WeakKeyDictionary()
 # For `report`: the graph breaks in the forward of a module.
@@ -185,15 +187,24 @@ def settings_of_last_compile(code: CodeType, now: str) -> str:
     return last
 
 
-def remember_owner_account(owner: nn.Module, root: nn.Module | None, ordinal: int, accounts: Accounts) -> None:
-    """What was compiled for attention ``ordinal`` of ``owner`` in a frame of ``root``'s forward, or of a function."""
+def remember_owner_account(
+    owner: nn.Module, root: nn.Module | None, ordinal: int, accounts: Accounts, settings: str = ""
+) -> None:
+    """What was compiled for attention ``ordinal`` of ``owner`` in a frame of ``root``'s forward, or of a function; at
+    last for a gate of these settings."""
     key = (None if root is None else weakref.ref(root), ordinal)
+    _owner_settings.setdefault(owner, {})[key] = settings
     _add(_by_owner.setdefault(owner, {}).setdefault(key, []), accounts)
 
 
 def accounts_of_owner(owner: nn.Module) -> dict[OwnerKey, list[Accounts]]:
     """What was compiled for each attention of ``owner``."""
     return dict(_by_owner.get(owner, {}))
+
+
+def settings_of_owner(owner: nn.Module) -> dict[OwnerKey, str]:
+    """The settings of the gates that it was compiled for."""
+    return dict(_owner_settings.get(owner, {}))
 
 
 def remember_class_account(kind: type, path: str, ordinal: int, settings: str, accounts: Accounts) -> None:

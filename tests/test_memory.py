@@ -86,7 +86,7 @@ def test_a_folder_is_known_unknown_or_none() -> None:
 def test_everything_goes_with_its_key() -> None:
     weak = (weakref.WeakKeyDictionary, weakref.WeakSet)
     registries: dict[str, Any] = {name: value for name, value in vars(memory).items() if isinstance(value, weak)}
-    assert len(registries) == 17
+    assert len(registries) == 18
     gc.collect()
     before = {name: len(registry) for name, registry in registries.items()}
     owner, code = type("Owner", (nn.Module,), {})(), a_code()

@@ -38,9 +38,9 @@ def remember(gm: fx.GraphModule, sites: Sequence[Site], unused: Sequence[UnusedG
     paths = {} if root is None else {id(module): path for path, module in module_paths(root)}
 
     def keep(owner: nn.Module, ordinal: int, gate: Gate | None, reports: Accounts) -> None:
-        memory.remember_owner_account(owner, root, ordinal, reports)
+        settings = "" if gate is None else gate.settings
+        memory.remember_owner_account(owner, root, ordinal, reports, settings)
         if root is not None and id(owner) in paths:
-            settings = "" if gate is None else gate.settings
             memory.remember_class_account(type(root), paths[id(owner)], ordinal, settings, reports)
 
     for group in calls.values():
@@ -124,17 +124,20 @@ def _accounts(
     """What was compiled for each attention of ``owner``, by ordinal.
 
     What counts is the frame at which its last call started; one that is shared with another module of that class,
-    where this one has no entry of its own.
+    where this one has no entry of its own, or one of other settings than its gate has now.
     """
     root = None if start is None else modules[start]
     by_frame: dict[int, list[Accounts]] = {}
     elsewhere: dict[int, list[Accounts]] = {}
+    settings = {gate.ordinal: gate.settings for gate in own_gates(owner).values()}
+    compiled_for = memory.settings_of_owner(owner)
     for (frame, ordinal), history in memory.accounts_of_owner(owner).items():
-        (by_frame if root is not None and frame is not None and frame() is root else elsewhere)[ordinal] = history
+        started = root is not None and frame is not None and frame() is root
+        is_current = compiled_for.get((frame, ordinal), "") == settings.get(ordinal, "")
+        (by_frame if started and is_current else elsewhere)[ordinal] = history
     shared: dict[int, list[Accounts]] = {}
     if root is not None and start is not None:
         inside = path.removeprefix(start).lstrip(".")
-        settings = {gate.ordinal: gate.settings for gate in own_gates(owner).values()}
         for (place, ordinal, text), history in memory.accounts_of_class(type(root)).items():
             if place == inside and text == settings.get(ordinal, "") and history[-1][0].owner == type(owner).__name__:
                 shared[ordinal] = history

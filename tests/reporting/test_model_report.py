@@ -233,3 +233,20 @@ def test_report_holds_on_to_no_module() -> None:
     report = explain(Model(1))
     assert copy.deepcopy(report) == report
     assert repr(report) == "<Report of Model: 1 of 1 attentions rewritten>"
+
+
+def test_a_block_that_runs_the_code_of_another_is_told_with_the_settings_of_now() -> None:
+    """It had code of its own for the settings before, and has none for these."""
+    model, x = Model(3), random_input().float()
+    sla_compile.prepare(model, (x,), config={**OPTIONS, "topk": 0.3, "inner": "eager"})
+    for block in model.blocks:
+        block.compile(backend="sla")
+    model(x)
+    sla_compile.prepare(model, (x,), config={**OPTIONS, "topk": 0.6, "inner": "eager"})
+    with sla_compile.RunCounters(model) as counters:
+        model(x.requires_grad_() + 0)  # now the first block is given what has a gradient, as the others are
+    ran = [site["critical_share"] for site in counters.read().values()]
+    told = [site.settings["topk"] for site in sla_compile.report(model).sites]
+    assert told == [0.6] * 3
+    assert ran == [pytest.approx(ran[0])] * 3
+    assert ran[0] > 0.5
