@@ -1,6 +1,7 @@
 """The steps of a call on a GPU that have kernels in Triton and, for Hopper, in Gluon: one signature for both.
 
-``triton/steps.py`` and ``hopper/steps.py`` are the two `Steps`; ``triton/attention.py`` chooses one for each call.
+``triton/steps.py``, ``hopper/steps.py`` and ``hopper/wide_steps.py`` are the `Steps`; ``triton/attention.py`` chooses
+one for each call.
 Axes: B batch, H heads, Hk heads of keys and values, each of which serves H / Hk query heads that follow each other, Lq
 queries, Lk keys, D head dimension, Tm and Tn query and key blocks.
 """

@@ -136,7 +136,9 @@ def _critical_lists(
 
 def _steps(*tensors: torch.Tensor, options: BackwardOptions, has_key_mask: bool) -> Steps:
     """Gluon's steps where they take a call with these ``tensors``, else Triton's."""
-    return _gluon() if hopper.usable(*tensors, options=options, has_key_mask=has_key_mask) else triton_steps
+    if not hopper.usable(*tensors, options=options, has_key_mask=has_key_mask):
+        return triton_steps
+    return _wide_gluon() if tensors[0].shape[3] > hopper.WIDE else _gluon()
 
 
 def _gluon() -> Steps:
@@ -144,6 +146,13 @@ def _gluon() -> Steps:
     from ..hopper import steps as hopper_steps
 
     return hopper_steps
+
+
+def _wide_gluon() -> Steps:
+    """The same for head dimensions above ``WIDE``."""
+    from ..hopper import wide_steps
+
+    return wide_steps
 
 
 def _summed_blocks(

@@ -13,6 +13,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from sla_compile.common.options import BackwardOptions
 from sla_compile.kernels.hopper import support as hopper
+from sla_compile.kernels.triton import attention
+from sla_compile.kernels.triton import steps as triton_steps
 
 OPTIONS = BackwardOptions(scale=0.1, block_q=64, block_k=64, feature_map="softmax", linear="marginal")
 
@@ -103,3 +105,15 @@ def test_leaves_other_gpus_and_unknown_tritons(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert not hopper.available(0)
     hopper.available.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "module"), [(64, "steps"), (128, "steps"), (136, "wide_steps"), (256, "wide_steps")]
+)
+def test_wide_heads_have_steps_of_their_own(head_dim: int, module: str) -> None:
+    x = activations(head_dim)
+    steps: Any = attention._steps(x, x, x, options=OPTIONS, has_key_mask=False)
+    assert steps.__name__ == f"sla_compile.kernels.hopper.{module}"
+    assert {*steps.__all__} == {*triton_steps.__all__}
+    own = {name for name in steps.__all__ if ".hopper." in getattr(steps, name).__module__}
+    assert own == {"attention_forward", "attention_backward_query", "attention_backward_key"} or module == "steps"
