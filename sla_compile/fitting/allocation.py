@@ -172,7 +172,7 @@ def allocate(
             or numbers that are not finite. The model is then as it was.
     """
     check_spending(budget, ladder)
-    _check_arguments(objective, max_batches)
+    _check_objective(objective)
     model = unwrapped(model)
     first, stream = peek_first(batches, max_batches)
     first_batches = list(islice(stream, OUTPUT_BATCHES))
@@ -235,11 +235,9 @@ def check_spending(budget: float, ladder: Sequence[float]) -> None:
         raise ValueError(f"ladder: got {ladder!r}; accepted: at least one finite number above 0")
 
 
-def _check_arguments(objective: str, max_batches: int | None) -> None:
+def _check_objective(objective: str) -> None:
     if objective not in OBJECTIVES:
         raise ValueError(f"objective: got {objective!r}; accepted: one of {OBJECTIVES}")
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches: got {max_batches}; accepted: an integer of at least 1, or None")
 
 
 def _report(

@@ -180,7 +180,7 @@ def calibrate(
         TypeError: ``model`` is no module, ``group`` no group, or a batch is neither a tuple nor a mapping.
         ValueError: no batch, no attention with a gate was reached, a number not finite, or a refused setting.
     """
-    _check_arguments(ridge, max_batches, held_back)
+    _check_arguments(ridge, held_back)
     model = unwrapped(model)
     first, stream = peek_first(batches, max_batches)
     with over_ranks(model, group) as model, prepared_or_rolled_back(model, first, config), kept_traces(model):
@@ -198,11 +198,9 @@ def calibrate(
     return _report(model, split, sequential, ridge, sites, output or (None, None))
 
 
-def _check_arguments(ridge: float, max_batches: int | None, held_back: float) -> None:
+def _check_arguments(ridge: float, held_back: float) -> None:
     if not 0 <= ridge < math.inf:
         raise ValueError(f"ridge: got {ridge}; accepted: a finite number of at least 0")
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches: got {max_batches}; accepted: an integer of at least 1, or None")
     if not 0 <= held_back < 1:
         raise ValueError(f"held_back: got {held_back}; accepted: a share of at least 0 and below 1")
 

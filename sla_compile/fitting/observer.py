@@ -303,7 +303,12 @@ def as_batches(batches: Any) -> Iterable[Any]:
 
 
 def peek_first(batches: Iterable[Any], count: int | None) -> tuple[Arguments, Iterator[Arguments]]:
-    """The first batch; and the first ``count`` batches, that one included (None: all). ValueError if there is none."""
+    """The first batch; and the first ``count`` batches, that one included (None: all).
+
+    Raises ValueError where there is none, or ``count``, a user's ``max_batches``, is less than 1.
+    """
+    if count is not None and count < 1:
+        raise ValueError(f"max_batches: got {count}; accepted: an integer of at least 1, or None")
     batches = as_batches(batches)
     stream = (batch_arguments(batch, i) for i, batch in enumerate(islice(batches, count)))
     first = next(stream, None)

@@ -12,7 +12,7 @@ import glob
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from sla_compile.common.token_orders import RASTER
 from sla_compile.compat import fully_sharded
 from sla_compile.compiler.preparation import prepare, unwrapped
 from sla_compile.config import SLAConfig
+from sla_compile.fitting.allocation import OUTPUT_BATCHES
 from sla_compile.fitting.observer import (
     Arguments,
     GatedCall,
@@ -39,9 +40,6 @@ __all__ = ["ORDERS", "OrderReport", "SiteOrder", "choose_orders"]
 
 ORDERS = (RASTER, "tiles:1", "tiles:2", "tiles:4", "tiles:8", "tiles:16")
 """What is tried: the model's own order, and tiles from flat ones to long ones."""
-
-OUTPUT_BATCHES = 4
-"""How many batches, the first ones, errors of the model's output are measured on."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +79,13 @@ class OrderReport:
     """The same with the orders that were chosen."""
     sites: tuple[SiteOrder, ...]
     """In the order in which a forward calls them."""
-    overrides: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """The orders of ``sites`` as ``SLAConfig.overrides``, with which another process prepares the model."""
     unreached: tuple[str, ...] = ()
     """Gates whose attention no batch reached; they keep their order."""
+
+    @property
+    def overrides(self) -> dict[str, dict[str, str]]:
+        """The orders of ``sites`` as ``SLAConfig.overrides``, with which another process prepares the model."""
+        return {glob.escape(owner_path(site.path)): {"reorder": site.order} for site in self.sites}
 
     @property
     def title(self) -> str:
@@ -96,8 +97,9 @@ class OrderReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types: the fields."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
+        """Plain JSON types: the fields and ``overrides``."""
+        fields = {**dataclasses.asdict(self), "overrides": self.overrides}
+        return json.loads(json.dumps(fields))  # type: ignore[no-any-return]
 
     def to_json(self, indent: int | None = 2) -> str:
         """``to_dict`` as JSON text."""
@@ -149,7 +151,7 @@ def choose_orders(
         ValueError: a refused setting, no batch, no gate reached, no attention whose tokens are a grid that is known,
             gates in ``fully_shard``, or numbers that are not finite. The model is then as it was.
     """
-    _check_arguments(orders, max_batches)
+    _check_orders(orders)
     model = unwrapped(model)
     first, stream = peek_first(batches, max_batches)
     kept = list(stream)
@@ -170,13 +172,11 @@ def choose_orders(
         return _report(model, int(total(len(kept))), tuple(orders), losses, found, had)
 
 
-def _check_arguments(orders: Sequence[str], max_batches: int | None) -> None:
+def _check_orders(orders: Sequence[str]) -> None:
     if isinstance(orders, str) or not orders:
         raise ValueError(f"orders: got {orders!r}; accepted: a sequence of values of reorder, at least one")
     for order in orders:
         SLAConfig.check_value("reorder", order)
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches: got {max_batches}; accepted: an integer of at least 1, or None")
 
 
 def _report(
@@ -195,7 +195,6 @@ def _report(
         output_before=math.sqrt(losses[0]),
         output=math.sqrt(losses[1]),
         sites=tuple(SiteOrder(path, had[path], now[path].config.reorder, errors) for path, errors in found.items()),
-        overrides={glob.escape(owner_path(path)): {"reorder": now[path].config.reorder} for path in found},
         unreached=tuple(path for path in now if path not in found),
     )
 

@@ -24,8 +24,6 @@ _RIDGE = 1e-2
 
 def read_batches(batches: Iterable[Any], max_batches: int | None) -> list[Arguments]:
     """The first ``max_batches`` of ``batches`` (None: all); ValueError where there is none."""
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches: got {max_batches}; accepted: an integer of at least 1, or None")
     return list(peek_first(batches, max_batches)[1])
 
 
