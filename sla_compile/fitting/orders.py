@@ -79,8 +79,6 @@ class OrderReport:
     """The same with the orders that were chosen."""
     sites: tuple[SiteOrder, ...]
     """In the order in which a forward calls them."""
-    unreached: tuple[str, ...] = ()
-    """Gates whose attention no batch reached; they keep their order."""
 
     @property
     def overrides(self) -> dict[str, dict[str, str]]:
@@ -108,7 +106,7 @@ class OrderReport:
     def __rich__(self) -> Any:
         from sla_compile.reporting.fit_tables import OrderView
 
-        return OrderView(self.title, self.sites, self.unreached, self.orders)
+        return OrderView(self.title, self.sites, self.orders)
 
     def __str__(self) -> str:
         from sla_compile.reporting.terminal import plain_text
@@ -148,8 +146,8 @@ def choose_orders(
 
     Raises:
         TypeError: ``model`` is no module, ``group`` no group, or a batch is neither a tuple nor a mapping.
-        ValueError: a refused setting, no batch, no gate reached, no attention whose tokens are a grid that is known,
-            gates in ``fully_shard``, or numbers that are not finite. The model is then as it was.
+        ValueError: a refused setting, no batch, a gate that the first does not reach, no attention whose tokens are a
+            grid that is known, gates in ``fully_shard``, or numbers that are not finite. The model is then as it was.
     """
     _check_orders(orders)
     model = unwrapped(model)
@@ -157,13 +155,12 @@ def choose_orders(
     kept = list(stream)
     with over_ranks(model, group) as model, prepared_or_rolled_back(model, first, config):
         _refuse_sharded(model)
+        _refuse_unreached(model, first)
         before = model_config(model)
         assert before is not None  # a gate has one
         had = {path: gate.config.reorder for path, gate in gates(model).items()}
         try:
             found = _try(model, kept, orders, before)
-            if not found:
-                raise ValueError(no_gated_call_message(model, first))
             chosen = _best(found)
             losses = _settle(model, kept, before, chosen)
         except BaseException:
@@ -195,7 +192,6 @@ def _report(
         output_before=math.sqrt(losses[0]),
         output=math.sqrt(losses[1]),
         sites=tuple(SiteOrder(path, had[path], now[path].config.reorder, errors) for path, errors in found.items()),
-        unreached=tuple(path for path in now if path not in found),
     )
 
 
@@ -207,6 +203,27 @@ def _refuse_sharded(model: nn.Module) -> None:
                 f"{path}: got a gate in fully_shard, which cannot be prepared again; accepted: choose_orders before "
                 f"fully_shard"
             )
+
+
+def _refuse_unreached(model: nn.Module, first: Arguments) -> None:
+    """Raise ValueError where ``first``, which the model is prepared with again, would leave out a gate."""
+    reached: set[str] = set()
+
+    def observe(call: GatedCall) -> Tensor:
+        reached.add(call.path)
+        return call.dense
+
+    args, kwargs = first
+    with torch.no_grad(), kept_traces(model), gated_calls(model, observe):
+        model(*args, **kwargs)
+    if not total(len(reached)):
+        raise ValueError(no_gated_call_message(model, first))
+    missed = [path for path in gates(model) if path not in reached]
+    if total(len(missed)):
+        raise ValueError(
+            f"{missed[0] if missed else 'another rank'}: its attention is not reached by the first batch, which the "
+            f"model is prepared with for each order; accepted: a first batch that reaches every attention with a gate"
+        )
 
 
 def _try(

@@ -126,8 +126,8 @@ class OrderView(_SitesView):
 
     caption = "relative attention error with each order; that of the order it has now is in brackets"
 
-    def __init__(self, title: str, sites: Sequence[SiteOrder], unreached: Sequence[str], orders: Sequence[str]) -> None:
-        super().__init__(title, sites, unreached)
+    def __init__(self, title: str, sites: Sequence[SiteOrder], orders: Sequence[str]) -> None:
+        super().__init__(title, sites, ())
         self.columns = tuple(orders)
 
     def cells(self, site: SiteOrder) -> tuple[str, ...]:

@@ -93,7 +93,7 @@ def test_each_attention_gets_the_order_that_suits_it() -> None:
     assert [site.order for site in report.sites] == ["tiles:8", "raster"]
     assert {site.order_before for site in report.sites} == {"raster"}
     assert report.output < 0.9 * report.output_before
-    assert (report.batches, report.orders, report.unreached) == (2, TRIED, ())
+    assert (report.batches, report.orders) == (2, TRIED)
     assert all(bool((parameter == 0.125).all()) for parameter in sla_compile.gate_parameters(model))
     for site in report.sites:
         assert set(site.errors) == set(TRIED)
@@ -183,6 +183,36 @@ def test_settings_are_as_they_were_after_a_failure() -> None:
     model, data = prepared(looking(1, 0), reorder="hilbert"), batches()
     with refused("blocks.0.attention.sla", "not finite"):
         sla_compile.choose_orders(model, [*data, (data[0][0] * math.nan,)], orders=TRIED)
+    assert orders(model) == ["hilbert", "hilbert"]
+
+
+def test_an_output_that_is_not_finite_is_refused() -> None:
+    class Overflowing(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * math.inf
+
+    model = Overflowing(1)
+    with refused("Overflowing: its output is not finite on the first batches"):
+        sla_compile.choose_orders(model, batches(), orders=TRIED, config=SETTINGS)
+    assert not sla_compile.gates(model)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [(0, "Some: no attention with a gate was reached"), (1, "blocks.1.attention.sla: its attention is not reached")],
+)
+def test_a_first_batch_that_does_not_reach_all_is_refused(blocks: int, message: str) -> None:
+    """Prepared with it the model would lose gates."""
+
+    class Some(Model):
+        def forward(self, x: Tensor, blocks: int = 2) -> Tensor:
+            for block in self.blocks[:blocks]:
+                x = block(x)
+            return x
+
+    model = sla_compile.prepare(Some(2), batches()[0], config={**SETTINGS, "reorder": "hilbert"})
+    with refused(message):
+        sla_compile.choose_orders(model, [(batches()[0][0], blocks), batches()[0]], orders=TRIED)
     assert orders(model) == ["hilbert", "hilbert"]
 
 
