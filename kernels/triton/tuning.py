@@ -231,7 +231,7 @@ def on_gpu(work: Workload) -> Iterator[Trials]:
     def run(direction: str) -> dict[str, torch.Tensor]:
         results = calls[direction]()
         torch.cuda.synchronize()
-        return results._asdict()
+        return {name: result for name, result in results._asdict().items() if result is not None}
 
     usable, gluon.usable = gluon.usable, lambda *operands, **about: False
     try:
