@@ -72,9 +72,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``-n``, one worker runs the whole of a file, so that what its tests share is made once."""
-    from xdist.scheduler import LoadFileScheduling
+    """With ``-n``, one worker runs the whole of a file, so that what its tests share is made once.
 
+    With a GPU the most by far are in one file, and share what is compiled in files of Triton's: there each by itself.
+    """
+    from xdist.scheduler import LoadFileScheduling, WorkStealingScheduling
+
+    if torch.cuda.is_available():
+        return WorkStealingScheduling(config, log)
     config.option.loadscopereorder = False  # the order of above, not the number of tests
     return LoadFileScheduling(config, log)
 
