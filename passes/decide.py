@@ -13,7 +13,6 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sla_compile.common.limits import MAX_HEAD_DIM, MIN_HEAD_DIM
-from sla_compile.common.token_orders import block_ranges
 from sla_compile.passes.attention_call import AttentionCall, Obstacle
 from sla_compile.passes.cross_attention import of_different_tensors
 from sla_compile.passes.key_masks import Masks, split_mask
@@ -194,9 +193,8 @@ def decide(
     if isinstance(ranges, Keep):
         alone = _pairs(requirements.min_tokens, shape, causal, 0)
         return Keep("short sequence", alone.value, alone.accepted, by_settings=True) if alone.known_short else ranges
-    order, named = token_order(requirements.order, call.query, call.key, causal, seen), ranges
-    if ranges and order.keys is not None:
-        ranges = block_ranges(order.keys, int(_example(call.key).shape[2]), ranges, requirements.order.blocks[1])
+    named, masked = ranges, call.attn_mask is not None
+    order, ranges = token_order(requirements.order, call.query, call.key, causal, seen, masked=masked, ranges=named)
     forced = forced_tokens(ranges)
     pairs = _pairs(requirements.min_tokens, shape, causal, forced)
     if pairs.known_short:

@@ -43,10 +43,15 @@ def _is_gather(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is torch.ops.sla.reorder.default
 
 
+def _by_head(gather: fx.Node) -> bool:
+    """Whether each head has an order of its own: there are no heads outside the projections."""
+    return "," in str(gather.args[1])
+
+
 def _hoist_inputs(forward: fx.Node) -> bool:
     """From q, k and v to the one tensor (B, N, C) that they were projected from."""
     gathers = [a for a in forward.args[:3] if isinstance(a, fx.Node) and _is_gather(a) and len(a.users) == 1]
-    if len(gathers) != 3 or len({str(gather.args[1:]) for gather in gathers}) != 1:
+    if len(gathers) != 3 or len({str(gather.args[1:]) for gather in gathers}) != 1 or _by_head(gathers[0]):
         return False
     projections = {found for gather in gathers for found in _projections(gather.args[0])}
     sources = {read(projection).input for projection in projections}
@@ -220,7 +225,7 @@ def _gathered(tensor: fx.Node, back: int, arguments: tuple[Any, ...], forward: f
 def _sink_output(forward: fx.Node) -> bool:
     """From the output behind its projection, (B, N, C), if nothing else reads what is between."""
     gather = next((user for user in _outputs(forward) if _is_gather(user)), None)
-    if gather is None:
+    if gather is None or _by_head(gather):
         return False
     output, *arguments = gather.args
     value = example(gather)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sla_compile.common.token_orders import RASTER, Placement, place
+from sla_compile.common.token_orders import RASTER, Placement, block_ranges, place
 from sla_compile.passes.node_ops import NodeOp, read
 from sla_compile.passes.operands import Step, after, example
 from sla_compile.passes.view_axes import origins
@@ -55,13 +55,42 @@ AS_IN_THE_MODEL, AS_IT_IS = Wanted(), TokenOrder()
 
 
 def token_order(
-    wanted: Wanted, query: Any, key: Any, causal: bool, seen: tuple[Grid | None, Grid | None]
-) -> TokenOrder:
-    """The order for an attention of ``query`` and ``key`` (B, H, N, D), with the grids ``seen`` in their tokens."""
+    wanted: Wanted,
+    query: Any,
+    key: Any,
+    causal: bool,
+    seen: tuple[Grid | None, Grid | None],
+    *,
+    masked: bool,
+    ranges: tuple[int, ...],
+) -> tuple[TokenOrder, tuple[int, ...]]:
+    """The order for an attention of ``query`` and ``key`` (B, H, N, D), and ``ranges`` of keys in it.
+
+    ``seen`` are the grids in their tokens; ``ranges``, start, stop, start, stop, ..., come out as whole blocks.
+    """
+    order = _order(wanted, query, key, causal, seen)
+    if order.keys is None:
+        return order, ranges
+    if masked and len(order.keys.heads) > 1:
+        return TokenOrder(obstacle="a mask, which is of all heads, needs one order for them"), ranges
+    if not ranges:
+        return order, ranges
+    tokens, block = int(example(key).shape[2]), wanted.blocks[1]
+    found = {block_ranges(head, tokens, ranges, block) for head in order.keys.heads}
+    if len(found) > 1:
+        return TokenOrder(obstacle="tokens that are always critical are in other blocks in each head's order"), ranges
+    return order, found.pop()
+
+
+def _order(wanted: Wanted, query: Any, key: Any, causal: bool, seen: tuple[Grid | None, Grid | None]) -> TokenOrder:
     if wanted.kind == RASTER:
         return AS_IT_IS
     if causal:
         return TokenOrder(obstacle="causal attention needs the model's own order")
+    each, heads = wanted.kind.count(",") + 1, [int(example(side).shape[1]) for side in (query, key)]
+    if each > 1 and heads != [each, each]:
+        value = f"{each} orders, one for each head, for {heads[0]} heads of queries, {heads[1]} of keys"
+        return TokenOrder(obstacle=value)
     sides = [_placement(wanted, side, grid) for side, grid in zip((query, key), seen, strict=True)]
     queries, keys = (side if isinstance(side, Placement) else None for side in sides)
     reasons = [side for side in sides if isinstance(side, str)]

@@ -141,7 +141,8 @@ class SLAConfig:
 
     reorder: str = _setting(RASTER, TOKEN_ORDER)
     """Order of a video's tokens inside the attention. Range: "raster" (the model's own), "tiles", "hilbert", or
-    "tiles:1" to "tiles:99", tiles of at most so many frames."""
+    "tiles:1" to "tiles:99", tiles of at most so many frames; or a list of these, one for each head, which is stored
+    joined by commas."""
 
     grid: tuple[int, ...] | None = _setting(None, GRID_SIZES)
     """Tokens of the video along each axis; None: read off the graph where they matter. Range: (T, H, W) or (H, W)."""

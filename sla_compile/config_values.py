@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sla_compile.common.limits import BLOCK_SIZES, TEXT
-from sla_compile.common.token_orders import ORDERS, TILES_OF, is_order
+from sla_compile.common.token_orders import ORDERS, TILES_OF, is_order, joined_order
 
 __all__ = [
     "BLOCK_SIZE",
@@ -128,9 +128,18 @@ def mapping(accepted: str) -> Validator:
 
 BOOLEAN = Validator("True or False", lambda value: type(value) is bool)
 BLOCK_SIZE = Validator("a power of two from 16 to 256", lambda value: type(value) is int and value in BLOCK_SIZES)
+
+
+def _are_orders(value: Any) -> bool:
+    each = value.split(",") if type(value) is str else value
+    return type(each) in (tuple, list) and len(each) > 0 and all(map(is_order, each))
+
+
 TOKEN_ORDER = Validator(
-    f"one of {', '.join(map(repr, ORDERS))}, or {TILES_OF!r} with at most N frames in a tile, N from 1 to 99",
-    is_order,
+    f"one of {', '.join(map(repr, ORDERS))}, or {TILES_OF!r} with at most N frames in a tile, N from 1 to 99; or a "
+    f"list of these, one for each head",
+    _are_orders,
+    joined_order,
     choices=ORDERS,
 )
 OPTIONAL_INTEGER = Validator("None, or an integer", lambda value: value is None or type(value) is int)

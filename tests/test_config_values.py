@@ -17,7 +17,7 @@ BLOCK = "accepted: a power of two from 16 to 256"
 RANGES = "accepted: a list or tuple of (start, stop) ranges of key tokens"
 GRID = "accepted: None, or the sizes (T, H, W) or (H, W) of a grid of tokens"
 TOKENS = "accepted: None, or an integer of at least 0"
-ORDER = "one of 'raster', 'tiles', 'hilbert', or 'tiles:N' with at most N frames in a tile, N from 1 to 99"
+ORDER = "or 'tiles:N' with at most N frames in a tile, N from 1 to 99; or a list of these, one for each head"
 
 
 def fails_with(*parts: str) -> Any:
@@ -81,6 +81,9 @@ def fails_with(*parts: str) -> Any:
         ("cross_attention", 1, "1 (int)", "accepted: True or False"),
         ("reorder", "tile", "'tile' (str)", f"{ORDER}; nearest known: 'tiles'"),
         ("reorder", None, "None (NoneType)", ORDER),
+        ("reorder", (), "()", ORDER),
+        ("reorder", "tiles,", "'tiles,' (str)", ORDER),
+        ("reorder", ("raster", 4), "('raster', 4)", ORDER),
         ("reorder", "tiles:0", "'tiles:0' (str)", f"{ORDER}; nearest known: 'tiles'"),
         ("reorder", "tiles:100", "'tiles:100' (str)", f"{ORDER}; nearest known: 'tiles'"),
         ("grid", (4,), "(4,) (tuple)", GRID),
@@ -116,7 +119,7 @@ def test_refused_value_names_field_value_and_what_is_accepted(name: str, value: 
         ("min_tokens", (None, 0, 1, 10**9)),
         ("always_critical", ((), ((0, 1),), ((-64, None), (0, None)), ((-64, 4096), (64, -64)), "text")),
         ("cross_attention", (False, True)),
-        ("reorder", ("raster", "tiles", "hilbert", "tiles:1", "tiles:4", "tiles:99")),
+        ("reorder", ("raster", "tiles", "hilbert", "tiles:1", "tiles:4", "tiles:99", "tiles:4,raster")),
         ("grid", (None, (1, 1), (21, 30, 52))),
         ("inner", ("inductor", "aot_eager", "eager")),
         ("include", (("",), ("a", "b"))),

@@ -33,8 +33,8 @@ class PackageArm:
     """Of the model's weights, in units of the study's learning rate."""
     tile: tuple[int, int, int] | None = None
     """The model's tokens stand in tiles of this shape."""
-    ordered: bool = False
-    """Whether each attention gets a token order of its own, by ``choose_orders``."""
+    ordered: str = ""
+    """What gets a token order of its own, by ``choose_orders``: "site", each "head" of one, or nothing."""
     weights: tuple[float, ...] = ()
     """Of the errors at each part of the times, of which there are as many. Each head then gets a topk for each part, by
     ``allocate_by_time``; with none it has one for all times."""
@@ -63,7 +63,7 @@ class PackageArm:
             settings = {"topk": self.topk, **(by_head if self.heads else {}), **self.settings}
             sla_compile.prepare(model, calls[0], config=settings)
             if self.ordered:
-                print(sla_compile.choose_orders(model, calls), flush=True)
+                print(sla_compile.choose_orders(model, calls, by=self.ordered), flush=True)
             if self.levels:
                 times, size = part_middles(self.levels), len(calls) // self.levels
                 levels = {time: calls[size * at : size * (at + 1)] for at, time in enumerate(times)}
@@ -132,9 +132,10 @@ for _name, _weights in {
         _BEST, title=f"{_BEST.title}, for each of {len(_weights)} parts of the times{_counts}", weights=_weights
     )
     _arm = PACKAGE_ARMS[f"package-taylor-{_name}-cal"]
-    PACKAGE_ARMS[f"package-taylor-{_name}-ordered-cal"] = replace(
-        _arm, title=f"{_arm.title}, a token order for each layer", ordered=True
-    )
+    for _ordered, _by, _whose in (("ordered", "site", "layer"), ("headordered", "head", "head")):
+        PACKAGE_ARMS[f"package-taylor-{_name}-{_ordered}-cal"] = replace(
+            _arm, title=f"{_arm.title}, a token order for each {_whose}", ordered=_by
+        )
 _LEVELS = [name for name, arm in PACKAGE_ARMS.items() if arm.weights]
 for _tile in ((1, 8, 8), (2, 4, 8), (4, 4, 4)):
     _shape = "x".join(map(str, _tile))

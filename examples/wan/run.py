@@ -185,9 +185,11 @@ class Run:
             batches = [batch for of_level in by_time.values() for batch in of_level]
         else:
             batches = as_batches(self.draws.fitting(settings["fit"], rank), low)
-        if settings["orders"]:
+        if settings["orders"] != "none":
             with student.autocast(), self.console.status("choose_orders"):
-                self.console.print(sla_compile.choose_orders(student.model, batches, group=group))
+                self.console.print(
+                    sla_compile.choose_orders(student.model, batches, by=settings["orders"], group=group)
+                )
         if by_time:
             with student.autocast(), self.console.status("allocate"):
                 plan = sla_compile.allocate_by_time(student.model, by_time, **given)

@@ -3,17 +3,20 @@
 Plain integers and no tensors, shared by passes, ops and kernels. The model's own order is raster order: a grid
 (T, H, W) or (H, W) of tokens is flattened, last axis fastest, and lies in the sequence from token ``start`` on. The
 tokens before and after it, text say, keep their positions.
+
+An order is a name, or with one for each head their names joined by commas: "raster,tiles:4".
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from math import prod
 
-__all__ = ["ORDERS", "RASTER", "TILES_OF", "Placement", "block_ranges", "inverted", "is_order", "place", "positions"]
+__all__ = ["ORDERS", "RASTER", "TILES_OF", "Placement"]
+__all__ += ["block_ranges", "inverted", "is_order", "joined_order", "place", "positions"]
 
 RASTER = "raster"
 ORDERS = (RASTER, "tiles", "hilbert")
@@ -31,17 +34,29 @@ class Placement:
     """An order, and the grid of tokens that it permutes. Plain data, which the op takes as arguments."""
 
     kind: str
-    """An order, as `is_order` has it."""
+    """An order, or one for each head, as `joined_order` has it."""
     grid: tuple[int, ...]
     start: int
     """The first token of the grid, at least 0."""
     blocks: tuple[int, ...]
     """Sizes of the blocks, of queries and of keys, that are to be compact."""
 
+    @property
+    def heads(self) -> tuple[Placement, ...]:
+        """The placement of each head; this one alone where it is that of all heads."""
+        kinds = self.kind.split(",")
+        return (self,) if len(kinds) == 1 else tuple(replace(self, kind=kind) for kind in kinds)
+
 
 def is_order(kind: object) -> bool:
     """Whether ``kind`` names an order: one of ``ORDERS``, or "tiles:1" to "tiles:99"."""
     return isinstance(kind, str) and (kind in ORDERS or re.fullmatch("tiles:[1-9][0-9]?", kind, re.ASCII) is not None)
+
+
+def joined_order(kinds: str | Sequence[str]) -> str:
+    """The stored form of an order, or of one for each head; one that all heads have is written once."""
+    each = kinds.split(",") if isinstance(kinds, str) else list(kinds)
+    return each[0] if len({*each}) == 1 else ",".join(each)
 
 
 def place(tokens: int, grid: Sequence[int], start: int | None) -> int | None:
@@ -60,7 +75,8 @@ def place(tokens: int, grid: Sequence[int], start: int | None) -> int | None:
 def positions(placement: Placement, tokens: int) -> tuple[int, ...]:
     """The permutation of range(tokens) to gather by: for each position in the new order, the model's token there.
 
-    Raises ValueError for an unknown order, or a grid that does not lie within the tokens.
+    ``placement`` is of one head, or of all alike. Raises ValueError for an unknown order, or a grid that does not lie
+    within the tokens.
     """
     grid, start = placement.grid, placement.start
     known = is_order(placement.kind)

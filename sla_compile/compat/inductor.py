@@ -15,8 +15,9 @@ __all__ = ["lower_gather", "mixed_reductions", "sound_options", "triton_cache_fo
 def lower_gather(op: Any, table: Callable[..., torch.Tensor]) -> None:
     """Let Inductor inline ``op``, a gather of x (..., N, D) along N, into what reads and what makes x.
 
-    ``table`` gives the order (N) for N, the device of x and the op's other arguments; it becomes a constant of the
-    graph. In a backward the result is written out. Remove when a decomposition can have a tensor constant of its own.
+    ``table`` gives the order, (N) or for x (B, H, N, D) one of each head (H, N), for N, the device of x and the op's
+    other arguments; it becomes a constant of the graph. In a backward the result is written out. Remove when a
+    decomposition can have a tensor constant of its own.
     """
     import sympy
     from torch._inductor import ir, lowering
@@ -37,7 +38,8 @@ def lower_gather(op: Any, table: Callable[..., torch.Tensor]) -> None:
         load, place = x.make_loader(), V.graph.add_tensor_constant(order).make_loader()
 
         def element(index: Any) -> Any:
-            token = primitives.indirect_indexing(place([index[-2]]), tokens, check=False, wrap_neg=False)
+            at = place([*index[1:-2], index[-2]] if order.dim() == 2 else [index[-2]])
+            token = primitives.indirect_indexing(at, tokens, check=False, wrap_neg=False)
             return load([*index[:-2], token, index[-1]])
 
         gathered = ir.Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=element, ranges=sizes)

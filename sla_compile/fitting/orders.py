@@ -1,8 +1,8 @@
 """``choose_orders``: the order of a video's tokens with which each attention is nearest to dense, from data.
 
 Which tokens share a block decides how well a block's mean stands for it. One attention looks along time, the next
-within a frame: so the model is prepared with each order in turn, the error of each attention measured, and at last
-each gets the order with which it had the least.
+within a frame, and so do its heads: so the model is prepared with each order in turn, the error of each attention
+measured, and at last each, or each of its heads, gets the order with which it had the least.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sla_compile.common.limits import TOPK_OWNERS
 from sla_compile.common.token_orders import RASTER
 from sla_compile.compat import fully_sharded
 from sla_compile.compiler.preparation import prepare, unwrapped
@@ -31,8 +32,9 @@ from sla_compile.fitting.observer import (
     peek_first,
     prepared_or_rolled_back,
 )
+from sla_compile.fitting.order_errors import Errors, Measured, best_orders, measure
 from sla_compile.fitting.output_error import OutputError
-from sla_compile.fitting.ranks import every_site, over_ranks, sum_tensors, total
+from sla_compile.fitting.ranks import over_ranks, total
 from sla_compile.fitting.traced_calls import kept_traces
 from sla_compile.gate import gates, model_config, owner_path
 
@@ -50,8 +52,9 @@ class SiteOrder:
     """Module path of the gate."""
     order_before: str
     order: str
+    """As ``SLAConfig.reorder`` has it: with one for each head, they are joined by commas."""
     errors: Mapping[str, float]
-    """Of every order that was tried and could be had."""
+    """Of every order that was tried and could be had; and with one for each head, of these."""
 
     @property
     def error(self) -> float | None:
@@ -123,6 +126,7 @@ def choose_orders(
     *,
     orders: Sequence[str] = ORDERS,
     config: SLAConfig | Mapping[str, Any] | None = None,
+    by: str = "site",
     max_batches: int | None = None,
     group: Any = None,
 ) -> OrderReport:
@@ -139,17 +143,23 @@ def choose_orders(
         model: any module, prepared, compiled, or neither; without gates it is prepared with the first batch.
         batches: an iterable of tuples of positional, or mappings of keyword, arguments of the model; or one such batch.
             All are held in memory.
-        orders: what to try, values of ``reorder``.
+        orders: what to try, values of ``reorder``, each for all heads.
+        by: what gets an order of its own: "site", or each "head" of a site. With one for each head an attention is
+            nearer to dense, and its queries, keys, values and output take a pass over memory each that an order of
+            the whole site mostly does not; a site that cannot have it (grouped heads, a mask) gets one for all.
         config: settings for ``prepare``; by default those the model has been prepared with.
         max_batches: how many batches to use at most; None: all of them.
         group: ranks with batches of their own, all to get the same orders; by default those of DDP.
 
     Raises:
         TypeError: ``model`` is no module, ``group`` no group, or a batch is neither a tuple nor a mapping.
-        ValueError: a refused setting, no batch, a gate that the first does not reach, no attention whose tokens are a
-            grid that is known, gates in ``fully_shard``, or numbers that are not finite. The model is then as it was.
+        ValueError: a refused setting or argument, no batch, a gate that the first does not reach, no attention whose
+            tokens are a grid that is known, gates in ``fully_shard``, or numbers that are not finite. The model is then
+            as it was.
     """
     _check_orders(orders)
+    if by not in TOPK_OWNERS:
+        raise ValueError(f"by: got {by!r}; accepted: one of {', '.join(map(repr, TOPK_OWNERS))}")
     model = unwrapped(model)
     first, stream = peek_first(batches, max_batches)
     kept = list(stream)
@@ -161,8 +171,7 @@ def choose_orders(
         had = {path: gate.config.reorder for path, gate in gates(model).items()}
         try:
             found = _try(model, kept, orders, before)
-            chosen = _best(found)
-            losses = _settle(model, kept, before, chosen)
+            losses = _settle(model, kept, before, found, by)
         except BaseException:
             prepare(model, *first, config=before)
             raise
@@ -173,7 +182,8 @@ def _check_orders(orders: Sequence[str]) -> None:
     if isinstance(orders, str) or not orders:
         raise ValueError(f"orders: got {orders!r}; accepted: a sequence of values of reorder, at least one")
     for order in orders:
-        SLAConfig.check_value("reorder", order)
+        if "," in SLAConfig.check_value("reorder", order):
+            raise ValueError(f"orders: got {order!r}; accepted: orders for all heads; by='head' finds one for each")
 
 
 def _report(
@@ -181,17 +191,17 @@ def _report(
     batches: int,
     orders: tuple[str, ...],
     losses: tuple[float, float],
-    found: Mapping[str, Mapping[str, float]],
+    found: Mapping[str, Errors],
     had: Mapping[str, str],
 ) -> OrderReport:
-    now = gates(model)
+    now = {path: gate.config.reorder for path, gate in gates(model).items()}
     return OrderReport(
         model=type(model).__name__,
         batches=batches,
         orders=orders,
         output_before=math.sqrt(losses[0]),
         output=math.sqrt(losses[1]),
-        sites=tuple(SiteOrder(path, had[path], now[path].config.reorder, errors) for path, errors in found.items()),
+        sites=tuple(SiteOrder(path, had[path], now[path], site.told(now[path])) for path, site in found.items()),
     )
 
 
@@ -226,15 +236,13 @@ def _refuse_unreached(model: nn.Module, first: Arguments) -> None:
         )
 
 
-def _try(
-    model: nn.Module, batches: Sequence[Arguments], orders: Sequence[str], before: SLAConfig
-) -> dict[str, dict[str, float]]:
-    """For each gate that was reached its error with each of ``orders`` that it can have; changes the settings.
+def _try(model: nn.Module, batches: Sequence[Arguments], orders: Sequence[str], before: SLAConfig) -> dict[str, Errors]:
+    """For each gate that was reached its errors with each of ``orders`` that it can have; changes the settings.
 
     Raises ValueError where no attention can have another order than the model's, and for numbers that are not finite.
     """
-    found: dict[str, dict[str, float]] = {}
-    obstacles: dict[str, _Measured] = {}
+    found: dict[str, Errors] = {}
+    obstacles: dict[str, Measured] = {}
     others = {
         pattern: {name: value for name, value in fields.items() if name != "reorder"}
         for pattern, fields in before.overrides.items()
@@ -243,10 +251,11 @@ def _try(
         first = batches[0]
         everywhere = dataclasses.replace(before, reorder=order, overrides={p: f for p, f in others.items() if f})
         prepare(model, *first, config=everywhere)
-        for path, measured in _measured(model, batches).items():
-            errors = found.setdefault(path, {})
+        for path, measured in measure(model, batches).items():
+            missed, dense = measured.finite(path)
+            errors = found.setdefault(path, Errors({}, sum(dense)))
             if order == RASTER or measured.placed:
-                errors[order] = measured.error(path)
+                errors.missed[order] = missed
             else:
                 obstacles[path] = measured
     if found and len(obstacles) == len(found):
@@ -258,80 +267,46 @@ def _try(
     return found
 
 
-class _Measured:
-    """Squared errors of one attention, and whether its tokens stood in another order than the model's."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
-        self.placed = False
-        self.obstacle, self.tokens = "", 0
-
-    def add(self, call: GatedCall) -> None:
-        out = call.output_with_gate(*call.gate.parameters())
-        self.sums[0] += (out.double() - call.dense.double()).square().sum()
-        self.sums[1] += call.dense.double().square().sum()
-        order = call.decision.order
-        self.placed |= order.queries is not None or order.keys is not None
-        self.obstacle, self.tokens = order.obstacle, call.query.shape[2]
-
-    def error(self, path: str) -> float:
-        missed, dense = self.sums.tolist()
-        if not math.isfinite(missed + dense):
-            raise ValueError(f"{path}: attention, dense or sparse, is not finite on these batches")
-        return math.sqrt(missed / max(dense, torch.finfo(torch.float64).tiny))
-
-
-@torch.no_grad()
-def _measured(model: nn.Module, batches: Sequence[Arguments]) -> dict[str, _Measured]:
-    found: dict[str, _Measured] = {}
-
-    def observe(call: GatedCall) -> Tensor:
-        found.setdefault(call.path, _Measured(call.dense.device)).add(call)
-        return call.dense
-
-    with kept_traces(model), gated_calls(model, observe):
-        for args, kwargs in batches:
-            model(*args, **kwargs)
-    device = next(model.parameters()).device
-    sites = every_site(model, found, lambda path: _Measured(device))
-    sum_tensors([site.sums for site in sites.values()])
-    for site in sites.values():
-        site.placed = total(float(site.placed)) > 0
-    return sites
-
-
-def _best(found: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
-    """By module path, the order with the least squared error of all attentions of that module together.
-
-    One that cannot have an order keeps the model's with it.
-    """
-    of_owner: dict[str, list[Mapping[str, float]]] = {}
-    for path, errors in found.items():
-        of_owner.setdefault(owner_path(path), []).append(errors)
-    chosen = {}
-    for site, together in of_owner.items():
-        sums = {
-            order: sum(errors.get(order, errors.get(RASTER, 0.0)) ** 2 for errors in together)
-            for errors in together
-            for order in errors
-        }
-        if sums:
-            chosen[site] = min(sums, key=sums.__getitem__)
-    return chosen
-
-
-def _settle(
-    model: nn.Module, batches: Sequence[Arguments], before: SLAConfig, chosen: Mapping[str, str]
-) -> tuple[float, float]:
-    """Prepare ``model`` with what was ``chosen``, or as it was; the squared errors of the output before and now."""
+def _with_orders(before: SLAConfig, chosen: Mapping[str, str]) -> SLAConfig:
+    """The settings ``before`` with an override for each module of ``chosen``."""
     overrides = {pattern: dict(fields) for pattern, fields in before.overrides.items()}
     for site, order in chosen.items():
         pattern = glob.escape(site)
         # It goes last and so wins: the other fields it has get the values that were in force.
         kept = {name: getattr(before.for_site(site), name) for name in overrides.pop(pattern, {})}
         overrides[pattern] = {**kept, "reorder": order}
+    return dataclasses.replace(before, overrides=overrides)
+
+
+@torch.no_grad()
+def _in_the_models_order(model: nn.Module, first: Arguments) -> set[str]:
+    """The modules with an attention that cannot have the order of its settings, on any rank."""
+    kept = dict.fromkeys((owner_path(path) for path in gates(model)), False)
+
+    def observe(call: GatedCall) -> Tensor:
+        kept[owner_path(call.path)] |= bool(call.decision.order.obstacle)
+        return call.dense
+
+    args, kwargs = first
+    with kept_traces(model), gated_calls(model, observe):
+        model(*args, **kwargs)
+    return {site for site, found in kept.items() if total(float(found))}
+
+
+def _settle(
+    model: nn.Module, batches: Sequence[Arguments], before: SLAConfig, found: Mapping[str, Errors], by: str
+) -> tuple[float, float]:
+    """Prepare ``model`` with the best of what was ``found``, or as it was; the squared errors of the output before and
+    now.
+    """
+    chosen = best_orders(found, by)
+    if by == "head":
+        prepare(model, *batches[0], config=_with_orders(before, chosen))
+        kept = _in_the_models_order(model, batches[0])
+        of_sites = best_orders(found)
+        chosen = {site: of_sites[site] if "," in order and site in kept else order for site, order in chosen.items()}
     losses = []
-    for config in (before, dataclasses.replace(before, overrides=overrides)):
+    for config in (before, _with_orders(before, chosen)):
         prepare(model, *batches[0], config=config)
         with kept_traces(model):
             output = OutputError(model, batches[:OUTPUT_BATCHES])

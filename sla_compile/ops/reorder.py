@@ -22,6 +22,8 @@ __all__ = ["arguments", "inline_in_inductor", "reorder"]
 def reorder(x: Tensor, placement: Placement, *, inverse: bool = False) -> Tensor:
     """x (..., N, D) with its tokens in the order of ``placement``; with ``inverse``, back from it. Differentiable.
 
+    With a placement of each head x is (B, H, N, D), of as many heads.
+
     Raises ValueError if the grid of ``placement`` does not lie within N tokens.
     """
     result: Tensor = torch.ops.sla.reorder.default(x, *arguments(placement), inverse)
@@ -46,10 +48,11 @@ def _index_for(
 
 @lru_cache(maxsize=128)
 def _index(placement: Placement, tokens: int, inverse: bool, device: torch.device) -> Tensor:
-    """int32 (tokens) for ``index_select``: which token each one of the result is; cached by device."""
-    order = (inverted if inverse else positions)(placement, tokens)
+    """int32 (tokens), or (heads, tokens): which token each one of the result is; cached by device."""
+    orders = [(inverted if inverse else positions)(head, tokens) for head in placement.heads]
     with torch.inference_mode(False):
-        return torch.tensor(order, dtype=torch.int32, device=device)
+        index = torch.tensor(orders, dtype=torch.int32, device=device)
+    return index if len(orders) > 1 else index[0]
 
 
 @torch.library.custom_op(
@@ -62,6 +65,11 @@ def _index(placement: Placement, tokens: int, inverse: bool, device: torch.devic
 def _reorder(x: Tensor, kind: str, grid: list[int], start: int, blocks: list[int], inverse: bool = False) -> Tensor:
     """x (..., N, D) gathered along N. A 4-d result, (B, H, N, D), is laid out in memory as (B, N, H, D)."""
     index = _index_for(x.shape[-2], x.device, kind, grid, start, blocks, inverse)
+    if index.dim() == 2:
+        if x.dim() != 4 or x.shape[1] != len(index):
+            raise ValueError(f"sla::reorder: got {len(index)} orders, one for each head, and {tuple(x.shape)}")
+        by_token = x.transpose(1, 2)
+        return by_token.gather(1, index.T.long()[None, :, :, None].expand(by_token.shape)).transpose(1, 2)
     if x.dim() != 4:
         return x.index_select(-2, index)
     return x.transpose(1, 2).index_select(1, index).transpose(1, 2)

@@ -128,11 +128,15 @@ class OrderView(_SitesView):
 
     def __init__(self, title: str, sites: Sequence[SiteOrder], orders: Sequence[str]) -> None:
         super().__init__(title, sites, ())
-        self.columns = tuple(orders)
+        by_head = any("," in site.order for site in sites)
+        self.columns = (*orders, *(("each head's",) if by_head else ()))
 
     def cells(self, site: SiteOrder) -> tuple[str, ...]:
-        shown = {order: f"{error:.4f}" for order, error in site.errors.items()}
-        return tuple(f"[{shown[o]}]" if o == site.order and o in shown else shown.get(o, "-") for o in self.columns)
+        shown = {
+            "each head's" if "," in order else order: f"[{error:.4f}]" if order == site.order else f"{error:.4f}"
+            for order, error in site.errors.items()
+        }
+        return tuple(shown.get(column, "-") for column in self.columns)
 
     def sentence(self, site: SiteOrder) -> str:
         errors = ", ".join(f"{order} {error:.4f}" for order, error in site.errors.items())

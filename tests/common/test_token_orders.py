@@ -8,7 +8,7 @@ from math import prod
 
 import pytest
 
-from sla_compile.common.token_orders import ORDERS, Placement, block_ranges, inverted, place, positions
+from sla_compile.common.token_orders import ORDERS, Placement, block_ranges, inverted, joined_order, place, positions
 
 COMPACT = tuple(kind for kind in ORDERS if kind != "raster")
 GRIDS = [(21, 30, 52), (13, 17, 9), (16, 16, 16), (30, 52), (7, 5), (1, 40, 64), (64, 3, 3), (2, 2, 2), (1, 1)]
@@ -179,3 +179,11 @@ def test_ranges_become_the_blocks_that_hold_their_tokens() -> None:
 def test_what_is_no_order_of_these_tokens_is_refused(placement: Placement, tokens: int) -> None:
     with pytest.raises(ValueError, match=f"token order '{placement.kind}' of a grid .* accepted: one of raster, tiles"):
         positions(placement, tokens)
+
+
+def test_orders_of_heads_are_written_in_one_word_and_read_again() -> None:
+    assert joined_order(["tiles:4", "raster"]) == joined_order("tiles:4,raster") == "tiles:4,raster"
+    assert joined_order(["tiles", "tiles"]) == joined_order("tiles") == "tiles"
+    placed = Placement("tiles:4,raster", (2, 3), 1, (16,))
+    assert placed.heads == (Placement("tiles:4", (2, 3), 1, (16,)), Placement("raster", (2, 3), 1, (16,)))
+    assert placed.heads[1].heads == placed.heads[1:]

@@ -38,7 +38,7 @@ pytest.importorskip("accelerate")
 SIZE = VideoSize(frames=9, height=64, width=96, fps=16.0)
 SMALL = ["--frames", "9", "--height", "64", "--width", "96", "--inner", "eager", "--min-tokens", "0", "--block", "16"]
 STUDENT = [*SMALL, "--topk", "0.25", "--max-topk", "0.75", "--rank", "2"]
-SHORT = ["--steps", "4", "--save-every", "1", "--fit", "2", "--levels", "2", "--measure", "2", "--no-orders"]
+SHORT = ["--steps", "4", "--save-every", "1", "--fit", "2", "--levels", "2", "--measure", "2", "--orders", "none"]
 SAMPLED = ["--samples", "1", "--sampling-steps", "1", "--validate-every", "3", "--guidance", "1"]
 
 pytestmark = [
@@ -71,7 +71,7 @@ def train(tiny: Path, run: Path, *more: str) -> None:
 def whole(tiny: Path) -> Iterator[Path]:
     """A run that nothing interrupted."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        train(tiny, tiny / "whole", "--orders", *SAMPLED)
+        train(tiny, tiny / "whole", "--orders", "head", *SAMPLED)
     (tiny / "whole/printed.txt").write_text(printed.getvalue())
     yield tiny / "whole"
     torch.compiler.reset()
@@ -92,7 +92,7 @@ def test_a_run_leaves_what_it_promises(whole: Path, capsys: pytest.CaptureFixtur
     assert "1 attention(s), 6 order(s), 2 batch(es): output error" in " ".join(
         (whole / "printed.txt").read_text().split()
     )
-    train(whole.parent, whole, "--orders", *SAMPLED, "--save-every", "2")  # nothing is left to do
+    train(whole.parent, whole, "--orders", "head", *SAMPLED, "--save-every", "2")  # nothing is left to do
     printed = " ".join(capsys.readouterr().out.split())
     assert "SLA, fine-tuned" in printed
     assert f"python examples/wan_finetune.py generate --run {whole}" in printed
@@ -342,7 +342,7 @@ def test_what_cannot_be_done_is_told(
 
     wan, videos = tiny / "wan", tiny / "clips"
     assert "other settings of lr, steps; accepted: the same settings" in told(
-        wan, videos, "--orders", "--steps", "9", "--lr", "1", run=whole
+        wan, videos, "--orders", "head", "--steps", "9", "--lr", "1", run=whole
     )
     assert "--frames: got 10; accepted: 4 k + 1" in told(wan, videos, "--frames", "10")
     assert "--anneal: got 2 with --levels 2; accepted: with --levels 1" in told(wan, videos, "--anneal", "2")

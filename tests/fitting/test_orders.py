@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sla_compile
 from sla_compile.fitting.observer import GatedCall, gated_calls
-from sla_compile.fitting.orders import _best
+from sla_compile.fitting.order_errors import Errors, best_orders
 from sla_compile.kernels import reference
 from tests.support.models import HEADS, OPTIONS, WIDTH, Attention, Model, TwoAttentions
 
@@ -40,16 +40,16 @@ def batches(count: int = 2) -> list[tuple[Tensor]]:
     return found
 
 
-def looking(*halves: int) -> Model:
-    """A block attends to the tokens of its own frame and row (0) or of its own column (1)."""
+def looking(*halves: int | tuple[int, ...]) -> Model:
+    """A block, or each of its heads, attends to the tokens of its own frame and row (0) or of its own column (1)."""
     model = Model(len(halves))
     for block, half in zip(model.blocks, halves, strict=True):
-        seen = torch.zeros(2, HALF)
-        seen[half] = 1.0
+        seen = torch.zeros(HEADS, 2, HALF)
+        seen[torch.arange(HEADS), torch.tensor(half)] = 1.0
         with torch.no_grad():
             query, key, _ = block.attention.qkv.weight.view(3, WIDTH, WIDTH)
-            query.copy_(4.0 * torch.diag(seen.flatten().repeat(HEADS)))
-            key.copy_(torch.diag(seen.flatten().repeat(HEADS)))
+            query.copy_(4.0 * torch.diag(seen.flatten()))
+            key.copy_(torch.diag(seen.flatten()))
             block.attention.qkv.bias.zero_()
             block.attention.out.weight.mul_(0.1)
     return model
@@ -106,6 +106,44 @@ def test_each_attention_gets_the_order_that_suits_it() -> None:
     assert report.to_dict()["sites"][0]["errors"] == dict(report.sites[0].errors)
     assert "[0." in str(report)
     assert "blocks.1.attention.sla" in str(report)
+
+
+def test_each_head_gets_the_order_that_suits_it() -> None:
+    """The first head of the first attention looks along time, its second within a row; of the other both look along."""
+    model, data = prepared(looking((1, 0), 1)), batches()
+    report = sla_compile.choose_orders(model, iter(data), orders=TRIED, by="head")
+    assert orders(model) == [site.order for site in report.sites] == ["tiles:8,raster", "tiles:8"]
+    mixed, alike = report.sites
+    assert set(mixed.errors) == {*TRIED, "tiles:8,raster"}
+    assert set(alike.errors) == set(TRIED)
+    assert mixed.error == min(mixed.errors.values()) < 0.9 * min(mixed.errors[order] for order in TRIED)
+    for path, error in errors(model, data).items():
+        (site,) = (site for site in report.sites if site.path == path)
+        assert site.error == pytest.approx(error, rel=1e-9)
+    assert f"[{mixed.error:.4f}]" in str(report)
+    other = prepared(looking((1, 0), 1), overrides=report.overrides)
+    torch.compile(other, backend="sla")(*data[0])
+    assert [site.order["kind"] for site in sla_compile.report(other).sites] == ["tiles:8,raster", "tiles:8"]
+
+
+class Masked(Attention):
+    """With a mask that leaves out nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        mask = torch.ones(len(x), 1, 1, x.shape[1], dtype=torch.bool, device=x.device)
+        return self.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+def test_what_cannot_have_an_order_for_each_head_gets_one_for_all() -> None:
+    model = looking((1, 0))
+    masked = Masked()
+    masked.load_state_dict(model.blocks[0].attention.state_dict())
+    model.blocks[0].attention = masked
+    report = sla_compile.choose_orders(model, batches(), orders=TRIED, config=SETTINGS, by="head")
+    assert orders(model)[0] in TRIED
+    assert set(report.sites[0].errors) == set(TRIED)
+    assert report.sites[0].error == min(report.sites[0].errors.values())
 
 
 def test_another_process_prepares_the_model_with_the_overrides() -> None:
@@ -166,8 +204,9 @@ def test_an_attention_that_can_have_no_order_counts_with_that_of_the_model() -> 
     assert set(video.errors) == set(TRIED)
     assert set(text.errors) == {"raster"}
     assert len({*orders(model)}) == 1
-    assert _best({"sla": {"raster": 0.3, "tiles:8": 0.31}, "sla_1": {"raster": 0.4}}) == {"": "raster"}
-    assert _best({"sla": {"raster": 0.3, "tiles:8": 0.29}, "sla_1": {"raster": 0.4}}) == {"": "tiles:8"}
+    for tiles, best in ((0.31, "raster"), (0.29, "tiles:8")):
+        found = {"sla": Errors({"raster": [0.3], "tiles:8": [tiles]}, 1.0), "sla_1": Errors({"raster": [0.4]}, 1.0)}
+        assert best_orders(found) == best_orders(found, "head") == {"": best}
 
 
 def test_nothing_changes_without_a_grid() -> None:
@@ -223,6 +262,8 @@ def test_a_first_batch_that_does_not_reach_all_is_refused(blocks: int, message: 
         ({"orders": ()}, ("orders: got ()", "at least one")),
         ({"orders": ["tiles:0"]}, ("reorder", "'tiles:0'", "tiles:N")),
         ({"max_batches": 0}, ("max_batches: got 0", "at least 1")),
+        ({"by": "layer"}, ("by: got 'layer'", "'site', 'head'")),
+        ({"orders": ["raster,tiles"]}, ("orders: got 'raster,tiles'", "for all heads")),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], parts: tuple[str, ...]) -> None:

@@ -50,6 +50,21 @@ def test_the_op_gathers_forth_and_back_and_passes_torchs_own_check(shape: tuple[
         assert torch.equal(reorder(x, placed), y)
 
 
+def test_the_op_gathers_each_head_by_its_own_order() -> None:
+    placed = placement("tiles,raster,tiles:1", start=7)
+    x = torch.randn(2, 3, 130, 5, dtype=torch.float64, requires_grad=True)
+    y = reorder(x, placed)
+    for head, of_head in enumerate(placed.heads):
+        assert torch.equal(y[:, head], x[:, head, list(positions(of_head, 130))])
+    assert torch.equal(reorder(y, placed, inverse=True), x)
+    torch.library.opcheck(torch.ops.sla.reorder.default, (x, *arguments(placed)))
+    cotangent = torch.randn_like(x)
+    (gradient,) = torch.autograd.grad(y, x, cotangent)
+    assert torch.equal(gradient, reorder(cotangent, placed, inverse=True))
+    with pytest.raises(ValueError, match=r"3 orders, one for each head, and \(2, 130, 5\)"):
+        reorder(x[:, 0], placed)
+
+
 class Unprojected(Attention):
     """Queries and keys straight from a norm, the output straight into a function."""
 
@@ -59,8 +74,9 @@ class Unprojected(Attention):
         return self.out(sdpa(q, k, v).transpose(1, 2).flatten(2).tanh())
 
 
-def test_inductor_fuses_gathers_into_what_stands_next_to_them() -> None:
-    kernels = kernels_of(nn.Sequential(Unprojected()), "tiles")
+@pytest.mark.parametrize("order", ["tiles", "tiles,tiles:1"])
+def test_inductor_fuses_gathers_into_what_stands_next_to_them(order: str) -> None:
+    kernels = kernels_of(nn.Sequential(Unprojected()), order)
     assert any("rsqrt" in name and "reorder" in name for name in kernels)
     assert any("tanh" in name and "reorder" in name for name in kernels)
 
@@ -102,14 +118,15 @@ def test_a_backward_gathers_once_what_it_sums_over_tokens() -> None:
     assert [table_loads(code) for code in codes] == [2, 2]
 
 
-def test_activation_checkpointing_with_given_grid() -> None:
+@pytest.mark.parametrize("kind", ["tiles", "tiles,hilbert"])
+def test_activation_checkpointing_with_given_grid(kind: str) -> None:
     model, x = CheckpointedModel().double(), torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
-    compiled = torch.compile(model, backend="sla", options={**OPTIONS, **TILES, **EXACT})
+    compiled = torch.compile(model, backend="sla", options={**OPTIONS, **TILES, **EXACT, "reorder": kind})
     results = [(y := f(x), torch.autograd.grad(y.square().sum(), model.blocks[0].attention.qkv.weight)[0])
                for f in (compiled, Model.forward.__get__(model))]  # fmt: skip
     for name, actual, expected in zip(("output", "gradient"), *results, strict=True):
         assert_close(name, actual, expected, 1e-10)
-    assert orders(model) == [SEEN, SEEN]
+    assert orders(model) == [{**SEEN, "kind": kind}] * 2
 
 
 def test_the_report_says_which_order() -> None:
@@ -156,26 +173,29 @@ def test_calibration_and_allocation_see_the_attention_in_its_order() -> None:
     assert errors["raster"] != errors["tiles"]
 
 
-def test_exported_programs_keep_the_order() -> None:
+@pytest.mark.parametrize("kind", ["tiles", "tiles,hilbert"])
+def test_exported_programs_keep_the_order(kind: str) -> None:
     model, x = Model(1).double(), torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
-    sla_compile.prepare(model, (x,), config={**OPTIONS, **TILES, "inner": "eager"})
+    sla_compile.prepare(model, (x,), config={**OPTIONS, **TILES, "reorder": kind, "inner": "eager"})
     randomize_gates(model)
     program = sla_compile.export(model, (x,))
-    # as in the compiled model, before the projections and behind that of the output
-    assert sum(node.target is torch.ops.sla.reorder.default for node in program.graph.nodes) == 2
+    # as in the compiled model: before the projections and behind that of the output, or q, k, v and the output
+    gathers = sum(node.target is torch.ops.sla.reorder.default for node in program.graph.nodes)
+    assert gathers == (2 if kind == "tiles" else 4)
     compiled = torch.compile(model, backend="sla", options={"inner": "eager"})
     assert_close("program", program.module()(x), compiled(x), 1e-12)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["tiles", "tiles:2,raster"])
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
-def test_on_a_gpu_and_in_a_cuda_graph_it_is_dense_attention_at_topk_of_one(mode: str | None) -> None:
+def test_on_a_gpu_and_in_a_cuda_graph_it_is_dense_attention_at_topk_of_one(mode: str | None, kind: str) -> None:
     model, grid = Model(2).cuda(), (4, 12, 16)
     x = torch.randn(2, 768, WIDTH, device="cuda")
     exact = model.double()(x.double())
     model.float()
-    options = {"min_tokens": 0, "reorder": "tiles", "grid": grid, **EXACT}
+    options = {"min_tokens": 0, "reorder": kind, "grid": grid, **EXACT}
     compiled = torch.compile(sla_compile.prepare(model, (x,), config=options), backend="sla", mode=mode)
     for _ in range(3):
         torch.compiler.cudagraph_mark_step_begin()
@@ -184,4 +204,4 @@ def test_on_a_gpu_and_in_a_cuda_graph_it_is_dense_attention_at_topk_of_one(mode:
     assert_close("output", output, exact, 1e-3)
     wanted = torch.autograd.grad(model(x).square().sum(), model.blocks[0].attention.qkv.weight)[0]
     assert_close("gradient", gradient, wanted, 1e-2)
-    assert orders(model) == [{"kind": "tiles", "grid": list(grid), "start": 0}] * 2
+    assert orders(model) == [{"kind": kind, "grid": list(grid), "start": 0}] * 2

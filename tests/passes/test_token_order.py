@@ -108,6 +108,29 @@ def test_ranges_of_the_models_tokens_stay_critical() -> None:
     assert all(any(a <= i < b for a, b in zip(ranges[::2], ranges[1::2], strict=True)) for i in places)
 
 
+def test_each_head_has_an_order_of_its_own() -> None:
+    """Tokens outside the grid, here at its start and critical, are in the same blocks in every order."""
+    inputs, kinds = qkv(16 + TOKENS), ("hilbert", "tiles:2")
+    cotangent = torch.randn_like(inputs[0])
+    settings = {**TILES, "reorder": kinds, "grid_start": 16, "always_critical": ((0, 16),)}
+    for exact in (EXACT, {}):
+        capture, output = run(sdpa, *inputs, **exact, **settings)
+        assert capture.count(torch.ops.sla.reorder.default) == 4
+        placed = order_of(capture).queries
+        assert placed == order_of(capture).keys == placement(",".join(kinds), start=16)
+        of_heads = []
+        for number, head in enumerate(placed.heads):
+            q, k, v = (x[:, number : number + 1] for x in inputs)
+            of_heads.append(by_hand(q, k, v, head, head, always_critical=[0, 16]))
+        wanted = sdpa(*inputs) if exact else torch.cat(of_heads, dim=1)
+        results = [(result, *torch.autograd.grad(result, inputs, cotangent)) for result in (output, wanted)]
+        for name, actual, expected in zip(("output", "dq", "dk", "dv"), *results, strict=True):
+            assert_close(name, actual, expected, 1e-11)
+
+
+BY_HEAD = {"reorder": ["tiles", "raster"]}
+MASK = torch.ones(2, 1, 1, TOKENS, dtype=torch.bool)
+
 KEPT: dict[str, tuple[Call, int, dict[str, Any], str]] = {
     "not asked for": (sdpa, TOKENS, {"reorder": "raster"}, ""),
     "causal": (
@@ -129,6 +152,30 @@ KEPT: dict[str, tuple[Call, int, dict[str, Any], str]] = {
         {"grid_start": 9},
         "a grid of 4 x 5 x 6 = 120 from token 9 on does not lie in 128 tokens",
     ),
+    "orders of other heads": (
+        sdpa,
+        TOKENS,
+        {"reorder": "tiles,raster,hilbert"},
+        "3 orders, one for each head, for 2 heads of queries, 2 of keys",
+    ),
+    "grouped heads": (
+        lambda q, k, v: sdpa(q, k[:, :1], v[:, :1], enable_gqa=True),
+        TOKENS,
+        BY_HEAD,
+        "2 orders, one for each head, for 2 heads of queries, 1 of keys",
+    ),
+    "masked heads": (
+        lambda q, k, v: sdpa(q, k, v, attn_mask=MASK),
+        TOKENS,
+        BY_HEAD,
+        "a mask, which is of all heads, needs one order for them",
+    ),
+    "critical tokens": (
+        sdpa,
+        TOKENS,
+        {**BY_HEAD, "always_critical": ((20, 24),)},
+        "tokens that are always critical are in other blocks in each head's order",
+    ),
     "no grid": (sdpa, TOKENS, {"grid": None}, "no grid of tokens was seen in the model; give one by grid=(T, H, W)"),
 }
 
@@ -141,7 +188,12 @@ def test_what_has_no_sure_order_keeps_the_models_and_says_why(why: str) -> None:
     assert (capture.rewritten, capture.count(torch.ops.sla.reorder.default)) == (1, 0)
     assert (order_of(capture).queries, order_of(capture).keys, order_of(capture).obstacle) == (None, None, reason)
     told: dict[str, Any] = {"causal": True} if why == "causal" else {}
-    assert_close("output", output, by_hand(*inputs, None, None, **told), 1e-11)
+    if why == "critical tokens":
+        told = {"always_critical": [20, 24]}
+    q, k, v = inputs
+    if why == "grouped heads":
+        k, v = (x[:, :1].expand(-1, 2, -1, -1) for x in (k, v))
+    assert_close("output", output, by_hand(q, k, v, None, None, **told), 1e-11)
 
 
 class Joined(Attention):
