@@ -56,6 +56,7 @@ ARMS = {
     "SLA 64x64": How(sla=SLA64),
     "SLA, virtual keys": How(sla={**SLA, "linear": "taylor"}),
     "SLA, tiles": How(sla={**SLA, "reorder": "tiles"}),
+    "SLA, an order for each head": How(sla={**SLA, "reorder": ("tiles:4", "raster")}),
     "SLA 64x64, tiles": How(sla={**SLA64, "reorder": "tiles"}),
     "float8": How(float8=True, training=False),
     "SLA, float8": How(sla=SLA, float8=True, training=False),
@@ -87,6 +88,9 @@ class Arm:
             settings = {**self.how.sla, **(_TINY if options.tiny else {}), "inner": options.inner}
             if "reorder" in settings:
                 settings["grid"] = model.grid
+            if isinstance(settings.get("reorder"), tuple):  # in turn
+                orders, heads = settings["reorder"], self.model.config.num_attention_heads
+                settings["reorder"] = [orders[head % len(orders)] for head in range(heads)]
             how = {"backend": "sla", "options": settings}
         if options.whole:
             self.model.compile(**how)

@@ -21,7 +21,7 @@ from benchmarks import models
 from benchmarks.published import PUBLISHED, Published
 
 WAN = "Wan2.1-1.3B 480p"
-MEASURED = ("cuDNN", "SLA", "floor")
+MEASURED = ("cuDNN", "SLA", "floor", "SLA, an order for each head")
 ON_META = [
     model
     for of, model in {model.of: model for model in PUBLISHED.values()}.items()
