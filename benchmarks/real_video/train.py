@@ -3,7 +3,8 @@
     python -m benchmarks.real_video.train --clips runs/real_video/clips --state runs/real_video/state \
         --weights runs/real_video/weights --seconds 560
 
-``--state`` holds all that is needed to go on; ``--weights`` the averaged weights in bf16, in parts of less than 16 MB.
+``--state`` holds all that is needed to go on, of at most 1000 steps before after a kill; ``--weights`` the averaged
+weights in bf16, in parts of less than 16 MB.
 ``--more 6000`` trains longer what is done: with a state of its own, a warm-up, and a rate that falls again.
 ``torchrun --nproc-per-node 2 -m benchmarks.real_video.train`` shares each batch out: the same training on more GPUs.
 """
@@ -162,8 +163,10 @@ class Pretraining:
                     rate = 1000 * (now - looked) / (self.step - since)
                     say(f"step {self.step}/{total} side {stage.side} loss {value:.4f} {rate:.0f} ms/step")
                     looked, since = now, self.step
-                    if on_all(now > deadline):
-                        return False
+                if self.step % 1000 == 0 and leads():
+                    self.save()
+                if self.step % 20 == 0 and on_all(time.monotonic() > deadline):
+                    return False
             begun += stage.steps
         return True
 
