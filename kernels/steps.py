@@ -96,7 +96,7 @@ class KeyMoments(NamedTuple):
     values: Tensor
     """vbar like ``keys``."""
     slopes: Tensor
-    """C (B, Hk, Tn, D, D up to a multiple of 8), in the type of block states."""
+    """C (B, Hk, Tn up to a multiple of 8 with zeros, D, D up to a multiple of 8), in the type of block states."""
 
 
 class MomentGradients(NamedTuple):

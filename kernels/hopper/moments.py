@@ -62,6 +62,7 @@ def moments_consumer(
     mean_values,
     mask,
     num_keys,
+    num_blocks,
     extents,
     BLOCK_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -86,7 +87,7 @@ def moments_consumer(
         slope = gl.zeros([PADDED_DIM, PADDED_DIM], gl.float32, layout)
         if HAS_MASK:
             key_bias, bias_rows = mask
-            bias_block = gl.minimum(batch, bias_rows - 1) * blocks_per_head + key_block
+            bias_block = gl.minimum(batch, bias_rows - 1) * num_blocks + gl.minimum(key_block, num_blocks - 1)
             own_bias = key_bias + bias_block.to(gl.int64) * BLOCK_K
             rows = gl.arange(0, 32, layout=gl.SliceLayout(1, read_layout))
             total = gl.to_tensor(0.0)
@@ -140,7 +141,8 @@ def moments_consumer(
         if HAS_MASK:
             count = gl.where(total > 0.0, total, 1.0)
         else:
-            count = gl.minimum(num_keys - key_block * BLOCK_K, BLOCK_K).to(gl.float32)
+            # past the last block, where all sums are zeros, so that C is too
+            count = gl.maximum(gl.minimum(num_keys - key_block * BLOCK_K, BLOCK_K), 1).to(gl.float32)
         inverse = 1.0 / count
         # threads meet once for all three
         sums = gl.reduce((key_sums, square_sums, value_sums), 0, add_each)
@@ -149,16 +151,17 @@ def moments_consumer(
         mean_value = sums[2] * inverse
         dim_layout: gl.constexpr = mean.type.layout
         dims = gl.arange(0, PADDED_DIM, layout=dim_layout)
-        slot = (batch * num_heads + head).to(gl.int64) * blocks_per_head + key_block
+        slot = (batch * num_heads + head).to(gl.int64) * num_blocks + key_block
         line = slot * HEAD_DIM
-        gl.store(means + line + dims, mean, mask=dims < HEAD_DIM)
-        gl.store(variances + line + dims, gl.maximum(mean_square - mean * mean, 0.0), mask=dims < HEAD_DIM)
-        gl.store(mean_keys + line + dims, mean.to(dtype), mask=dims < HEAD_DIM)
-        gl.store(mean_values + line + dims, mean_value.to(dtype), mask=dims < HEAD_DIM)
+        stored = (dims < HEAD_DIM) & (key_block < num_blocks)
+        gl.store(means + line + dims, mean, mask=stored)
+        gl.store(variances + line + dims, gl.maximum(mean_square - mean * mean, 0.0), mask=stored)
+        gl.store(mean_keys + line + dims, mean.to(dtype), mask=stored)
+        gl.store(mean_values + line + dims, mean_value.to(dtype), mask=stored)
         if HAS_MASK:
             count = total
         size = gl.zeros([PADDED_DIM], gl.float32, dim_layout) + count
-        gl.store(sizes + slot + dims, gl.log2(size) * LN2, mask=dims < 1)
+        gl.store(sizes + slot + dims, gl.log2(size) * LN2, mask=(dims < 1) & stored)
         # (K - kbar)^T V is K^T V - n kbar vbar^T
         mean_rows = gl.convert_layout(mean, gl.SliceLayout(1, layout))
         value_columns = gl.convert_layout(mean_value, gl.SliceLayout(0, layout))
@@ -170,7 +173,7 @@ def moments_consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["bias_rows", "num_keys", "total_blocks", "blocks_per_head"])
+@gluon.jit(do_not_specialize=["bias_rows", "num_keys", "num_blocks", "total_blocks", "blocks_per_head"])
 def moments_kernel(
     k_desc,
     v_desc,
@@ -183,6 +186,7 @@ def moments_kernel(
     key_bias,
     bias_rows,
     num_keys,
+    num_blocks,
     total_blocks,
     blocks_per_head,
     num_heads,
@@ -208,7 +212,7 @@ def moments_kernel(
         [
             (moments_consumer, (
                 slope_desc, k_ring, v_ring, slope_buffer, full, empty, sizes, means, variances, mean_keys, mean_values,
-                mask, num_keys, extents, BLOCK_K, HEAD_DIM, PADDED_DIM, HAS_MASK,
+                mask, num_keys, num_blocks, extents, BLOCK_K, HEAD_DIM, PADDED_DIM, HAS_MASK,
             )),
             (states_producer, (k_desc, v_desc, k_ring, v_ring, full, empty, extents, BLOCK_K)),
         ],
@@ -222,8 +226,9 @@ def key_moments(inputs: KernelInputs, options: BackwardOptions) -> KeyMoments:
     k, v, weights, block_k = inputs.k, inputs.v, inputs.key_weights, options.block_k
     batch, heads, keys, head_dim = k.shape
     moments = fresh_moments(k, block_k)
-    blocks = moments.sizes.shape[2]
-    total = blocks * batch * heads
+    # the kernel makes the zeros of what is padded too
+    padded_blocks = moments.slopes.shape[2]
+    total = padded_blocks * batch * heads
     moments_kernel[(min(total, 2 * multiprocessors(k.device.index)),)](
         tile_descriptor(k, 64),
         tile_descriptor(v, 64),
@@ -237,8 +242,9 @@ def key_moments(inputs: KernelInputs, options: BackwardOptions) -> KeyMoments:
         weights.bias if weights is not None else None,
         weights.bias.shape[0] if weights is not None else None,
         keys,
+        moments.sizes.shape[2],
         total,
-        blocks,
+        padded_blocks,
         heads,
         BLOCK_K=block_k,
         HEAD_DIM=head_dim,

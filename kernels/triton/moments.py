@@ -2,7 +2,8 @@
 
 For key block j under the weights of its keys: ln n_j, their sum; kbar_j = mean K_j; var_j = mean (K_j - kbar_j)^2;
 vbar_j = mean V_j; C_j = mean (K_j - kbar_j) V_j^T [D, D]. For query block i: mean Q_i and mean Q_i^2. C has the type of
-block states, kbar and vbar are there in the inputs' type for products, the rest is float32.
+block states, kbar and vbar are there in the inputs' type for products, the rest is float32. Of C there are zeros past
+the last block, so that what is multiplied with it has a multiple of 8 blocks (`empty_states`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .primitives import (
     tile_pointer,
     token_major_pointer,
 )
-from .states import state_dtype
+from .states import empty_states, state_dtype
 from .tiles import ceil_div, clamped, padded_dim, row_pitch, vector_strides, virtual_launch
 
 __all__ = ["add_key_gradients", "add_query_gradients", "fill_query_moments", "fresh_moments", "key_moments"]
@@ -75,7 +76,7 @@ def query_moment_kernel(
     tl.store(squares + at, tl.div_rn(tl.sum(squared, 0), count), mask=dims < HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["stride_bias", "num_tokens", "num_blocks", "num_heads"])
+@triton.jit(do_not_specialize=["stride_bias", "num_tokens", "num_blocks", "num_slopes", "num_heads"])
 def key_moment_kernel(
     k,
     v,
@@ -95,6 +96,7 @@ def key_moment_kernel(
     stride_bias,
     num_tokens,
     num_blocks,
+    num_slopes,
     num_heads,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -103,11 +105,11 @@ def key_moment_kernel(
     CHUNK: tl.constexpr,
     HAS_KEY_BIAS: tl.constexpr,
 ):
-    """All moments of one block but, of vbar and C, only CHUNK columns."""
+    """All moments of one block but, of vbar and C, only CHUNK columns; past the last block the zeros of C alone."""
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
     PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
-    block, batch, head = locate_program(num_blocks, num_heads)
-    slot = tl.program_id(0).to(tl.int64)
+    block, batch, head = locate_program(num_slopes, num_heads)
+    slot = (batch.to(tl.int64) * num_heads + head) * num_blocks + block
     rows = tl.arange(0, TILE_K)
     dims = tl.arange(0, PADDED_DIM)
     columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
@@ -151,18 +153,20 @@ def key_moment_kernel(
     mean_value = tl.sum(value_means, 0) * inverse
     # (K - kbar)^T V is K^T V - n kbar vbar^T
     slope = slope * inverse - mean[:, None] * mean_value[None, :]
-    store_tile(slopes + slot * HEAD_DIM * PITCH, slope, origin, dims, columns, PITCH, HEAD_DIM, PITCH, PADDED)
-    mean_value = mean_value.to(mean_values.dtype.element_ty)
-    tl.store(mean_values + slot * PITCH + columns, mean_value, mask=columns < PITCH)
-    if tl.program_id(1) == 0:
-        tl.store(sizes + slot, tl.where(size > 0, tl.log(size), float("-inf")))
-        tl.store(mean_out + slot * HEAD_DIM + dims, mean, mask=dims < HEAD_DIM)
-        variance = tl.maximum(tl.sum(squares, 0) * inverse - mean * mean, 0.0)
-        tl.store(variance_out + slot * HEAD_DIM + dims, variance, mask=dims < HEAD_DIM)
-        tl.store(mean_keys + slot * PITCH + dims, mean.to(mean_keys.dtype.element_ty), mask=dims < PITCH)
+    slope_base = slopes + tl.program_id(0).to(tl.int64) * HEAD_DIM * PITCH
+    store_tile(slope_base, slope, origin, dims, columns, PITCH, HEAD_DIM, PITCH, PADDED)
+    if block < num_blocks:
+        short_value = mean_value.to(mean_values.dtype.element_ty)
+        tl.store(mean_values + slot * PITCH + columns, short_value, mask=columns < PITCH)
+        if tl.program_id(1) == 0:
+            tl.store(sizes + slot, tl.where(size > 0, tl.log(size), float("-inf")))
+            tl.store(mean_out + slot * HEAD_DIM + dims, mean, mask=dims < HEAD_DIM)
+            variance = tl.maximum(tl.sum(squares, 0) * inverse - mean * mean, 0.0)
+            tl.store(variance_out + slot * HEAD_DIM + dims, variance, mask=dims < HEAD_DIM)
+            tl.store(mean_keys + slot * PITCH + dims, mean.to(mean_keys.dtype.element_ty), mask=dims < PITCH)
 
 
-@triton.jit(do_not_specialize=["stride_bias", "num_tokens", "num_tiles", "num_blocks", "num_heads"])
+@triton.jit(do_not_specialize=["stride_bias", "num_tokens", "num_tiles", "num_blocks", "num_slopes", "num_heads"])
 def key_gradient_kernel(
     k,
     v,
@@ -186,6 +190,7 @@ def key_gradient_kernel(
     num_tokens,
     num_tiles,
     num_blocks,
+    num_slopes,
     num_heads,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -199,7 +204,8 @@ def key_gradient_kernel(
     PITCH: tl.constexpr = (HEAD_DIM + 7) // 8 * 8
     tile, batch, head = locate_program(num_tiles, num_heads)
     first_key = tile * TILE_K
-    slot = (batch.to(tl.int64) * num_heads + head) * num_blocks + first_key // BLOCK_K
+    batch_head = batch.to(tl.int64) * num_heads + head
+    slot = batch_head * num_blocks + first_key // BLOCK_K
     keys = tl.arange(0, TILE_K)
     dims = tl.arange(0, PADDED_DIM)
     origin = tl.zeros([], tl.int32)
@@ -218,7 +224,7 @@ def key_gradient_kernel(
     mean_value = tl.load(mean_values + slot * PITCH + dims, mask=dims < PITCH, other=0.0).to(tl.float32)
     value = load_tile(v_base, first_key, keys, dims, stride_vn, num_tokens, PITCH, PADDED).to(tl.float32)
     off_value = (value - mean_value[None, :]).to(state_type)
-    slope_base = grad_slopes + slot * HEAD_DIM * PITCH
+    slope_base = grad_slopes + (batch_head * num_slopes + first_key // BLOCK_K) * HEAD_DIM * PITCH
     grad_k_base = token_major_pointer(grad_k, batch, head, num_tokens, num_heads, HEAD_DIM)
     grad_v_base = token_major_pointer(grad_v, batch, head, num_tokens, num_heads, HEAD_DIM)
     for first in tl.range(0, PADDED_DIM, CHUNK, num_stages=1):
@@ -309,7 +315,7 @@ def fresh_moments(k: torch.Tensor, block_k: int) -> KeyMoments:
         sizes.new_empty((2, *lead, head_dim)),
         k.new_empty((*lead, pitch)),
         k.new_empty((*lead, pitch)),
-        k.new_empty((*lead, head_dim, pitch), dtype=state_dtype(k.dtype)),
+        empty_states((*lead, head_dim), state_dtype(k.dtype), k.device),
     )
 
 
@@ -319,9 +325,9 @@ def key_moments(inputs: KernelInputs, options: BackwardOptions) -> KeyMoments:
     block_k = options.block_k
     batch, heads, tokens, head_dim = k.shape
     moments = fresh_moments(k, block_k)
-    sizes, blocks = moments.sizes, moments.sizes.shape[2]
+    sizes, slopes = moments.sizes, moments.slopes.shape[2]
     launch = clamped(virtual_launch("moments", head_dim, k.dtype), head_dim, block_k, block_k)
-    key_moment_kernel[(blocks * batch * heads, ceil_div(padded_dim(head_dim), launch.chunk))](
+    key_moment_kernel[(slopes * batch * heads, ceil_div(padded_dim(head_dim), launch.chunk))](
         k,
         v,
         key_bias if key_bias is not None else sizes,
@@ -333,7 +339,8 @@ def key_moments(inputs: KernelInputs, options: BackwardOptions) -> KeyMoments:
         *vector_strides(v),
         batch_stride(key_bias),
         tokens,
-        blocks,
+        sizes.shape[2],
+        slopes,
         heads,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim),
@@ -379,6 +386,7 @@ def add_key_gradients(
         tokens,
         tiles,
         moments.sizes.shape[2],
+        gradients.slopes.shape[2],
         heads,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim),

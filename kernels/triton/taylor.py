@@ -119,7 +119,7 @@ def backward(
 
 
 def _of_mixture(grad_slopes: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
-    """The products of each dS with each C: (B*H, tiles, Tn)."""
+    """The products of each dS with each C: (B*H, tiles, Tn up to a multiple of 8)."""
     batch, heads, tiles = grad_slopes.shape[:3]
     left, right = (x.flatten(3).flatten(0, 1) for x in (stacked(grad_slopes, slopes.shape[1]), slopes))
     products = left.new_empty(*left.shape[:2], right.shape[1])

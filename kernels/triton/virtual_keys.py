@@ -66,7 +66,8 @@ class VirtualRows(NamedTuple):
     bias: torch.Tensor
     """b, float32 (B, H, Tm, Tn up to a multiple of 64); -inf where there is no virtual key."""
     mixture: torch.Tensor
-    """a (B*H, Tm, Tn) in the type of block states, rows padded in memory likewise; a row sums to 1, or is 0."""
+    """a (B*H, Tm, Tn up to a multiple of 8 with zeros) in the type of block states, rows in memory as wide as of
+    ``bias``; a row sums to 1, or is 0."""
 
 
 class RowGradients(NamedTuple):
@@ -471,10 +472,12 @@ def virtual_backward_key_kernel(
     tl.store(grad_values + at, value_accumulator, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_keys", "width", "bias_width", "mixture_parts", "bias_parts"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_keys", "width", "grad_width", "bias_width", "mixture_parts", "bias_parts"]
+)
 def mixture_backward_kernel(
     mixture, grad_mixture, grad_bias, spreads, sizes, of_logits, of_spread, of_shift, scale, num_rows, num_keys, width,
-    bias_width, mixture_parts, bias_parts, LANES: tl.constexpr,
+    grad_width, bias_width, mixture_parts, bias_parts, LANES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, LANES)
@@ -482,7 +485,7 @@ def mixture_backward_kernel(
     grad = tl.zeros([LANES], tl.float32)
     summed = tl.zeros([LANES], tl.float32)
     for part in range(mixture_parts):
-        at = (row * mixture_parts + part) * num_keys + lanes
+        at = (row * mixture_parts + part) * grad_width + lanes
         grad += tl.load(grad_mixture + at, mask=valid, other=0.0).to(tl.float32)
     for part in range(bias_parts):
         summed += tl.load(grad_bias + (row * bias_parts + part) * bias_width + lanes, mask=valid, other=0.0)
@@ -610,7 +613,7 @@ def virtual_rows(
         GROUP=heads // max(1, moments.sizes.shape[1]),
         num_warps=warps,
     )
-    return VirtualRows(bias, mixture[:, :, :columns])
+    return VirtualRows(bias, mixture[:, :, : moments.slopes.shape[2]])
 
 
 def virtual_forward(
@@ -784,7 +787,7 @@ def mixture_backward(
     moments: KeyMoments,
     scale: float,
 ) -> RowGradients:
-    """From the gradients of a (B*H, tiles, Tn) and the sums of dl (B, H, tiles, ...), each by tiles of its own."""
+    """From the gradients of a (B*H, tiles, ...) and the sums of dl (B, H, tiles, ...), each by tiles of its own."""
     batch, heads, rows, columns = spreads.shape
     lanes, warps = _lanes(columns)
     of_spans = spreads.new_empty(2, *spreads.shape)
@@ -803,6 +806,7 @@ def mixture_backward(
         rows * heads // max(1, moments.sizes.shape[1]),
         columns,
         mixture.stride(1),
+        grad_mixture.shape[2],
         grad_bias.shape[3],
         grad_mixture.shape[1] // rows,
         grad_bias.shape[2] // rows,

@@ -150,6 +150,49 @@ else:
     def test_virtual(case: Case) -> None:
         check_smaller(case)
 
+    @pytest.mark.parametrize("mask", ["none", "moderate"])
+    def test_virtual_slopes_are_zero_past_the_last_block(mask: str) -> None:
+        from sla_compile.kernels.steps import KernelInputs
+        from sla_compile.kernels.triton.masks import key_weights
+        from sla_compile.kernels.triton.moments import key_moments
+
+        case = Case(tokens=140, head_dim=40, batch=2, block_k=16, linear="taylor", mask=mask)
+        q, k, v, *_ = inputs(case, torch.float32, "cpu")
+        given = key_mask(case, "cpu")
+        weights = None if given is None else key_weights(given, 16)
+        moments = key_moments(KernelInputs(q, k, v, None, None, weights), case.attention_options)
+        assert moments.sizes.shape == (2, 2, 9)
+        assert moments.slopes.shape == (2, 2, 16, 40, 40)
+        assert torch.isfinite(moments.slopes).all()
+        assert moments.slopes[:, :, :9].any()
+        assert not moments.slopes[:, :, 9:].any()
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case(tokens=130, head_dim=32, heads=1, block_q=32, block_k=16, bottomk=0.0, linear="taylor"),
+            Case(tokens=270, head_dim=16, heads=4, group=2, block_q=256, block_k=64, bottomk=0.0, linear="taylor"),
+        ],
+        ids=str,
+    )
+    def test_virtual_products_have_rows_of_multiples_of_8(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Or cuBLAS leaves its fast kernels."""
+        multiply, products = torch.bmm, 0
+
+        def checked(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+            nonlocal products
+            products += 1
+            for x in (left, right, out):
+                row, pitch = (x.shape[2], x.stride(1)) if x.stride(2) == 1 else (x.shape[1], x.stride(2))
+                assert row % 8 == pitch % 8 == x.stride(0) % 8 == 0, (x.shape, x.stride())
+                assert torch.isfinite(x).all() or x is out
+            return multiply(left, right, out=out)
+
+        monkeypatch.setattr(torch, "bmm", checked)
+        tensors = inputs(case, torch.float32, "cpu")
+        check(case, tensors, 1e-5, 1e-5)
+        assert products == 4
+
     @pytest.mark.parametrize("case", GROUPED[1::2], ids=str)
     def test_grouped_queries(case: Case) -> None:
         tensors = inputs(case, torch.float32, "cpu")
