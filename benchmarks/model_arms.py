@@ -85,11 +85,12 @@ class Arm:
             torch._dynamo.config.capture_dynamic_output_shape_ops = True
         how: dict[str, Any] = {"backend": options.inner}
         if self.how.sla is not None:
-            settings = {**self.how.sla, **(_TINY if options.tiny else {}), "inner": options.inner}
+            settings: dict[str, Any] = {**self.how.sla, **(_TINY if options.tiny else {}), "inner": options.inner}
             if "reorder" in settings:
                 settings["grid"] = model.grid
             if isinstance(settings.get("reorder"), tuple):  # in turn
-                orders, heads = settings["reorder"], self.model.config.num_attention_heads
+                config: Any = self.model.config
+                orders, heads = settings["reorder"], config.num_attention_heads
                 settings["reorder"] = [orders[head % len(orders)] for head in range(heads)]
             how = {"backend": "sla", "options": settings}
         if options.whole:

@@ -41,6 +41,7 @@ from .gathered import (
     groups,
     key_side,
     listed_scores,
+    log_sum,
     of_heads,
     of_key_heads,
     scatter_add,
@@ -205,9 +206,7 @@ def _sparse_forward(scaled: Tensor, keys: Keys, lists: Lists) -> tuple[Tensor, T
     for rows in score_chunks(scaled, keys, lists):
         shape, part = scaled[:, rows].shape, lists.rows(rows)
         scores, p = _probabilities(scaled[:, rows].flatten(0, 1), gather(keys.k, part.blocks), keys, part)
-        largest = scores.amax(dim=-1)
-        # the largest probability is 1 / sum(exp(score - max))
-        lse[:, rows] = torch.where(largest > float("-inf"), largest - p.amax(dim=-1).log_(), largest).view(shape[:3])
+        lse[:, rows] = log_sum(scores, p).view(shape[:3])
         sparse[:, rows] = (p @ gather(keys.v, part.blocks)).view(shape)
     return sparse.flatten(1, 2), lse.flatten(1, 2)
 

@@ -26,6 +26,7 @@ __all__ = [
     "groups",
     "key_side",
     "listed_scores",
+    "log_sum",
     "of_heads",
     "of_key_heads",
     "scatter_add",
@@ -62,9 +63,16 @@ def groups(q: Tensor, k: Tensor, query_blocks: int) -> Iterator[tuple[Group, Gro
             yield (b, slice(first * each, last * each)), (b, slice(first, last))
 
 
-def of_key_heads(rows: Tensor, keys: Tensor) -> Tensor:
-    """rows (G, C, ..., n) times what each key head has, keys (Gk, n, m): (G, C, ..., m)."""
-    return (rows.reshape(keys.shape[0], -1, rows.shape[-1]) @ keys).view(*rows.shape[:-1], keys.shape[-1])
+def of_key_heads(rows: Tensor, keys: Tensor, out: Tensor | None = None) -> Tensor:
+    """rows (G, C, ..., n) times what each key head has, keys (Gk, n, m): (G, C, ..., m).
+
+    ``out`` may be a slice of a larger tensor along its last axis.
+    """
+    flat = rows.reshape(keys.shape[0], -1, rows.shape[-1])
+    if out is None:
+        return torch.bmm(flat, keys).view(*rows.shape[:-1], keys.shape[-1])
+    torch.bmm(flat, keys, out=out.view(keys.shape[0], -1, keys.shape[-1]))
+    return out
 
 
 def add_onto_keys(total: Tensor, rows: Tensor, others: Tensor, factor: float = 1) -> None:
@@ -169,9 +177,12 @@ def score_chunks(queries: Tensor, keys: Keys, lists: Lists) -> Iterator[slice]:
     return chunks(rows, group * width * queries.shape[2] * keys.k.shape[2])
 
 
-def listed_scores(scaled: Tensor, gathered: Tensor, keys: Keys, lists: Lists) -> Tensor:
-    """Scores (G * C, block_q, width * block_k) of scaled queries (G * C, block_q, D), -inf at absent tokens."""
-    scores = scaled @ gathered.mT
+def listed_scores(scaled: Tensor, gathered: Tensor, keys: Keys, lists: Lists, out: Tensor | None = None) -> Tensor:
+    """Scores (G * C, block_q, width * block_k) of scaled queries (G * C, block_q, D), -inf at absent tokens.
+
+    ``out`` may be a slice of a larger tensor.
+    """
+    scores = torch.bmm(scaled, gathered.mT, out=out)
     if lists.may_be_empty(keys):
         _mask_scores(scores, keys, lists)
     elif keys.missing:
@@ -180,6 +191,13 @@ def listed_scores(scaled: Tensor, gathered: Tensor, keys: Keys, lists: Lists) ->
         short = (lists.blocks[..., -1] % key_blocks == key_blocks - 1).view(-1, 1, 1)
         scores[..., -keys.missing :].masked_fill_(short, float("-inf"))
     return scores
+
+
+def log_sum(scores: Tensor, p: Tensor) -> Tensor:
+    """log sum exp over the last axis of scores, whose softmax is p; -inf for a query without a key."""
+    largest = scores.amax(dim=-1)
+    # the largest probability is 1 / sum(exp(score - max))
+    return torch.where(largest > float("-inf"), largest - p.amax(dim=-1).log_(), largest)
 
 
 def softmax(scores: Tensor) -> Tensor:

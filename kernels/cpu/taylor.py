@@ -32,6 +32,7 @@ from .gathered import (
     groups,
     key_side,
     listed_scores,
+    log_sum,
     of_heads,
     of_key_heads,
     scatter_add,
@@ -68,10 +69,13 @@ def forward(inputs: AttentionInputs, options: AttentionOptions) -> ForwardResult
             queries = blocks_of(q[group][:, span], block_q, work)
             scaled = queries * options.scale
             chunk = _Chunk.of(scaled, keys, moments, rows, lists, part)
-            values = chunk.p_exact @ chunk.values + of_key_heads(chunk.p_virtual, moments.value).flatten(0, 1)
-            values += chunk.share * (scaled @ chunk.slope).flatten(0, 1)
+            values = of_key_heads(chunk.p_virtual, moments.value).flatten(0, 1)
+            weighted = scaled.flatten(0, 1) * chunk.share
+            for p, others in ((chunk.p_exact, chunk.values), (weighted, chunk.slope.flatten(0, 1))):
+                torch.baddbmm(values, p, others, out=values)
             out[group][:, span] = values.view(queries.shape).flatten(1, 2)[:, : span.stop - span.start]
-            lse[group][:, span] = chunk.lse.view(queries.shape[:3]).flatten(1, 2)[:, : span.stop - span.start]
+            chunk_lse = log_sum(chunk.scores, chunk.p).view(queries.shape[:3])
+            lse[group][:, span] = chunk_lse.flatten(1, 2)[:, : span.stop - span.start]
     return ForwardResult(out, q.new_empty(0), lse, block_map)
 
 
@@ -102,14 +106,12 @@ def backward(grad_out: Tensor, inputs: AttentionInputs, result: ForwardResult, o
             g, flat = upstream.flatten(0, 1), scaled.flatten(0, 1)
             # dO.v of every key, then dl = p (dO.v - sum of p dO.v)
             along = upstream @ chunk.slope.mT
-            gained = (along * scaled).sum(dim=-1, keepdim=True).flatten(0, 1)
-            of_exact, of_virtual = g @ chunk.values.mT, of_key_heads(upstream, moments.value.mT).flatten(0, 1)
-            p_virtual = chunk.p_virtual.flatten(0, 1)
+            gained = (along * scaled).sum(dim=-1, keepdim=True)
+            of_exact, of_virtual = chunk.split(of_values := torch.empty_like(chunk.p))
+            torch.bmm(g, chunk.values.mT, out=of_exact)
+            of_key_heads(upstream, moments.value.mT, out=of_virtual)
             of_virtual += gained
-            delta = (chunk.p_exact * of_exact).sum(dim=-1, keepdim=True)
-            delta += (p_virtual * of_virtual).sum(dim=-1, keepdim=True)
-            d_exact = chunk.p_exact * (of_exact - delta)
-            d_virtual = (p_virtual * (of_virtual - delta)).view(chunk.p_virtual.shape)
+            d_exact, d_virtual = chunk.split(torch._softmax_backward_data(of_values, chunk.p, -1, chunk.p.dtype))
             scatter_add(grad_v, listed, chunk.p_exact.mT @ g)
             scatter_add(grad_k, listed, d_exact.mT @ flat)
             add_onto_keys(grads.value, chunk.p_virtual, upstream)
@@ -117,8 +119,8 @@ def backward(grad_out: Tensor, inputs: AttentionInputs, result: ForwardResult, o
             dscaled = (d_exact @ chunk.keys).view(queries.shape) + of_key_heads(d_virtual, moments.mean)
             # of scaled S, which the share of the virtual keys weighs
             share = chunk.share.view(*queries.shape[:3], 1)
-            dscaled += share * along
-            grad_slope = (scaled.mT @ (share * upstream)).flatten(2)
+            dscaled += along.mul_(share)
+            grad_slope = (scaled.mT @ upstream.mul(share)).flatten(2)
             mixture = rows.mixture[:, part]
             add_onto_keys(grads.slope.flatten(2), mixture, grad_slope)
             d_mixture = of_key_heads(grad_slope, moments.slope.flatten(2).mT)
@@ -238,14 +240,10 @@ class _Chunk:
     keys: Tensor
     """Gathered critical keys (R, width * block_k, D), as ``values``."""
     values: Tensor
-    p_exact: Tensor
-    """(R, block_q, width * block_k)."""
-    p_virtual: Tensor
-    """(G, C, block_q, Tn)."""
-    share: Tensor
-    """The virtual keys' part of the softmax (R, block_q, 1)."""
-    lse: Tensor
-    """(R, block_q)."""
+    scores: Tensor
+    """Of critical keys and then of virtual ones (R, block_q, width * block_k + Tn)."""
+    p: Tensor
+    """Their softmax."""
     slope: Tensor
     """S (G, C, D, D)."""
 
@@ -254,21 +252,36 @@ class _Chunk:
         """Of scaled queries (G, C, block_q, D), the query blocks ``part`` of a group."""
         listed = lists.rows(part)
         gathered = gather(keys.k, listed.blocks)
-        exact = listed_scores(scaled.flatten(0, 1), gathered, keys, listed)
-        virtual = of_key_heads(scaled, moments.mean.mT) + rows.bias[:, part].unsqueeze(2)
-        scores = torch.cat([exact, virtual.flatten(0, 1)], dim=-1)
-        p_exact, p_virtual = torch.split(softmax(scores), [exact.shape[-1], virtual.shape[-1]], dim=-1)
+        columns = gathered.shape[1] + moments.size.shape[0]
+        scores = scaled.new_empty(scaled.shape[0] * scaled.shape[1], scaled.shape[2], columns)
         slope = of_key_heads(rows.mixture[:, part], moments.slope.flatten(2))
         slope = slope.view(*scaled.shape[:2], *moments.slope.shape[2:])
-        return cls(
-            gathered,
-            gather(keys.v, listed.blocks),
-            p_exact,
-            p_virtual.view(virtual.shape),
-            p_virtual.sum(dim=-1, keepdim=True),
-            scores.logsumexp(dim=-1),
-            slope,
-        )
+        chunk = cls(gathered, gather(keys.v, listed.blocks), scores, scores, slope)
+        exact, virtual = chunk.split(scores)
+        listed_scores(scaled.flatten(0, 1), gathered, keys, listed, out=exact)
+        of_key_heads(scaled, moments.mean.mT, out=virtual)
+        virtual += rows.bias[:, part].unsqueeze(2)
+        chunk.p = softmax(scores) if listed.may_be_empty(keys) else scores.softmax(dim=-1)
+        return chunk
+
+    def split(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``columns``, laid out as the scores, has of critical keys (R, block_q, width * block_k), and of virtual
+        ones (G, C, block_q, Tn)."""
+        exact = self.keys.shape[1]
+        return columns[..., :exact], columns[..., exact:].view(*self.slope.shape[:2], columns.shape[1], -1)
+
+    @property
+    def p_exact(self) -> Tensor:
+        return self.split(self.p)[0]
+
+    @property
+    def p_virtual(self) -> Tensor:
+        return self.split(self.p)[1]
+
+    @property
+    def share(self) -> Tensor:
+        """The virtual keys' part of the softmax (R, block_q, 1)."""
+        return self.p_virtual.sum(dim=-1, keepdim=True).flatten(0, 1)
 
 
 def _chunks(rows: _Rows, keys: Keys, lists: Lists, block_q: int) -> list[slice]:
@@ -281,6 +294,10 @@ def _chunks(rows: _Rows, keys: Keys, lists: Lists, block_q: int) -> list[slice]:
 
 def _add_row_gradients(dq: Tensor, q: Tensor, of_mean: Tensor, of_squares: Tensor, block: int) -> None:
     """Add to dq (G, Lq, D) those of the means of q and of q^2 over blocks (G, Tm, D)."""
-    for row, (dq_i, q_i) in enumerate(zip(torch.split(dq, block, dim=1), torch.split(q, block, dim=1), strict=True)):
-        both = of_mean[:, row, None] + 2 * q_i * of_squares[:, row, None]
-        dq_i += both / q_i.shape[1]
+    whole = q.shape[1] // block
+    for first, last, size in ((0, whole, block), (whole, whole + 1, q.shape[1] - whole * block)):
+        if size and last > first:
+            span = slice(first * block, first * block + (last - first) * size)
+            dq_i, q_i = (x[:, span].view(len(x), last - first, size, -1) for x in (dq, q))
+            dq_i += (of_mean[:, first:last] / size).unsqueeze(2)
+            dq_i.addcmul_(q_i, of_squares[:, first:last].unsqueeze(2), value=2 / size)
