@@ -40,13 +40,23 @@ from sla_compile.compiler.site_numbers import spare_numbers
 from sla_compile.compiler.site_report import GraphBreak, SiteReport, describe, graph_break
 from sla_compile.compiler.sites import Settings
 from sla_compile.config import SLAConfig
-from sla_compile.gate import PREPARED, Gate, detach_gate, gate_name, gates, mark_prepared, own_gates, owner_path
+from sla_compile.gate import (
+    PREPARED,
+    Gate,
+    detach_gate,
+    gate_name,
+    gates,
+    mark_prepared,
+    model_config,
+    own_gates,
+    owner_path,
+)
 from sla_compile.gate_attachment import attach_gate, refuse_other_form
 from sla_compile.gate_settings import GateSpec
 from sla_compile.module_paths import module_paths
 from sla_compile.user_warnings import warn_user
 
-__all__ = ["DryRun", "dry_run", "prepare", "unwrapped"]
+__all__ = ["DryRun", "dry_run", "left_out_again", "prepare", "unwrapped"]
 
 
 @dataclass
@@ -95,13 +105,7 @@ def prepare(
     """
     settings = Settings.of(config)
     model = unwrapped(model)
-    run = dry_run(model, *example_call(model, args, kwargs, call), settings)
-    if run.stopped is not None:
-        found = run.graph_breaks[-1]
-        raise ValueError(
-            f"{type(model).__name__}: {found.reason} ({found.file}:{found.line}). Not all gates can be known before: "
-            f"compile the model and call it once, which injects them"
-        ) from run.stopped
+    run = _whole_run(model, *example_call(model, args, kwargs, call), settings)
     modules = dict(module_paths(model))
     specs = {path: replace(gate.spec(), path=path, model_config=settings.config) for path, gate in run.gates.items()}
     planned = {(modules[owner_path(path)], spec.ordinal) for path, spec in specs.items()}
@@ -121,6 +125,27 @@ def prepare(
     if not any(site.rewritten for site in run.sites):
         warn_user(f"prepare: no attention of {type(model).__name__} will be rewritten: {why_nothing(run.sites)}")
     return model
+
+
+def left_out_again(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+    """Module paths of the gates that ``model``, prepared with these arguments as it was, would lose; it keeps them.
+
+    Raises ValueError as `prepare` does where the trace ends early.
+    """
+    run = _whole_run(model, args, kwargs, Settings.of(model_config(model)))
+    return [path for path in gates(model) if path not in run.gates and path not in run.spare]
+
+
+def _whole_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], settings: Settings) -> DryRun:
+    """`dry_run`; ValueError where it ended early."""
+    run = dry_run(model, args, kwargs, settings)
+    if run.stopped is not None:
+        found = run.graph_breaks[-1]
+        raise ValueError(
+            f"{type(model).__name__}: {found.reason} ({found.file}:{found.line}). Not all gates can be known before: "
+            f"compile the model and call it once, which injects them"
+        ) from run.stopped
+    return run
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -169,7 +169,7 @@ def allocate(
     Raises:
         TypeError: ``model`` is no module, ``group`` no group, or a batch is neither a tuple nor a mapping.
         ValueError: a refused setting, a budget above a site's ``max_topk`` or 1 - bottomk, no batch, no gate reached,
-            or numbers that are not finite. The model is then as it was.
+            not all by a first batch to prepare again with, or numbers not finite. The model is then as it was.
     """
     check_spending(budget, ladder)
     _check_objective(objective)
@@ -177,8 +177,13 @@ def allocate(
     first, stream = peek_first(batches, max_batches)
     first_batches = list(islice(stream, OUTPUT_BATCHES))
     refuse_distributed(model, parameters=True)
-    with over_ranks(model, group) as model, prepared_or_rolled_back(model, first, config), kept_traces(model):
-        _refuse_sharded(model)
+    _refuse_sharded(model)
+    again = not at_run_time(model)
+    with (
+        over_ranks(model, group) as model,
+        prepared_or_rolled_back(model, first, config, again=again),
+        kept_traces(model),
+    ):
         known = {path: SiteSensitivity.of_gate(path, gate, budget, ladder) for path, gate in gates(model).items()}
         count = measure_sites(model, chain(first_batches, stream), known)
         if not any(site.calls for site in known.values()):
@@ -220,8 +225,8 @@ def at_run_time(model: nn.Module) -> bool:
 
 def _refuse_sharded(model: nn.Module) -> None:
     """Raise ValueError where ``model`` would have to be prepared again and cannot be."""
-    path, gate = next(iter(gates(model).items()))
-    if not at_run_time(model) and fully_sharded(gate):
+    path = next((path for path, gate in gates(model).items() if fully_sharded(gate)), None)
+    if path is not None and not at_run_time(model):
         raise ValueError(
             f"{path}: got a gate in fully_shard with a topk that is compiled in, which cannot be prepared again; "
             f"accepted: gates prepared with max_topk, whose topk is in a buffer, or allocate before fully_shard"

@@ -48,7 +48,7 @@ def allocate_by_time(
             of the sampler: units in which its steps are even make the nearest time the right one.
         budget: mean topk, weighted by each attention's work (its pairs of tokens).
         weights: how much an error counts at some of these times, at others 1: more where fine-tuning repairs less.
-        config: settings for ``prepare``; by default those the model has been prepared with.
+        config: settings for ``prepare``, with a first batch that reaches all gates; None: those it was prepared with.
         ladder: topks to choose from, in units of the budget; those beyond a site's range are left out.
         group: ranks with batches of their own, all to get the same topks; by default those of DDP or FSDP2.
 

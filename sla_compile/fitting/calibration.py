@@ -169,7 +169,7 @@ def calibrate(
     Args:
         model: any module, prepared, compiled, or neither; without gates it is prepared with the first batch.
         batches: an iterable of tuples of positional, or mappings of keyword, arguments of the model; or one such batch.
-        config: settings for ``prepare``; by default those the model has been prepared with.
+        config: settings for ``prepare``, with a first batch that reaches all gates; None: those it was prepared with.
         ridge: penalty of the weight in units of the mean variance of O^l; at least 0. The bias has none.
         max_batches: how many batches to use at most; None: all of them.
         sequential: fit layer after layer.

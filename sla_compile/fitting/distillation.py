@@ -133,7 +133,7 @@ def distill(
         steps: updates of the gates, one batch each.
         lr: the highest learning rate.
         loss: "attention" or "output".
-        config: settings for ``prepare``; by default those the model has been prepared with.
+        config: settings for ``prepare``, with a first batch that reaches all gates; None: those it was prepared with.
         compile_options: ``options`` of ``torch.compile`` for the student; by default the ``inner`` and
             ``inductor`` that the model was prepared with.
         progress: called after each step with its number, from 0, and its loss.

@@ -25,10 +25,11 @@ from torch.overrides import TorchFunctionMode
 import sla_compile.ops  # noqa: F401  registers sla::forward
 from sla_compile.common.blocks import to_millionths
 from sla_compile.compiler.call_sites import call_site, running_frames
-from sla_compile.compiler.preparation import prepare
+from sla_compile.compiler.preparation import left_out_again, prepare
 from sla_compile.compiler.site_numbers import number_calls
 from sla_compile.compiler.sites import requirements
 from sla_compile.config import SLAConfig
+from sla_compile.fitting.ranks import total
 from sla_compile.fitting.traced_calls import traced_calls
 from sla_compile.gate import PREPARED, Gate, detach, gate_name, gates, model_config, own_gates
 from sla_compile.gate_settings import CALLED
@@ -319,9 +320,15 @@ def peek_first(batches: Iterable[Any], count: int | None) -> tuple[Arguments, It
 
 @contextmanager
 def prepared_or_rolled_back(
-    model: nn.Module, example: Arguments, config: SLAConfig | Mapping[str, Any] | None
+    model: nn.Module, example: Arguments, config: SLAConfig | Mapping[str, Any] | None, *, again: bool = False
 ) -> Iterator[None]:
-    """Prepare ``model`` if it has no gates or ``config`` is given; undone if an exception leaves the context."""
+    """Prepare ``model`` if it has no gates or ``config`` is given; undone if an exception leaves the context.
+
+    ``again`` says that the caller prepares it with ``example`` too. Raises ValueError, before anything is changed,
+    where preparing it would take away a gate that ``example`` does not reach.
+    """
+    if gates(model) and (again or config is not None):
+        _refuse_unreached(model, example)
     if gates(model) and config is None:
         yield
         return
@@ -340,6 +347,18 @@ def prepared_or_rolled_back(
             for module, note in notes:  # of settings that gave no gates
                 module.__dict__[PREPARED] = note
         raise
+
+
+def _refuse_unreached(model: nn.Module, example: Arguments) -> None:
+    """Raise ValueError, on all ranks, where ``model`` prepared again with ``example`` as it is would lose a gate."""
+    missed = left_out_again(model, *example)
+    if not total(len(gates(model)) - len(missed)):
+        raise ValueError(no_gated_call_message(model, example))
+    if total(len(missed)):
+        raise ValueError(
+            f"{missed[0] if missed else 'another rank'}: its attention is not reached by the first batch, which the "
+            f"model is prepared with again; accepted: a first batch that reaches every attention with a gate"
+        )
 
 
 def no_gated_call_message(

@@ -28,7 +28,6 @@ from sla_compile.fitting.observer import (
     Arguments,
     GatedCall,
     gated_calls,
-    no_gated_call_message,
     peek_first,
     prepared_or_rolled_back,
 )
@@ -163,9 +162,8 @@ def choose_orders(
     model = unwrapped(model)
     first, stream = peek_first(batches, max_batches)
     kept = list(stream)
-    with over_ranks(model, group) as model, prepared_or_rolled_back(model, first, config):
-        _refuse_sharded(model)
-        _refuse_unreached(model, first)
+    _refuse_sharded(model)
+    with over_ranks(model, group) as model, prepared_or_rolled_back(model, first, config, again=True):
         before = model_config(model)
         assert before is not None  # a gate has one
         had = {path: gate.config.reorder for path, gate in gates(model).items()}
@@ -213,27 +211,6 @@ def _refuse_sharded(model: nn.Module) -> None:
                 f"{path}: got a gate in fully_shard, which cannot be prepared again; accepted: choose_orders before "
                 f"fully_shard"
             )
-
-
-def _refuse_unreached(model: nn.Module, first: Arguments) -> None:
-    """Raise ValueError where ``first``, which the model is prepared with again, would leave out a gate."""
-    reached: set[str] = set()
-
-    def observe(call: GatedCall) -> Tensor:
-        reached.add(call.path)
-        return call.dense
-
-    args, kwargs = first
-    with torch.no_grad(), kept_traces(model), gated_calls(model, observe):
-        model(*args, **kwargs)
-    if not total(len(reached)):
-        raise ValueError(no_gated_call_message(model, first))
-    missed = [path for path in gates(model) if path not in reached]
-    if total(len(missed)):
-        raise ValueError(
-            f"{missed[0] if missed else 'another rank'}: its attention is not reached by the first batch, which the "
-            f"model is prepared with for each order; accepted: a first batch that reaches every attention with a gate"
-        )
 
 
 def _try(model: nn.Module, batches: Sequence[Arguments], orders: Sequence[str], before: SLAConfig) -> dict[str, Errors]:

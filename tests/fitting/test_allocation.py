@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,10 +17,20 @@ from sla_compile.fitting.allocation import _set_topks
 from sla_compile.fitting.sensitivity import SiteSensitivity
 from sla_compile.fitting.water_fill import water_fill
 from tests.support.allocation import BLOCK, BUDGET, TOKENS, batches, errors, prepared, topks, uneven
-from tests.support.models import OPTIONS, WIDTH, CalledTwice, Model, TwoAttentions, assert_follows_definition
+from tests.support.models import (
+    MARGINAL,
+    OPTIONS,
+    WIDTH,
+    CalledTwice,
+    Model,
+    SomeBlocks,
+    TwoAttentions,
+    assert_follows_definition,
+)
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
 
+DISTILL = partial(sla_compile.distill, steps=1)
 EAGER: dict[str, Any] = {"inner": "eager"}
 
 
@@ -169,6 +180,34 @@ def test_an_exception_leaves_an_unprepared_model_without_gates() -> None:
     assert not sla_compile.gates(model)
     with refused("no attention with a gate was reached"):
         sla_compile.allocate(prepared(uneven()), [(torch.randn(1, 8, WIDTH),)], budget=0.1, config={"min_tokens": 64})
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_topk": 1.0}], ids=["constants", "run time"])
+def test_a_first_batch_that_does_not_reach_all(settings: dict[str, Any]) -> None:
+    """Refused where the model is prepared with it again: the other gates would be gone."""
+    model = prepared(SomeBlocks(2), **settings)
+    data = [(batches()[0][0], 1), batches()[0]]
+    if settings:
+        report = sla_compile.allocate(model, data[:1], budget=BUDGET)
+        assert report.unreached == ("blocks.1.attention.sla",)
+    else:
+        with refused("blocks.1.attention.sla: its attention is not reached by the first batch"):
+            sla_compile.allocate(model, data, budget=BUDGET)
+        with refused("SomeBlocks: no attention with a gate was reached"):
+            sla_compile.allocate(model, [(batches()[0][0], 0), batches()[0]], budget=BUDGET)
+    assert topks(model)["blocks.1.attention.sla"] == BUDGET
+
+
+@pytest.mark.parametrize("fit", [sla_compile.allocate, sla_compile.allocate_by_time, sla_compile.calibrate, DISTILL])
+def test_other_settings_with_a_first_batch_that_does_not_reach_all(fit: Any) -> None:
+    """A gate that was never trained would go with no word, and not come back after an exception."""
+    model = prepared(SomeBlocks(2), max_topk=1.0)
+    data: Any = [(batches()[0][0], 1), batches()[0]]
+    config = {**MARGINAL, "topk": 0.3, "max_topk": 1.0}
+    with refused("blocks.1.attention.sla: its attention is not reached by the first batch"):
+        fit(model, {0.5: data} if fit is sla_compile.allocate_by_time else data, config=config)
+    assert set(topks(model).values()) == {BUDGET}
+    assert len(topks(model)) == 2
 
 
 def test_one_topk_goes_to_all_heads() -> None:

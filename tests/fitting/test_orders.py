@@ -15,7 +15,7 @@ import sla_compile
 from sla_compile.fitting.observer import GatedCall, gated_calls
 from sla_compile.fitting.order_errors import Errors, best_orders
 from sla_compile.kernels import reference
-from tests.support.models import HEADS, OPTIONS, WIDTH, Attention, Model, TwoAttentions
+from tests.support.models import HEADS, OPTIONS, WIDTH, Attention, Model, SomeBlocks, TwoAttentions
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "float64")
 
@@ -238,18 +238,14 @@ def test_an_output_that_is_not_finite_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("blocks", "message"),
-    [(0, "Some: no attention with a gate was reached"), (1, "blocks.1.attention.sla: its attention is not reached")],
+    [
+        (0, "SomeBlocks: no attention with a gate was reached"),
+        (1, "blocks.1.attention.sla: its attention is not reached"),
+    ],
 )
 def test_a_first_batch_that_does_not_reach_all_is_refused(blocks: int, message: str) -> None:
     """Prepared with it the model would lose gates."""
-
-    class Some(Model):
-        def forward(self, x: Tensor, blocks: int = 2) -> Tensor:
-            for block in self.blocks[:blocks]:
-                x = block(x)
-            return x
-
-    model = sla_compile.prepare(Some(2), batches()[0], config={**SETTINGS, "reorder": "hilbert"})
+    model = sla_compile.prepare(SomeBlocks(2), batches()[0], config={**SETTINGS, "reorder": "hilbert"})
     with refused(message):
         sla_compile.choose_orders(model, [(batches()[0][0], blocks), batches()[0]], orders=TRIED)
     assert orders(model) == ["hilbert", "hilbert"]

@@ -64,6 +64,15 @@ class Model(nn.Module):
         return x
 
 
+class SomeBlocks(Model):
+    """Only so many of its blocks are called as the call says."""
+
+    def forward(self, x: Tensor, blocks: int | None = None) -> Tensor:
+        for block in self.blocks[:blocks]:
+            x = block(x)
+        return x
+
+
 class CheckpointedModel(Model):
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
