@@ -276,7 +276,7 @@ def sparse_linear_attention(
     shift: Tensor | None = None,
     scale: float | None = None,
     topk: float = 0.05,
-    bottomk: float = 0.10,
+    bottomk: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
     feature_map: str = "softmax",
@@ -290,8 +290,12 @@ def sparse_linear_attention(
     weight is (D, D) or (H, D, D), bias (D) or (H, D); without weight there is no linear branch. ``linear`` is
     "marginal" (the paper), "all" (the authors' released code: every key block, with ``causal`` every one below
     the diagonal) or "none"; or "taylor", `taylor_attention` with ``shift`` (H), without gate. ``key_mask`` (B or 1, Lk)
-    is `key_bias`'s; the other options are those of `classify`, whose place a given ``block_map`` takes.
+    is `key_bias`'s; the other options are those of `classify`, whose place a given ``block_map`` takes. Without
+    ``bottomk`` it is 0 with "taylor", else 0.1, or 1 - topk where that is less, in decimals.
     """
+    if bottomk is None:
+        left = float(1 - Fraction(repr(float(topk))))
+        bottomk = 0.0 if linear == "taylor" else min(0.1, left)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if block_map is None:

@@ -17,9 +17,11 @@ _UNREAD_BY_TAYLOR = {"feature_map": "softmax", "gate": "shared", "sparse_scale":
 def default_bottomk(topk: float, linear: str) -> float:
     """bottomk where none is said: with ``linear="taylor"`` 0, as a virtual key costs next to nothing.
 
-    Else 0.1, or the rest if that is less, so that topk=1.0 alone is accepted.
+    Else 0.1, or the rest if that is less, so that topk=1.0 alone is accepted. Any topk is taken, and refused elsewhere.
     """
-    return 0.0 if linear == TAYLOR else float(min(exact_fraction(0.1), 1 - exact_fraction(topk)))
+    if linear == TAYLOR or topk >= 1:
+        return 0.0
+    return float(1 - exact_fraction(topk)) if topk > 0.9 else 0.1
 
 
 def with_bottomk(topk: float, bottomk: float, linear: str, changes: Mapping[str, Any]) -> dict[str, Any]:

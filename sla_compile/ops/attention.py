@@ -29,6 +29,7 @@ from sla_compile.common.kernel_interface import (
 from sla_compile.common.limits import TAYLOR
 from sla_compile.common.options import AttentionOptions, BackwardOptions
 from sla_compile.compat import has_tangent
+from sla_compile.config_shares import default_bottomk
 from sla_compile.memory import count_run
 from sla_compile.ops.run_watchers import show_run
 from sla_compile.ops.validation import (
@@ -54,7 +55,7 @@ def sparse_linear_attention(
     shift: Tensor | None = None,
     scale: float | None = None,
     topk: float = 0.05,
-    bottomk: float = 0.10,
+    bottomk: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
     feature_map: str = "softmax",
@@ -79,7 +80,7 @@ def sparse_linear_attention(
         sparsity: int64 (2,) or (H, 2): topk (at most the one below) and bottomk in millionths, read when it runs.
         shift: with "taylor", (H), any floating dtype: added to the logits of virtual keys; None: zero.
         scale: factor of the logits; None: 1 / sqrt(D).
-        topk, bottomk: shares of a row's key blocks: critical, in (0, 1], at least one block; negligible, in [0, 1).
+        topk, bottomk: shares of a row's key blocks: critical, in (0, 1]; negligible, in [0, 1), None: as in SLAConfig.
         block_q, block_k: tokens in a block, a power of two from 16 to 256.
         feature_map: phi of the linear branch: "softmax" over the head axis, "elu" (elu(x) + 1) or "relu".
         linear: "taylor"; or a linear branch over the "marginal" blocks (paper), "all" (the authors' code) or "none".
@@ -94,6 +95,7 @@ def sparse_linear_attention(
     if scale is None:
         check_activations(q, k, v)
         options["scale"] = 1.0 / math.sqrt(q.shape[3])
+    options["bottomk"] = default_bottomk(topk, linear) if bottomk is None else bottomk
     checked = {**options, "always_critical": tuple(always_critical or ())}
     check(AttentionInputs(**tensors), AttentionOptions(**checked))
     if not torch.compiler.is_compiling():

@@ -41,7 +41,7 @@ def check_types(tensors: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     for name in ("scale", "topk", "bottomk"):
         number = options[name]
         if isinstance(number, bool) or not isinstance(number, (int, float)):
-            if name == "scale" and number is None:
+            if name in ("scale", "bottomk") and number is None:
                 continue
             raise TypeError(f"{name}={number!r}, accepted is a number")
     for name in ("block_q", "block_k"):

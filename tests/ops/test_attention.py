@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sla_compile.config import SLAConfig
 from sla_compile.kernels import reference
 from sla_compile.ops.attention import _kernels, sparse_linear_attention
 from tests.support.closeness import assert_close
@@ -70,6 +72,34 @@ def test_the_other_defaults_are_the_papers() -> None:
         *inputs, scale=16**-0.5, topk=0.05, bottomk=0.10, block_q=64, block_k=64, feature_map="softmax"
     )
     assert_close("out", sparse_linear_attention(*inputs, linear="marginal"), expected, 1e-10)
+
+
+@pytest.mark.parametrize("linear", ["taylor", "marginal"])
+@pytest.mark.parametrize("topk", [0.25, 0.9333333333333333, 1.0])
+def test_bottomk_is_by_default_that_of_the_settings(topk: float, linear: str) -> None:
+    q, k, v, weight, _ = make_inputs(16 * 15)
+    tensors = (q, k, v) if linear == "taylor" else (q, k, v, weight)
+    options: dict[str, Any] = {"topk": topk, "linear": linear, "block_q": 16, "block_k": 16}
+    out = sparse_linear_attention(*tensors, **options)
+    said = sparse_linear_attention(*tensors, **options, bottomk=SLAConfig(topk=topk, linear=linear).bottomk)
+    assert torch.equal(out, said)
+    assert_close("out", out, reference.sparse_linear_attention(*tensors, **options), 1e-10)
+
+
+@pytest.mark.parametrize("topk", [math.nan, math.inf, 1.5, 0.0])
+def test_a_topk_that_is_refused_has_a_default_bottomk_too(topk: float) -> None:
+    q, k, v, *_ = make_inputs(90)
+    with pytest.raises(ValueError, match=f"topk={topk}, accepted is 0 < topk <= 1"):
+        sparse_linear_attention(q, k, v, topk=topk, linear="marginal")
+
+
+@pytest.mark.parametrize(("topk", "linear"), [(0.25, "taylor"), (1.0, "taylor"), (0.25, "marginal"), (1.0, "marginal")])
+def test_bottomk_is_not_needed_in_a_compiled_call(topk: float, linear: str) -> None:
+    torch._dynamo.reset()
+    q, k, v, *_ = make_inputs(90)
+    options: dict[str, Any] = {"topk": topk, "linear": linear, "block_q": 16, "block_k": 16}
+    compiled = torch.compile(sparse_linear_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v, **options), sparse_linear_attention(q, k, v, **options))
 
 
 @pytest.mark.parametrize("scale", [None, 0.3])
