@@ -192,6 +192,19 @@ def test_show_lists_the_gates_of_a_file(capsys: pytest.CaptureFixture[str], tmp_
         assert max(map(len, out.splitlines())) <= int(width)
 
 
+def test_show_says_that_each_head_has_a_shift(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = sla_compile.prepare(Model(1), (random_input(),), config=OPTIONS)
+    with torch.no_grad():
+        for parameter in sla_compile.gate_parameters(model):
+            parameter.copy_(torch.tensor([-0.5, 1.25]))
+    sla_compile.save(model, tmp_path / "gates.safetensors")
+    for width in ("80", "120"):
+        _, out, _ = run(capsys, "show", "gates.safetensors", "--width", width)
+        assert "2 float32, one per head" in out
+        assert "shift -0.5 to 1.25" in out
+        assert "shared" not in out
+
+
 def test_show_has_the_sparsity_that_was_set(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     model = sla_compile.prepare(Model(2), (torch.randn(1, 100, 32),), config={**OPTIONS, "max_topk": 1.0})
     sla_compile.set_sparsity(model, topk=0.625, bottomk=0.0, sites="blocks.1.*")

@@ -301,11 +301,13 @@ def _flops(site: SiteReport) -> Text:
 def _gate_parameters(site: SiteReport) -> Text:
     if not site.gate_parameters:
         return Text()
-    if site.settings["linear"] == TAYLOR:
-        return Text(f"{site.gate_parameters:,}, one per head")
     scaled = ", with scale" if site.settings["sparse_scale"] else ""
-    form = str(site.settings["gate"])
-    return Text(f"{site.gate_parameters:,} {form.replace('_', ' ')}{scaled}")
+    return Text(f"{site.gate_parameters:,}, {_gate_form(site.settings)}{scaled}")
+
+
+def _gate_form(settings: dict[str, Any]) -> str:
+    """Whose the numbers of a gate are. Virtual keys have one for each head, whatever form a weight would have."""
+    return "one per head" if settings["linear"] == TAYLOR else str(settings["gate"]).replace("_", " ")
 
 
 def _settings_line(settings: dict[str, Any], critical_tokens: Sequence[int] = ()) -> str:
@@ -370,7 +372,7 @@ class GatesView:
 
     def _table(self) -> Table:
         table = Table()
-        for name in ("gate", "weight", "norms", "settings"):
+        for name in ("gate", "parameters", "values", "settings"):
             table.add_column(name, overflow="fold")
         for gate in self.gates:
             table.add_row(Text(gate["path"], style="bold"), *map(Text, _gate_cells(gate)))
@@ -380,13 +382,13 @@ class GatesView:
 def _gate_cells(gate: dict[str, Any]) -> tuple[str, str, str]:
     config = gate["config"]
     return (
-        " x ".join(map(str, gate["shape"])) + f" {gate['dtype']}",
-        _norms(gate),
-        f"topk {100 * config['topk']:g}%, {config['gate'].replace('_', ' ')}, {gate['heads']} heads",
+        " x ".join(map(str, gate["shape"])) + f" {gate['dtype']}, {_gate_form(config)}",
+        _values(gate),
+        f"topk {100 * config['topk']:g}%, {gate['heads']} heads",
     )
 
 
-def _norms(gate: dict[str, Any]) -> str:
+def _values(gate: dict[str, Any]) -> str:
     parts = [f"{name} {gate[f'{name}_norm']:.4g}" for name in ("weight", "bias") if f"{name}_norm" in gate]
     for name in ("scale", "shift"):
         if values := gate.get(name):
