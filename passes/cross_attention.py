@@ -4,7 +4,8 @@ They are taken for self-attention unless the graph shows otherwise: projections 
 both depend token by token. Operations that are not known here are walked through. What is not such an origin: a
 parameter, a buffer or what is computed from those alone, a tensor without an axis of tokens, what only came in through
 a projection or an attention that was added, as the output of a cross-attention is, and other items of the same batch:
-two frames, say, that were joined along it and see each other after its halves were swapped, whole or window by window.
+two frames, say, that were joined along it and see each other after its halves were swapped, or it was reversed, whole
+or window by window.
 """
 
 from __future__ import annotations
@@ -151,6 +152,9 @@ def _moved(node: fx.Node, behind: fx.Node, items: int | None) -> list[int]:
         (shift, axis), size = (_alone(op.arguments.get(name)) for name in ("shifts", "dims")), value.shape[0]
         if type(shift) is int and axis in (0, -value.dim()) and shift % size:
             return [-(shift % size) * many, (size - shift % size) * many]
+    if many and op.word == "flip" and {0, -value.dim()} & {*op.arguments.get("dims", ())}:
+        last = (value.shape[0] - 1) * many
+        return [-last, last]  # others lie nearer; one in the middle that stays makes no self-attention of the rest
     if op.word == "getitem" and (many := _items_in_one(example(behind), items)):
         index = op.arguments.get("index")
         first = index[0] if isinstance(index, tuple) and index else None

@@ -86,6 +86,7 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
         "cat": "tensors dim",
         "repeat": "input *repeats",
         "roll": "input shifts dims",
+        "flip": "input *dims",
         "repeat_interleave": "input repeats dim",
         "masked_fill": "input mask value",
         "where": "condition input other",

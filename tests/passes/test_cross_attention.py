@@ -121,7 +121,13 @@ class Windows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + 1
-        seen = {"swapped": torch.cat(x.chunk(2)[::-1]), "rolled": x.roll(1, 0), "own": x}[self.kind]
+        seen = {
+            "swapped": lambda: torch.cat(x.chunk(2)[::-1]),
+            "rolled": lambda: x.roll(1, 0),
+            "flipped": lambda: x.flip(0),
+            "own": lambda: x,
+            "own, mirrored": lambda: x.flip(1, 2),
+        }[self.kind]()
         if self.cut_first:
             q, k = self.q(self.cut(x)), self.k(self.cut(seen))
         else:
@@ -131,12 +137,59 @@ class Windows(nn.Module):
 
 
 @pytest.mark.parametrize("cut_first", [True, False])
-@pytest.mark.parametrize("kind", ["swapped", "rolled", "own"])
+@pytest.mark.parametrize("kind", ["swapped", "rolled", "flipped", "own", "own, mirrored"])
 def test_windows_of_pictures_that_see_each_other_are_cross_attention(kind: str, cut_first: bool) -> None:
     pictures = torch.randn(2, 16, 16, HEADS * HEAD_DIM)
     (site,) = sla_compile.explain(Windows(kind, cut_first), (pictures,), config=OPTIONS).sites
-    others = kind != "own"
+    others = not kind.startswith("own")
     assert (site.rewritten, site.reason) == (not others, "cross-attention" if others else "self-attention")
+
+
+REVERSED = {
+    "other": lambda x: x.flip(0),
+    "other, in a list": lambda x: torch.flip(x, [0]),
+    "other, by keyword": lambda x: torch.flip(x, dims=(-3,)),
+    "other, of aten": lambda x: torch.ops.aten.flip.default(x, [0]),
+    "other, tokens too": lambda x: x.flip((0, 1)),
+    "other, halves": lambda x: x.unflatten(0, (2, -1)).flip(0).flatten(0, 1),
+    "own": lambda x: x.flip(1),
+    "own, from the end": lambda x: x.flip(-2),
+    "own, twice": lambda x: (x.flip(0) + 1).flip(0),
+    "own, both": lambda x: x,
+}
+
+
+class Reversed(nn.Module):
+    """Samples of a batch that see each other's tokens, or their own in another order."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.q, self.k, self.v = (nn.Linear(HEADS * HEAD_DIM, HEADS * HEAD_DIM) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 1
+        x = x.flip(0) if self.kind == "own, both" else x
+        seen = REVERSED[self.kind](x)
+        q, k, v = (
+            layer(z).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for layer, z in ((self.q, x), (self.k, seen), (self.v, seen))
+        )
+        return sdpa(q, k, v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("batch", [2, 3, 4])
+@pytest.mark.parametrize("kind", REVERSED)
+def test_a_batch_in_reverse_is_cross_attention(kind: str, batch: int) -> None:
+    """Unless it is its tokens that are: of any number of samples most see another one."""
+    if kind == "other, halves" and batch % 2:
+        return
+    model, x = Reversed(kind), torch.randn(batch, TOKENS, HEADS * HEAD_DIM)
+    (site,) = sla_compile.explain(model, (x,), config=OPTIONS).sites
+    others = kind.startswith("other")
+    assert (site.rewritten, site.reason) == (not others, "cross-attention" if others else "self-attention")
+    (site,) = sla_compile.explain(model, (x,), config={**OPTIONS, "cross_attention": True}).sites
+    assert (site.rewritten, site.reason) == (True, "cross-attention" if others else "self-attention")
 
 
 class ByKeywords(nn.Module):
