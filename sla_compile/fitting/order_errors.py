@@ -66,6 +66,7 @@ class Measured:
 
 @torch.no_grad()
 def measure(model: nn.Module, batches: Sequence[Arguments]) -> dict[str, Measured]:
+    """By gate path, each attention that the batches reach, with the order and the gate that it has; over all ranks."""
     found: dict[str, Measured] = {}
 
     def observe(call: GatedCall) -> Tensor:

@@ -1,8 +1,8 @@
 """``choose_orders``: the order of a video's tokens with which each attention is nearest to dense, from data.
 
 Which tokens share a block decides how well a block's mean stands for it. One attention looks along time, the next
-within a frame, and so do its heads: so the model is prepared with each order in turn, the error of each attention
-measured, and at last each, or each of its heads, gets the order with which it had the least.
+within a frame, and its heads too: so each order is tried in turn, the error of each attention measured, and at last
+each attention, or each of its heads, gets the order with which it had the least.
 """
 
 from __future__ import annotations
