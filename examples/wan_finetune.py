@@ -105,7 +105,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         help="batches for choose_orders, allocate and calibrate, on each GPU; 0: none of them",
     )
     parser.add_argument(
-        "--orders", choices=("site", "head", "none"), default="site", help="a token order for each layer, or each head"
+        "--orders", choices=("site", "head", "none"), default="head", help="a token order for each head, or layer"
     )
     parser.add_argument("--levels", type=int, default=4, help="parts of the sampler's times with topks of their own")
     parser.add_argument("--anneal", type=int, default=0, help="steps from max-topk down to each head's topk")
