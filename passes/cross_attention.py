@@ -19,6 +19,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from sla_compile.passes.known_values import known_values
 from sla_compile.passes.node_ops import VIEWS, NodeOp, read, writes
 from sla_compile.passes.operands import Operand, example
 from sla_compile.passes.view_axes import same_size
@@ -152,9 +153,9 @@ def _moved(node: fx.Node, behind: fx.Node, items: int | None) -> list[int]:
         (shift, axis), size = (_alone(op.arguments.get(name)) for name in ("shifts", "dims")), value.shape[0]
         if type(shift) is int and axis in (0, -value.dim()) and shift % size:
             return [-(shift % size) * many, (size - shift % size) * many]
-    if many and op.word == "flip" and {0, -value.dim()} & {*op.arguments.get("dims", ())}:
-        last = (value.shape[0] - 1) * many
-        return [-last, last]  # others lie nearer; one in the middle that stays makes no self-attention of the rest
+    if many and (taken := _taken(op, node, behind)):
+        moves = {(item - place) * many for place, item in enumerate(taken)} - {0}
+        return [min(moves), max(moves)] if moves else [0]  # others lie nearer; some that stay make no self-attention
     if op.word == "getitem" and (many := _items_in_one(example(behind), items)):
         index = op.arguments.get("index")
         first = index[0] if isinstance(index, tuple) and index else None
@@ -165,6 +166,35 @@ def _moved(node: fx.Node, behind: fx.Node, items: int | None) -> list[int]:
         if isinstance(size, int) and 0 < size < items <= _MOST_COPIES * size:  # repeated, in whatever way
             return [-start for start in range(0, items, size)]
     return [0]
+
+
+def _taken(op: NodeOp, node: fx.Node, behind: fx.Node) -> list[int]:
+    """For each place along the first axis of ``node`` the one of ``behind`` that stands there now, if the graph tells.
+
+    Nothing where ``node`` does not put those of ``behind`` in another order.
+    """
+    value, arguments = example(node), op.arguments
+    first, size = {0, -value.dim()}, value.shape[0]
+    if op.word == "flipud" or (op.word == "flip" and first & {*arguments.get("dims", ())}):
+        return [*range(size)][::-1]
+    if op.word == "index_select" and arguments.get("dim") in first:
+        index = arguments.get("index")
+    elif op.word in {"getitem", "index"}:
+        index = arguments.get("index", arguments.get("indices"))
+        if isinstance(index, tuple | list) and index and not _are_numbers(index):
+            index = index[0]
+    else:
+        return []
+    if isinstance(index, fx.Node):
+        known = known_values(index, node) if getattr(example(index), "shape", ()) == (size,) else None
+        index = None if known is None or known.values.dtype == torch.bool else known.whole().tolist()
+    if not isinstance(index, list) or not _are_numbers(index):
+        return []
+    return [item % size for item in index] if len(index) == size == example(behind).shape[0] else []
+
+
+def _are_numbers(values: Any) -> bool:
+    return all(type(value) is int for value in values)
 
 
 def _items_in_one(value: Any, items: int | None) -> int:

@@ -87,6 +87,8 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
         "repeat": "input *repeats",
         "roll": "input shifts dims",
         "flip": "input *dims",
+        "index_select": "input dim index",
+        "index": "input indices",
         "repeat_interleave": "input repeats dim",
         "masked_fill": "input mask value",
         "where": "condition input other",
