@@ -167,13 +167,20 @@ def choose_orders(
         before = model_config(model)
         assert before is not None  # a gate has one
         had = {path: gate.config.reorder for path, gate in gates(model).items()}
+        with kept_traces(model):
+            output = OutputError(model, kept[:OUTPUT_BATCHES])
+            was = _error_of(output)
         try:
             found = _try(model, kept, orders, before)
-            losses = _settle(model, kept, before, found, by)
+            now = _settle(output, before, found, by)
+            if not (math.isfinite(was) and math.isfinite(now)):
+                raise ValueError(f"{type(model).__name__}: its output is not finite on the first batches")
+            if now >= was:
+                prepare(model, *first, config=before)
         except BaseException:
             prepare(model, *first, config=before)
             raise
-        return _report(model, int(total(len(kept))), tuple(orders), losses, found, had)
+        return _report(model, int(total(len(kept))), tuple(orders), (was, min(was, now)), found, had)
 
 
 def _check_orders(orders: Sequence[str]) -> None:
@@ -274,27 +281,20 @@ def _in_the_models_order(model: nn.Module, first: Arguments) -> set[str]:
     return {site for site, found in kept.items() if total(float(found))}
 
 
-def _settle(
-    model: nn.Module, batches: Sequence[Arguments], before: SLAConfig, found: Mapping[str, Errors], by: str
-) -> tuple[float, float]:
-    """Prepare ``model`` with the best of what was ``found``, or as it was; the squared errors of the output before and
-    now.
-    """
+def _error_of(output: OutputError) -> float:
+    """The squared error of the model's output with what its gates are set to."""
+    return output.of(lambda call: call.output_with_gate(*call.gate.parameters()))
+
+
+def _settle(output: OutputError, before: SLAConfig, found: Mapping[str, Errors], by: str) -> float:
+    """Prepare the model with the best of what was ``found``; the squared error of its output then."""
+    model, first = output.model, output.batches[0]
     chosen = best_orders(found, by)
-    if by == "head":
-        prepare(model, *batches[0], config=_with_orders(before, chosen))
-        kept = _in_the_models_order(model, batches[0])
-        of_sites = best_orders(found)
-        chosen = {site: of_sites[site] if "," in order and site in kept else order for site, order in chosen.items()}
-    losses = []
-    for config in (before, _with_orders(before, chosen)):
-        prepare(model, *batches[0], config=config)
-        with kept_traces(model):
-            output = OutputError(model, batches[:OUTPUT_BATCHES])
-            losses.append(output.of(lambda call: call.output_with_gate(*call.gate.parameters())))
-    if not all(map(math.isfinite, losses)):
-        raise ValueError(f"{type(model).__name__}: its output is not finite on the first batches")
-    if losses[1] >= losses[0]:
-        prepare(model, *batches[0], config=before)
-        return losses[0], losses[0]
-    return losses[0], losses[1]
+    prepare(model, *first, config=_with_orders(before, chosen))
+    of_sites = best_orders(found)
+    if by == "head" and chosen != of_sites:
+        kept = _in_the_models_order(model, first)
+        allowed = {site: of_sites[site] if "," in order and site in kept else order for site, order in chosen.items()}
+        if allowed != chosen:
+            prepare(model, *first, config=_with_orders(before, allowed))
+    return _error_of(output)
