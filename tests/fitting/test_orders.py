@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sla_compile
+from sla_compile.compiler import preparation
 from sla_compile.fitting.observer import GatedCall, gated_calls
 from sla_compile.fitting.order_errors import Errors, best_orders
 from sla_compile.kernels import reference
@@ -133,6 +134,22 @@ class Masked(Attention):
         q, k, v = self.heads(x)
         mask = torch.ones(len(x), 1, 1, x.shape[1], dtype=torch.bool, device=x.device)
         return self.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("by", ["site", "head"])
+def test_the_model_is_traced_once_for_all_orders(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And once with the best, and once before to see that the first batch reaches every gate."""
+    model, traced = prepared(looking((1, 0), 1)), []
+    trace = preparation.dry_run
+
+    def counted(*arguments: Any) -> preparation.DryRun:
+        traced.append(arguments)
+        return trace(*arguments)
+
+    monkeypatch.setattr(preparation, "dry_run", counted)
+    report = sla_compile.choose_orders(model, batches(), orders=TRIED, by=by)
+    assert report.output < report.output_before
+    assert len(traced) == 3
 
 
 def test_what_cannot_have_an_order_for_each_head_gets_one_for_all() -> None:
