@@ -57,6 +57,9 @@ class AnyArm(Protocol):
     def budgets(self, model: RotaryVideoDiT) -> list[Any]:
         """Of each layer: "dense", or how many blocks are critical."""
 
+    def orders(self, model: RotaryVideoDiT) -> list[str]:
+        """Of each layer the token order, or those of its heads joined by commas; nothing where all have the model's."""
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -100,6 +103,10 @@ class Arm:
         """Of each layer: "dense", or how many blocks are critical and the mass of a row's prefix."""
         forms = [block.form for block in model.attentions()]
         return [[form.budget.count, form.budget.mass] if isinstance(form, Form) else "dense" for form in forms]
+
+    def orders(self, model: RotaryVideoDiT) -> list[str]:
+        """None: the tokens of the whole model stand in tiles, or not."""
+        return []
 
     def put_into(self, model: RotaryVideoDiT, tokens: int, batches: Sequence[Batch]) -> RotaryVideoDiT:
         """Give the dense ``model`` the attention of this arm, its budgets and gates fitted on ``batches``."""

@@ -95,6 +95,10 @@ class PackageArm:
             found.append(gate.shares()[0] if gate.sparsity is None else (gate.sparsity[..., 0] / 1e6).tolist())
         return found
 
+    def orders(self, model: RotaryVideoDiT) -> list[str]:
+        """Of each layer, if they were chosen."""
+        return [gate.config.reorder for gate in sla_compile.gates(model).values()] if self.ordered else []
+
 
 def one_by_one(calls: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """A call for each video, in any order, so that those held back from a fit have any time."""

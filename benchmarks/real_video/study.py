@@ -94,7 +94,8 @@ class Study:
             videos = self.sampler(model, self.dense, steps)
             measured = [psnr(videos, self.wanted), feature_distance(self.dense, videos, self.wanted)]
             row.setdefault("dense_steps", {})[str(steps)] = measured
-        row["seconds"], row["budgets"] = time.monotonic() - began, arm.budgets(model)
+        row["seconds"] = time.monotonic() - began
+        row |= {"budgets": arm.budgets(model), "orders": arm.orders(model)}
         self.add(name, row)
         if self.samples_wanted:
             self.picture(name, self.samples)
@@ -120,7 +121,8 @@ class Study:
         """An arm, fine-tuned."""
         began, arm = time.monotonic(), self.arm(name)
         model = arm.put_into(self.fresh(), self.tokens, self.fitted_on(arm))
-        row: dict[str, Any] = {"before": held_out_loss(model, self.held_out), "budgets": arm.budgets(model)}
+        row: dict[str, Any] = {"before": held_out_loss(model, self.held_out)}
+        row |= {"budgets": arm.budgets(model), "orders": arm.orders(model)}
         gates = arm.gates(model)
         known = {id(gate) for gate in gates}
         groups = [

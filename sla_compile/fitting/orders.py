@@ -172,15 +172,11 @@ def choose_orders(
             was = _error_of(output)
         try:
             found = _try(model, kept, orders, before)
-            now = _settle(output, before, found, by)
-            if not (math.isfinite(was) and math.isfinite(now)):
-                raise ValueError(f"{type(model).__name__}: its output is not finite on the first batches")
-            if now >= was:
-                prepare(model, *first, config=before)
+            now = _settle(output, was, before, found, by)
         except BaseException:
             prepare(model, *first, config=before)
             raise
-        return _report(model, int(total(len(kept))), tuple(orders), (was, min(was, now)), found, had)
+        return _report(model, int(total(len(kept))), tuple(orders), (was, now), found, had)
 
 
 def _check_orders(orders: Sequence[str]) -> None:
@@ -286,8 +282,8 @@ def _error_of(output: OutputError) -> float:
     return output.of(lambda call: call.output_with_gate(*call.gate.parameters()))
 
 
-def _settle(output: OutputError, before: SLAConfig, found: Mapping[str, Errors], by: str) -> float:
-    """Prepare the model with the best of what was ``found``; the squared error of its output then."""
+def _settle(output: OutputError, was: float, before: SLAConfig, found: Mapping[str, Errors], by: str) -> float:
+    """Prepare the model with the best of what was ``found``, or as it ``was``; the squared error of its output then."""
     model, first = output.model, output.batches[0]
     chosen = best_orders(found, by)
     prepare(model, *first, config=_with_orders(before, chosen))
@@ -297,4 +293,9 @@ def _settle(output: OutputError, before: SLAConfig, found: Mapping[str, Errors],
         allowed = {site: of_sites[site] if "," in order and site in kept else order for site, order in chosen.items()}
         if allowed != chosen:
             prepare(model, *first, config=_with_orders(before, allowed))
-    return _error_of(output)
+    now = _error_of(output)
+    if not (math.isfinite(was) and math.isfinite(now)):
+        raise ValueError(f"{type(model).__name__}: its output is not finite on the first batches")
+    if now >= was:
+        prepare(model, *first, config=before)
+    return min(was, now)

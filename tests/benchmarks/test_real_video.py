@@ -255,7 +255,7 @@ def test_from_pretraining_to_the_table(tmp_path: Path, monkeypatch: pytest.Monke
     trained = torch.load(tmp_path / "longer/state.pt", weights_only=True)
     assert trained["step"] == 7
     assert not all(torch.equal(trained["average"][name], value) for name, value in state["average"].items())
-    mine, theirs, levels = "mass-gate-heads", "package-taylor-heads-cal", "package-taylor-levels-cal"
+    mine, theirs, levels = "mass-gate-heads", "package-taylor-heads-cal", "package-taylor-levels-headordered-cal"
     tasks = ["--closed", "sparse", mine, theirs, "--steps", "2", "--dense-steps", "1", "2"]
     tasks += ["--tune", "dense", f"{mine}+features", theirs, f"{levels}+teacher"]
     monkeypatch.setattr(sys, "argv", ["study", *common, "--out", str(out), *tasks])
@@ -279,6 +279,8 @@ def test_from_pretraining_to_the_table(tmp_path: Path, monkeypatch: pytest.Monke
     found = results[f"{levels}+teacher/0"]["budgets"]
     assert [level["time"] for level in found] == list(part_middles(4))
     assert sum(level["critical"] for level in found) <= 4 * 2 / 16  # 15% of 16 blocks
+    assert len(results[f"{levels}+teacher/0"]["orders"]) == 2
+    assert results[theirs]["orders"] == []
     of_steps = results["sparse"]["dense_steps"]
     assert of_steps["2"][1] == 0 < of_steps["1"][1], "all of its two steps are the dense model's"
     table = "\n".join(report.tables(results))
