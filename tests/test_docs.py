@@ -104,8 +104,8 @@ PRINTED = {
         "WanTransformer3DModel: 4 of 4 attentions would be sparse-linear",
     ],
     "docs/token-order.md": [
-        "{'kind': 'tiles', 'grid': [5, 32, 32], 'start': 0}",
-        "{'kind': 'hilbert', 'grid': [5, 32, 32], 'start': 0}",
+        "{'kind': 'tiles', 'grid': [5, 16, 16], 'start': 0}",
+        "{'kind': 'hilbert', 'grid': [5, 16, 16], 'start': 0}",
     ],
     "docs/trainers-and-pipelines.md": [
         "['transformer_blocks.0.attn1.sla', 'transformer_blocks.1.attn1.sla']",
