@@ -188,9 +188,11 @@ def _taken(op: NodeOp, node: fx.Node, behind: fx.Node) -> list[int]:
     if isinstance(index, fx.Node):
         known = known_values(index, node) if getattr(example(index), "shape", ()) == (size,) else None
         index = None if known is None or known.values.dtype == torch.bool else known.whole().tolist()
-    if not isinstance(index, list) or not _are_numbers(index):
+    source = example(behind)
+    alike = isinstance(source, torch.Tensor) and source.dim() == value.dim() and source.shape[0] == size
+    if not alike or not isinstance(index, list) or len(index) != size or not _are_numbers(index):
         return []
-    return [item % size for item in index] if len(index) == size == example(behind).shape[0] else []
+    return [item % size for item in index]
 
 
 def _are_numbers(values: Any) -> bool:
