@@ -177,14 +177,11 @@ def _taken(op: NodeOp, node: fx.Node, behind: fx.Node) -> list[int]:
     first, size = {0, -value.dim()}, value.shape[0]
     if op.word == "flipud" or (op.word == "flip" and first & {*arguments.get("dims", ())}):
         return [*range(size)][::-1]
-    if op.word == "index_select" and arguments.get("dim") in first:
-        index = arguments.get("index")
-    elif op.word in {"getitem", "index"}:
-        index = arguments.get("index", arguments.get("indices"))
-        if isinstance(index, tuple | list) and index and not _are_numbers(index):
-            index = index[0]
-    else:
+    if op.word != "index" and (op.word != "index_select" or arguments.get("dim") not in first):
         return []
+    index = arguments.get("index", arguments.get("indices"))  # indices: of aten
+    if isinstance(index, tuple | list) and index and not _are_numbers(index):
+        index = index[0]
     if isinstance(index, fx.Node):
         known = known_values(index, node) if getattr(example(index), "shape", ()) == (size,) else None
         index = None if known is None or known.values.dtype == torch.bool else known.whole().tolist()

@@ -88,7 +88,6 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
         "roll": "input shifts dims",
         "flip": "input *dims",
         "index_select": "input dim index",
-        "index": "input indices",
         "repeat_interleave": "input repeats dim",
         "masked_fill": "input mask value",
         "where": "condition input other",

@@ -156,6 +156,7 @@ REVERSED = {
     "other, and a slice": lambda x: x[[*range(len(x))][::-1], :],
     "other, by a tensor": lambda x: x[torch.arange(len(x) - 1, -1, -1)],
     "other, from behind": lambda x: x[torch.arange(-1, -1 - len(x), -1)],
+    "other, the first one": lambda x: x[[0] * len(x)],
     "other, selected": lambda x: x.index_select(0, torch.arange(len(x) - 1, -1, -1)),
     "other, indexed by aten": lambda x: torch.ops.aten.index.Tensor(x, [torch.arange(len(x) - 1, -1, -1)]),
     "other, halves": lambda x: x.unflatten(0, (2, -1)).flip(0).flatten(0, 1),
