@@ -283,7 +283,9 @@ def _error_of(output: OutputError) -> float:
 
 
 def _settle(output: OutputError, was: float, before: SLAConfig, found: Mapping[str, Errors], by: str) -> float:
-    """Prepare the model with the best of what was ``found``, or as it ``was``; the squared error of its output then."""
+    """Prepare the model with the best of what was ``found``, or as ``before`` where the squared error of its output,
+    ``was``, gets no less; that error then.
+    """
     model, first = output.model, output.batches[0]
     chosen = best_orders(found, by)
     prepare(model, *first, config=_with_orders(before, chosen))
