@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -48,8 +49,11 @@ class AnyArm(Protocol):
     def small(self) -> AnyArm:
         """The same for a tiny study."""
 
-    def put_into(self, model: RotaryVideoDiT, tokens: int, batches: Sequence[Batch]) -> RotaryVideoDiT:
-        """Give the dense ``model`` this attention, fitted on ``batches``, and compile it on a GPU."""
+    def put_into(self, model: RotaryVideoDiT, tokens: int, batches: Sequence[Batch], kept: Path) -> RotaryVideoDiT:
+        """Give the dense ``model`` this attention, fitted on ``batches``, and compile it on a GPU.
+
+        kept: a folder that may hold the fit from the last time, and may be given it.
+        """
 
     def gates(self, model: RotaryVideoDiT) -> list[Tensor]:
         """What was added to the model's own parameters."""
@@ -108,8 +112,8 @@ class Arm:
         """None: the tokens of the whole model stand in tiles, or not."""
         return []
 
-    def put_into(self, model: RotaryVideoDiT, tokens: int, batches: Sequence[Batch]) -> RotaryVideoDiT:
-        """Give the dense ``model`` the attention of this arm, its budgets and gates fitted on ``batches``."""
+    def put_into(self, model: RotaryVideoDiT, tokens: int, batches: Sequence[Batch], kept: Path) -> RotaryVideoDiT:
+        """Give the dense ``model`` the attention of this arm, its budgets and gates fitted on ``batches`` each time."""
         if model.head.weight.is_cuda:
             model.compile_blocks()
         model.tile = TILE if self.tiles else None

@@ -13,10 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Batch", "Windows", "by_time", "noisy", "part_middles", "shifted", "unshifted"]
+__all__ = ["WHOLE", "Batch", "Windows", "by_time", "noisy", "part_middles", "shifted", "unshifted"]
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """The video (B, 3, T, S, S) noisy but for frame 0, its time (B), the velocity that flow matching wants (as video)."""
+
+WHOLE = slice(None)
+"""All videos of a batch."""
 
 
 def shifted(uniform: Tensor, shift: float = 3.0) -> Tensor:
@@ -76,18 +79,19 @@ class Windows:
         """The same clips in windows of another size."""
         return replace(self, size=size, batch=batch, oversample=oversample)
 
-    def videos(self, seed: int) -> Tensor:
-        """Clean videos (B, 3, T, S, S), -1 to 1."""
+    def videos(self, seed: int, part: slice = WHOLE) -> Tensor:
+        """Clean videos (B, 3, T, S, S), -1 to 1; of all those of the seed, those of ``part``."""
         generator = torch.Generator().manual_seed(seed)
-        return torch.stack([self._window(generator) for _ in range(self.batch)])
+        draws = [torch.rand(12, generator=generator).tolist() for _ in range(self.batch)]
+        return torch.stack([self._window(draw) for draw in draws[part]])
 
-    def __call__(self, seed: int) -> Batch:
-        """A training batch."""
-        video = self.videos(seed)
+    def __call__(self, seed: int, part: slice = WHOLE) -> Batch:
+        """A training batch; of all its videos, those of ``part``."""
+        frames, side = self.size
         generator = torch.Generator(self.device).manual_seed(seed + 500_000_000)
         uniform = torch.rand(self.batch, generator=generator, device=self.device)
-        noise = torch.randn(video.shape, generator=generator, device=self.device)
-        return noisy(video, shifted(uniform), noise)
+        noise = torch.randn((self.batch, 3, frames, side, side), generator=generator, device=self.device)
+        return noisy(self.videos(seed, part), shifted(uniform[part]), noise[part])
 
     def held_out(self, batches: int, seed: int = 1_000_000) -> list[Batch]:
         """Batches for measuring: times spread evenly."""
@@ -113,9 +117,8 @@ class Windows:
                 own.append(noisy(video, shifted((part + within) / parts).to(self.device), noise))
         return found
 
-    def _window(self, generator: torch.Generator) -> Tensor:
-        """One video (3, T, S, S)."""
-        draw = torch.rand(12, generator=generator).tolist()
+    def _window(self, draw: Sequence[float]) -> Tensor:
+        """One video (3, T, S, S), from 12 numbers, each 0 to 1."""
         frames, side = self.size
         clip = self.clips[int(draw[0] * len(self.clips))]
         length, _, height, width = clip.shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from benchmarks.real_video.data import Batch, part_middles
 from benchmarks.real_video.losses import LOSSES, Loss
 from benchmarks.real_video.measuring import autocast
 from benchmarks.real_video.model import RotaryVideoDiT
+from sla_compile import SparsityPlan
 
 __all__ = ["PACKAGE_ARMS", "PackageArm"]
 
@@ -54,10 +56,27 @@ class PackageArm:
         settings = {**self.settings, "block_q": 16, "block_k": 16, "min_tokens": 0, "inner": "eager"}
         return replace(self, settings=settings, topk=3 * self.topk)
 
-    def put_into(self, model: RotaryVideoDiT, tokens: int, batches: Sequence[Batch]) -> RotaryVideoDiT:
-        """Prepare the dense ``model``, fit it on ``batches``, and have its blocks compiled one by one."""
+    def put_into(self, model: RotaryVideoDiT, tokens: int, batches: Sequence[Batch], kept: Path) -> RotaryVideoDiT:
+        """Prepare the dense ``model``, fit it on ``batches`` or as it is ``kept``, and have its blocks compiled one by
+        one.
+        """
         model.tile = self.tile
-        calls = [(video, time) for video, time, _ in batches]
+        plan = kept / "plan.json"
+        if plan.exists():
+            sla_compile.load(model, kept)
+            model.plan = SparsityPlan.from_json(plan.read_text()) if self.levels else None
+        else:
+            self._fit(model, [(video, time) for video, time, _ in batches])
+            kept.mkdir(parents=True, exist_ok=True)
+            sla_compile.save(model, kept)
+            plan.write_text(model.plan.to_json() if model.plan is not None else "")
+        torch._dynamo.config.recompile_limit = 64  # every arm has its settings, so its graphs
+        for block in model.blocks:
+            block.compile(backend="sla", dynamic=False)
+        return model
+
+    def _fit(self, model: RotaryVideoDiT, calls: list[tuple[Tensor, Tensor]]) -> None:
+        """Prepare the dense ``model`` and fit what this arm fits; ``calls`` as ``Study.fitted_on`` orders them."""
         by_head = {"topk_by": "head", "max_topk": min(1.0, (10 if self.levels else 5) * self.topk)}
         with autocast(model.head.weight.device):
             settings = {"topk": self.topk, **(by_head if self.heads else {}), **self.settings}
@@ -77,10 +96,6 @@ class PackageArm:
                 print(sla_compile.allocate(model, calls, budget=self.topk).title, flush=True)
             if self.calibrated:
                 sla_compile.calibrate(model, calls)
-        torch._dynamo.config.recompile_limit = 64  # every arm has its settings, so its graphs
-        for block in model.blocks:
-            block.compile(backend="sla", dynamic=False)
-        return model
 
     def gates(self, model: RotaryVideoDiT) -> list[Tensor]:
         """The gates' parameters."""
@@ -106,7 +121,7 @@ def one_by_one(calls: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Ten
     return [found[at] for at in torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()]
 
 
-def sampled(plan: sla_compile.SparsityPlan, steps: int = 24) -> float:
+def sampled(plan: SparsityPlan, steps: int = 24) -> float:
     """The mean share of critical blocks over a sampling with as many steps of Euler's method."""
     return sum(plan.at((step + 1) / steps).critical or 0.0 for step in range(steps)) / steps
 

@@ -3,7 +3,8 @@
     python -m benchmarks.real_video.study --clips runs/real_video/clips --weights runs/real_video/weights \
         --out runs/real_video/study --closed all --tune dense sparse sla --seeds 0 1 2 --seconds 560
 
-In ``--out``: ``results.json``, a row for each arm and seed, and pictures of the samples.
+In ``--out``: ``results.json``, a row for each arm and seed, pictures of the samples, and what was fitted of each arm of
+the package: it is the same for all seeds, and may be taken to another number of tokens (``--frames 32 --fits ...``).
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class Study:
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         tiny = options.tiny
         stage, config = (TINY_STAGES[-1], TINY_CONFIG) if tiny else (STAGES[-1], CONFIG)
-        train, held_out = load(options.clips, device)
         frames = TINY_FRAMES if tiny else options.frames
+        train, held_out = ([clip for clip in clips if len(clip) >= frames] for clips in load(options.clips, device))
         self.train = Windows(train, (frames, stage.side), stage.batch, stage.oversample)
         measured = Windows(held_out, (frames, stage.side), stage.batch, stage.oversample)
         self.held_out = by_time(measured.held_out(4 if tiny else options.held_out))
@@ -50,11 +51,12 @@ class Study:
         self.tokens = frames * (stage.side // config.patch[1]) * (stage.side // config.patch[2])
         self.steps, self.lr, self.gate_lr = options.steps, options.lr, options.gate_lr
         self.device, self.tiny, self.folder = device, tiny, options.out
+        self.fits: Path = options.fits or options.out / "fits"
         self.samples_wanted = not options.no_samples
         self.dense_steps: list[int] = options.dense_steps
         self.folder.mkdir(parents=True, exist_ok=True)
         self.base = load_weights(RotaryVideoDiT(config).to(device), options.weights).requires_grad_(False)
-        self.dense = ARMS["dense"].put_into(self.fresh(), self.tokens, [])
+        self.dense = ARMS["dense"].put_into(self.fresh(), self.tokens, [], self.fits)
         self.file = self.folder / "results.json"
         self.results: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.wanted = self.sampler(self.dense)
@@ -88,7 +90,7 @@ class Study:
     def closed(self, name: str) -> None:
         """An arm right after the switch."""
         began, arm = time.monotonic(), self.arm(name)
-        model = arm.put_into(self.fresh(), self.tokens, self.fitted_on(arm))
+        model = self.switched(name, arm)
         row = self.measure(model, self.samples_wanted)
         for steps in self.dense_steps:
             videos = self.sampler(model, self.dense, steps)
@@ -100,6 +102,11 @@ class Study:
         if self.samples_wanted:
             self.picture(name, self.samples)
         self.say(name, row, "dense")
+
+    def switched(self, name: str, arm: AnyArm) -> RotaryVideoDiT:
+        """The checkpoint with the attention of an arm; what it is fine-tuned towards changes no fit."""
+        kept = self.fits / name.split("+")[0]
+        return arm.put_into(self.fresh(), self.tokens, self.fitted_on(arm), kept)
 
     def fitted_on(self, arm: AnyArm) -> list[Batch]:
         """Training batches; where the times are in parts, those of each part after the other."""
@@ -120,7 +127,7 @@ class Study:
     def tune(self, name: str, seed: int) -> None:
         """An arm, fine-tuned."""
         began, arm = time.monotonic(), self.arm(name)
-        model = arm.put_into(self.fresh(), self.tokens, self.fitted_on(arm))
+        model = self.switched(name, arm)
         row: dict[str, Any] = {"before": held_out_loss(model, self.held_out)}
         row |= {"budgets": arm.budgets(model), "orders": arm.orders(model)}
         gates = arm.gates(model)
@@ -190,6 +197,7 @@ def main() -> None:
     parser.add_argument("--gate-lr", type=float, default=1e-3)
     parser.add_argument("--held-out", type=int, default=32, help="batches")
     parser.add_argument("--frames", type=int, default=FRAMES)
+    parser.add_argument("--fits", type=Path, help="folder of the package's fits, made or taken; default: in --out")
     parser.add_argument("--no-samples", action="store_true", help="right after the switch, the loss alone")
     parser.add_argument("--dense-steps", nargs="*", type=int, default=[], help="sample with so many first steps dense")
     parser.add_argument("--seconds", type=float, default=1e9)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.real_video.clips import load
-from benchmarks.real_video.data import Batch, Windows
+from benchmarks.real_video.data import WHOLE, Windows
 from benchmarks.real_video.losses import data_loss
 from benchmarks.real_video.measuring import held_out_loss
 from benchmarks.real_video.model import CONFIG, RotaryVideoDiT, fast_attention
@@ -79,15 +79,14 @@ def update(model: RotaryVideoDiT, optimizer: torch.optim.Optimizer, loss: Tensor
     return loss.detach()
 
 
-def own_part(batch: Batch) -> Batch:
-    """What this process trains on of a batch. Raises ValueError where the processes would not have as much each."""
+def own_part(size: int) -> slice:
+    """What this process trains on of a batch of ``size`` videos. Raises ValueError where others would have more."""
     if not dist.is_initialized():
-        return batch
-    size, processes = len(batch[0]), dist.get_world_size()
+        return WHOLE
+    processes, rank = dist.get_world_size(), dist.get_rank()
     if size % processes:
         raise ValueError(f"a batch of {size} videos cannot be shared out evenly to {processes} processes")
-    video, time, velocity = (part.chunk(processes)[dist.get_rank()] for part in batch)
-    return video, time, velocity
+    return slice(rank * size // processes, (rank + 1) * size // processes)
 
 
 def on_all(end: bool) -> bool:
@@ -149,11 +148,12 @@ class Pretraining:
         predicts = DistributedDataParallel(self.model) if dist.is_initialized() else self.model
         for stage in stages:
             drawn = windows.resized((windows.size[0], stage.side), stage.batch, stage.oversample)
+            part = own_part(stage.batch)
             looked, since = time.monotonic(), self.step
             while self.step < begun + stage.steps:
                 for group in self.optimizer.param_groups:
                     group["lr"] = learning_rate(self.step, stages, first)
-                loss = update(self.model, self.optimizer, data_loss(predicts, own_part(drawn(self.step))))
+                loss = update(self.model, self.optimizer, data_loss(predicts, drawn(self.step, part)))
                 self.step += 1
                 done = self.step - first
                 kept = min(AVERAGED, done / (done + 10))

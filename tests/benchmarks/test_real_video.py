@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from benchmarks.real_video.fitting import allocate, calibrate, head_errors, inst
 from benchmarks.real_video.forms import Budget, Form, FormSpec
 from benchmarks.real_video.listed_attention import Routing, dense_reference, listed_attention
 from benchmarks.real_video.model import RotaryVideoDiT, tile_order
+from benchmarks.real_video.package_arms import PackageArm
 from sla_compile.kernels.reference import sparse_linear_attention
 from tests.support.interpreter import speed_up_interpreter
 from tests.support.paths import ROOT
@@ -207,7 +209,7 @@ def check_kernels() -> None:
 
 
 def test_processes_share_a_batch_and_end_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = Windows(clips()[0], (4, 16), 4)(0)
+    windows = Windows(clips()[0], (4, 16), 4)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         assert train.on_all(True)
@@ -216,12 +218,12 @@ def test_processes_share_a_batch_and_end_together(monkeypatch: pytest.MonkeyPatc
         parts = []
         for rank in (0, 1):
             monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
-            parts.append(train.own_part(batch))
-        for whole, *shared in zip(batch, *parts, strict=True):
+            parts.append(windows(0, train.own_part(4)))
+        for whole, *shared in zip(windows(0), *parts, strict=True):
             assert torch.equal(whole, torch.cat(shared))
         monkeypatch.setattr(dist, "get_world_size", lambda: 3)
         with pytest.raises(ValueError, match="a batch of 4 videos cannot be shared out evenly to 3 processes"):
-            train.own_part(batch)
+            train.own_part(4)
     finally:
         monkeypatch.undo()
         dist.destroy_process_group()
@@ -255,8 +257,16 @@ def test_from_pretraining_to_the_table(tmp_path: Path, monkeypatch: pytest.Monke
     trained = torch.load(tmp_path / "longer/state.pt", weights_only=True)
     assert trained["step"] == 7
     assert not all(torch.equal(trained["average"][name], value) for name, value in state["average"].items())
+    fit = PackageArm._fit
     mine, theirs, levels = "mass-gate-heads", "package-taylor-heads-cal", "package-taylor-levels-headordered-cal"
-    tasks = ["--closed", "sparse", mine, theirs, "--steps", "2", "--dense-steps", "1", "2"]
+    fitted: list[str] = []
+
+    def counted(arm: PackageArm, *given: Any) -> None:
+        fitted.append(arm.title)
+        fit(arm, *given)
+
+    monkeypatch.setattr(PackageArm, "_fit", counted)
+    tasks = ["--closed", "sparse", mine, theirs, levels, "--steps", "2", "--dense-steps", "1", "2"]
     tasks += ["--tune", "dense", f"{mine}+features", theirs, f"{levels}+teacher"]
     monkeypatch.setattr(sys, "argv", ["study", *common, "--out", str(out), *tasks])
     study.main()
@@ -266,6 +276,7 @@ def test_from_pretraining_to_the_table(tmp_path: Path, monkeypatch: pytest.Monke
         "sparse",
         mine,
         theirs,
+        levels,
         "dense/0",
         f"{mine}+features/0",
         f"{theirs}/0",
@@ -276,7 +287,10 @@ def test_from_pretraining_to_the_table(tmp_path: Path, monkeypatch: pytest.Monke
     topks = torch.tensor(results[theirs]["budgets"])
     assert topks.shape == (2, 2)
     assert (16 * topks).int().clamp(min=1).sum() <= 2 * 2 * 2
+    assert len(fitted) == 2, "what was fitted for --closed is taken for --tune"
+    assert results[f"{levels}+teacher/0"]["before"] == pytest.approx(results[levels]["loss"])
     found = results[f"{levels}+teacher/0"]["budgets"]
+    assert found == results[levels]["budgets"]
     assert [level["time"] for level in found] == list(part_middles(4))
     assert sum(level["critical"] for level in found) <= 4 * 2 / 16  # 15% of 16 blocks
     assert len(results[f"{levels}+teacher/0"]["orders"]) == 2
