@@ -15,11 +15,19 @@ import torch
 from torch import nn
 
 from sla_compile.compiler.site_numbers import known_sites
-from sla_compile.gate import detach
+from sla_compile.gate import detach, gates
 from sla_compile.memory import remember_site
 from sla_compile.sharded import refuse_flattened
 
-__all__ = ["traceable_copy"]
+__all__ = ["traceable_copy", "waits_for_gates"]
+
+_COPY = "_sla_traceable_copy"
+"""Attribute of every module of a copy."""
+
+
+def waits_for_gates(model: nn.Module) -> bool:
+    """Whether ``model`` is a copy, or a part of one, with no gates yet: there a model's own hooks have none to set."""
+    return _COPY in model.__dict__ and not gates(model)
 
 
 def traceable_copy(model: nn.Module) -> nn.Module:
@@ -43,6 +51,7 @@ def traceable_copy(model: nn.Module) -> nn.Module:
     except Exception as error:
         raise ValueError(f"{type(model).__name__} cannot be copied for a trace: {error}") from error
     for module, original in zip(copied.modules(), model.modules(), strict=True):
+        module.__dict__[_COPY] = True
         for ordinal, site in known_sites(original).items():
             remember_site(module, ordinal, site)
     return detach(copied)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sla_compile.common.blocks import to_millionths
+from sla_compile.compiler.model_copy import waits_for_gates
 from sla_compile.config import SLAConfig
 from sla_compile.config_shares import check_shares
 from sla_compile.gate import Gate, gates, owner_path
@@ -43,6 +44,8 @@ def set_sparsity(
     """
     if topk is None and bottomk is None:
         raise ValueError("set_sparsity: got neither topk nor bottomk; accepted: one of them, or both")
+    if waits_for_gates(model):
+        return
     chosen = select_gates(model, sites)
     for path, gate in chosen.items():
         _check_shares(path, gate, topk, bottomk)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sla_compile.common.blocks import to_millionths
+from sla_compile.compiler.model_copy import waits_for_gates
 from sla_compile.compiler.preparation import unwrapped
 from sla_compile.fitting.observer import Topk
 from sla_compile.gate import Gate, gates
@@ -76,7 +77,10 @@ class SparsityPlan:
             ValueError: ``model`` lacks a gate of the plan, one has another number of heads or no ``max_topk``, or
                 ``time`` is a number that is not finite. Nothing is changed then.
         """
-        found = self._buffers(unwrapped(model))
+        model = unwrapped(model)
+        if waits_for_gates(model):
+            return
+        found = self._buffers(model)
         sizes = [len(buffer) for buffer in found]
         with torch.no_grad():
             if not isinstance(time, Tensor):

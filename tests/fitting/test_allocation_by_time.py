@@ -144,8 +144,33 @@ def test_a_hook_that_reads_the_time_serves_calibrate_and_the_compiled_model() ->
         for call in (calls[0], *calls):
             compiled.append(run(*call))
             graphs.append(int(counters["stats"]["unique_graphs"]))
-    assert len(set(graphs)) == 1  # all of it in the first call
-    torch.testing.assert_close(compiled[1:], set_by_hand)
+        assert len(set(graphs)) == 1  # all of it in the first call
+        torch.testing.assert_close(compiled[1:], set_by_hand)
+
+
+@pytest.mark.parametrize("by", ["plan", "share"])
+def test_a_hook_that_sets_topks_stands_in_no_way(by: str) -> None:
+    """What traces a copy of the model, which has no gates, or runs one as it was without them."""
+    model, (first, second) = Timed(1), [(x, torch.tensor([100])) for (x,) in batches()]
+    sla_compile.prepare(model, first, config={**OPTIONS, "topk": BUDGET, **BY_HEAD})
+    plan = by_hand(model, 0.6, 0.1)
+
+    def follow(module: nn.Module, args: Any) -> None:
+        if by == "plan":
+            plan.set(module, args[1])
+        else:
+            sla_compile.set_sparsity(module, topk=0.6)
+
+    model.register_forward_pre_hook(follow)
+    (site,) = sla_compile.explain(model, first).sites
+    assert site.rewritten
+    sla_compile.prepare(model, first)
+    assert set(topks_of(model)) == {"blocks.0.attention.sla"}
+    compared = sla_compile.compare(model, [first, second])
+    assert compared.output.now > 0
+    sla_compile.detach(model)
+    with pytest.raises(ValueError, match="no such gate" if by == "plan" else "has no SLA gates"):
+        model(*first)
 
 
 def test_round_trip() -> None:
