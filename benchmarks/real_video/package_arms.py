@@ -64,6 +64,8 @@ class PackageArm:
         plan = kept / "plan.json"
         if plan.exists():
             sla_compile.load(model, kept)
+            with autocast(model.head.weight.device):
+                sla_compile.prepare(model, batches[0][:2])  # so many tokens may be another grid
             model.plan = SparsityPlan.from_json(plan.read_text()) if self.levels else None
         else:
             self._fit(model, [(video, time) for video, time, _ in batches])

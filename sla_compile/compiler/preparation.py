@@ -85,9 +85,10 @@ def prepare(
 ) -> nn.Module:
     """Inject the gates of every attention that ``backend="sla"`` will rewrite, and return ``model``.
 
-    Call it before the optimizer, FSDP or a checkpoint needs the gates' parameters. Until it is compiled, a
-    prepared model computes exactly what it did. Twice is the same as once; again with another ``config``
-    changes the settings and keeps the gates' values. A UserWarning says so, and why, where no attention will be.
+    Call it before the optimizer, FSDP or a checkpoint needs the gates' parameters. Until it is compiled, a prepared
+    model computes exactly what it did. Twice is the same as once; again with a ``config`` changes the settings and
+    keeps the gates' values; again with another number of tokens finds their grid. A UserWarning says so, and why, where
+    no attention will be.
 
     Args:
         model: any module; also one that is compiled already.
@@ -95,7 +96,8 @@ def prepare(
             convention of ``torch.export.export``). It is traced, not executed.
         call: instead of them, a function that calls ``model``, such as ``lambda: pipe("a prompt")``: it runs up to its
             first call of ``model``, which is the example.
-        config: an ``SLAConfig`` or a mapping of its fields.
+        config: an ``SLAConfig`` or a mapping of its fields; None: the settings of the gates that are there, fitted or
+            loaded ones too, or the defaults.
 
     Raises:
         ValueError: a setting is refused; ``call`` does not call the model; a gate of another shape is there; settings
@@ -103,8 +105,8 @@ def prepare(
             would not see a new gate; or the model reads values after a graph break that a trace does not have.
             Nothing is changed then.
     """
-    settings = Settings.of(config)
     model = unwrapped(model)
+    settings = Settings.of(config if config is not None else model_config(model))
     run = _whole_run(model, *example_call(model, args, kwargs, call), settings)
     modules = dict(module_paths(model))
     specs = {path: replace(gate.spec(), path=path, model_config=settings.config) for path, gate in run.gates.items()}

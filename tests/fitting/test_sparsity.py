@@ -233,7 +233,8 @@ def test_prepare_again() -> None:
     model, x = prepared(), random_input()
     sla_compile.set_sparsity(model, topk=0.6)
     sla_compile.prepare(model, (x,), config=AT_RUN_TIME)
-    assert shares(model) == [(0.6, 0.2)] * 2, "the same settings: as it is"
+    sla_compile.prepare(model, (x,))
+    assert shares(model) == [(0.6, 0.2)] * 2, "the same settings, or none: as it is"
     sla_compile.prepare(model, (x,), config={**AT_RUN_TIME, "topk": 0.5})
     assert shares(model) == [(0.5, 0.2)] * 2
     run = torch.compile(model, backend="sla", options=EAGER)

@@ -118,6 +118,12 @@ def test_blocks_compiled_by_themselves_know_the_grid_from_prepare_through_copies
     one(smaller)
     assert {order["kind"] for order in orders(one)} == {"raster"}
     assert all("symbolic" in order["reason"] or "was seen in 120" in order["reason"] for order in orders(one))
+    settings = [gate.config for gate in sla_compile.gates(one).values()]
+    sla_compile.prepare(one, (smaller,))  # without settings: those that were loaded
+    assert [gate.config for gate in sla_compile.gates(one).values()] == settings
+    torch._dynamo.reset()
+    one(smaller)
+    assert orders(one) == [{**SEEN, "grid": [2, 5, 6]}] * 2
 
 
 def test_blocks_compiled_by_themselves_without_prepare_say_that_they_saw_no_grid() -> None:
