@@ -6,6 +6,7 @@ A decision is data: ``Rewrite``, or ``Keep`` with the reason, the value that dec
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +34,7 @@ from sla_compile.passes.token_order import (
     Grid,
     TokenOrder,
     Wanted,
+    grids_of,
     ordered,
     ordered_mask,
     outside_grid,
@@ -170,12 +172,10 @@ class Requirements:
     order: Wanted = AS_IN_THE_MODEL
 
 
-def decide(
-    call: AttentionCall, requirements: Requirements, seen: tuple[Grid | None, Grid | None] = (None, None)
-) -> Decision:
+def decide(call: AttentionCall, requirements: Requirements, seen: Sequence[Grid | None] = (None, None)) -> Decision:
     """Rewrite or Keep for ``call``; adds no shape guard except where the number of tokens decides, as the last step.
 
-    ``seen`` are the grids that the tokens of its queries and of its keys are known to be.
+    ``seen`` are the grids that the tokens of its queries and of its keys are known to be, two for each size.
     """
     refused = (
         _refuse_obstacle(call)
@@ -189,12 +189,13 @@ def decide(
     if shape is None:
         raise AssertionError("the shape was checked before")
     causal = call.is_causal is True
-    ranges = _ranges(call, requirements, shape, seen[1])
+    grids = grids_of(seen, shape.tokens, shape.tokens if shape.keys is None else shape.keys)
+    ranges = _ranges(call, requirements, shape, grids[1])
     if isinstance(ranges, Keep):
         alone = _pairs(requirements.min_tokens, shape, causal, 0)
         return Keep("short sequence", alone.value, alone.accepted, by_settings=True) if alone.known_short else ranges
     named, masked = ranges, call.attn_mask is not None
-    order, ranges = token_order(requirements.order, call.query, call.key, causal, seen, masked=masked, ranges=named)
+    order, ranges = token_order(requirements.order, call.query, call.key, causal, grids, masked=masked, ranges=named)
     forced = forced_tokens(ranges)
     pairs = _pairs(requirements.min_tokens, shape, causal, forced)
     if pairs.known_short:

@@ -6,6 +6,7 @@ certainty the attention is rewritten all the same, in the model's order, and the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,7 +19,7 @@ from sla_compile.passes.operands import Step, after, example
 from sla_compile.passes.view_axes import origins
 
 __all__ = ["AS_IN_THE_MODEL", "AS_IT_IS", "Grid", "TokenOrder", "Wanted"]
-__all__ += ["back", "ordered", "ordered_mask", "outside_grid", "token_order"]
+__all__ += ["back", "grids_of", "ordered", "ordered_mask", "outside_grid", "token_order"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,20 @@ class TokenOrder:
 
 AS_IN_THE_MODEL, AS_IT_IS = Wanted(), TokenOrder()
 """Nothing asked for, and nothing changed."""
+
+
+def grids_of(
+    seen: Sequence[Grid | None], queries: int | torch.SymInt, keys: int | torch.SymInt
+) -> tuple[Grid | None, Grid | None]:
+    """Of the grids ``seen``, of queries and of keys in turn, those in so many tokens; without one the first.
+
+    A symbolic number has none: to compare it would make it a constant.
+    """
+    found = []
+    for tokens, grids in ((queries, seen[::2]), (keys, seen[1::2])):
+        fitting = (grid for grid in grids if grid and isinstance(tokens, int) and grid.tokens == tokens)
+        found.append(next(fitting, grids[0]))
+    return found[0], found[1]
 
 
 def token_order(

@@ -17,14 +17,17 @@ __all__ = [
     "GateSpec",
     "NumberedSite",
     "SeenGrids",
+    "all_grids",
     "grids_from_json",
     "grids_to_json",
     "settings_from_json",
     "settings_to_json",
 ]
 
-SeenGrids = tuple[Grid | None, Grid | None]
-"""The token grids (T, H, W) that were found in a model for an attention's queries and for its keys; None: none."""
+SeenGrids = tuple[Grid | None, ...]
+"""The token grids (T, H, W) that were found in a model for an attention's queries and for its keys; None: none. Two for
+each size that the model was prepared with.
+"""
 NO_GRIDS: SeenGrids = (None, None)
 
 CALLED = "scaled_dot_product_attention"
@@ -117,5 +120,17 @@ def grids_to_json(seen: SeenGrids) -> list[Any]:
 
 def grids_from_json(data: Any) -> SeenGrids:
     """The reverse of ``grids_to_json``, of what ``json.loads`` gives."""
-    queries, keys = (grid and Grid(tuple(grid[0]), *grid[1:]) for grid in data)
-    return queries, keys
+    return tuple(grid and Grid(tuple(grid[0]), *grid[1:]) for grid in data)
+
+
+def all_grids(before: SeenGrids, found: SeenGrids) -> SeenGrids:
+    """Those found ``before``, and those ``found`` now, which take the place of others in as many tokens.
+
+    What was known already changes nothing: compiled graphs are guarded by it.
+    """
+    pairs = [before[at : at + 2] for at in range(0, len(before), 2)]
+    if found in pairs or not any(found):
+        return before
+    tokens = [grid and grid.tokens for grid in found]
+    kept = (pair for pair in pairs if any(pair) and [grid and grid.tokens for grid in pair] != tokens)
+    return (*(grid for pair in kept for grid in pair), *found)

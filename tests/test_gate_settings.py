@@ -11,12 +11,13 @@ from sla_compile.config import SITE_FIELDS
 from sla_compile.gate_settings import (
     NO_GRIDS,
     SeenGrids,
+    all_grids,
     grids_from_json,
     grids_to_json,
     settings_from_json,
     settings_to_json,
 )
-from sla_compile.passes.token_order import Grid
+from sla_compile.passes.token_order import Grid, grids_of
 
 SEEN: SeenGrids = (Grid((4, 30, 52), 0, 6240), None)
 
@@ -40,7 +41,22 @@ def test_shares_that_are_read_at_run_time_are_left_out() -> None:
     assert set(SITE_FIELDS) - fields.keys() == {"topk", "bottomk"}
 
 
-@pytest.mark.parametrize("seen", [NO_GRIDS, SEEN, (None, Grid((8, 8), 16, 80))])
+def test_the_grid_of_each_size_is_kept_once() -> None:
+    wide, tall, small = (
+        (Grid((4, 6), 0, 24), None),
+        (Grid((6, 4), 0, 24), None),
+        (Grid((2, 2), 0, 4), Grid((2, 2), 0, 4)),
+    )
+    both = all_grids(all_grids(NO_GRIDS, wide), small)
+    assert both == (*wide, *small)
+    assert all_grids(both, wide) == all_grids(both, NO_GRIDS) == both, "nothing new, so no compiled graph is made again"
+    assert all_grids(both, tall) == (*small, *tall), "of as many tokens the last one that was seen"
+    assert grids_of(both, 4, 4) == small
+    assert grids_of(both, 24, 4) == (wide[0], small[1])
+    assert grids_of(both, 99, 99)[0] == wide[0], "one to say in how many tokens a grid was seen"
+
+
+@pytest.mark.parametrize("seen", [NO_GRIDS, SEEN, (*SEEN, None, Grid((2, 2), 0, 4)), (None, Grid((8, 8), 16, 80))])
 def test_grids_that_were_found_come_back_where_an_order_needs_them(seen: SeenGrids) -> None:
     assert grids_from_json(json.loads(json.dumps(grids_to_json(seen)))) == seen
     assert settings_from_json(settings_to_json(SLAConfig(reorder="tiles"), seen))[1] == seen

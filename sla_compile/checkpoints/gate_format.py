@@ -202,8 +202,9 @@ def _spec(where: str, entry: Any, config: SLAConfig) -> GateSpec:
 
 
 def _seen(where: str, data: Any) -> SeenGrids:
-    if type(data) is not list or len(data) != 2 or not all(grid is None or _is_grid(grid) for grid in data):
-        raise value_error(f"{where}: seen", data, "[grid, grid], each None or [sizes, start, tokens] in integers")
+    if type(data) is not list or not data or len(data) % 2 or not all(grid is None or _is_grid(grid) for grid in data):
+        accepted = "[grid, grid], or two for each size, each None or [sizes, start, tokens] in integers"
+        raise value_error(f"{where}: seen", data, accepted)
     return grids_from_json(data)
 
 

@@ -52,7 +52,7 @@ from sla_compile.gate import (
     owner_path,
 )
 from sla_compile.gate_attachment import attach_gate, refuse_other_form
-from sla_compile.gate_settings import GateSpec
+from sla_compile.gate_settings import GateSpec, all_grids
 from sla_compile.module_paths import module_paths
 from sla_compile.user_warnings import warn_user
 
@@ -116,8 +116,11 @@ def prepare(
         for gate in list(own_gates(owner).values()):
             if (owner, gate.ordinal) not in planned:
                 detach_gate(owner, gate.ordinal)
+    before = gates(model)
     for path, spec in specs.items():
         gate = run.gates[path]
+        if path in before:
+            spec = replace(spec, seen=all_grids(before[path].seen, spec.seen))
         attach_gate(modules[owner_path(path)], spec, device=gate.device, dtype=gate.dtype)
     for path in run.owners:
         modules[path].__dict__[PREPARED] = (settings.config, path)

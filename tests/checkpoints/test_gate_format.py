@@ -71,7 +71,7 @@ def refused(path: Path, *parts: str) -> Any:
 
 SITE = f"sites[0], {PATH!r}: "
 SIZE = f"accepted: an integer from 1 to {LARGEST_SIZE}"
-GRIDS = "accepted: [grid, grid], each None or [sizes, start, tokens] in integers"
+GRIDS = "accepted: [grid, grid], or two for each size, each None or [sizes, start, tokens] in integers"
 
 
 @pytest.mark.parametrize(
@@ -85,6 +85,8 @@ GRIDS = "accepted: [grid, grid], each None or [sizes, start, tokens] in integers
         ("config", [], f"{SITE}config: got [] (list); accepted: a mapping"),
         ("seen", [[[0, 4], 0, 4], None], f"{SITE}seen: got "),
         ("seen", [[[2, 4], 0], None], f"{SITE}seen: got [[[2, 4], 0], None] (list); {GRIDS}"),
+        ("seen", [], f"{SITE}seen: got [] (list); {GRIDS}"),
+        ("seen", [None, None, None], f"{SITE}seen: got [None, None, None] (list); {GRIDS}"),
         ("seen", 1, f"{SITE}seen: got 1 (int); {GRIDS}"),
     ],
 )

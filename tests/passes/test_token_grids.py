@@ -118,12 +118,25 @@ def test_blocks_compiled_by_themselves_know_the_grid_from_prepare_through_copies
     one(smaller)
     assert {order["kind"] for order in orders(one)} == {"raster"}
     assert all("symbolic" in order["reason"] or "was seen in 120" in order["reason"] for order in orders(one))
-    settings = [gate.config for gate in sla_compile.gates(one).values()]
-    sla_compile.prepare(one, (smaller,))  # without settings: those that were loaded
-    assert [gate.config for gate in sla_compile.gates(one).values()] == settings
-    torch._dynamo.reset()
-    one(smaller)
-    assert orders(one) == [{**SEEN, "grid": [2, 5, 6]}] * 2
+
+
+def test_blocks_compiled_by_themselves_know_the_grid_of_each_size_that_was_prepared(tmp_path: Path) -> None:
+    sizes = (GRID, (2, 5, 6), (4, 3, 6))
+    model = sla_compile.prepare(Patches(), (video(sizes[0]),), config={**SETTINGS, **EXACT})
+    settings = [gate.config for gate in sla_compile.gates(model).values()]
+    for size in (*sizes[1:], sizes[0]):
+        sla_compile.prepare(model, (video(size),))  # without settings: those that are there
+    assert [gate.config for gate in sla_compile.gates(model).values()] == settings
+    sla_compile.save(model, tmp_path / "gates")
+    loaded: Any = sla_compile.load(Patches(), tmp_path / "gates")
+    for block in loaded.blocks:
+        block.compile(backend="sla", options={"inner": "eager"}, dynamic=False)
+    for size in sizes:
+        x = video(size)
+        with torch.compiler.set_stance("force_eager"):
+            dense = loaded(x)
+        assert_close("topk=1", loaded(x), dense, 1e-5)
+        assert [order["grid"] for order in orders(loaded)] == [list(size)] * 2
 
 
 def test_blocks_compiled_by_themselves_without_prepare_say_that_they_saw_no_grid() -> None:
