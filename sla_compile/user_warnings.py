@@ -53,4 +53,6 @@ class RecompileLimitWarning(UserWarning):
 
 
 class TokenOrderWarning(UserWarning):
-    """``reorder`` cannot be applied to an attention, which keeps the model's own token order."""
+    """``reorder`` cannot be applied to an attention, which keeps the model's own token order, or serves one of two
+    grids of as many tokens.
+    """

@@ -52,9 +52,10 @@ from sla_compile.gate import (
     owner_path,
 )
 from sla_compile.gate_attachment import attach_gate, refuse_other_form
-from sla_compile.gate_settings import GateSpec, all_grids
+from sla_compile.gate_settings import NO_GRIDS, GateSpec, SeenGrids, all_grids
 from sla_compile.module_paths import module_paths
-from sla_compile.user_warnings import warn_user
+from sla_compile.passes.token_order import Grid
+from sla_compile.user_warnings import TokenOrderWarning, warn_user
 
 __all__ = ["DryRun", "dry_run", "left_out_again", "prepare", "unwrapped"]
 
@@ -116,11 +117,11 @@ def prepare(
         for gate in list(own_gates(owner).values()):
             if (owner, gate.ordinal) not in planned:
                 detach_gate(owner, gate.ordinal)
-    before = gates(model)
+    before = {path: gate.seen for path, gate in gates(model).items()}
+    specs = {path: replace(spec, seen=all_grids(before.get(path, NO_GRIDS), spec.seen)) for path, spec in specs.items()}
+    _tell_replaced(before, specs)
     for path, spec in specs.items():
         gate = run.gates[path]
-        if path in before:
-            spec = replace(spec, seen=all_grids(before[path].seen, spec.seen))
         attach_gate(modules[owner_path(path)], spec, device=gate.device, dtype=gate.dtype)
     for path in run.owners:
         modules[path].__dict__[PREPARED] = (settings.config, path)
@@ -130,6 +131,26 @@ def prepare(
     if not any(site.rewritten for site in run.sites):
         warn_user(f"prepare: no attention of {type(model).__name__} will be rewritten: {why_nothing(run.sites)}")
     return model
+
+
+def _tell_replaced(before: Mapping[str, SeenGrids], specs: Mapping[str, GateSpec]) -> None:
+    """Warn where a grid took the place of another in as many tokens, which gates knew ``before``."""
+    lost = {
+        path: [grid for grid in before.get(path, NO_GRIDS) if grid and grid not in spec.seen]
+        for path, spec in specs.items()
+        if spec.config.looks_for_grid
+    }
+    if first := next((path for path, grids in lost.items() if grids), None):
+        old, new = lost[first][0], next(grid for grid in reversed(specs[first].seen) if grid)
+        warn_user(
+            f"prepare: {first} knew {old.tokens} tokens as a grid of {_sizes(old)}, and knows them as {_sizes(new)} "
+            f"now ({sum(map(bool, lost.values()))} gate(s)): blocks compiled by themselves do not tell these apart",
+            TokenOrderWarning,
+        )
+
+
+def _sizes(grid: Grid) -> str:
+    return " x ".join(map(str, grid.sizes))
 
 
 def left_out_again(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:

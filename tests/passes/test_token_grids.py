@@ -127,6 +127,11 @@ def test_blocks_compiled_by_themselves_know_the_grid_of_each_size_that_was_prepa
     for size in (*sizes[1:], sizes[0]):
         sla_compile.prepare(model, (video(size),))  # without settings: those that are there
     assert [gate.config for gate in sla_compile.gates(model).values()] == settings
+    tall = (4, 6, 5)
+    with pytest.warns(TokenOrderWarning, match=r"as a grid of 4 x 5 x 6, and knows them as 4 x 6 x 5 now \(2 gate"):
+        sla_compile.prepare(model, (video(tall),))
+    with pytest.warns(TokenOrderWarning, match="as a grid of 4 x 6 x 5, and knows them as 4 x 5 x 6 now"):
+        sla_compile.prepare(model, (video(sizes[0]),))
     sla_compile.save(model, tmp_path / "gates")
     loaded: Any = sla_compile.load(Patches(), tmp_path / "gates")
     for block in loaded.blocks:
