@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.real_video.data import Batch, Windows, flow_loss, shifted
 from benchmarks.real_video.model import RotaryVideoDiT
 
-__all__ = ["Sampler", "autocast", "feature_distance", "held_out_loss", "psnr"]
+__all__ = ["Sampler", "autocast", "feature_distance", "held_out_loss", "psnr", "velocity_error"]
 
 NOISE_SEED = 3_000_000
 
@@ -33,6 +33,19 @@ def held_out_loss(model: RotaryVideoDiT, batches: Sequence[Batch]) -> list[float
             losses.append(flow_loss(model(video, time), velocity))
     ordered = torch.cat(losses)[torch.cat([time for _, time, _ in batches]).argsort()]
     return [ordered.mean().item(), *(part.mean().item() for part in ordered.chunk(4))]
+
+
+@torch.no_grad()
+def velocity_error(model: RotaryVideoDiT, dense: RotaryVideoDiT, batches: Sequence[Batch]) -> list[float]:
+    """|v - v_dense| / |v_dense| over all videos, then in each quarter of the times, from least noise to most."""
+    found = []
+    for video, time, _ in batches:
+        with autocast(video.device):
+            mine, wanted = (one(video, time)[:, :, 1:].float() for one in (model, dense))
+        found.append(torch.stack([(mine - wanted).square().flatten(1).sum(1), wanted.square().flatten(1).sum(1)]))
+    ordered = torch.cat(found, dim=1)[:, torch.cat([time for _, time, _ in batches]).argsort()]
+    sums = torch.stack([part.sum(1) for part in (ordered, *ordered.chunk(4, dim=1))])
+    return (sums[:, 0] / sums[:, 1]).sqrt().tolist()
 
 
 class Sampler:

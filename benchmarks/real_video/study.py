@@ -26,7 +26,7 @@ from benchmarks.real_video.arms import ARMS, CLOSED, AnyArm
 from benchmarks.real_video.clips import load
 from benchmarks.real_video.data import Batch, Windows, by_time
 from benchmarks.real_video.losses import loss_of
-from benchmarks.real_video.measuring import Sampler, feature_distance, held_out_loss, psnr
+from benchmarks.real_video.measuring import Sampler, feature_distance, held_out_loss, psnr, velocity_error
 from benchmarks.real_video.model import CONFIG, RotaryVideoDiT, fast_attention
 from benchmarks.real_video.train import FRAMES, STAGES, TINY_CONFIG, TINY_FRAMES, TINY_STAGES, load_weights, update
 
@@ -78,8 +78,9 @@ class Study:
         return ARMS[name].small() if self.tiny else ARMS[name]
 
     def measure(self, model: RotaryVideoDiT, sample: bool = True) -> dict[str, Any]:
-        """Loss, and how far the samples are from the dense checkpoint's and from the real videos."""
+        """Loss, and how far velocity and samples are from the dense checkpoint's, samples from the real videos too."""
         row: dict[str, Any] = {"loss": held_out_loss(model, self.held_out)}
+        row["velocity"] = velocity_error(model, self.dense, self.held_out)
         if sample:
             videos = self.sampler(model)
             row |= {"psnr": psnr(videos, self.wanted), "psnr_real": psnr(videos, torch.cat(self.sampler.real))}

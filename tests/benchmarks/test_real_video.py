@@ -295,6 +295,9 @@ def test_from_pretraining_to_the_table(tmp_path: Path, monkeypatch: pytest.Monke
     assert sum(level["critical"] for level in found) <= 4 * 2 / 16  # 15% of 16 blocks
     assert len(results[f"{levels}+teacher/0"]["orders"]) == 2
     assert results[theirs]["orders"] == []
+    errors = results[f"{levels}+teacher/0"]["velocity"]
+    assert len(errors) == 5
+    assert min(errors[1:]) < errors[0] < max(errors[1:])
     of_steps = results["sparse"]["dense_steps"]
     assert of_steps["2"][1] == 0 < of_steps["1"][1], "all of its two steps are the dense model's"
     table = "\n".join(report.tables(results))
