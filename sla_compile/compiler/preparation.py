@@ -97,17 +97,17 @@ def prepare(
             convention of ``torch.export.export``). It is traced, not executed.
         call: instead of them, a function that calls ``model``, such as ``lambda: pipe("a prompt")``: it runs up to its
             first call of ``model``, which is the example.
-        config: an ``SLAConfig`` or a mapping of its fields; None: the settings of the gates that are there, fitted or
-            loaded ones too, or the defaults.
+        config: an ``SLAConfig`` or a mapping of its fields; None: what the model was prepared with last, by a fit or a
+            file too, or the defaults.
 
     Raises:
-        ValueError: a setting is refused; ``call`` does not call the model; a gate of another shape is there; settings
-            that leave out a site would drop its trained gate; the model is in DistributedDataParallel already, which
-            would not see a new gate; or the model reads values after a graph break that a trace does not have.
-            Nothing is changed then.
+        ValueError: a setting is refused, or none is given where parts of the model were prepared by themselves;
+            ``call`` does not call the model; a gate of another shape is there; settings that leave out a site would
+            drop its trained gate; the model is in DistributedDataParallel already, which would not see a new gate; or
+            the model reads values after a graph break that a trace does not have. Nothing is changed then.
     """
     model = unwrapped(model)
-    settings = Settings.of(config if config is not None else model_config(model))
+    settings = Settings.of(config) if config is not None else _settings_there(model)
     run = _whole_run(model, *example_call(model, args, kwargs, call), settings)
     modules = dict(module_paths(model))
     specs = {path: replace(gate.spec(), path=path, model_config=settings.config) for path, gate in run.gates.items()}
@@ -131,6 +131,18 @@ def prepare(
     if not any(site.rewritten for site in run.sites):
         warn_user(f"prepare: no attention of {type(model).__name__} will be rewritten: {why_nothing(run.sites)}")
     return model
+
+
+def _settings_there(model: nn.Module) -> Settings:
+    """What ``model`` was prepared with; ValueError where its parts were by themselves, and one would lose its own."""
+    settings = Settings.of(model_config(model))
+    for path, gate in gates(model).items():
+        if conflicts := settings.conflicts(owner_path(path), gate.config):
+            raise ValueError(
+                f"prepare: {path} was prepared in another model, or a part of this: {'; '.join(conflicts)}; accepted: "
+                f"a config for all, or prepare of that part"
+            )
+    return settings
 
 
 def _tell_replaced(before: Mapping[str, SeenGrids], specs: Mapping[str, GateSpec]) -> None:

@@ -334,7 +334,7 @@ def prepared_or_rolled_back(
         return
     previous, had_gates = model_config(model), bool(gates(model))
     notes = [(module, module.__dict__[PREPARED]) for module in model.modules() if PREPARED in module.__dict__]
-    prepare(model, *example, config=previous if config is None else config)
+    prepare(model, *example, config=config)
     try:
         if not gates(model):
             raise ValueError(no_gated_call_message(model, example, config))

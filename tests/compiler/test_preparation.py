@@ -92,6 +92,21 @@ def test_prepare_again_with_other_settings_takes_effect() -> None:
     assert_follows_definition(run, model, x)
 
 
+def test_prepare_without_settings_keeps_those_of_the_model_and_refuses_parts_that_differ() -> None:
+    model, x = torch.nn.Sequential(Model(1), Model(2)), random_input()
+    sla_compile.prepare(model[0], (x,), config=OPTIONS)
+    of_one = {"overrides": {"blocks.1.*": {"topk": 0.7}}}
+    sla_compile.prepare(model[1], (x,), config={**OPTIONS, **of_one})
+    topks = [gate.config.topk for gate in sla_compile.gates(model).values()]
+    assert topks == [OPTIONS["topk"], OPTIONS["topk"], 0.7]
+    sla_compile.prepare(model[1], (x,))
+    with pytest.raises(ValueError, match=r"1\.blocks\.1\.attention\.sla was prepared in another model.*0\.7 in"):
+        sla_compile.prepare(model, (x,))
+    assert [gate.config.topk for gate in sla_compile.gates(model).values()] == topks
+    sla_compile.prepare(model, (x,), config=OPTIONS)
+    assert {gate.config.topk for gate in sla_compile.gates(model).values()} == {OPTIONS["topk"]}
+
+
 def test_prepare_after_a_dense_compile_takes_effect() -> None:
     model, x = Model(), random_input()
     run = torch.compile(model, backend="sla", options={"inner": "eager"})  # too few tokens: dense

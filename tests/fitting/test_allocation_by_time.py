@@ -151,23 +151,28 @@ def test_a_hook_that_reads_the_time_serves_calibrate_and_the_compiled_model() ->
 @pytest.mark.parametrize("by", ["plan", "share"])
 def test_a_hook_that_sets_topks_stands_in_no_way(by: str) -> None:
     """What traces a copy of the model, which has no gates, or runs one as it was without them."""
+    many = [0.88]
     model, (first, second) = Timed(1), [(x, torch.tensor([100])) for (x,) in batches()]
     sla_compile.prepare(model, first, config={**OPTIONS, "topk": BUDGET, **BY_HEAD})
-    plan = by_hand(model, 0.6, 0.1)
+    plans = {topk: by_hand(model, topk, 0.1) for topk in (0.88, 0.2)}
 
     def follow(module: nn.Module, args: Any) -> None:
         if by == "plan":
-            plan.set(module, args[1])
+            plans[many[0]].set(module, args[1])
         else:
-            sla_compile.set_sparsity(module, topk=0.6)
+            sla_compile.set_sparsity(module, topk=many[0])
 
     model.register_forward_pre_hook(follow)
     (site,) = sla_compile.explain(model, first).sites
     assert site.rewritten
     sla_compile.prepare(model, first)
     assert set(topks_of(model)) == {"blocks.0.attention.sla"}
-    compared = sla_compile.compare(model, [first, second])
-    assert compared.output.now > 0
+    near = sla_compile.compare(model, [first, second]).output.now
+    many[0] = 0.2
+    assert 0 < near < sla_compile.compare(model, [first, second]).output.now, "the copy with gates follows the hook"
+    exported = sla_compile.export(model, first).module()
+    wanted = torch.compile(model, backend="sla", options={"inner": "eager"})(*first)
+    torch.testing.assert_close(exported(*first), wanted)
     sla_compile.detach(model)
     with pytest.raises(ValueError, match="no such gate" if by == "plan" else "has no SLA gates"):
         model(*first)
