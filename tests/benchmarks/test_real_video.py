@@ -268,7 +268,7 @@ def test_from_pretraining_to_the_table(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(PackageArm, "_fit", counted)
     tasks = ["--closed", "sparse", mine, theirs, levels, "--steps", "2", "--dense-steps", "1", "2"]
     tasks += ["--tune", "dense", f"{mine}+features", theirs, f"{levels}+teacher"]
-    monkeypatch.setattr(sys, "argv", ["study", *common, "--out", str(out), *tasks])
+    monkeypatch.setattr(sys, "argv", ["study", *common, "--out", str(out), "--fits", str(tmp_path / "fits"), *tasks])
     study.main()
     results = json.loads((out / "results.json").read_text())
     assert set(results) == {
@@ -287,6 +287,7 @@ def test_from_pretraining_to_the_table(tmp_path: Path, monkeypatch: pytest.Monke
     topks = torch.tensor(results[theirs]["budgets"])
     assert topks.shape == (2, 2)
     assert (16 * topks).int().clamp(min=1).sum() <= 2 * 2 * 2
+    assert {path.name for path in (tmp_path / "fits").iterdir()} == {theirs, levels}
     assert len(fitted) == 2, "what was fitted for --closed is taken for --tune"
     assert results[f"{levels}+teacher/0"]["before"] == pytest.approx(results[levels]["loss"])
     found = results[f"{levels}+teacher/0"]["budgets"]
